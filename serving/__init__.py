@@ -1,0 +1,1 @@
+"""Self-hosted Qwen3-Omni-Captioner: audio in, one English description out."""

@@ -1,0 +1,1 @@
+"""From bytes to log-mel features, off the event loop."""

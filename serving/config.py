@@ -1,0 +1,174 @@
+"""Every setting of the service: frozen, typed, and the only reader of the environment.
+
+A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, the TOML file named by
+`CAPTIONER_CONFIG` (or `--config`), the default below. `captioner serve --help` prints this list.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
+"""The small stand-in of the captioner that ships with the package, in the production architecture."""
+
+CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
+"""The model's name in the API manual."""
+
+MIB = 1024 * 1024
+
+
+def _split(value: object) -> object:
+    """Accept `a,b c` for a list, as one writes it in a variable."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """All settings. Units are in the names."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="CAPTIONER_", frozen=True, extra="forbid", cli_kebab_case=True, cli_hide_none_type=True
+    )
+
+    # Listener
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one")
+    public_url: str | None = Field(
+        None, description="Origin that clients reach, for upload addresses; taken from each request if not set"
+    )
+    shutdown_grace_s: float = Field(300, ge=0, description="How long a graceful stop waits for what runs")
+
+    # Model
+    model: str = Field(
+        str(EMBEDDED_CHECKPOINT),
+        description="Checkpoint: a directory or a model hub's name; the default is the embedded stand-in",
+    )
+    served_model_name: str = Field(CAPTIONER_MODEL_ID, description="Name that requests carry in `model`")
+    model_aliases: Words = Field((), description="Further accepted names")
+
+    # Engine
+    engine: Literal["vllm", "fake"] = Field("vllm", description="`fake` answers with set text at a set speed")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs (or CPU processes) that share one copy of the model")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of weights and activations; auto: the checkpoint's own"
+    )
+    quantization: str | None = Field(None, description="vLLM quantization method; none: as the checkpoint says")
+    max_model_len: int = Field(65_536, ge=1024, description="Tokens of context: input and output together")
+    max_input_tokens: int = Field(32_768, ge=64, description="Tokens of input at most")
+    max_output_tokens: int = Field(32_768, ge=1, description="Tokens of output at most, and the default of max_tokens")
+    max_num_seqs: int = Field(64, ge=1, description="Captions that the engine generates at the same time")
+    max_num_batched_tokens: int = Field(8192, ge=256, description="Tokens that one engine step handles at most")
+    gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
+    cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")
+    enforce_eager: bool = Field(False, description="No CUDA graphs: slower, starts faster (always so on the CPU)")
+
+    # Fake engine (tests, load generators, client development)
+    fake_ttft_s: float = Field(0.0, ge=0, description="Fake engine: time to the first token")
+    fake_tpot_s: float = Field(0.0, ge=0, description="Fake engine: time per further token")
+    fake_tokens: int = Field(24, ge=1, description="Fake engine: tokens of a caption")
+
+    # Limits of a request (API manual; PROTOCOL 7.4)
+    max_audio_s: float = Field(2400, gt=0, description="Longest audio")
+    max_url_bytes: int = Field(1024 * MIB, ge=1, description="Largest file behind a URL")
+    max_upload_bytes: int = Field(10 * MIB - 1, ge=1, description="Largest uploaded file")
+    max_inline_chars: int = Field(10 * MIB - 1, ge=1, description="Longest base64 text")
+    max_body_bytes: int = Field(16 * MIB, ge=1024, description="Largest request body")
+    allow_ignore_eos: bool = Field(False, description="Accept `ignore_eos` in requests (benchmarks only)")
+
+    # Load that is taken in; past it requests get 503 with Retry-After
+    max_inflight: int = Field(512, ge=1, description="Requests under way at once")
+    max_inflight_body_bytes: int = Field(1024 * MIB, ge=MIB, description="Memory for request bodies at once")
+    max_features_bytes: int = Field(512 * MIB, ge=MIB, description="Memory for features that wait for the engine")
+    max_spool_bytes: int = Field(8 * 1024 * MIB, ge=MIB, description="Disk for downloads under way")
+
+    # Audio workers
+    audio_workers: int = Field(
+        default_factory=lambda: max(1, len(os.sched_getaffinity(0))), ge=1, description="Processes that decode audio"
+    )
+    audio_timeout_s: float = Field(60, gt=0, description="CPU time for decoding one clip")
+
+    # Egress guard of the URL fetch
+    fetch_timeout_s: float = Field(60, gt=0, description="Total time for one download, redirects included")
+    fetch_connect_timeout_s: float = Field(10, gt=0, description="Time to connect to one host")
+    fetch_ports: Annotated[tuple[int, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (80, 443, 8000, 8080, 8443), description="Ports that downloads may use"
+    )
+    fetch_allow: Words = Field(
+        (),
+        description="Hosts (`media.internal`, `media.internal:9000`) and networks (`10.1.0.0/16`) that downloads may "
+        "reach though the guard would refuse them, on any port unless one is named",
+    )
+    spool_dir: Path | None = Field(None, description="Directory for downloads under way; default: the system's")
+
+    # Answers
+    deadline_s: float = Field(280, gt=0, description="Time for a whole (not streamed) answer; then what there is")
+    stream_deadline_s: float = Field(3600, gt=0, description="Time for a streamed answer; then it ends as `length`")
+    heartbeat_s: float = Field(15, gt=0, description="Longest silence on a stream before a keep-alive comment")
+    header_grace_s: float = Field(
+        10, gt=0, description="How long a stream waits for the first token before it sends its status line"
+    )
+
+    # Callers
+    api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="Keys that are accepted; none: any key, or no key, is"
+    )
+    uploads_dir: Path | None = Field(None, description="Directory of uploaded files; default: below the system's")
+    upload_secret: SecretStr | None = Field(
+        None, description="Secret that signs upload policies; must be equal on all replicas; default: made at start"
+    )
+    upload_policy_ttl_s: int = Field(300, ge=1, description="How long an upload policy is valid")
+    upload_ttl_s: int = Field(48 * 3600, ge=1, description="How long an uploaded file is kept")
+    max_uploads_bytes: int = Field(10 * 1024 * MIB, ge=MIB, description="Disk for uploaded files")
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
+    log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for a terminal")
+
+    @model_validator(mode="after")
+    def _context_holds_input_and_output(self) -> Settings:
+        if self.max_input_tokens >= self.max_model_len:
+            msg = f"max_input_tokens ({self.max_input_tokens}) leaves no room in max_model_len ({self.max_model_len})"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the small stand-in is served rather than the captioner itself."""
+        return Path(self.model) == EMBEDDED_CHECKPOINT
+
+    @property
+    def model_names(self) -> frozenset[str]:
+        """Every name that a request may carry in `model`."""
+        return frozenset((self.served_model_name, *self.model_aliases))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and arguments, then variables, then the TOML file."""
+        del dotenv_settings, file_secret_settings
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if path := os.environ.get("CAPTIONER_CONFIG"):
+            if not Path(path).is_file():
+                msg = f"CAPTIONER_CONFIG names {path}, which is not a file"
+                raise FileNotFoundError(msg)
+            sources.append(TomlConfigSettingsSource(settings_cls, toml_file=path))
+        return tuple(sources)

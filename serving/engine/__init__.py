@@ -1,0 +1,1 @@
+"""What writes the caption: one protocol, two implementations."""

@@ -1,0 +1,181 @@
+"""The only exception tree.
+
+Domain code raises; each dialect renders it in one place (`protocols/`); statuses live in `protocols/base.py`.
+
+    CaptionerError
+    ├── ClientError                  the caller can mend it; the message says how
+    │   ├── InvalidRequest           malformed body, message or parameter
+    │   │   ├── MissingModel
+    │   │   ├── MissingInput
+    │   │   └── InlineTooLarge       base64 text over the limit
+    │   ├── BodyTooLarge             the raw HTTP body is over the cap
+    │   ├── ModelNotFound
+    │   ├── NotFound                 unknown path or resource
+    │   ├── MethodNotAllowed
+    │   ├── AsyncNotSupported
+    │   ├── UnsupportedOperation
+    │   ├── Unauthenticated
+    │   │   ├── MissingApiKey
+    │   │   └── InvalidApiKey
+    │   └── AudioError               the audio itself, or the way to it
+    │       ├── InvalidAudioUrl      not a reference we accept
+    │       ├── DownloadFailed       DNS, refused, status, or an address the egress guard forbids
+    │       ├── DownloadTimeout
+    │       ├── UploadNotFound       unknown, expired, or another owner's `oss://` key
+    │       ├── AudioTooLarge        bytes over the limit
+    │       ├── AudioTooLong         over 40 minutes, decoded
+    │       ├── AudioEmpty           decodes to no sample
+    │       └── AudioUnreadable      no decoder can open it
+    └── ServerError                  our fault or our limits; the message never shows insides
+        ├── EngineFailed             the engine died or refused
+        ├── NotReady                 the engine is still loading, or gone
+        ├── Overloaded               a queue is full; carries `retry_after_s`
+        ├── DeadlineExceeded         nothing generated in time
+        └── Internal                 anything else
+"""
+
+from __future__ import annotations
+
+
+class CaptionerError(Exception):
+    """Root of the tree. `str(error)` is safe to show to the caller."""
+
+    message = "An internal error has occured, please try again later or contact service support."
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or self.message)
+
+
+class ClientError(CaptionerError):
+    """The caller can mend it."""
+
+
+class InvalidRequest(ClientError):
+    """A malformed body, message or parameter. `param` names the field, where there is one."""
+
+    message = "Required body invalid, please check the request body format."
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class MissingModel(InvalidRequest):
+    message = 'Required parameter "model" missing from request.'
+
+
+class MissingInput(InvalidRequest):
+    message = "Required input parameter missing from request."
+
+
+class InlineTooLarge(InvalidRequest):
+    message = "Exceeded limit on max bytes per data-uri item : 10485760"
+
+
+class BodyTooLarge(ClientError):
+    message = "Payload Too Large."
+
+
+class ModelNotFound(ClientError):
+    """`model` is the name that was asked for."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model `{model}` does not exist or you do not have access to it.")
+        self.model = model
+
+
+class NotFound(ClientError):
+    message = "Not found!"
+
+
+class MethodNotAllowed(ClientError):
+    def __init__(self, method: str) -> None:
+        super().__init__(f"Request method '{method}' is not supported.")
+
+
+class AsyncNotSupported(ClientError):
+    message = "Current user api does not support asynchronous calls."
+
+
+class UnsupportedOperation(ClientError):
+    message = "The operation is not supported."
+
+
+class Unauthenticated(ClientError):
+    message = "Invalid API-key provided."
+
+
+class MissingApiKey(Unauthenticated):
+    message = "No API-key provided."
+
+
+class InvalidApiKey(Unauthenticated):
+    pass
+
+
+class AudioError(ClientError):
+    """The audio itself, or the way to it, is at fault."""
+
+
+class InvalidAudioUrl(AudioError):
+    message = "The provided URL does not appear to be valid. Ensure it is correctly formatted."
+
+
+class DownloadFailed(AudioError):
+    message = "Failed to download multimodal content."
+
+
+class DownloadTimeout(AudioError):
+    message = "Download the media resource timed out during the data inspection process."
+
+
+class UploadNotFound(AudioError):
+    message = "Failed to find the requested media resource during the data inspection process."
+
+
+class AudioTooLarge(AudioError):
+    message = "Multimodal file size is too large"
+
+
+class AudioTooLong(AudioError):
+    message = "The audio is too long"
+
+
+class AudioEmpty(AudioError):
+    message = "The audio is empty"
+
+
+class AudioUnreadable(AudioError):
+    message = "The audio format is illegal and cannot be opened"
+
+
+class ServerError(CaptionerError):
+    """Our fault or our limits."""
+
+
+class EngineFailed(ServerError):
+    message = "inference internal error."
+
+
+class NotReady(ServerError):
+    message = "Model is unavailable, please try again later."
+
+
+class Overloaded(ServerError):
+    """A bounded queue is full. `retry_after_s`: when to try again, in seconds."""
+
+    message = (
+        "Too many requests. Your requests are being throttled due to system capacity limits. Please try again later."
+    )
+
+    def __init__(self, message: str | None = None, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(ServerError):
+    message = "Request timed out, please try again later."
+
+
+class Internal(ServerError):
+    pass

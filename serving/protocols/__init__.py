@@ -1,0 +1,1 @@
+"""The dialects: wire formats live here and nowhere else."""

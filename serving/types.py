@@ -1,0 +1,139 @@
+"""The domain's types: frozen, free of wire formats, of HTTP and of any engine.
+
+Units are in the names: `_s` seconds, `_bytes` bytes, `_tokens` tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+SAMPLE_RATE = 16_000
+"""Samples per second of every `Features` (the model's feature extractor expects 16 kHz mono)."""
+
+SCAFFOLD_TOKENS = 8
+"""Text tokens of the chat scaffold around the audio, billed as `text_tokens` (API manual, PROTOCOL 10.1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class UrlAudio:
+    """Audio behind an http(s) URL, exactly as the client wrote it (percent-escapes untouched)."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class InlineAudio:
+    """Audio carried inside the request as base64 text, not yet decoded."""
+
+    base64: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedAudio:
+    """Audio uploaded before, by its opaque key (what stands after `oss://`)."""
+
+    key: str
+
+
+AudioSource = UrlAudio | InlineAudio | UploadedAudio
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the engine samples. Defaults are the model card's; ranges are checked by the codecs.
+
+    `top_k` 0 means off. `stop_token_ids` are single tokens; `stop` strings never appear in the output.
+    """
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    max_tokens: int = 32_768
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    stop_token_sequences: tuple[tuple[int, ...], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    ignore_eos: bool = False
+    """Benchmarks only: run to `max_tokens`. The codecs accept it only when the settings allow it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRequest:
+    """One request for one caption, after its dialect was decoded."""
+
+    request_id: str
+    model: str
+    audio: AudioSource
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Log-mel features of one clip, ready for the engine.
+
+    `log_mel`: float32, shape (128, frames), one frame per 160 samples (10 ms), frames = samples // 160,
+    equal to `WhisperFeatureExtractor` without padding. `samples`: decoded samples at 16 kHz.
+    """
+
+    log_mel: npt.NDArray[np.float32]
+    samples: int
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the decoded audio in seconds."""
+        return self.samples / SAMPLE_RATE
+
+
+class FinishReason(enum.StrEnum):
+    """Why a caption ended: by itself, or at a limit (tokens or deadline)."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as billed (API manual): 12.5 per second of audio, the scaffold, and what was generated."""
+
+    audio_tokens: int
+    output_tokens: int = 0
+    text_tokens: int = SCAFFOLD_TOKENS
+
+    @property
+    def input_tokens(self) -> int:
+        """Audio and scaffold together."""
+        return self.audio_tokens + self.text_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output together."""
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionDelta:
+    """The next piece of a caption. `usage` counts everything up to and with this piece.
+
+    The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut by
+    the deadline of a whole answer (PROTOCOL 10.4).
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: FinishReason | None = None
+    partial: bool = False
+
+
+def billed_audio_tokens(samples: int) -> int:
+    """Audio tokens as billed: 12.5 per second, under a second counts as one, fractions round up (PROTOCOL 10.1)."""
+    return max(13, math.ceil(25 * samples / (2 * SAMPLE_RATE)))
