@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int = Field(8192, ge=256, description="Tokens that one engine step handles at most")
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")
-    enforce_eager: bool = Field(False, description="No CUDA graphs: slower, starts faster (always so on the CPU)")
+    enforce_eager: bool = Field(
+        default=False, description="No CUDA graphs: slower, starts faster (always so on the CPU)"
+    )
 
     # Fake engine (tests, load generators, client development)
     fake_ttft_s: float = Field(0.0, ge=0, description="Fake engine: time to the first token")
@@ -86,7 +88,7 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(10 * MIB - 1, ge=1, description="Largest uploaded file")
     max_inline_chars: int = Field(10 * MIB - 1, ge=1, description="Longest base64 text")
     max_body_bytes: int = Field(16 * MIB, ge=1024, description="Largest request body")
-    allow_ignore_eos: bool = Field(False, description="Accept `ignore_eos` in requests (benchmarks only)")
+    allow_ignore_eos: bool = Field(default=False, description="Accept `ignore_eos` in requests (benchmarks only)")
 
     # Load that is taken in; past it requests get 503 with Retry-After
     max_inflight: int = Field(512, ge=1, description="Requests under way at once")
