@@ -26,6 +26,7 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
     │       ├── AudioTooLong         over 40 minutes, decoded
     │       ├── AudioEmpty           decodes to no sample
     │       └── AudioUnreadable      no decoder can open it
+    ├── Disconnected                 the client has gone; nobody is left to answer
     └── ServerError                  our fault or our limits; the message never shows insides
         ├── EngineFailed             the engine died or refused
         ├── NotReady                 the engine is still loading, or gone
@@ -147,6 +148,10 @@ class AudioEmpty(AudioError):
 
 class AudioUnreadable(AudioError):
     message = "The audio format is illegal and cannot be opened"
+
+
+class Disconnected(CaptionerError):
+    message = "The client has closed the connection."
 
 
 class ServerError(CaptionerError):

@@ -1,0 +1,114 @@
+"""Reading request bodies with bounded memory, and noticing a client that has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Self
+
+from serving.errors import BodyTooLarge, Disconnected, InvalidRequest, Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from starlette.types import Receive
+
+IDLE_TIMEOUT_S = 30
+"""Longest pause between two pieces of a body: a client that stops sending does not hold memory for ever."""
+
+DRAIN_FACTOR = 4
+"""How many times the limit is read and thrown away, so that the client hears the error instead of a reset."""
+
+
+class BodyBudget:
+    """Memory that request bodies may take, all together."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self.taken_bytes = 0
+
+    def hold(self) -> HeldBytes:
+        """A share that grows while a body is read and is given back once, by `release`."""
+        return HeldBytes(self)
+
+    def take(self, count: int) -> None:
+        """Raise `Overloaded` if `count` more bytes do not fit."""
+        if self.taken_bytes + count > self._limit:
+            raise Overloaded
+        self.taken_bytes += count
+
+
+class HeldBytes:
+    """One body's share of the budget: a context, so that it is given back at the latest when the request ends."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def add(self, count: int) -> None:
+        """Take `count` more bytes. Raises `Overloaded`."""
+        self._budget.take(count)
+        self._count += count
+
+    def release(self) -> None:
+        """Give all of it back. May be called again."""
+        self._budget.taken_bytes -= self._count
+        self._count = 0
+
+
+async def read_body(receive: Receive, limit_bytes: int, held: HeldBytes) -> bytes:
+    """Read a whole body of at most `limit_bytes`.
+
+    Raises `BodyTooLarge` once it has read what came (to `DRAIN_FACTOR` times the limit), `Overloaded` when the budget
+    is spent, `Disconnected`, and `InvalidRequest` when the client stops sending.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    async for piece in _pieces(receive):
+        size += len(piece)
+        if size > limit_bytes:
+            held.release()
+            pieces.clear()
+            if size > DRAIN_FACTOR * limit_bytes:
+                break
+        else:
+            held.add(len(piece))
+            pieces.append(piece)
+    if size > limit_bytes:
+        raise BodyTooLarge
+    return b"".join(pieces)
+
+
+async def drain(receive: Receive, limit_bytes: int) -> None:
+    """Read and forget the body, so that an early error reaches a client that is still sending (PROTOCOL 2.7)."""
+    size = 0
+    async for piece in _pieces(receive):
+        size += len(piece)
+        if size > DRAIN_FACTOR * limit_bytes:
+            return
+
+
+async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_TIMEOUT_S):
+                message = await receive()
+        except TimeoutError:
+            raise InvalidRequest("The request body did not arrive: the connection was idle for too long.") from None
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        if piece := message.get("body", b""):
+            yield piece
+        if not message.get("more_body", False):
+            return
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client has gone. Call only after the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

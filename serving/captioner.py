@@ -1,0 +1,126 @@
+"""THE path: audio in, caption out. Everything that happens to a request between the wire and the wire.
+
+    admit ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
+
+What was taken on the way (a place, a download, a worker's features, a generation) is given back on every way out:
+finished, failed, cancelled, or the consumer closing the generator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import AsyncExitStack, aclosing, contextmanager
+from typing import TYPE_CHECKING
+
+from serving.errors import DeadlineExceeded, EngineFailed, Overloaded
+from serving.types import CaptionDelta, FinishReason, InlineAudio, UploadedAudio, UrlAudio, Usage, billed_audio_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterator
+    from pathlib import Path
+
+    from serving.audio.fetch import Fetcher
+    from serving.audio.workers import AudioWorkers
+    from serving.config import Settings
+    from serving.engine.base import Engine
+    from serving.metrics import RequestRecord
+    from serving.types import CaptionRequest, Features
+    from serving.uploads import UploadStore
+
+
+class Captioner:
+    """The one path, over parts that are handed in."""
+
+    def __init__(
+        self, settings: Settings, engine: Engine, workers: AudioWorkers, fetcher: Fetcher, uploads: UploadStore
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._workers = workers
+        self._fetcher = fetcher
+        self._uploads = uploads
+        self._in_flight = 0
+
+    async def caption(
+        self, request: CaptionRequest, record: RequestRecord, *, deadline_s: float, on_prepared: Callable[[], None]
+    ) -> AsyncGenerator[CaptionDelta]:
+        """Yield the caption piece by piece; the last piece carries the finish reason.
+
+        `record` is filled along the way. `deadline_s` counts from the request's arrival: when it passes, the caption
+        ends as `length` and `partial` with what there is. `on_prepared` is called once the encoded audio is no longer
+        needed. Raises `CaptionerError`.
+        """
+        deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
+        sampling, request_id = request.sampling, request.request_id
+        async with AsyncExitStack() as stack:
+            stack.enter_context(self._place())
+            held = await stack.enter_async_context(AsyncExitStack())
+            try:
+                async with asyncio.timeout_at(deadline):
+                    features = await self._prepare(request, record, held)
+            except TimeoutError:
+                raise DeadlineExceeded from None
+            # From here on neither this frame nor the caller needs the encoded audio (up to 10 MiB each).
+            del request
+            on_prepared()
+
+            usage = Usage(audio_tokens=billed_audio_tokens(features.samples))
+            record.usage, record.samples = usage, features.samples
+            queued = time.perf_counter()
+            deltas = await stack.enter_async_context(
+                aclosing(self._engine.generate(request_id, features, sampling)),
+            )
+            del features
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        piece = await anext(deltas, None)
+                except TimeoutError:
+                    if record.first_token is None:
+                        raise DeadlineExceeded from None
+                    record.partial, record.finish_reason = True, FinishReason.LENGTH
+                    yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True)
+                    return
+                if piece is None:
+                    raise EngineFailed
+                if record.first_token is None:
+                    record.first_token = time.perf_counter()
+                    record.stages_s["engine_first_token"] = record.first_token - queued
+                    await held.aclose()  # the engine has consumed the features
+                usage = Usage(usage.audio_tokens, usage.output_tokens + piece.tokens)
+                record.usage, record.finish_reason = usage, piece.finish_reason
+                yield CaptionDelta(piece.text, usage, piece.finish_reason)
+                if piece.finish_reason is not None:
+                    return
+
+    async def _prepare(self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack) -> Features:
+        """Features of the request's audio; `held` keeps them, the download is gone when this returns."""
+        async with AsyncExitStack() as download:
+            began = time.perf_counter()
+            clip: str | Path
+            match request.audio:
+                case InlineAudio(base64):
+                    clip = base64
+                case UploadedAudio(key):
+                    clip = await self._uploads.open(key, owner=record.caller, model=request.model)
+                case UrlAudio(url):
+                    clip = await download.enter_async_context(self._fetcher.fetch(url))
+                    record.stages_s["fetch"] = time.perf_counter() - began
+            prepared = await held.enter_async_context(self._workers.prepare(clip))
+        record.stages_s |= {
+            "audio_queue": prepared.queue_s,
+            "decode": prepared.decode_s,
+            "features": prepared.features_s,
+        }
+        return prepared.features
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self._in_flight >= self._settings.max_inflight:
+            raise Overloaded
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1

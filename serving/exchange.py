@@ -1,0 +1,177 @@
+"""One caption over HTTP: from an ASGI scope to the path and back. No rule of a dialect, no audio, no model here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from serving.body import disconnected, drain, read_body
+from serving.errors import CaptionerError, Disconnected, Internal
+from serving.protocols.base import HEARTBEAT
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Mapping
+
+    from starlette.types import Receive, Scope, Send
+
+    from serving.body import BodyBudget, HeldBytes
+    from serving.captioner import Captioner
+    from serving.config import Settings
+    from serving.metrics import Metrics, RequestRecord
+    from serving.protocols.base import Codec, Reply
+    from serving.tenancy.keys import Keys
+    from serving.types import CaptionDelta, CaptionRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionEndpoint:
+    """`POST` of one clip in one dialect (E1 and E2 of PROTOCOL).
+
+    A raw ASGI application, since it owns the whole exchange: it reads with bounds, watches for the client's leaving,
+    and chooses the moment of the status line.
+    """
+
+    codec: Codec
+    captioner: Captioner
+    keys: Keys
+    metrics: Metrics
+    bodies: BodyBudget
+    settings: Settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request. Metered exactly once, however it ends."""
+        record = self.metrics.begin(scope["state"]["request_id"], self.codec.dialect)
+        exchange = _Exchange(send, record.request_id, self.settings)
+        failure: BaseException | None = None
+        try:
+            await self._serve(scope, receive, exchange, record)
+        except CaptionerError as error:
+            failure = error
+        except Exception as error:
+            log.exception("unexpected failure", extra={"request_id": record.request_id})
+            failure = Internal()
+            failure.__cause__ = error
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            self.metrics.finish(record, failure)
+        if isinstance(failure, CaptionerError) and not isinstance(failure, Disconnected):
+            await exchange.fail(failure, self.codec)
+
+    async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange, record: RequestRecord) -> None:
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            record.caller = self.keys.authenticate(headers)
+        except CaptionerError:
+            await drain(receive, self.settings.max_body_bytes)
+            raise
+        with self.bodies.hold() as held:
+            body = await read_body(receive, self.settings.max_body_bytes, held)
+            request, reply = self.codec.decode_request(body, headers, record.request_id)
+            del body
+            exchange.reply = reply
+            record.stream, record.audio_form = reply.stream, type(request.audio).__name__
+            answer = asyncio.create_task(self._answer(request, reply, exchange, record, held))
+            del request
+            gone = asyncio.create_task(disconnected(receive))
+            try:
+                await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                if not answer.done():
+                    answer.cancel()
+                await asyncio.wait((answer, gone))
+            if answer.cancelled():
+                raise Disconnected
+            answer.result()
+
+    async def _answer(
+        self, request: CaptionRequest, reply: Reply, exchange: _Exchange, record: RequestRecord, held: HeldBytes
+    ) -> None:
+        deltas = self.captioner.caption(
+            request,
+            record,
+            deadline_s=self.settings.stream_deadline_s if reply.stream else self.settings.deadline_s,
+            on_prepared=held.release,
+        )
+        del request  # it carries the encoded audio, which the path lets go of once it is decoded
+        async with aclosing(deltas):
+            await (exchange.stream(reply, deltas) if reply.stream else exchange.whole(reply, deltas))
+
+
+class _Exchange:
+    """One HTTP answer being written."""
+
+    def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
+        self.reply: Reply | None = None
+        self._send = send
+        self._request_id = request_id
+        self._settings = settings
+        self._started = False
+        self._written_at = 0.0
+        self._writing = asyncio.Lock()  # the heartbeat must not fall into a status line
+
+    async def whole(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
+        """Answer with all text at once."""
+        pieces: list[str] = []
+        last: CaptionDelta | None = None
+        async for last in deltas:
+            pieces.append(last.text)
+        if last is None:
+            raise Internal
+        headers = {"x-dashscope-partialresponse": "true"} if last.partial else {}
+        await self._start(200, "application/json", headers)
+        await self._send({"type": "http.response.body", "body": reply.whole("".join(pieces), last)})
+
+    async def stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
+        """Answer piece by piece. The status line waits for the first piece, but no longer than `header_grace_s`."""
+        heartbeat = asyncio.create_task(self._keep_alive())
+        try:
+            async for delta in deltas:
+                await self._write(reply.frame(delta))
+        finally:
+            heartbeat.cancel()
+            await asyncio.wait((heartbeat,))
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: CaptionerError, codec: Codec) -> None:
+        """Tell the error: as a plain response if nothing was sent yet, else as the stream's last event."""
+        if not self._started:
+            answer = codec.error(error, self._request_id)
+            await self._start(answer.status, answer.content_type, answer.headers)
+            await self._send({"type": "http.response.body", "body": answer.body})
+        elif self.reply is not None:
+            await self._send({"type": "http.response.body", "body": self.reply.error_frame(error)})
+
+    async def _keep_alive(self) -> None:
+        await asyncio.sleep(self._settings.header_grace_s)
+        if not self._started:
+            await self._write(HEARTBEAT)
+        while True:
+            silent_s = asyncio.get_running_loop().time() - self._written_at
+            if silent_s >= self._settings.heartbeat_s:
+                await self._write(HEARTBEAT)
+            else:
+                await asyncio.sleep(self._settings.heartbeat_s - silent_s)
+
+    async def _write(self, frame: bytes) -> None:
+        async with self._writing:
+            if not self._started:
+                await self._start(200, "text/event-stream", _STREAM_HEADERS)
+            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
+            self._written_at = asyncio.get_running_loop().time()
+
+    async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
+        self._started = True
+        fields = [(b"content-type", content_type.encode())]
+        fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
