@@ -17,6 +17,12 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
     │   ├── Unauthenticated
     │   │   ├── MissingApiKey
     │   │   └── InvalidApiKey
+    │   ├── UploadRejected           an upload is refused; `code` is the object store's word for it
+    │   │   ├── PolicyInvalid        not signed by us, or not a policy
+    │   │   ├── PolicyExpired
+    │   │   ├── KeyNotAllowed        the policy does not cover this key
+    │   │   ├── UploadTooLarge       bytes over the limit
+    │   │   └── UploadExists         nothing is overwritten
     │   └── AudioError               the audio itself, or the way to it
     │       ├── InvalidAudioUrl      not a reference we accept
     │       ├── DownloadFailed       DNS, refused, status, or an address the egress guard forbids
@@ -37,6 +43,9 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class CaptionerError(Exception):
     """Root of the tree. `str(error)` is safe to show to the caller."""
@@ -45,6 +54,10 @@ class CaptionerError(Exception):
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without `__init__`, whose arguments differ from class to class: `args` and the attributes are all there is.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ClientError(CaptionerError):
@@ -112,6 +125,34 @@ class MissingApiKey(Unauthenticated):
 
 class InvalidApiKey(Unauthenticated):
     pass
+
+
+class UploadRejected(ClientError):
+    """An upload is refused. `code` is what an OSS client reads in the XML of the answer (PROTOCOL 6.2)."""
+
+    code = "AccessDenied"
+
+
+class PolicyInvalid(UploadRejected):
+    message = "Invalid according to Policy: the policy or its signature is not valid."
+
+
+class PolicyExpired(UploadRejected):
+    message = "Invalid according to Policy: Policy expired."
+
+
+class KeyNotAllowed(UploadRejected):
+    message = "Invalid according to Policy: the key must be upload_dir, a slash and one file name."
+
+
+class UploadTooLarge(UploadRejected):
+    code = "EntityTooLarge"
+    message = "Your proposed upload exceeds the maximum allowed size."
+
+
+class UploadExists(UploadRejected):
+    code = "FileAlreadyExists"
+    message = "The object you specified already exists and can not be overwritten."
 
 
 class AudioError(ClientError):
