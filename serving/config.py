@@ -6,9 +6,10 @@ A value comes from, first to last: a command-line flag, the variable `CAPTIONER_
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import (
@@ -18,6 +19,9 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -40,8 +44,18 @@ class Settings(BaseSettings):
     """All settings. Units are in the names."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CAPTIONER_", frozen=True, extra="forbid", cli_kebab_case=True, cli_hide_none_type=True
+        env_prefix="CAPTIONER_",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_show_env_vars=True,
     )
+
+    config: Path | None = Field(None, description="TOML file of settings; CAPTIONER_CONFIG names it too")
 
     # Listener
     host: str = Field("127.0.0.1", description="Address to listen on")
@@ -157,6 +171,15 @@ class Settings(BaseSettings):
         return frozenset((self.served_model_name, *self.model_aliases))
 
     @classmethod
+    def load(cls, argv: Sequence[str]) -> Settings:
+        """Settings from command-line flags, variables and the file. Raises `ValidationError`; `--help` exits."""
+        flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        flags.add_argument("--config")
+        if path := flags.parse_known_args(argv)[0].config:
+            os.environ["CAPTIONER_CONFIG"] = path
+        return cls(_cli_parse_args=list(argv), _cli_prog_name="captioner serve")
+
+    @classmethod
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
@@ -165,12 +188,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags and arguments, then variables, then the TOML file."""
+        """Arguments, then variables, then the TOML file; command-line flags come before them all."""
         del dotenv_settings, file_secret_settings
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
         if path := os.environ.get("CAPTIONER_CONFIG"):
             if not Path(path).is_file():
-                msg = f"CAPTIONER_CONFIG names {path}, which is not a file"
-                raise FileNotFoundError(msg)
+                raise FileNotFoundError(f"the settings file {path} does not exist")
             sources.append(TomlConfigSettingsSource(settings_cls, toml_file=path))
         return tuple(sources)

@@ -134,7 +134,10 @@ class _Exchange:
         heartbeat = asyncio.create_task(self._keep_alive())
         try:
             async for delta in deltas:
-                await self._write(reply.frame(delta))
+                if frame := reply.frame(delta):
+                    await self._write(frame)
+                if reply.ended:
+                    break
         finally:
             heartbeat.cancel()
             await asyncio.wait((heartbeat,))

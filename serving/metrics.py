@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serving.errors import CaptionerError, ClientError, Disconnected
-from serving.types import SAMPLE_RATE
+from serving.types import SAMPLE_RATE, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.types import FinishReason, Usage
+    from serving.types import Usage
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,8 @@ def _outcome(record: RequestRecord, error: BaseException | None) -> tuple[str, s
     if isinstance(error, Disconnected):
         return "cancelled", "disconnected"
     if error is None:
-        return "finished", "partial" if record.partial else str(record.finish_reason)
+        # A cumulative stream may end before the caption does, at the longest line that clients read.
+        return "finished", "partial" if record.partial else str(record.finish_reason or FinishReason.LENGTH)
     if isinstance(error, CaptionerError):
         side = "client_error" if isinstance(error, ClientError) else "server_error"
         return side, re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()

@@ -1,0 +1,92 @@
+# Two commands to know: `make serve` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+LOCKS := deploy/requirements
+# Served with the CUDA build of vLLM where there is a GPU, else with the CPU build of the same version; tested with the
+# latter everywhere.
+BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+BIN := .venv/bin
+SERVE := $(if $(filter cuda,$(BUILD)),.venv-cuda,.venv)
+
+# `make serve PORT=9000 MODEL=… TENSOR_PARALLEL=2`: short names for the most used settings.
+# Every other setting is a variable CAPTIONER_<NAME>; `make settings` lists them.
+export CAPTIONER_HOST ?= $(HOST)
+export CAPTIONER_PORT ?= $(PORT)
+export CAPTIONER_MODEL ?= $(MODEL)
+export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
+export CAPTIONER_CONFIG ?= $(CONFIG)
+export CAPTIONER_LOG_FORMAT ?= text
+
+INSTALL = $(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps
+LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+.PHONY: serve
+serve: $(SERVE)/serve.stamp ## Install if needed, then serve on 127.0.0.1:8000
+	@exec $(SERVE)/bin/captioner serve
+
+.PHONY: settings
+settings: $(SERVE)/serve.stamp ## List every setting
+	@$(SERVE)/bin/captioner serve --help
+
+.PHONY: test
+test: check .venv/dev.stamp ## Install if needed, then all checks and tests
+	$(BIN)/pytest
+
+.PHONY: check
+check: .venv/dev.stamp ## Lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: .venv/dev.stamp ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: bench
+bench: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side
+	$(BIN)/python benchmarks/compare.py
+
+.PHONY: lock
+lock: .venv/uv.stamp ## Resolve the requirements anew
+	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done
+	$(call COMPILE,--extra cpu --extra dev,cpu-dev)
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	--no-header --no-annotate --override $(LOCKS)/overrides.txt pyproject.toml --extra build $(1) -o $(LOCKS)/$(2).txt
+
+.PHONY: clean
+clean: ## Remove what `make` installed and what tests left
+	rm -rf .venv .venv-cuda .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+
+%/uv.stamp: $(LOCKS)/uv.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+		"Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 …")'
+	@echo "Making $* …"
+	@$(PYTHON) -m venv $*
+	@$*/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $(LOCKS)/uv.txt
+	@touch $@
+
+define SERVING
+$(1)/serve.stamp: $(1)/uv.stamp $(LOCKS)/$(2).txt pyproject.toml
+	@echo "Installing the $(2) build of the engine (several GB the first time) …"
+	@$$(LOCKED) $(LOCKS)/$(2).txt
+	@$$(INSTALL) --no-build-isolation -e .
+	@touch $$@
+endef
+$(eval $(call SERVING,.venv,cpu))
+$(eval $(call SERVING,.venv-cuda,cuda))
+
+.venv/dev.stamp: .venv/serve.stamp $(LOCKS)/cpu-dev.txt
+	@echo "Installing what the tests need …"
+	@$(LOCKED) $(LOCKS)/cpu-dev.txt
+	@touch $@

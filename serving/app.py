@@ -1,0 +1,140 @@
+"""Composition: settings and an engine in, one ASGI application out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+
+from serving.audio.fetch import Fetcher
+from serving.audio.workers import AudioWorkers
+from serving.body import BodyBudget
+from serving.captioner import Captioner
+from serving.engine.fake import FakeEngine
+from serving.engine.vllm import VllmEngine
+from serving.errors import EngineFailed
+from serving.metrics import Metrics
+from serving.protocols.dashscope import DashScopeCodec
+from serving.protocols.openai import OpenAICodec
+from serving.routes import Service, error_handlers, routes
+from serving.tenancy.keys import Keys
+from serving.uploads import DirectoryUploads
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from serving.config import Settings
+    from serving.engine.base import Engine
+
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    settings: Settings, engine: Engine | None = None, *, on_engine: Callable[[BaseException | None], None] | None = None
+) -> Starlette:
+    """Compose the service. `engine` defaults to the one that the settings name.
+
+    The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
+    `on_engine` is told when it has (`None`) or why it could not.
+    """
+    engine = engine or make_engine(settings)
+    metrics = Metrics()
+    workers = AudioWorkers(settings)
+    fetcher = Fetcher(settings)
+    uploads = DirectoryUploads(settings)
+    service = Service(
+        settings=settings,
+        engine=engine,
+        workers=workers,
+        captioner=Captioner(settings, engine, workers, fetcher, uploads),
+        uploads=uploads,
+        keys=Keys(settings.api_keys),
+        metrics=metrics,
+        bodies=BodyBudget(settings.max_inflight_body_bytes),
+        openai=OpenAICodec(settings),
+        dashscope=DashScopeCodec(settings),
+    )
+    _watch(metrics, service)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            for part in (workers, fetcher, uploads):
+                stack.push_async_callback(part.stop)
+                await part.start()
+            stack.push_async_callback(engine.stop)
+            loading = asyncio.create_task(_load(engine, on_engine))
+            stack.push_async_callback(_cancel, loading)
+            yield
+
+    return Starlette(
+        routes=routes(service),
+        middleware=[Middleware(RequestId)],
+        exception_handlers=error_handlers(service),
+        lifespan=lifespan,
+    )
+
+
+def make_engine(settings: Settings) -> Engine:
+    """Make the engine that the settings name. Importing vLLM waits until it starts."""
+    return FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings)
+
+
+async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:
+    began = time.perf_counter()
+    failure: BaseException | None = None
+    try:
+        await engine.start()
+    except Exception as error:
+        log.exception("the engine could not start")
+        failure = error if isinstance(error, EngineFailed) else EngineFailed()
+    else:
+        log.info("engine ready", extra={"start_s": round(time.perf_counter() - began, 1)})
+    if on_engine is not None:
+        on_engine(failure)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))
+
+
+def _watch(metrics: Metrics, service: Service) -> None:
+    workers = service.workers
+    metrics.watch("captioner_audio_queue_depth", "Clips that wait for an audio worker.", lambda: workers.queued)
+    metrics.watch("captioner_audio_workers_busy", "Audio workers at work.", lambda: workers.busy)
+    metrics.watch(
+        "captioner_features_bytes", "Memory of features that wait for the engine.", lambda: workers.outstanding_bytes
+    )
+    metrics.watch("captioner_body_bytes", "Memory of request bodies under way.", lambda: service.bodies.taken_bytes)
+
+
+class RequestId:
+    """Give each request an id, and each response its `x-request-id` (PROTOCOL 2.5)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with `scope["state"]["request_id"]` set."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"])["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

@@ -1,0 +1,176 @@
+"""The endpoints, E1 to E10 of PROTOCOL and the operator's own, and what is answered to any other path."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from python_multipart.exceptions import MultipartParseError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serving.body import drain
+from serving.errors import (
+    CaptionerError,
+    Internal,
+    InvalidRequest,
+    MethodNotAllowed,
+    ModelNotFound,
+    NotFound,
+    ServerError,
+)
+from serving.exchange import CaptionEndpoint
+from serving.protocols import dashscope, openai
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from starlette.requests import Request
+
+    from serving.audio.workers import AudioWorkers
+    from serving.body import BodyBudget
+    from serving.captioner import Captioner
+    from serving.config import Settings
+    from serving.engine.base import Engine
+    from serving.metrics import Metrics
+    from serving.protocols.base import Codec
+    from serving.tenancy.keys import Keys
+    from serving.uploads import UploadStore
+
+log = logging.getLogger(__name__)
+
+UPLOAD_PATH = "/oss-upload"
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """The parts that endpoints reach."""
+
+    settings: Settings
+    engine: Engine
+    workers: AudioWorkers
+    captioner: Captioner
+    uploads: UploadStore
+    keys: Keys
+    metrics: Metrics
+    bodies: BodyBudget
+    openai: Codec
+    dashscope: Codec
+
+    def codec_of(self, path: str) -> Codec:
+        """The dialect in which an error on this path is told: the native one, but on OpenAI's paths."""
+        return self.openai if path.startswith(("/v1/", "/compatible-mode/")) else self.dashscope
+
+    async def list_models(self, request: Request) -> Response:
+        """E5: the models, as OpenAI lists them."""
+        self._authenticate(request)
+        return _json(openai.models_page(self.settings))
+
+    async def show_model(self, request: Request) -> Response:
+        """E5: one model."""
+        self._authenticate(request)
+        return _json(openai.model(self.settings, request.path_params["name"]))
+
+    async def page_models(self, request: Request) -> Response:
+        """E6: the models, as DashScope pages them."""
+        self._authenticate(request)
+        return _json(dashscope.models_page(self.settings, request.query_params, request.state.request_id))
+
+    async def show_native_model(self, request: Request) -> Response:
+        """E6: one model."""
+        self._authenticate(request)
+        return _json(dashscope.model(self.settings, request.path_params["name"], request.state.request_id))
+
+    async def upload_policy(self, request: Request) -> Response:
+        """E3: the form fields with which one may upload a file for this caller and model."""
+        caller = self._authenticate(request)
+        if request.query_params.get("action") != "getPolicy":
+            raise InvalidRequest("Required parameter(action) missing or invalid, it should be getPolicy.")
+        model = request.query_params.get("model", "")
+        if model not in self.settings.model_names:
+            raise ModelNotFound(model)
+        raise NotImplementedError(caller)
+
+    async def upload(self, request: Request) -> Response:
+        """E4: receive one file as the signed policy allows. It carries no key; errors are XML, as OSS tells them."""
+        raise NotImplementedError(request)
+
+    async def readyz(self, _: Request) -> Response:
+        """Whether captions can be made now: asks the engine, and counts the audio workers."""
+        try:
+            await self.engine.check_health()
+        except ServerError as error:
+            return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
+        return _json(orjson.dumps({"ready": True}))
+
+    async def scrape(self, _: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(self.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    def _authenticate(self, request: Request) -> str:
+        return self.keys.authenticate(request.headers)
+
+
+async def healthz(_: Request) -> Response:
+    """Whether this process answers; says nothing of the model."""
+    return _json(b'{"alive":true}')
+
+
+def error_handlers(service: Service) -> Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]:
+    """What is answered when an endpoint raises, or when no endpoint matches."""
+
+    async def tell(request: Request, raised: Exception) -> Response:
+        error: CaptionerError
+        match raised:
+            case CaptionerError():
+                error = raised
+            case HTTPException(status_code=405):
+                error = MethodNotAllowed(request.method)
+            case HTTPException(status_code=404):
+                error = NotFound()
+            case _:
+                log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
+                error = Internal()
+        with contextlib.suppress(CaptionerError):
+            await drain(request.receive, service.settings.max_body_bytes)
+        answer = service.codec_of(request.url.path).error(error, request.state.request_id)
+        return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
+
+    return {CaptionerError: tell, HTTPException: tell, Exception: tell}
+
+
+def _json(body: bytes, status: int = 200) -> Response:
+    return Response(body, status, media_type="application/json")
+
+
+def routes(service: Service) -> list[Route]:
+    """Every path that is answered."""
+    parts = (service.captioner, service.keys, service.metrics, service.bodies, service.settings)
+    native, compatible = CaptionEndpoint(service.dashscope, *parts), CaptionEndpoint(service.openai, *parts)
+    return [
+        Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),
+        # The manual's last curl names this path (PROTOCOL 14, no. 6).
+        Route("/api/v1/services/aigc/text-generation/generation", native, methods=["POST"]),
+        Route("/compatible-mode/v1/chat/completions", compatible, methods=["POST"]),
+        Route("/v1/chat/completions", compatible, methods=["POST"]),
+        *(
+            Route(f"{prefix}/models{rest}", endpoint)
+            for prefix in ("/compatible-mode/v1", "/v1")
+            for rest, endpoint in (("", service.list_models), ("/{name:path}", service.show_model))
+        ),
+        Route("/api/v1/models", service.page_models),
+        Route("/api/v1/models/{name:path}", service.show_native_model),
+        Route("/api/v1/uploads", service.upload_policy),
+        Route(UPLOAD_PATH, service.upload, methods=["POST"]),
+        Route("/healthz", healthz),
+        Route("/readyz", service.readyz),
+        Route("/metrics", service.scrape),
+    ]

@@ -1,0 +1,35 @@
+"""What several rooms' tests share: services as processes of their own, started once a session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.media import MediaServer
+from tests.service import RunningService
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def fake_service() -> Iterator[RunningService]:
+    """The whole service with the fake engine: fast, and deterministic."""
+    with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--fake-tpot-s=0.001") as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def embedded_service() -> Iterator[RunningService]:
+    """The whole service with the real engine and the embedded checkpoint."""
+    flags = ("--fetch-allow=127.0.0.0/8", "--max-output-tokens=256")
+    with RunningService(*flags, start_timeout_s=280) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def media() -> Iterator[MediaServer]:
+    """A web server on loopback for audio behind URLs."""
+    with MediaServer() as server:
+        yield server

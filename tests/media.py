@@ -1,0 +1,46 @@
+"""A web server on loopback that serves chosen bytes under chosen names."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+import urllib.parse
+from typing import Self
+
+
+class MediaServer:
+    """Serve `files` (path without its first slash → bytes). A context; `url(name)` gives the address."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        media = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                media.requests.append(self.path)
+                content = media.files.get(urllib.parse.unquote(self.path[1:]))
+                self.send_response(404 if content is None else 200)
+                self.send_header("content-length", str(len(content or b"")))
+                self.end_headers()
+                self.wfile.write(content or b"")
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def url(self, name: str) -> str:
+        """Where the file is."""
+        return f"http://127.0.0.1:{self._server.server_address[1]}/{urllib.parse.quote(name)}"

@@ -1,0 +1,93 @@
+"""The service as a process of its own, as a user would start it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+
+class RunningService:
+    """`captioner serve …` on a free loopback port, with its log and its metrics. A context."""
+
+    def __init__(self, *flags: str, start_timeout_s: float = 60) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-")
+        directory = Path(self._directory.name)
+        self.spool, self.uploads = directory / "spool", directory / "uploads"
+        self.spool.mkdir()
+        self._log = (directory / "log").open("w+")
+        self._flags = flags
+        self._start_timeout_s = start_timeout_s
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "serving.cli", "serve", "--port=0", f"--spool-dir={self.spool}"]
+        command += [f"--uploads-dir={self.uploads}", *self._flags]
+        self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log)
+        deadline = time.monotonic() + self._start_timeout_s
+        while not self.url:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise RuntimeError(f"the service did not start:\n{self.log()}")
+            time.sleep(0.05)
+            if found := re.search(r"ready after .* on (http://[^\s\"]+)", self.log()):
+                self.url = found[1]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+        self._log.close()
+        self._directory.cleanup()
+
+    def stop(self) -> int:
+        """End it as an operator would, and return its exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def log(self) -> str:
+        """Everything it has logged so far."""
+        self._log.flush()
+        return Path(self._log.name).read_text()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value, summed over the series that have these labels."""
+        total, found = 0.0, False
+        for line in httpx.get(f"{self.url}/metrics").text.splitlines():
+            match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            if match is None or match[1] != name:
+                continue
+            found = True
+            series = dict(re.findall(r'(\w+)="([^"]*)"', match[2] or ""))
+            if labels.items() <= series.items():
+                total += float(match[3])
+        if not found and not labels:
+            raise KeyError(name)
+        return total
+
+    def settle(self, timeout_s: float = 10) -> None:
+        """Wait until nothing is under way. Raises `TimeoutError`."""
+        deadline = time.monotonic() + timeout_s
+        while any(self.metric(name) for name in UNDER_WAY):
+            if time.monotonic() > deadline:
+                raise TimeoutError({name: self.metric(name) for name in UNDER_WAY})
+            time.sleep(0.05)
+
+
+UNDER_WAY = (
+    "captioner_requests_in_flight",
+    "captioner_engine_running",
+    "captioner_audio_queue_depth",
+    "captioner_audio_workers_busy",
+    "captioner_features_bytes",
+    "captioner_body_bytes",
+)
