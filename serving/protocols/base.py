@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from serving import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from serving.types import CaptionDelta, CaptionRequest
 
@@ -34,12 +34,21 @@ class Reply(Protocol):
 
     stream: bool
 
+    ended: bool
+    """The epilogue was rendered: stop generating, further deltas render as nothing.
+
+    So after the last delta, and before it when a cumulative stream reaches the longest line that clients read.
+    """
+
     def whole(self, text: str, last: CaptionDelta) -> bytes:
         """The body of a whole answer: all text, and the last delta's usage and finish reason."""
         ...
 
     def frame(self, delta: CaptionDelta) -> bytes:
-        """Server-sent events for one delta: with the preamble before the first, with the epilogue after the last."""
+        """Server-sent events for one delta: with the preamble before the first, with the epilogue after the last.
+
+        Empty when there is nothing to tell (a delta without text that is not the last).
+        """
         ...
 
     def error_frame(self, error: errors.CaptionerError) -> bytes:
@@ -67,13 +76,23 @@ class Codec(Protocol):
 HEARTBEAT = b": keep-alive\n\n"
 """A comment that every client ignores (PROTOCOL 2.14)."""
 
+MAX_LINE_BYTES = 128 * 1024
+"""The longest line of an event stream that every client reads (PROTOCOL 2.12)."""
+
+MAX_TEXT_BYTES = MAX_LINE_BYTES - 2048
+"""What is left of a line for a text as JSON, beside the frame around it."""
+
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
     errors.BodyTooLarge: 413,
+    errors.ModelNotFound: 404,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
     errors.AsyncNotSupported: 403,
     errors.Unauthenticated: 401,
+    errors.UploadRejected: 403,
+    errors.UploadTooLarge: 400,
+    errors.UploadExists: 409,
     errors.ServerError: 500,
     errors.NotReady: 503,
     errors.Overloaded: 503,
@@ -97,3 +116,10 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
     elif isinstance(error, errors.DeadlineExceeded):
         headers["x-should-retry"] = "false"
     return headers
+
+
+def lines(text: str) -> Iterator[str]:
+    """The text in pieces that each fit one line whatever they hold (a character takes at most 12 bytes as JSON)."""
+    step = MAX_TEXT_BYTES // 12
+    for start in range(0, len(text), step):
+        yield text[start : start + step]
