@@ -48,6 +48,7 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
         frozen=True,
         extra="forbid",
+        cli_prog_name="captioner serve",
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -177,7 +178,7 @@ class Settings(BaseSettings):
         flags.add_argument("--config")
         if path := flags.parse_known_args(argv)[0].config:
             os.environ["CAPTIONER_CONFIG"] = path
-        return cls(_cli_parse_args=list(argv), _cli_prog_name="captioner serve")
+        return cls(_cli_parse_args=list(argv))
 
     @classmethod
     def settings_customise_sources(

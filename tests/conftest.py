@@ -23,7 +23,7 @@ def fake_service() -> Iterator[RunningService]:
 @pytest.fixture(scope="session")
 def embedded_service() -> Iterator[RunningService]:
     """The whole service with the real engine and the embedded checkpoint."""
-    flags = ("--fetch-allow=127.0.0.0/8", "--max-output-tokens=256")
+    flags = ("--fetch-allow=127.0.0.0/8", "--max-output-tokens=256", "--allow-ignore-eos")
     with RunningService(*flags, start_timeout_s=280) as service:
         yield service
 

@@ -63,7 +63,7 @@ class RunningService:
         """A metric's value, summed over the series that have these labels."""
         total, found = 0.0, False
         for line in httpx.get(f"{self.url}/metrics").text.splitlines():
-            match = re.fullmatch(r"(\w+)(?:\{(.*)\})? (\S+)", line)
+            match = re.fullmatch(r"([\w:]+)(?:\{(.*)\})? (\S+)", line)
             if match is None or match[1] != name:
                 continue
             found = True

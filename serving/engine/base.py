@@ -29,6 +29,11 @@ class Engine(Protocol):
     model_max_output_tokens: int
     """Room for output after the longest input."""
 
+    @property
+    def running(self) -> int:
+        """Generations under way."""
+        ...
+
     async def start(self) -> None:
         """Load the model; return when it can generate. Raises `EngineFailed`."""
         ...

@@ -1,0 +1,133 @@
+"""Clients that leave in the middle leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, NATIVE, ask_compatible, compatible_body, data_url, native_body, wav
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.media import MediaServer
+
+CLIENTS = 200
+
+
+@pytest.fixture(scope="module")
+def endless_service() -> Iterator[RunningService]:
+    """The fake engine at a caption of some ten minutes, which no client waits for."""
+    with RunningService(
+        "--engine=fake", "--fake-tpot-s=0.02", "--fake-tokens=30000", "--fetch-allow=127.0.0.0/8"
+    ) as service:
+        yield service
+
+
+async def _leave_mid_stream(url: str, path: str, body: dict[str, object], *, after_frames: int) -> None:
+    """Read some frames of a stream and close the connection without a word."""
+    host, port = url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\nx-dashscope-sse: enable\r\ncontent-length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    seen = b""
+    while seen.count(b"data:") < after_frames:
+        piece = await reader.read(65_536)
+        assert piece, f"the stream ended by itself: {seen!r}"
+        seen += piece
+    writer.transport.abort()
+
+
+def _held(service: RunningService) -> tuple[int, int, int]:
+    """Open files and child processes of the service, and its files in the spool directory."""
+    process = psutil.Process(service.process.pid)
+    return process.num_fds(), len(process.children(recursive=True)), len(list(service.spool.iterdir()))
+
+
+async def _storm(service: RunningService, audio: list[str], *, after_frames: int, **parameters: object) -> None:
+    async with asyncio.TaskGroup() as group:
+        for index in range(CLIENTS):
+            source = audio[index % len(audio)]
+            path, body = (
+                (NATIVE, native_body(source, incremental_output=True, **parameters))
+                if index % 2
+                else (COMPATIBLE, compatible_body(source, stream=True, **parameters))
+            )
+            group.create_task(_leave_mid_stream(service.url, path, body, after_frames=after_frames))
+            if index % 40 == 39:
+                await asyncio.sleep(0.2)
+
+
+async def test_fake_engine_is_left_clean(endless_service: RunningService, media: MediaServer) -> None:
+    """200 clients that leave mid-stream leave no generation, file, process or memory behind."""
+    service = endless_service
+    media.files["leaver.wav"] = wav(2)
+    audio = [data_url(wav(1)), media.url("leaver.wav")]
+    await _storm(service, audio, after_frames=3)  # the first round fills caches and pools
+    service.settle()
+    held, memory = _held(service), psutil.Process(service.process.pid).memory_info().rss
+    await _storm(service, audio, after_frames=3)
+    service.settle()
+    fds, processes, files = _held(service)
+    assert fds <= held[0]
+    assert processes == held[1]
+    assert files == held[2] == 0
+    assert psutil.Process(service.process.pid).memory_info().rss < memory + 32 * 2**20
+    assert service.metric("captioner_requests_total", outcome="cancelled") == 2 * CLIENTS
+
+
+async def test_clients_that_leave_during_the_download(endless_service: RunningService) -> None:
+    """A client that leaves while its audio is fetched ends the fetch and frees the spool."""
+    service = endless_service
+    stuck: list[asyncio.StreamWriter] = []
+    all_stuck = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\nRIFF")
+        stuck.append(writer)
+        if len(stuck) == 20:
+            all_stuck.set()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/slow.wav"
+    host, port = service.url.removeprefix("http://").split(":")
+    content = json.dumps(native_body(url)).encode()
+    writers = []
+    for _ in range(20):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"POST {NATIVE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+        writers.append(writer)
+    async with asyncio.timeout(30):
+        await all_stuck.wait()
+    for writer in writers:
+        writer.transport.abort()
+    await asyncio.to_thread(service.settle)
+    assert list(service.spool.iterdir()) == []
+    for writer in stuck:
+        writer.close()
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.engine
+async def test_real_engine_is_left_clean(embedded_service: RunningService) -> None:
+    """With vLLM too: nothing generates on for clients that have left, and the next caption comes as before."""
+    service = embedded_service
+    audio = [data_url(wav(1, frequency_hz=200 + index)) for index in range(8)]
+    before = await asyncio.to_thread(ask_compatible, service.url, audio[0], temperature=0)
+    held = _held(service)
+    await _storm(service, audio, after_frames=2, ignore_eos=True, max_tokens=256)
+    await asyncio.to_thread(service.settle)
+    assert service.metric("vllm:num_requests_running") + service.metric("vllm:num_requests_waiting") == 0
+    fds, processes, _ = _held(service)
+    assert fds <= held[0] + 8  # the engine's sockets may open one lazily
+    assert processes == held[1]
+    after = await asyncio.to_thread(ask_compatible, service.url, audio[0], temperature=0)
+    assert after.text == before.text
