@@ -1,0 +1,141 @@
+"""An engine without a model: set text at a set speed, deterministic, with faults on demand.
+
+For tests, load generators and client development. A token is a word with the space before it; which words, depends on
+the features alone. Token ids mean nothing here, so stop tokens never match, and there is nothing to sample.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from typing import TYPE_CHECKING, Any
+
+from serving.engine.base import EngineDelta
+from serving.errors import EngineFailed, NotReady
+from serving.types import FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from serving.config import Settings
+    from serving.types import Features, Sampling
+
+_STORY = (
+    "A quiet room opens the clip, then a steady hum rises, a distant voice says something brief, and the hum fades."
+)
+
+_FINGERPRINT_FRAMES = 64
+"""Frames that the fingerprint looks at, so that a long clip costs no more than a short one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong with every generation, and after how many tokens (0: before the first)."""
+
+    fail_after_tokens: int | None = None
+    hang_after_tokens: int | None = None
+
+
+class FakeEngine:
+    """An `Engine` that says `fake_tokens` words: the first after `fake_ttft_s`, then one every `fake_tpot_s`.
+
+    At most `concurrency` generations are under way at once; others wait for their turn. `running` (those that wait
+    included), `finished`, `failed` and `aborted` count generations: each ends as exactly one of the last three, as
+    `aborted` if it was closed or cancelled.
+    """
+
+    def __init__(self, settings: Settings, *, concurrency: int | None = None, faults: Faults | None = None) -> None:
+        self.model_max_output_tokens = settings.max_model_len - settings.max_input_tokens
+        self.faults = faults or Faults()
+        self.running = self.finished = self.failed = self.aborted = 0
+        self._ttft_s = settings.fake_ttft_s
+        self._tpot_s = settings.fake_tpot_s
+        self._tokens = settings.fake_tokens
+        self._turns: contextlib.AbstractAsyncContextManager[Any] = (
+            asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
+        )
+        self._ready = False
+        self._dead = asyncio.Event()
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        self._ready = True
+
+    async def check_health(self) -> None:
+        """See `Engine`."""
+        if self._dead.is_set():
+            raise EngineFailed
+        if not self._ready:
+            raise NotReady
+
+    async def stop(self) -> None:
+        """See `Engine`."""
+        self._ready = False
+
+    def die(self) -> None:
+        """Crash: what runs (hanging or not) and what comes raises `EngineFailed`."""
+        self._dead.set()
+
+    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+        """See `Engine`."""
+        del request_id
+        self.running += 1
+        ended = "aborted"
+        try:
+            await self.check_health()
+            async with self._turns:
+                due = asyncio.get_running_loop().time() + self._ttft_s
+                for tokens, delta in enumerate(self._deltas(features, sampling)):
+                    await self._step(tokens, due + tokens * self._tpot_s)
+                    if delta.finish_reason is not None:
+                        ended = "finished"
+                    yield delta
+        except (EngineFailed, NotReady):
+            ended = "failed"
+            raise
+        finally:
+            self.running -= 1
+            self.finished += ended == "finished"
+            self.failed += ended == "failed"
+            self.aborted += ended == "aborted"
+
+    async def _step(self, tokens: int, due: float) -> None:
+        """Wait until the next token is due, on a schedule that does not drift; `tokens` were generated before."""
+        if tokens == self.faults.hang_after_tokens:
+            await self._dead.wait()
+        await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
+        if tokens == self.faults.fail_after_tokens or self._dead.is_set():
+            raise EngineFailed
+
+    def _deltas(self, features: Features, sampling: Sampling) -> Iterator[EngineDelta]:
+        """One delta per token, and one more for the end of turn, unless a limit or a stop text comes first."""
+        says_all = not sampling.ignore_eos and self._tokens < sampling.max_tokens
+        count = self._tokens if says_all else sampling.max_tokens
+        held = ""  # the end of the text, which may turn out to begin a stop text
+        hold = max((len(stop) - 1 for stop in sampling.stop), default=0)
+        for number, word in enumerate(islice(_words(features), count), 1):
+            held += word
+            if found := [held.index(stop) for stop in sampling.stop if stop in held]:
+                yield EngineDelta(held[: min(found)], 1, FinishReason.STOP)
+                return
+            if number == count and not says_all:
+                yield EngineDelta(held, 1, FinishReason.LENGTH)
+                return
+            final = max(0, len(held) - hold)
+            yield EngineDelta(held[:final], 1)
+            held = held[final:]
+        yield EngineDelta(held, 0, FinishReason.STOP)
+
+
+def _words(features: Features) -> Iterator[str]:
+    """Endless words about these features."""
+    step = max(1, features.log_mel.shape[1] // _FINGERPRINT_FRAMES)
+    fingerprint = hashlib.blake2b(features.log_mel[:, ::step].tobytes(), digest_size=4).hexdigest()
+    opening = f"This clip of {features.duration_s:.2f} seconds has the fingerprint {fingerprint}."
+    words = chain(opening.split(), cycle(_STORY.split()))
+    yield next(words)
+    for word in words:
+        yield f" {word}"
