@@ -96,6 +96,9 @@ class Settings(BaseSettings):
     fake_ttft_s: float = Field(0.0, ge=0, description="Fake engine: time to the first token")
     fake_tpot_s: float = Field(0.0, ge=0, description="Fake engine: time per further token")
     fake_tokens: int = Field(24, ge=1, description="Fake engine: tokens of a caption")
+    fake_text: str | None = Field(
+        None, description="Fake engine: what it says, a word per token, over and over; default: its own words"
+    )
 
     # Limits of a request (API manual; PROTOCOL 7.4)
     max_audio_s: float = Field(2400, gt=0, description="Longest audio")

@@ -54,6 +54,7 @@ class FakeEngine:
         self._ttft_s = settings.fake_ttft_s
         self._tpot_s = settings.fake_tpot_s
         self._tokens = settings.fake_tokens
+        self._text = settings.fake_text
         self._turns: contextlib.AbstractAsyncContextManager[Any] = (
             asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
         )
@@ -116,7 +117,7 @@ class FakeEngine:
         count = self._tokens if says_all else sampling.max_tokens
         held = ""  # the end of the text, which may turn out to begin a stop text
         hold = max((len(stop) - 1 for stop in sampling.stop), default=0)
-        for number, word in enumerate(islice(_words(features), count), 1):
+        for number, word in enumerate(islice(_words(features, self._text), count), 1):
             held += word
             if found := [held.index(stop) for stop in sampling.stop if stop in held]:
                 yield EngineDelta(held[: min(found)], 1, FinishReason.STOP)
@@ -130,12 +131,12 @@ class FakeEngine:
         yield EngineDelta(held, 0, FinishReason.STOP)
 
 
-def _words(features: Features) -> Iterator[str]:
-    """Endless words about these features."""
+def _words(features: Features, text: str | None) -> Iterator[str]:
+    """Endless words: the text's (only spaces divide them) over and over, or without one, some about these features."""
     step = max(1, features.log_mel.shape[1] // _FINGERPRINT_FRAMES)
     fingerprint = hashlib.blake2b(features.log_mel[:, ::step].tobytes(), digest_size=4).hexdigest()
     opening = f"This clip of {features.duration_s:.2f} seconds has the fingerprint {fingerprint}."
-    words = chain(opening.split(), cycle(_STORY.split()))
+    words = chain(opening.split(), cycle(_STORY.split())) if text is None else cycle(text.split(" "))
     yield next(words)
     for word in words:
         yield f" {word}"
