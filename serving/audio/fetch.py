@@ -1,0 +1,313 @@
+"""Downloads of clips, behind the egress guard.
+
+For every hop the host is resolved once, by us, and the guard sees every address it has. The sockets then connect to
+those very addresses and to no other: a name that resolves differently the next time (rebinding), or that another parser
+reads differently, gains nothing. Source: PROTOCOL 7.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urljoin
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from serving.audio.egress import EgressGuard, parse_url
+from serving.errors import (
+    AudioEmpty,
+    AudioTooLarge,
+    CaptionerError,
+    DownloadFailed,
+    DownloadTimeout,
+    InvalidAudioUrl,
+    Overloaded,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from typing import BinaryIO
+
+    from aiohttp import AddrInfoType
+    from yarl import URL
+
+    from serving.config import Settings
+
+MAX_REDIRECTS = 5
+
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_HEADERS = {"User-Agent": "captioner", "Accept-Encoding": "identity"}
+_CHUNK_BYTES = 256 * 1024
+_RESOLVER_THREADS = 32
+_SPOOL_PREFIX = "captioner-spool-"
+
+TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
+    aiohttp.ClientConnectionError: DownloadFailed,
+    aiohttp.ClientPayloadError: DownloadFailed,
+    aiohttp.ClientResponseError: DownloadFailed,
+    aiohttp.InvalidURL: InvalidAudioUrl,
+    aiohttp.NonHttpUrlClientError: InvalidAudioUrl,
+    aiohttp.RedirectClientError: DownloadFailed,
+    aiohttp.ServerTimeoutError: DownloadTimeout,
+    aiohttp.UploadAbortedError: DownloadFailed,
+}
+"""What becomes of each exception of aiohttp; one takes its nearest ancestor's."""
+
+log = logging.getLogger(__name__)
+
+
+class Fetcher:
+    """Downloads clips into temporary files. `getaddrinfo` is the resolver, with the signature of `socket`'s."""
+
+    def __init__(self, settings: Settings, *, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
+        self._settings = settings
+        self._getaddrinfo = getaddrinfo
+        self._guard = EgressGuard(settings)
+        self._spool: _Spool | None = None
+
+    async def start(self) -> None:
+        """Make the directory for downloads, and remove those that killed services left behind."""
+        # Threads of its own: names that resolve slowly, on purpose even, hold up nothing but other downloads.
+        self._resolver = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolve")
+        self._spool = _Spool(self._settings.spool_dir or Path(tempfile.gettempdir()), self._settings.max_spool_bytes)
+
+    async def stop(self) -> None:
+        """Remove the directory. Idempotent."""
+        if self._spool is not None:
+            self._resolver.shutdown(wait=False, cancel_futures=True)
+            self._spool.remove()
+            self._spool = None
+
+    @asynccontextmanager
+    async def fetch(self, url: str) -> AsyncIterator[Path]:
+        """Download the file behind an http(s) URL. It is there until the context is left.
+
+        Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, uses no
+        proxy, and refuses a compressed body.
+
+        Raises `InvalidAudioUrl`, `DownloadFailed`, `DownloadTimeout`, `AudioTooLarge`, `AudioEmpty`, and `Overloaded`
+        when downloads fill the disk they may take.
+        """
+        hop = parse_url(url)
+        if self._spool is None:
+            raise RuntimeError("the fetcher is not running")
+        async with self._spool.file() as file:
+            with _translated():
+                async with asyncio.timeout(self._settings.fetch_timeout_s):
+                    await self._download(hop, file)
+                file.close()
+            if not file.nbytes:
+                raise AudioEmpty
+            yield file.path
+
+    async def _download(self, hop: URL, file: _SpoolFile) -> None:
+        for _ in range(MAX_REDIRECTS + 1):
+            async with self._get(hop) as response:
+                if response.status not in _REDIRECTS:
+                    await self._read(response, file)
+                    return
+                hop = _next_hop(hop, response.headers.get("Location"))
+        raise DownloadFailed(f"{DownloadFailed.message} It redirects more than {MAX_REDIRECTS} times.")
+
+    @asynccontextmanager
+    async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one request over a connection of its own: nothing of it is shared with another caller's."""
+        pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port)))
+        connector = aiohttp.TCPConnector(
+            resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False, force_close=True
+        )
+        session = aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=_HEADERS,
+            auto_decompress=False,
+            trust_env=False,
+            read_bufsize=_CHUNK_BYTES,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._settings.fetch_connect_timeout_s),
+        )
+        async with session, session.get(url, allow_redirects=False) as response:
+            yield response
+
+    async def _resolve(self, host: str, port: int) -> list[AddrInfoType]:
+        """Every address of the host, literal or name, all of them allowed."""
+        resolving = asyncio.get_running_loop().run_in_executor(
+            self._resolver, lambda: self._getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        try:
+            found: list[AddrInfoType] = await resolving
+        except (OSError, UnicodeError) as error:
+            log.info("a host could not be resolved", extra={"host": host, "reason": str(error)})
+            raise DownloadFailed from None
+        self._guard.check(host, port, (ipaddress.ip_address(info[4][0]) for info in found))
+        return found
+
+    async def _read(self, response: aiohttp.ClientResponse, file: _SpoolFile) -> None:
+        if response.status // 100 != HTTPStatus.OK // 100:
+            raise DownloadFailed(f"{DownloadFailed.message} The server answered with status {response.status}.")
+        if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
+            raise DownloadFailed(f"{DownloadFailed.message} The server sent a compressed body.")
+        limit = self._settings.max_url_bytes
+        if (response.content_length or 0) > limit:
+            raise AudioTooLarge
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            if file.nbytes + len(chunk) > limit:
+                raise AudioTooLarge
+            file.write(chunk)
+
+
+class _Pinned(AbstractResolver):
+    """Resolves to the addresses that were checked, and makes sockets for no other."""
+
+    def __init__(self, checked: Sequence[AddrInfoType]) -> None:
+        self._checked = checked
+        self._addresses = {ipaddress.ip_address(info[4][0]) for info in checked}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        del family
+        return [
+            ResolveResult(
+                hostname=host,
+                host=cast("str", info[4][0]),
+                port=port,
+                family=info[0],
+                proto=info[2],
+                flags=socket.AI_NUMERICHOST,
+            )
+            for info in self._checked
+        ]
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    def socket(self, info: AddrInfoType) -> socket.socket:
+        family, kind, protocol, _, address = info
+        # aiohttp asks no resolver about what it takes for a literal, so this is the place that sees every connection.
+        if ipaddress.ip_address(address[0]) not in self._addresses:
+            raise OSError(errno.EACCES, "not an address that was checked")
+        return socket.socket(family, kind, protocol)
+
+
+class _Spool:
+    """A directory of our own for downloads under way, and the bound on what they take together.
+
+    It is locked. A service that was killed leaves its directory but not its lock, so the next one can tell and sweep.
+    """
+
+    def __init__(self, parent: Path, max_bytes: int) -> None:
+        parent.mkdir(parents=True, exist_ok=True)
+        for other in parent.glob(f"{_SPOOL_PREFIX}*"):
+            with suppress(OSError):  # its owner lives, or is another user
+                os.close(_lock(other))
+                shutil.rmtree(other)
+        # Locked before it gets the name that others sweep.
+        new = Path(tempfile.mkdtemp(prefix=f".{_SPOOL_PREFIX}", dir=parent))
+        self._lock = _lock(new)
+        self._directory = new.rename(parent / new.name.removeprefix("."))
+        self._max_bytes = max_bytes
+        self._taken_bytes = 0
+
+    def take(self, nbytes: int) -> None:
+        """Count bytes that go to disk, or that were removed from it. Raises `Overloaded` if it is full."""
+        if nbytes > 0 and self._taken_bytes + nbytes > self._max_bytes:
+            raise Overloaded
+        self._taken_bytes += nbytes
+
+    @asynccontextmanager
+    async def file(self) -> AsyncIterator[_SpoolFile]:
+        """Make a file that is removed when the context is left."""
+        path = self._directory / uuid.uuid4().hex
+        file = _SpoolFile(self, path)
+        try:
+            yield file
+        finally:
+            with suppress(OSError):
+                file.close()
+            try:
+                # Writing pays no thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
+                await asyncio.shield(asyncio.to_thread(path.unlink))
+            finally:
+                self.take(-file.nbytes)
+
+    def remove(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        os.close(self._lock)
+
+
+class _SpoolFile:
+    """A download on its way to disk."""
+
+    def __init__(self, spool: _Spool, path: Path) -> None:
+        self.path = path
+        self.nbytes = 0
+        self._spool = spool
+        self._file: BinaryIO = path.open("xb", buffering=_CHUNK_BYTES)
+
+    def write(self, chunk: bytes) -> None:
+        """Append. Raises `Overloaded` if downloads take all the disk they may, `OSError` if there is none."""
+        self._spool.take(len(chunk))
+        self.nbytes += len(chunk)
+        self._file.write(chunk)
+
+    def close(self) -> None:
+        """Write what is buffered. Raises `OSError`."""
+        self._file.close()
+
+
+def _lock(directory: Path) -> int:
+    """Lock a directory for as long as the descriptor that is returned is open. Raises `OSError` if it is locked."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _next_hop(url: URL, location: str | None) -> URL:
+    try:
+        hop = parse_url(urljoin(str(url), location or ""))
+    except (InvalidAudioUrl, ValueError):
+        raise DownloadFailed(f"{DownloadFailed.message} It redirects to an invalid URL.") from None
+    if (url.scheme, hop.scheme) == ("https", "http"):
+        raise DownloadFailed(f"{DownloadFailed.message} It redirects from https to http.")
+    return hop
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn what a download can raise into our tree; what the other side or the network said stays in our log."""
+    try:
+        yield
+    except CaptionerError:
+        raise
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        log.info("a download failed", extra={"reason": repr(error)})
+        raise _translate(error) from None
+
+
+def _translate(error: aiohttp.ClientError | OSError) -> CaptionerError:
+    if isinstance(error, aiohttp.ClientError):
+        return next((TRANSLATION[kind] for kind in type(error).__mro__ if kind in TRANSLATION), DownloadFailed)()
+    if isinstance(error, TimeoutError):
+        return DownloadTimeout()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Overloaded()
+    return DownloadFailed()
