@@ -120,9 +120,9 @@ def test_the_upload_header_is_harmless(dialect: str) -> None:
     "head",
     [
         b"RIFF\x24\x00\x00\x00WAVEfmt ",
-        b"ID3\x04\x00",
-        b"\xff\xfb\x90\x64\x00\x00",
-        b"\xff\xf1\x50\x80\x02",
+        b"ID3\x04\x00\x00\x00\x00\x00\x0a",
+        (b"\xff\xfb\x90\x64" + bytes(413)) * 9,
+        (b"\xff\xf1\x50\x80\x02\x1f\xfc" + bytes(9)) * 9,
         b"OggS\x00\x02",
         b"fLaC\x00\x00",
         b"#!AMR\n\x3c",
