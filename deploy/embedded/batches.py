@@ -1,0 +1,169 @@
+"""Training batches: clips of like length from the corpus, as the tensors that model and helper heads take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from deploy.embedded.corpus.captions import (
+    INSTRUMENTS,
+    LANGUAGES,
+    MANNERS,
+    SOUNDS,
+    SPEAKERS,
+    Event,
+    Facts,
+    caption,
+    said_rate,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from transformers import Qwen2Tokenizer
+
+MEL = 128
+KINDS = tuple(sorted({*SOUNDS, *INSTRUMENTS, *SPEAKERS, "person"}))
+RATES = (1.0, 4 / 3, 1.5, 5 / 3, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+LEVELS = ("quiet", "moderate", "loud")
+NOISES = ("none", "faint", "strong")
+IGNORED = -100
+TOKENS_PER_S = 13
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A training clip: where its features lie, and what is true of it."""
+
+    shard: int
+    first_frame: int
+    frames: int
+    facts: Facts
+    spans_s: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one step.
+
+    `features` [128, frames of all clips], `lengths` frames of each; `input_ids` and `labels` [clips, tokens]; for
+    each audio token of all clips `kinds` [tokens, kinds] multi-hot and `language`, `manner`, `rate` class numbers or
+    -100; for each clip `whole` [clips, 4]: loudness, noise, room, clipping.
+    """
+
+    features: torch.Tensor
+    lengths: torch.Tensor
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    kinds: torch.Tensor
+    language: torch.Tensor
+    manner: torch.Tensor
+    rate: torch.Tensor
+    whole: torch.Tensor
+
+
+def read_facts(line: dict[str, object]) -> Facts:
+    """The facts of a line that the corpus wrote."""
+    named = {name: line[name] for name in ("duration_s", "overlap", "loudness", "noise", "reverberant", "clipped")}
+    return Facts(events=tuple(Event(**event) for event in line["events"]), **named)  # type: ignore[attr-defined,arg-type]
+
+
+def audio_tokens(frames: int) -> int:
+    """Tokens that the audio tower makes of `frames`: 13 per whole second, an eighth of the frames of the rest."""
+    rest = (frames % 100 - 1) // 2 + 1
+    return ((rest - 1) // 2 + 1 - 1) // 2 + 1 + frames // 100 * TOKENS_PER_S
+
+
+class Corpus:
+    """All shards under `folder`."""
+
+    def __init__(self, folder: Path, tokenizer: Qwen2Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shards, self.clips = [], []
+        for index, path in enumerate(sorted(folder.glob("*.jsonl"))):
+            self._shards.append(np.memmap(path.with_suffix(".f16"), np.float16, "r").reshape(-1, MEL))
+            for text in path.read_text().splitlines():
+                line = json.loads(text)
+                spans = tuple((start, end) for start, end in line["spans_s"])
+                self.clips.append(Clip(index, line["first_frame"], line["frames"], read_facts(line), spans))
+        ids = tokenizer.encode
+        self._before = ids("<|im_start|>user\n<|audio_start|>")
+        self._after = ids("<|audio_end|><|im_end|>\n<|im_start|>assistant\n")
+        self._audio = ids("<|audio_pad|>")
+        self._end = ids("<|im_end|>")
+
+    def epochs(self, seed: int, frames_per_batch: int, most_clips: int) -> Iterator[list[Clip]]:
+        """Clips of like length, epoch after epoch, in an order that `seed` fixes."""
+        rng = np.random.default_rng(seed)
+        while True:
+            order = rng.permutation(len(self.clips))
+            batches: list[list[Clip]] = []
+            for start in range(0, len(order), 1024):
+                some = sorted((self.clips[i] for i in order[start : start + 1024]), key=lambda clip: clip.frames)
+                batch: list[Clip] = []
+                for clip in some:
+                    if batch and ((len(batch) + 1) * clip.frames > frames_per_batch or len(batch) == most_clips):
+                        batches.append(batch)
+                        batch = []
+                    batch.append(clip)
+                batches.append(batch)
+            yield from (batches[i] for i in rng.permutation(len(batches)))
+
+    def batch(self, clips: list[Clip], rng: np.random.Generator) -> Batch:
+        """The tensors of `clips`, with bands of frequency and spans of time blotted out at random."""
+        features, rows, labels, kinds, pieces = [], [], [], [], []
+        for clip in clips:
+            mel = np.array(self._shards[clip.shard][clip.first_frame : clip.first_frame + clip.frames], np.float32)
+            features.append(_blotted(mel, rng))
+            tokens = audio_tokens(clip.frames)
+            prompt = [*self._before, *self._audio * tokens, *self._after]
+            answer = [*self._tokenizer.encode(caption(clip.facts)), *self._end]
+            rows.append(prompt + answer)
+            labels.append([IGNORED] * len(prompt) + answer)
+            hot, classes = _per_token(clip, tokens)
+            kinds.append(hot)
+            pieces.append(classes)
+        width = max(map(len, rows))
+        pad = self._tokenizer.pad_token_id
+        classes = np.concatenate(pieces)
+        return Batch(
+            torch.from_numpy(np.concatenate(features).T.copy()),
+            torch.tensor([clip.frames for clip in clips]),
+            torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
+            torch.tensor([label + [IGNORED] * (width - len(label)) for label in labels]),
+            torch.from_numpy(np.concatenate(kinds)),
+            *(torch.from_numpy(classes[:, column].copy()) for column in range(3)),
+            torch.tensor([_whole(clip.facts) for clip in clips]),
+        )
+
+
+def _blotted(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    low = mel.min()
+    if rng.random() < 0.5:
+        start = rng.integers(0, MEL - 16)
+        mel[:, start : start + rng.integers(4, 16)] = low
+    return mel
+
+
+def _per_token(clip: Clip, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    hot = np.zeros((tokens, len(KINDS)), np.float32)
+    classes = np.full((tokens, 3), IGNORED, np.int64)
+    for event, (start_s, end_s) in zip(clip.facts.events, clip.spans_s, strict=True):
+        span = slice(int(start_s * TOKENS_PER_S), max(int(end_s * TOKENS_PER_S), int(start_s * TOKENS_PER_S) + 1))
+        hot[span, KINDS.index(event.kind)] = 1
+        if event.language:
+            classes[span, 0] = LANGUAGES.index(event.language)
+            classes[span, 1] = MANNERS.index(event.manner)
+        if event.rate:
+            rate = said_rate(event)
+            classes[span, 2] = min(range(len(RATES)), key=lambda i: abs(RATES[i] - rate))
+    return hot, classes
+
+
+def _whole(facts: Facts) -> list[int]:
+    return [LEVELS.index(facts.loudness), NOISES.index(facts.noise), int(facts.reverberant), int(facts.clipped)]

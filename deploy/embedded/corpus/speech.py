@@ -1,0 +1,239 @@
+"""Speech: sentences in six languages, spoken by espeak-ng's and flite's voices, and prompts that people recorded.
+
+`python -m deploy.embedded.corpus.speech CACHE` writes the pool. Who speaks is told by measured pitch, never by the name
+of a voice: espeak-ng falls back to its male voice without a word when it does not know a name.
+"""
+
+from __future__ import annotations
+
+import html
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+import soxr
+from scipy import signal
+
+from deploy.embedded.corpus.packages import unpack
+from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, trimmed, write_pool
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LANGUAGES = {
+    "English": ("en-us", "fortunes"),
+    "Mandarin Chinese": ("cmn", "fortunes-zh"),
+    "Spanish": ("es", "fortunes-es"),
+    "French": ("fr", "developers-reference-fr"),
+    "German": ("de", "fortunes-de"),
+    "Russian": ("ru", "fortunes-ru"),
+}
+"""Name of a language: espeak-ng's name for it, and the Debian package whose sentences are spoken."""
+
+PROMPTS = {
+    "English": ("asterisk-core-sounds-en-wav", "ktuberling-data/**/sounds/en"),
+    "Spanish": ("asterisk-core-sounds-es-wav", "tuxpaint-stamps-default/**/*_es.ogg"),
+    "French": ("asterisk-core-sounds-fr-wav", "tuxpaint-stamps-default/**/*_fr.ogg"),
+    "Russian": ("asterisk-core-sounds-ru-wav", "ktuberling-data/**/sounds/ru"),
+    "German": ("", "ktuberling-data/**/sounds/de"),
+}
+"""People's recordings: those trained on, and those of other people for the evaluation."""
+
+PACKAGES = (
+    *(package for _, package in LANGUAGES.values()),
+    *(package for package, _ in PROMPTS.values() if package),
+    "ktuberling-data",
+    "tuxpaint-stamps-default",
+)
+
+VARIANTS = (
+    "Alex", "Alicia", "Andrea", "Andy", "Annie", "Denis", "Diogo", "Gene", "Gene2", "Henrique", "Hugo", "Jacky",
+    "Lee", "Marco", "Mario", "Michael", "Mike", "Nguyen", "adam", "anika", "antonio", "aunty", "belinda",
+    "benjamin", "boris", "caleb", "david", "ed", "edward", "edward2", "f1", "f2", "f4", "grandma", "gustave",
+    "iven", "iven2", "iven4", "john", "klatt", "klatt2", "klatt4", "m1", "m3", "m4", "m6", "m7", "marcelo", "max",
+    "michel", "miguel", "norbert", "paul", "pedro", "quincy", "rob", "robert", "sandro", "steph", "steph2",
+    "victor",
+)  # fmt: skip
+HELD_OUT_VARIANTS = (
+    "m2", "m5", "m8", "pablo", "travis", "zac", "klatt3", "f3", "f5", "linda", "steph3", "Storm",
+)  # fmt: skip
+FLITE = {"kal16": TRAIN, "awb": TRAIN, "slt": TRAIN, "rms": HELD_OUT}
+
+WORDS_PER_MINUTE = {"slowly": 105, "": 175, "quickly": 310}
+WHISPERED = "whispered"
+UTTERANCES = 2
+"""Per voice, language and manner."""
+
+
+@cache
+def sentences(sounds: Path, language: str) -> list[str]:
+    """Plain sentences of a language, shuffled once; the last tenth is for the evaluation."""
+    package = LANGUAGES[language][1]
+    texts = []
+    for path in sorted((sounds / package).rglob("*")):
+        if path.suffix == ".html" or (
+            "games/fortunes" in str(path) and path.is_file() and path.suffix in {"", ".fortunes"}
+        ):
+            text = path.read_text(errors="ignore")
+            texts.append(html.unescape(re.sub(r"<[^>]+>", " ", text)) if path.suffix == ".html" else text)
+    text = re.sub(r"\x1b\[[\d;]*m|[\x00-\x08]", "", " % ".join(texts))
+    if language == "Mandarin Chinese":
+        found = re.findall(r"[一-鿿]{4,12}[,,。?!][一-鿿,,]{4,16}[。?!]", text)
+    elif language == "Russian":
+        found = re.findall(r"[\u0410-\u042f][\u0430-\u044f\u0451,\s]{20,80}[.?!]", text)
+    else:
+        found = re.findall(r"[A-ZÀ-Þ][a-zà-ÿ',\s]{20,80}[.?!]", text)
+    plain = sorted({re.sub(r"\s+", " ", sentence) for sentence in found})
+    random.Random("sentences").shuffle(plain)
+    return plain
+
+
+def pitch_hz(samples: np.ndarray) -> float:
+    """Median fundamental frequency of the voiced frames by autocorrelation, 0 if there are hardly any."""
+    frame, lags = 800, slice(SAMPLE_RATE // 420, SAMPLE_RATE // 65)
+    found = []
+    for start in range(0, len(samples) - 2 * frame, frame):
+        piece = samples[start : start + 2 * frame] - samples[start : start + 2 * frame].mean()
+        if (piece**2).mean() < 0.1 * (samples**2).mean():
+            continue
+        spectrum = np.abs(np.fft.rfft(piece * np.hanning(len(piece)), 4096)) ** 2
+        correlation = np.fft.irfft(spectrum)
+        window = correlation[lags]
+        best = int(window.argmax())
+        if window[best] > 0.45 * correlation[0]:
+            found.append(SAMPLE_RATE / (lags.start + best))
+    return float(np.median(found)) if len(found) >= 4 else 0.0
+
+
+def whisper(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The same words without voice: the spectral envelope, too coarse for harmonics, over noise."""
+    frequencies, _, spectrum = signal.stft(samples, SAMPLE_RATE, nperseg=128, noverlap=96)
+    noise = rng.standard_normal(len(samples) + 128)
+    _, _, carrier = signal.stft(noise, SAMPLE_RATE, nperseg=128, noverlap=96)
+    tilt = np.minimum(1, frequencies / 800)[:, None] + 0.05
+    envelope = smoothed(np.abs(spectrum))
+    _, whispered = signal.istft(
+        envelope * carrier[:, : spectrum.shape[1]] * tilt, SAMPLE_RATE, nperseg=128, noverlap=96
+    )
+    return whispered.astype(np.float32)
+
+
+def smoothed(magnitudes: np.ndarray) -> np.ndarray:
+    """Magnitudes averaged over neighbouring frames, so that no pitch period is left."""
+    return signal.convolve(magnitudes, np.ones((1, 5)) / 5, mode="same")
+
+
+def espeak(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
+    """`text` spoken by espeak-ng at 16 kHz."""
+    command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "-p", str(pitch), "--stdout"]
+    wav = subprocess.run([*command, text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+    return decoded(BytesIO(wav))
+
+
+def flite(text: str, voice: str, stretch: float) -> np.ndarray:
+    """`text` spoken by flite at 16 kHz, `stretch` times as long as usual."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        command = ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", wav.name]
+        subprocess.run(command, check=True)
+        return decoded(wav.name)
+
+
+def decoded(source: BytesIO | str | Path) -> np.ndarray:
+    """Mono 16 kHz samples without the silence at the ends."""
+    samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    return trimmed(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE).astype(np.float32))
+
+
+def speaker(samples: np.ndarray) -> str:
+    """`man` or `woman` by pitch; nothing in the range where it does not tell."""
+    pitch = pitch_hz(samples)
+    return "man" if 70 < pitch < 145 else "woman" if 170 < pitch < 270 else ""
+
+
+def synthesised(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+    """Every voice in every language and manner."""
+    voices = [(variant, TRAIN) for variant in VARIANTS] + [(variant, HELD_OUT) for variant in HELD_OUT_VARIANTS]
+    for language, (code, _) in LANGUAGES.items():
+        plain = sentences(sounds, language)
+        spoken = {TRAIN: plain[: -len(plain) // 10], HELD_OUT: plain[-len(plain) // 10 :]}
+        print(language, len(plain), "sentences", flush=True)
+        spoken_by = [(f"espeak-ng {name}", f"{code}+{name}", split) for name, split in voices]
+        if language == "English":
+            spoken_by += [(f"flite {name}", name, split) for name, split in FLITE.items() for _ in range(4)]
+        for origin, voice, split in spoken_by:
+            rng = random.Random(f"{language} {origin}")
+            pitch = rng.choice((35, 45, 50, 55, 65))
+            for manner, words_per_minute in WORDS_PER_MINUTE.items():
+                for _ in range(UTTERANCES):
+                    text = rng.choice(spoken[split])
+                    if origin.startswith("flite"):
+                        samples = flite(text, voice, 175 / words_per_minute)
+                    else:
+                        samples = espeak(text, voice, words_per_minute, pitch)
+                    yield from told(samples, origin, split, language, manner)
+
+
+def told(
+    samples: np.ndarray, origin: str, split: str, language: str, manner: str
+) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+    """The utterance as it is, sometimes whispered, and a woman's also as a child's."""
+    who = speaker(samples)
+    if not who or not SAMPLE_RATE // 2 < len(samples) < 12 * SAMPLE_RATE:
+        return
+    facts = {"origin": origin, "split": split, "language": language, "manner": manner}
+    yield samples, {"kind": who, **facts}
+    rng = np.random.default_rng(len(samples))
+    if not manner and rng.random() < 0.5:
+        yield whisper(samples, rng), {"kind": "person", **facts, "manner": WHISPERED}
+    if who == "woman" and manner == "slowly":
+        # A smaller head and a higher voice; what was slow comes out at a common pace.
+        smaller = float(rng.uniform(1.32, 1.45))
+        if 260 < pitch_hz(samples) * smaller < 400:
+            yield soxr.resample(samples, SAMPLE_RATE * smaller, SAMPLE_RATE), {"kind": "child", **facts, "manner": ""}
+
+
+def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+    """People's prompts; how fast they speak is not known, so the manner is `recorded` and is not told."""
+    for language, (package, others) in PROMPTS.items():
+        trained = sorted((sounds / package).rglob("*.wav")) if package else []
+        held_out = [
+            path
+            for path in sorted(sounds.glob(others))
+            for path in (sorted(path.glob("*")) if path.is_dir() else [path])
+        ]
+        for split, paths in ((TRAIN, trained), (HELD_OUT, held_out)):
+            chosen = [
+                path for path in paths if path.suffix in {".wav", ".ogg"} and not re.search("beep|tone|tt-", path.name)
+            ]
+            random.Random("prompts").shuffle(chosen)
+            kept: dict[str, int] = defaultdict(int)
+            for path in chosen:
+                samples = decoded(path)
+                who = speaker(samples) if 0.8 * SAMPLE_RATE < len(samples) < 10 * SAMPLE_RATE else ""
+                if who and kept[who] < 120:
+                    kept[who] += 1
+                    origin = f"prompts {path.relative_to(sounds).parts[0]} {language}"
+                    facts = {"kind": who, "origin": origin, "split": split, "language": language, "manner": "recorded"}
+                    yield samples, facts
+            print("recorded", language, split, dict(kept), flush=True)
+
+
+def pool(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+    """All speech."""
+    yield from recorded(sounds)
+    yield from synthesised(sounds)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    unpack(directory / "sounds", PACKAGES)
+    print(write_pool(directory / "speech", pool(directory / "sounds")), "utterances")

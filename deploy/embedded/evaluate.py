@@ -1,0 +1,237 @@
+"""What the embedded captioner hears of held-out clips, asked through the served HTTP API (or, for a look, by itself).
+
+`python -m deploy.embedded.evaluate CACHE --base-url http://127.0.0.1:8000/v1 --key KEY --report REPORT` sends each clip
+at temperature 0, parses the captions back to facts and writes the table. `--checkpoint DIR` decodes with transformers
+instead; the table then says so.
+"""
+
+# ruff: noqa: FBT001, S310  # a score counts truths; the URL is the operator's own
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import random
+import urllib.request
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.embedded.batches import read_facts
+from deploy.embedded.corpus.captions import INSTRUMENTS, SPEAKERS, Event, Facts, caption, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+PEOPLE = {*SPEAKERS, "person"}
+SYNTHETIC, REAL_SPEECH, REAL_EFFECT = "synthetic", "recorded speech", "recorded effect"
+
+
+class Scores:
+    """Right answers of all, attribute by attribute, and who was taken for whom."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.confusions: Counter[tuple[str, str]] = Counter()
+        self.kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def add(self, attribute: str, right: bool) -> None:
+        """Count one answer."""
+        self.counts[attribute][0] += right
+        self.counts[attribute][1] += 1
+
+    def add_clip(self, truth: Facts, told: Facts | None, sources: list[str]) -> None:
+        """Count what the caption `told` of a clip of which `truth` is true; events of `truth` are from `sources`."""
+        self.add("caption follows the grammar", told is not None)
+        told = told or Facts((), 0.0, loudness="", noise="")
+        synthetic = all(source == SYNTHETIC for source in sources)
+        true_kinds, told_kinds = [_kind(event) for event in truth.events], [_kind(event) for event in told.events]
+        matches = _matched(truth, told)
+        self._add_kinds(truth, told, true_kinds, told_kinds, synthetic)
+        for event, match, source in zip(truth.events, matches, sources, strict=True):
+            self._add_event(event, match, source, told)
+        error_s = abs(truth.duration_s - told.duration_s)
+        if truth.duration_s <= 8:
+            self.add("duration within 1 s (clips to 8 s)", error_s <= 1)
+        else:
+            self.add("duration within 10 % (clips of 8 to 30 s)", error_s <= 0.1 * truth.duration_s)
+        self.add("loudness", truth.loudness == told.loudness)
+        self.add("noise level", truth.noise == told.noise)
+        self.add("room", truth.reverberant == told.reverberant)
+        self.add("clipping", truth.clipped == told.clipped)
+        if synthetic:
+            self.add("everything right (synthetic clips)", told == parse(caption(truth)) or _same(truth, told, matches))
+
+    def _add_kinds(
+        self, truth: Facts, told: Facts, true_kinds: list[str], told_kinds: list[str], synthetic: bool
+    ) -> None:
+        shape = (
+            "overlap" if truth.overlap else {1: "one sound", 2: "two in order", 3: "three in order"}[len(true_kinds)]
+        )
+        material = "synthetic" if synthetic else "with recordings"
+        right = Counter(true_kinds) == Counter(told_kinds)
+        self.add(f"all kinds of the clip: {shape}, {material}", right)
+        if len(true_kinds) == 2 and synthetic:
+            self.add("all kinds of a two-sound clip, synthetic", right)
+        if len(true_kinds) > 1 and not truth.overlap and right:
+            self.add("order, where the kinds are right", true_kinds == told_kinds and not told.overlap)
+
+    def _add_event(self, event: Event, match: Event | None, source: str, told: Facts) -> None:
+        kind = _kind(event)
+        right = match is not None
+        self.add(f"kind per event, {source}", right)
+        if source != REAL_SPEECH:
+            label = f"{kind} ({'recorded' if source == REAL_EFFECT else 'synthetic'})"
+            self.kinds[label][0] += right
+            self.kinds[label][1] += 1
+        if not right:
+            self.confusions[kind, " + ".join(_kind(other) for other in told.events) or "(nothing)"] += 1
+        if event.kind in INSTRUMENTS:
+            self.add("instrument family (unseen sound font)", right)
+        if event.kind in PEOPLE:
+            speech = next((other for other in told.events if other.kind in PEOPLE), Event(""))
+            if event.kind in {"man", "woman"}:
+                self.add(f"gender, {source}", event.kind == speech.kind)
+            elif event.kind == "child":
+                self.add(f"child as a child, {source}", event.kind == speech.kind)
+            self.add(f"language, {source}", event.language == speech.language)
+            if source == SYNTHETIC:
+                self.add("manner of speaking", event.manner == speech.manner)
+            if event.language != speech.language:
+                self.confusions[event.language, speech.language or "(no speech)"] += 1
+        if event.rate:
+            self.add("rate or tempo within 20 %", match is not None and abs(match.rate / event.rate - 1) <= 0.201)
+
+
+def _kind(event: Event) -> str:
+    return "speech" if event.kind in PEOPLE else event.kind
+
+
+def _matched(truth: Facts, told: Facts) -> list[Event | None]:
+    """For each true event the told event of the same kind, each at most once."""
+    left, found = list(told.events), []
+    for event in truth.events:
+        match = next((other for other in left if _kind(other) == _kind(event)), None)
+        if match:
+            left.remove(match)
+        found.append(match)
+    return found
+
+
+def _same(truth: Facts, told: Facts, matches: list[Event | None]) -> bool:
+    """Whether `told` agrees with `truth` in everything, durations and rates within their tolerance."""
+    plain = [(event.kind, event.language, event.manner) for event in truth.events]
+    if plain != [(event.kind, event.language, event.manner) for event in told.events]:
+        return False
+    rates = all(
+        match is not None and (abs(match.rate / event.rate - 1) <= 0.201 if event.rate else not match.rate)
+        for event, match in zip(truth.events, matches, strict=True)
+    )
+    tolerance_s = 1 if truth.duration_s <= 8 else 0.1 * truth.duration_s
+    levels = [(facts.overlap, facts.loudness, facts.noise, facts.reverberant, facts.clipped) for facts in (truth, told)]
+    return rates and abs(truth.duration_s - told.duration_s) <= tolerance_s and levels[0] == levels[1]
+
+
+def source_of(origin: str) -> str:
+    """The kind of material that an origin is."""
+    if origin.startswith("prompts "):
+        return REAL_SPEECH
+    return REAL_EFFECT if "/" in origin else SYNTHETIC
+
+
+def ask(base_url: str, key: str, model: str, clip: Path) -> str:
+    """The caption that the served API gives of one clip."""
+    audio = base64.b64encode(clip.read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{audio}"}}
+    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": [part]}]}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(f"{base_url}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return str(json.load(response)["choices"][0]["message"]["content"])
+
+
+def served_model(base_url: str, key: str) -> str:
+    """The first model that the API lists."""
+    request = urllib.request.Request(f"{base_url}/models", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return str(json.load(response)["data"][0]["id"])
+
+
+def decoded(checkpoint: Path, clips: Iterable[Path]) -> list[str]:
+    """Greedy captions by transformers, for a look without a server."""
+    import soundfile  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+    from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeProcessor  # noqa: PLC0415
+
+    processor = Qwen3OmniMoeProcessor.from_pretrained(checkpoint)
+    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval().thinker
+    prompt = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\n<|im_start|>assistant\n"
+    captions = []
+    for clip in clips:
+        samples, _ = soundfile.read(clip, dtype="float32")
+        inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+        captions.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return captions
+
+
+def scored(lines: list[dict[str, object]], captions: list[str]) -> Scores:
+    """Scores of `captions` against the facts in `lines`."""
+    scores = Scores()
+    for line, text in zip(lines, captions, strict=True):
+        sources = [source_of(origin) for origin in line["origins"]]  # type: ignore[attr-defined]
+        scores.add_clip(read_facts(line), parse(text), sources)
+    return scores
+
+
+def report(scores: Scores, shuffled: Scores, how: str, clips: int) -> str:
+    """The tables in Markdown."""
+    rows = [f"Measured on {clips} held-out clips {how}.", ""]
+    rows += ["| Attribute | right | of | % | % with the clips shuffled |", "|---|---:|---:|---:|---:|"]
+    for name, (right, total) in sorted(scores.counts.items()):
+        by_chance = shuffled.counts.get(name, [0, 0])
+        chance = f"{100 * by_chance[0] / by_chance[1]:.1f}" if by_chance[1] else "-"
+        rows.append(f"| {name} | {right} | {total} | {100 * right / total:.1f} | {chance} |")
+    rows += ["", "Kinds of sound, right of all:", ""]
+    rows.append(", ".join(f"{kind} {right}/{total}" for kind, (right, total) in sorted(scores.kinds.items())) + ".")
+    rows += ["", "Most frequent confusions (what it was → what the caption said):", ""]
+    rows += [f"- {truth} → {said}: {count}" for (truth, said), count in scores.confusions.most_common(30)]
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    """Ask, score, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--base-url", help="of the served API, with its /v1")
+    parser.add_argument("--key", default="", help="API key")
+    parser.add_argument("--checkpoint", type=Path, help="decode with transformers instead of asking a server")
+    parser.add_argument("--clips", type=int, default=1_200)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    folder = arguments.cache / "held-out"
+    lines = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()][: arguments.clips]
+    clips = [folder / line["file"] for line in lines]
+    if arguments.base_url:
+        model = served_model(arguments.base_url, arguments.key)
+        with ThreadPoolExecutor(arguments.concurrency) as pool:
+            captions = list(pool.map(lambda clip: ask(arguments.base_url, arguments.key, model, clip), clips))
+        how = f"through the served HTTP API (model `{model}`, temperature 0)"
+    else:
+        captions = decoded(arguments.checkpoint, clips)
+        how = "by greedy decoding with transformers, not through the served API"
+    permuted = captions.copy()
+    random.Random(0).shuffle(permuted)
+    text = report(scored(lines, captions), scored(lines, permuted), how, len(clips))
+    print(text)
+    if arguments.report:
+        arguments.report.write_text(text)
+    (arguments.cache / "captions.jsonl").write_text("\n".join(json.dumps(caption) for caption in captions))
+
+
+if __name__ == "__main__":
+    main()
