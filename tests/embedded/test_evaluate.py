@@ -1,0 +1,57 @@
+"""Scores of captions against facts."""
+
+from __future__ import annotations
+
+from deploy.embedded.corpus.captions import Event, Facts
+from deploy.embedded.evaluate import REAL_EFFECT, SYNTHETIC, Scores, source_of
+
+TRUTH = Facts((Event("man", "French", "quickly"), Event("hammering", rate=4.0)), 6.3, loudness="loud")
+RIGHT = Facts((Event("man", "French", "quickly"), Event("hammering", rate=4.0)), 6.0, loudness="loud")
+
+
+def scores(told: Facts | None) -> dict[str, tuple[int, int]]:
+    """Attribute: right answers, and all."""
+    found = Scores()
+    found.add_clip(TRUTH, told, [SYNTHETIC, SYNTHETIC])
+    return {name: (right, total) for name, (right, total) in found.counts.items()}
+
+
+def test_a_right_caption_is_right_in_everything() -> None:
+    """Rounded numbers count as right."""
+    assert all(right == total for right, total in scores(RIGHT).values())
+
+
+def test_a_wrong_word_costs_its_own_attribute_only() -> None:
+    """A woman for a man is wrong in gender, right as speech."""
+    told = Facts((Event("woman", "French", "quickly"), RIGHT.events[1]), 6.0, loudness="loud")
+    wrong = {name for name, (right, total) in scores(told).items() if right < total}
+    assert wrong == {"gender, synthetic", "everything right (synthetic clips)"}
+
+
+def test_order_is_judged_where_the_kinds_are_right() -> None:
+    """The same sounds the other way round are right kinds in a wrong order."""
+    counts = scores(Facts(RIGHT.events[::-1], 6.0, loudness="loud"))
+    assert counts["order, where the kinds are right"] == (0, 1)
+    assert counts["kind per event, synthetic"] == (2, 2)
+
+
+def test_rates_and_durations_have_a_tolerance() -> None:
+    """A fifth off the rate and a second off the duration are right, more is wrong."""
+    for rate, seconds, right in ((4.8, 7.0, 1), (5.2, 8.0, 0)):
+        counts = scores(Facts((RIGHT.events[0], Event("hammering", rate=rate)), seconds, loudness="loud"))
+        assert counts["rate or tempo within 20 %"] == (right, 1)
+        assert counts["duration within 1 s (clips to 8 s)"] == (right, 1)
+
+
+def test_text_outside_the_grammar_is_wrong_in_everything_it_should_tell() -> None:
+    """A caption that cannot be parsed counts as silence."""
+    counts = scores(None)
+    assert counts["caption follows the grammar"] == (0, 1)
+    assert counts["kind per event, synthetic"] == (0, 2)
+    assert counts["loudness"] == (0, 1)
+
+
+def test_an_origin_tells_its_material() -> None:
+    """Recordings from life are told from what programs made."""
+    assert source_of("espeak-ng f1") == source_of("formula") == SYNTHETIC
+    assert source_of("scratch/usr/share/Dog1.wav") == REAL_EFFECT
