@@ -67,33 +67,34 @@ async def read_body(receive: Receive, limit_bytes: int, held: HeldBytes) -> byte
     Raises `BodyTooLarge` once it has read what came (to `DRAIN_FACTOR` times the limit), `Overloaded` when the budget
     is spent, `Disconnected`, and `InvalidRequest` when the client stops sending.
     """
-    pieces: list[bytes] = []
+    body: list[bytes] = []
     size = 0
-    async for piece in _pieces(receive):
+    async for piece in pieces(receive):
         size += len(piece)
         if size > limit_bytes:
             held.release()
-            pieces.clear()
+            body.clear()
             if size > DRAIN_FACTOR * limit_bytes:
                 break
         else:
             held.add(len(piece))
-            pieces.append(piece)
+            body.append(piece)
     if size > limit_bytes:
         raise BodyTooLarge
-    return b"".join(pieces)
+    return b"".join(body)
 
 
 async def drain(receive: Receive, limit_bytes: int) -> None:
     """Read and forget the body, so that an early error reaches a client that is still sending (PROTOCOL 2.7)."""
     size = 0
-    async for piece in _pieces(receive):
+    async for piece in pieces(receive):
         size += len(piece)
         if size > DRAIN_FACTOR * limit_bytes:
             return
 
 
-async def _pieces(receive: Receive) -> AsyncIterator[bytes]:
+async def pieces(receive: Receive) -> AsyncIterator[bytes]:
+    """The body as it comes. Raises `Disconnected`, and `InvalidRequest` when the client stops sending."""
     while True:
         try:
             async with asyncio.timeout(IDLE_TIMEOUT_S):

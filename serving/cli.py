@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -19,6 +20,7 @@ from serving.app import create_app
 from serving.config import Settings
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
@@ -57,16 +59,29 @@ def _serve(argv: list[str]) -> int:
     return uvloop.run(_Server(settings).run())
 
 
+class _Listener(uvicorn.Server):
+    """uvicorn, which tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.listening.set()
+
+
 class _Server:
     """One run of the service: uvicorn, and what a person at the terminal is told."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._began = time.monotonic()
+        self._loaded = asyncio.Event()
         self._failed = False
-        self._progress: asyncio.Task[None]
         app = create_app(settings, on_engine=self._on_engine)
-        self._server = uvicorn.Server(
+        self._server = _Listener(
             uvicorn.Config(
                 app,
                 host=settings.host,
@@ -85,30 +100,34 @@ class _Server:
         """Serve until a signal, or until the engine fails to start; return the exit status."""
         what = "the embedded stand-in" if self._settings.is_embedded else self._settings.model
         log.info("loading %s with the %s engine", what, self._settings.engine)
-        self._progress = asyncio.create_task(self._tell_progress())
+        telling = asyncio.create_task(self._tell())
         try:
             await self._server.serve()
         finally:
-            self._progress.cancel()
+            telling.cancel()
         return 1 if self._failed or not self._server.started else 0
 
-    async def _tell_progress(self) -> None:
-        while True:
-            await asyncio.sleep(10)
-            log.info("still loading after %d s", time.monotonic() - self._began)
+    async def _tell(self) -> None:
+        """Say that it is loading, then that it is ready."""
+        await self._server.listening.wait()
+        while not self._loaded.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(10):
+                    await self._loaded.wait()
+                    break
+            log.info("still loading after %d s; requests get 503 until then", time.monotonic() - self._began)
+        host, port = self._server.servers[0].sockets[0].getsockname()[:2]
+        origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("ready after %.0f s on %s", time.monotonic() - self._began, origin)
+        if self._settings.log_format == "text":
+            print(_first_request(origin, self._settings), file=sys.stderr)  # noqa: T201
 
     def _on_engine(self, failure: BaseException | None) -> None:
-        self._progress.cancel()
-        if failure is not None:
+        if failure is None:
+            self._loaded.set()
+        else:
             log.error("stopping: the model could not be loaded; the lines above tell why")
             self._failed = self._server.should_exit = True
-            return
-        sockets = [socket for server in self._server.servers for socket in server.sockets]
-        port = sockets[0].getsockname()[1] if sockets else self._settings.port
-        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        log.info("ready after %.0f s on http://%s:%d", time.monotonic() - self._began, host, port)
-        if self._settings.log_format == "text":
-            print(_first_request(f"http://{host}:{port}", self._settings), file=sys.stderr)  # noqa: T201
 
 
 def _first_request(origin: str, settings: Settings) -> str:

@@ -76,7 +76,8 @@ class CaptionEndpoint:
             request, reply = self.codec.decode_request(body, headers, record.request_id)
             del body
             exchange.reply = reply
-            record.stream, record.audio_form = reply.stream, type(request.audio).__name__
+            record.stream = reply.stream
+            record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
             answer = asyncio.create_task(self._answer(request, reply, exchange, record, held))
             del request
             gone = asyncio.create_task(disconnected(receive))
@@ -126,8 +127,7 @@ class _Exchange:
         if last is None:
             raise Internal
         headers = {"x-dashscope-partialresponse": "true"} if last.partial else {}
-        await self._start(200, "application/json", headers)
-        await self._send({"type": "http.response.body", "body": reply.whole("".join(pieces), last)})
+        await self._plain(200, "application/json", headers, reply.whole("".join(pieces), last))
 
     async def stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Answer piece by piece. The status line waits for the first piece, but no longer than `header_grace_s`."""
@@ -147,8 +147,7 @@ class _Exchange:
         """Tell the error: as a plain response if nothing was sent yet, else as the stream's last event."""
         if not self._started:
             answer = codec.error(error, self._request_id)
-            await self._start(answer.status, answer.content_type, answer.headers)
-            await self._send({"type": "http.response.body", "body": answer.body})
+            await self._plain(answer.status, answer.content_type, answer.headers, answer.body)
         elif self.reply is not None:
             await self._send({"type": "http.response.body", "body": self.reply.error_frame(error)})
 
@@ -169,6 +168,10 @@ class _Exchange:
                 await self._start(200, "text/event-stream", _STREAM_HEADERS)
             await self._send({"type": "http.response.body", "body": frame, "more_body": True})
             self._written_at = asyncio.get_running_loop().time()
+
+    async def _plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
+        await self._start(status, content_type, {**headers, "content-length": str(len(body))})
+        await self._send({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self._started = True

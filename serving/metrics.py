@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from serving.errors import CaptionerError, ClientError, Disconnected
 from serving.types import SAMPLE_RATE, FinishReason
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from serving.types import Usage
 
 log = logging.getLogger(__name__)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a series more for each, which nothing here reads
 
 STAGES = ("fetch", "audio_queue", "decode", "features", "engine_first_token", "generate")
 """Stages of a caption, in order: `audio_queue` waits for an audio worker; `engine_first_token` is queue and prefill."""

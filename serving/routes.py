@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from python_multipart.exceptions import MultipartParseError
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
 from serving.body import drain
+from serving.config import MIB
 from serving.errors import (
     CaptionerError,
+    Disconnected,
     Internal,
     InvalidRequest,
     MethodNotAllowed,
@@ -28,7 +27,8 @@ from serving.errors import (
     ServerError,
 )
 from serving.exchange import CaptionEndpoint
-from serving.protocols import dashscope, openai
+from serving.form import receive_upload
+from serving.protocols import dashscope, openai, oss
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -97,11 +97,31 @@ class Service:
         model = request.query_params.get("model", "")
         if model not in self.settings.model_names:
             raise ModelNotFound(model)
-        raise NotImplementedError(caller)
+        policy = self.uploads.issue(caller, model)
+        return _json(
+            oss.policy_body(
+                request.state.request_id,
+                policy=policy.policy,
+                signature=policy.signature,
+                upload_dir=policy.upload_dir,
+                upload_host=_origin(request, self.settings) + UPLOAD_PATH,
+                expire_in_seconds=policy.expires_in_s,
+                max_file_size_mb=math.ceil(policy.max_bytes / MIB),
+                oss_access_key_id="captioner",
+            )
+        )
 
     async def upload(self, request: Request) -> Response:
         """E4: receive one file as the signed policy allows. It carries no key; errors are XML, as OSS tells them."""
-        raise NotImplementedError(request)
+        try:
+            await receive_upload(request.receive, request.headers.get("content-type", ""), self.uploads)
+        except Disconnected:
+            raise
+        except CaptionerError as error:
+            await _drain(request, self.settings)
+            answer = oss.error(error, request.state.request_id)
+            return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
+        return Response(status_code=200)
 
     async def readyz(self, _: Request) -> Response:
         """Whether captions can be made now: asks the engine, and counts the audio workers."""
@@ -139,12 +159,28 @@ def error_handlers(service: Service) -> Mapping[Any, Callable[[Request, Exceptio
             case _:
                 log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
                 error = Internal()
-        with contextlib.suppress(CaptionerError):
-            await drain(request.receive, service.settings.max_body_bytes)
+        await _drain(request, service.settings)
         answer = service.codec_of(request.url.path).error(error, request.state.request_id)
-        return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
+        headers = {**answer.headers}
+        if isinstance(raised, HTTPException) and raised.headers:
+            headers |= raised.headers  # `allow`
+        return Response(answer.body, answer.status, headers, answer.content_type)
 
     return {CaptionerError: tell, HTTPException: tell, Exception: tell}
+
+
+def _origin(request: Request, settings: Settings) -> str:
+    """The address under which this client reaches the service."""
+    if settings.public_url:
+        return settings.public_url.rstrip("/")
+    headers, url = request.headers, request.url
+    return f"{headers.get('x-forwarded-proto', url.scheme)}://{headers.get('x-forwarded-host', url.netloc)}"
+
+
+async def _drain(request: Request, settings: Settings) -> None:
+    """Read what the client still sends; whatever was read before, or whether it has gone, does not matter."""
+    with contextlib.suppress(CaptionerError):
+        await drain(request.receive, settings.max_body_bytes)
 
 
 def _json(body: bytes, status: int = 200) -> Response:
