@@ -1,0 +1,133 @@
+"""One audio worker: a process that turns clips into log-mel features, one at a time. `workers.py` is the pool.
+
+    python -m serving.audio.worker FD MAX_DURATION_S CPU_S MEMORY_BYTES
+
+FD is a Unix socket that keeps message boundaries. The worker says that it is ready (`{}`), then answers each clip:
+
+    ◄ {"path": …}, or {} and a memfd that holds base64 text
+    ► {"samples", "shape", "decode_s", "features_s"} and a memfd that holds the log-mel
+    ► {"error", "message"}: an exception of our tree        ► {"traceback"}: any other
+
+It parses what strangers send with large C libraries. So it holds no secret, its answers are data and never pickles, and
+it may die of a clip at any moment: of its own crash, its CPU time, or its memory.
+"""
+
+from __future__ import annotations
+
+import binascii
+import ctypes
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving.audio.decode import decode
+from serving.audio.features import MELS, frame_count, log_mel
+from serving.errors import AudioUnreadable, CaptionerError, InvalidAudioUrl
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_MESSAGE_BYTES = 65_536
+"""No message to a worker is longer."""
+
+_TRACEBACK_CHARS = 8_000
+_PR_SET_PDEATHSIG = 1
+_WHITESPACE = b" \t\n\r\v\f"
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Answer clips until the pool closes its end."""
+    descriptor, max_duration_s, cpu_s, memory_bytes = arguments
+    _confine(int(memory_bytes))
+    with socket.socket(fileno=int(descriptor)) as link:
+        link.send(b"{}")
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(link, _MESSAGE_BYTES, 1)
+            if not message:
+                return
+            signal.setitimer(signal.ITIMER_PROF, float(cpu_s))  # when it runs out, SIGPROF ends the process
+            reply, features = _answer(json.loads(message), descriptors, float(max_duration_s))
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            try:
+                socket.send_fds(link, [json.dumps(reply).encode()], features)
+            finally:
+                for fd in (*descriptors, *features):
+                    os.close(fd)
+
+
+def _confine(memory_bytes: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group: the pool decides
+        signal.signal(number, signal.SIG_IGN)
+    # The end of the socket tells an idle worker that the pool is gone; this tells a busy one.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Private memory, so that mapping a large input or the features does not count.
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    with suppress(OSError):  # should the machine run out of memory, a worker is the least loss
+        Path("/proc/self/oom_score_adj").write_text("800")
+
+
+def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
+    """Return the reply, and the descriptor that goes with it."""
+    try:
+        return _prepare(Path(task["path"]) if "path" in task else descriptors[0], max_duration_s)
+    except CaptionerError as error:
+        return {"error": type(error).__name__, "message": str(error)}, []
+    except MemoryError:
+        return {"error": AudioUnreadable.__name__, "message": "The audio takes too much memory to decode"}, []
+    except Exception:  # noqa: BLE001 - the pool logs it
+        return {"traceback": traceback.format_exc()[-_TRACEBACK_CHARS:]}, []
+
+
+def _prepare(clip: Path | int, max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
+    began = time.perf_counter()
+    source = clip if isinstance(clip, Path) else decode_base64(os.pread(clip, os.fstat(clip).st_size, 0))
+    samples = decode(source, max_duration_s=max_duration_s)
+    decoded = time.perf_counter()
+    shape = MELS, frame_count(samples.size)
+    size = 4 * MELS * shape[1]
+    descriptor = os.memfd_create("log-mel")
+    try:
+        os.ftruncate(descriptor, size)
+        log_mel(samples, out=np.frombuffer(mmap.mmap(descriptor, size), np.float32).reshape(shape))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    done = time.perf_counter()
+    return {
+        "samples": samples.size,
+        "shape": shape,
+        "decode_s": decoded - began,
+        "features_s": done - decoded,
+    }, [descriptor]
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Decode base64, tolerating ASCII whitespace, missing padding and the URL-safe alphabet (PROTOCOL 7.2).
+
+    Raises `InvalidAudioUrl` for anything else.
+    """
+    compact = text.translate(_URL_SAFE, _WHITESPACE)
+    digits = compact.rstrip(b"=")
+    try:
+        if len(compact) - len(digits) > 2:  # noqa: PLR2004 - more padding than there can be
+            raise InvalidAudioUrl
+        return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
+    except binascii.Error:
+        raise InvalidAudioUrl from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,316 @@
+"""The audio workers: processes that decode, resample and make log-mel features, off the event loop and its GIL.
+
+The pool's side. It hands each idle worker one clip at a time over a socket and maps the features that come back in a
+memfd, so nothing is copied and nothing has a name that could be left behind. No threads: the event loop watches the
+sockets. A worker that dies takes its clip with it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving import errors
+from serving.types import SAMPLE_RATE, Features
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from serving.config import Settings
+
+_MESSAGE_BYTES = 65_536
+"""No message from a worker is longer."""
+
+_RESPAWN_DELAY_S = 1.0
+"""Wait after a worker that could not even start, lest a broken installation spins."""
+
+_WALL_PER_CPU = 4
+"""A worker that neither answers nor burns CPU is given this many times its CPU limit."""
+
+_PRIVATE_BYTES = 512 * 1024 * 1024
+_WAVEFORM_COPIES = 4
+"""A worker may hold this much memory, and this many copies of the longest waveform."""
+
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One clip's features, and how long each stage took in seconds. `queue_s` is the wait for a worker."""
+
+    features: Features
+    queue_s: float
+    decode_s: float
+    features_s: float
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    clip: str | Path
+    answer: asyncio.Future[Prepared]
+    queued: float
+    queue_s: float = 0.0
+    nbytes: int = 0
+    """Memory of the features, from their arrival until the context is left."""
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+    ready: bool = False
+    task: _Task | None = None
+    deadline: asyncio.TimerHandle | None = None
+
+
+class AudioWorkers:
+    """A pool of `settings.audio_workers` processes with one queue, first in, first out.
+
+    A clip is dispatched only while the features that wait for the engine take less than `settings.max_features_bytes`:
+    memory is bounded by that and one longest clip per worker.
+
+    `program` is what each process runs, after the interpreter.
+    """
+
+    def __init__(self, settings: Settings, *, program: Sequence[str] = ("-m", "serving.audio.worker")) -> None:
+        self._settings = settings
+        self._program = program
+        self._workers: set[_Worker] = set()
+        self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
+        self._queue: deque[_Task] = deque()
+        self._outstanding_bytes = 0
+        self._running = False
+
+    @property
+    def queued(self) -> int:
+        """Clips that wait for a worker."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> int:
+        """Workers at work."""
+        return sum(worker.task is not None for worker in self._workers)
+
+    @property
+    def outstanding_bytes(self) -> int:
+        """Memory of features whose contexts have not been left."""
+        return self._outstanding_bytes
+
+    async def start(self) -> None:
+        """Start the processes and wait until each is ready. Raises `Internal` if one cannot start.
+
+        They die with the thread that starts them, so call it on the thread whose loop will stop them.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._all_ready: asyncio.Future[None] = self._loop.create_future()
+        self._running = True
+        for _ in range(self._settings.audio_workers):
+            self._spawn()
+        await self._all_ready
+
+    async def stop(self) -> None:
+        """End the processes; clips under way fail as `NotReady`. Idempotent."""
+        self._running = False
+        workers, self._workers = self._workers, set()
+        for worker in workers:
+            self._disconnect(worker)
+            worker.process.kill()
+        for task in (*self._queue, *(worker.task for worker in workers if worker.task)):
+            _fail(task, errors.NotReady())
+        self._idle.clear()
+        self._queue.clear()
+        for worker in workers:
+            await asyncio.to_thread(worker.process.wait)
+
+    @asynccontextmanager
+    async def prepare(self, clip: str | Path) -> AsyncIterator[Prepared]:
+        """Features of a clip: base64 text, or the path of a file. Leaving the context gives their memory back.
+
+        `log_mel` is a private mapping, so `torch.from_numpy` takes it as it is (writable) and writes would stay here.
+        Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, and `Internal`.
+
+        Cancelled in the queue, the clip is dropped. Cancelled under way, the worker finishes and the result is
+        discarded: that takes less CPU than a new process does, and no longer than the deadline.
+        """
+        if not self._running:
+            raise errors.NotReady
+        if isinstance(clip, str) and not clip.isascii():  # noqa: ASYNC240 - a string, not a path
+            raise errors.InvalidAudioUrl
+        task = _Task(clip, self._loop.create_future(), time.perf_counter())
+        del clip  # up to 10 MiB that nobody needs once a worker has it
+        self._queue.append(task)
+        self._dispatch()
+        try:
+            yield await task.answer
+        finally:
+            with suppress(ValueError):
+                self._queue.remove(task)
+            self._outstanding_bytes -= task.nbytes
+            self._dispatch()
+
+    def _dispatch(self) -> None:
+        while self._idle and self._queue and self._outstanding_bytes < self._settings.max_features_bytes:
+            worker, task = self._idle.pop(), self._queue.popleft()
+            try:
+                _send(worker.link, task.clip)
+            except ConnectionError:
+                # It died while idle, and the loop will learn it from the socket. The clip is not to blame.
+                self._queue.appendleft(task)
+                continue
+            except OSError:
+                log.exception("a clip could not be handed to an audio worker")
+                self._idle.append(worker)
+                _fail(task, errors.Overloaded())
+                continue
+            task.clip = ""
+            task.queue_s = time.perf_counter() - task.queued
+            worker.task = task
+            worker.deadline = self._loop.call_later(
+                _WALL_PER_CPU * self._settings.audio_timeout_s, worker.process.send_signal, signal.SIGPROF
+            )
+
+    def _read(self, worker: _Worker) -> None:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(worker.link, _MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._replace(worker)
+            return
+        if worker.deadline:
+            worker.deadline.cancel()
+        task, worker.task = worker.task, None
+        self._idle.append(worker)
+        worker.ready = True
+        if not self._all_ready.done() and sum(each.ready for each in self._workers) == self._settings.audio_workers:
+            self._all_ready.set_result(None)
+        if task and not task.answer.done():
+            try:
+                self._deliver(task, json.loads(message), descriptors)
+            except Exception:
+                log.exception("an audio worker's answer could not be taken")
+                _fail(task, errors.Internal())
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._dispatch()
+
+    def _deliver(self, task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:
+        if "traceback" in reply:
+            log.error("an audio worker failed\n%s", reply["traceback"])
+            _fail(task, errors.Internal())
+        elif "error" in reply:
+            _fail(task, _audio_error(reply["error"], reply["message"]))
+        else:
+            mels, frames = reply["shape"]
+            nbytes = 4 * mels * frames
+            memory = mmap.mmap(descriptors[0], nbytes, mmap.MAP_PRIVATE)
+            log_mel = np.frombuffer(memory, np.float32).reshape(mels, frames)
+            task.nbytes = nbytes
+            self._outstanding_bytes += nbytes
+            task.answer.set_result(
+                Prepared(Features(log_mel, reply["samples"]), task.queue_s, reply["decode_s"], reply["features_s"])
+            )
+
+    def _spawn(self) -> None:
+        if not self._running:
+            return
+        settings = self._settings
+        memory_bytes = _PRIVATE_BYTES + _WAVEFORM_COPIES * 4 * int(SAMPLE_RATE * settings.max_audio_s)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = theirs.fileno(), settings.max_audio_s, settings.audio_timeout_s, memory_bytes
+        try:
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-P", *self._program, *map(str, arguments)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=_environment(),
+                start_new_session=True,  # the terminal's Ctrl-C is not for it, not even while it starts
+            )
+        except OSError:
+            ours.close()
+            log.exception("no audio worker could be started")
+            self._not_started()
+            return
+        finally:
+            theirs.close()
+        ours.settimeout(0)
+        worker = _Worker(process, ours)
+        self._workers.add(worker)
+        self._loop.add_reader(ours, self._read, worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        """Bury a dead worker, fail its clip, and start another."""
+        self._workers.remove(worker)
+        if worker in self._idle:
+            self._idle.remove(worker)
+        self._disconnect(worker)
+        worker.process.kill()
+        status = worker.process.wait()
+        log.warning("an audio worker died", extra={"exit_status": status, "at_work": worker.task is not None})
+        if worker.task:
+            too_long = status == -signal.SIGPROF
+            _fail(worker.task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
+        if worker.ready:
+            self._spawn()
+        else:
+            self._not_started()
+
+    def _not_started(self) -> None:
+        if not self._all_ready.done():
+            self._all_ready.set_exception(errors.Internal())
+        else:
+            self._loop.call_later(_RESPAWN_DELAY_S, self._spawn)
+
+    def _disconnect(self, worker: _Worker) -> None:
+        self._loop.remove_reader(worker.link)
+        worker.link.close()
+        if worker.deadline:
+            worker.deadline.cancel()
+
+
+def _send(link: socket.socket, clip: str | Path) -> None:
+    if isinstance(clip, Path):
+        link.send(json.dumps({"path": str(clip)}).encode())
+        return
+    with open(os.memfd_create("base64"), "wb", buffering=0) as text:  # noqa: PTH123 - a descriptor, not a path
+        text.write(clip.encode("ascii"))
+        socket.send_fds(link, [b"{}"], [text.fileno()])
+
+
+def _fail(task: _Task, error: errors.CaptionerError) -> None:
+    if not task.answer.done():
+        task.answer.set_exception(error)
+
+
+def _audio_error(name: str, message: str) -> errors.CaptionerError:
+    """The exception that a worker named. The codecs of a clip have only audio errors to raise."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.AudioError):
+        return kind(message)
+    log.error("an audio worker raised %s: %s", name, message)
+    return errors.Internal()
+
+
+def _environment() -> dict[str, str]:
+    """Ours less our secrets; modules are found where this process finds them, and libraries use one thread."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("CAPTIONER_")}
+    return {**ours, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
