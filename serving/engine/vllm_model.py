@@ -1,0 +1,257 @@
+"""vLLM 0.32 with the captioner loaded, fed with log-mel features. With `executor.py` the only importer of vLLM.
+
+vLLM turns a waveform into features on one thread of this process, under this process's GIL. Our audio workers have made
+them already, so a request is handed over as vLLM's own preprocessing would have left it (its "engine input": expanded
+prompt, features, placeholder range), and none of that preprocessing runs. A test holds our input against vLLM's own for
+the same clip, so that an upgrade which changes it is noticed. Figures: deploy/notes/0001-precomputed-features.md.
+
+Nothing that a client made reaches vLLM but features and checked sampling parameters: no text, URL, media id, cache salt
+or processor argument. Prefix and processor caches are off: each audio is new, so they would only spend memory, and no
+tenant can learn from their timing what another one sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from vllm import ModelRegistry
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError, VLLMServerError
+from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.model_executor.models.qwen3_omni_moe_thinker import (
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalFlatField,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from serving.engine.base import EngineDelta
+from serving.engine.executor import SoloExecutor, TeamExecutor
+from serving.engine.stops import StopSequences
+from serving.errors import AudioEmpty, AudioTooLong, EngineFailed, InvalidRequest
+from serving.types import Features, FinishReason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from serving.config import Settings
+    from serving.types import Sampling
+
+PROMPT = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\n<|im_start|>assistant\n"
+"""The chat template's rendering of one user message that is one audio and nothing else."""
+
+_AUDIO_PAD = "<|audio_pad|>"
+"""Stands in the prompt once per audio token."""
+
+_MEL_BINS = 128
+
+_MIN_TEMPERATURE = 0.01
+"""vLLM raises anything lower, and logs a warning each time."""
+
+_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+
+
+def audio_tokens(frames: int) -> int:
+    """Tokens that the audio tower makes of that many frames of 10 ms: 13 per second, and of the rest one per 80 ms."""
+    seconds, rest = divmod(frames, 100)
+    for _ in range(3):  # each of three convolutions halves it, rounding up
+        rest = (rest + 1) // 2
+    return seconds * 13 + rest
+
+
+class LoadedModel:
+    """The captioner, loaded in vLLM's own process. Making one takes as long as loading takes.
+
+    Raises whatever vLLM raises if it cannot load.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_input_tokens = settings.max_input_tokens
+        self._ids = itertools.count()
+        with _deaf_to_interrupts():
+            self._llm = _load(settings)
+        tokenizer = self._llm.renderer.get_tokenizer()
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True)
+        self._dtype = self._llm.model_config.dtype
+        self._vocabulary = self._llm.model_config.get_vocab_size()
+        prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
+        self._audio_pad = tokenizer.convert_tokens_to_ids(_AUDIO_PAD)
+        self._audio_offset = prompt.index(self._audio_pad)
+        self._head, self._tail = prompt[: self._audio_offset], prompt[self._audio_offset + 1 :]
+        ends = self._llm.input_processor.generation_config_fields.get("eos_token_id", [])
+        self._end_of_turn = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+
+    @property
+    def dead(self) -> bool:
+        """Whether the process that runs the model has died."""
+        return bool(self._llm.errored)
+
+    def close(self) -> None:
+        """End the processes; what runs fails. Takes seconds."""
+        processes = self._llm.engine_core.resources.engine_manager.processes
+        self._llm.shutdown()
+        for process in processes:
+            process.join()
+
+    def silence(self) -> Features:
+        """Features of half a second of nothing."""
+        return Features(np.full((_MEL_BINS, 50), -1.5, np.float32), samples=8000)
+
+    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+        """See `Engine`."""
+        own_id = f"{request_id}-{next(self._ids)}"
+        params = self._params(sampling)
+        engine_input = self._input(own_id, features)
+        stops = StopSequences(sampling.stop_token_sequences, self._decode)
+        finish_reason: FinishReason | None = None
+        try:
+            # Not `generate`: it would keep the features until the last token; and cancelled while it hands the request
+            # over, it would leave it running.
+            queue = await self._llm.add_request(own_id, engine_input, params)
+            del engine_input, features
+            while finish_reason is None:
+                output = (queue.get_nowait() or await queue.get()).outputs[0]
+                if output.finish_reason not in _FINISH_REASONS:
+                    raise EngineFailed
+                finish_reason = _FINISH_REASONS[output.finish_reason]
+                text, tokens = output.text, output.token_ids
+                if sampling.stop_token_sequences:
+                    text, finish_reason = stops.feed(text, tokens, finish_reason)
+                # A turn that ends by itself ends with a token that is no part of the caption.
+                ended = finish_reason is FinishReason.STOP and not sampling.ignore_eos
+                uncounted = ended and bool(tokens) and tokens[-1] in self._end_of_turn
+                yield EngineDelta(text, len(tokens) - uncounted, finish_reason)
+        except VLLMClientError as error:
+            raise InvalidRequest(str(error)) from error
+        except VLLMServerError as error:
+            raise EngineFailed from error
+        finally:
+            # Does nothing for a request that has finished by itself, or when the process has died.
+            await self._llm.abort(own_id)
+
+    def _params(self, sampling: Sampling) -> SamplingParams:
+        ids = [*sampling.stop_token_ids, *itertools.chain.from_iterable(sampling.stop_token_sequences)]
+        if any(not 0 <= token_id < self._vocabulary for token_id in ids):
+            raise InvalidRequest(f"Token ids in stop must be in [0, {self._vocabulary - 1}].", param="stop")
+        if not all(sampling.stop) or not all(sampling.stop_token_sequences):
+            raise InvalidRequest("An element of stop must not be empty.", param="stop")
+        try:
+            return SamplingParams(
+                temperature=sampling.temperature and max(sampling.temperature, _MIN_TEMPERATURE),
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_tokens,
+                seed=sampling.seed,
+                stop=list(sampling.stop),
+                stop_token_ids=list(sampling.stop_token_ids),
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=sampling.repetition_penalty,
+                ignore_eos=sampling.ignore_eos,
+                output_kind=RequestOutputKind.DELTA,
+                skip_clone=True,  # it is made for this request alone
+            )
+        except VLLMClientError as error:
+            raise InvalidRequest(str(error)) from error
+
+    def _input(self, own_id: str, features: Features) -> MultiModalInput:
+        """What vLLM's own preprocessing would make of the clip, without copying the features.
+
+        Raises `AudioEmpty` below one frame (10 ms) and `AudioTooLong`.
+        """
+        frames = features.log_mel.shape[1]
+        tokens = audio_tokens(frames)
+        if not tokens:
+            raise AudioEmpty
+        if len(self._head) + tokens + len(self._tail) > self._max_input_tokens:
+            raise AudioTooLong
+        audio = MultiModalKwargsItem(
+            {
+                "input_audio_features": MultiModalFieldElem(
+                    data=torch.from_numpy(features.log_mel).to(self._dtype),
+                    field=MultiModalFlatField(slices=[(slice(None), slice(0, frames))], dim=1),
+                ),
+                "audio_feature_lengths": MultiModalFieldElem(
+                    data=torch.tensor(frames), field=MultiModalBatchedField(keep_on_cpu=True)
+                ),
+                # Nothing reads it, but it must be there.
+                "feature_attention_mask": MultiModalFieldElem(
+                    data=torch.ones(frames, dtype=torch.bool), field=MultiModalBatchedField(keep_on_cpu=True)
+                ),
+            }
+        )
+        return mm_input(
+            [*self._head, *[self._audio_pad] * tokens, *self._tail],
+            MultiModalKwargsItems({"audio": [audio]}),
+            # The key of the encoder's cache: no two requests share it.
+            {"audio": [own_id]},
+            {"audio": [PlaceholderRange(offset=self._audio_offset, length=tokens)]},
+        )
+
+
+def _load(settings: Settings) -> AsyncLLM:
+    # Otherwise vLLM asks a further process, which imports all of this again, what this class can do.
+    ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Qwen3OmniMoeThinkerForConditionalGeneration)
+    on_cpu = current_platform.is_cpu()
+    if on_cpu:
+        # Threads that wait for each other cost a small model more than they give it, and on a busy machine tenfold.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    config = AsyncEngineArgs(
+        model=settings.model,
+        dtype=_dtype(settings),
+        quantization=settings.quantization,
+        tensor_parallel_size=settings.tensor_parallel,
+        distributed_executor_backend=SoloExecutor if settings.tensor_parallel == 1 else TeamExecutor,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
+        enforce_eager=settings.enforce_eager or on_cpu,
+        limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+    ).create_engine_config()
+    # An audio must fit in whole, and vLLM expects 30 s at most where nothing tells it more. Raising
+    # `max_num_batched_tokens` instead would let one long prompt hold up every running caption.
+    config.scheduler_config.encoder_cache_size = settings.max_input_tokens
+    config.scheduler_config.max_num_encoder_input_tokens = settings.max_input_tokens
+    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+
+
+def _dtype(settings: Settings) -> str:
+    """The checkpoint's own number format where the settings ask for it: vLLM's `auto` would halve float32."""
+    config = Path(settings.model, "config.json")
+    if settings.dtype != "auto" or not config.is_file():
+        return settings.dtype
+    return str(json.loads(config.read_text()).get("dtype", "auto"))
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it goes to the whole terminal, and running captions shall finish."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
