@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import sys
 import time
 from importlib.metadata import version
@@ -100,6 +101,9 @@ class _Server:
         """Serve until a signal, or until the engine fails to start; return the exit status."""
         what = "the embedded stand-in" if self._settings.is_embedded else self._settings.model
         log.info("loading %s with the %s engine", what, self._settings.engine)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn stops gracefully and then raises the signal again, for whoever handled it before: nobody did.
+            signal.signal(number, lambda *_: None)
         telling = asyncio.create_task(self._tell())
         try:
             await self._server.serve()

@@ -27,14 +27,16 @@ class RunningService:
         self.url = ""
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "serving.cli", "serve", "--port=0", f"--spool-dir={self.spool}"]
-        command += [f"--uploads-dir={self.uploads}", *self._flags]
+        command = [str(Path(sys.executable).with_name("captioner")), "serve", "--port=0"]
+        command += [f"--spool-dir={self.spool}", f"--uploads-dir={self.uploads}", *self._flags]
         self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log)
         deadline = time.monotonic() + self._start_timeout_s
         while not self.url:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
-                raise RuntimeError(f"the service did not start:\n{self.log()}")
+                message = f"the service did not start:\n{self.log()}"
+                self.__exit__()
+                raise RuntimeError(message)
             time.sleep(0.05)
             if found := re.search(r"ready after .* on (http://[^\s\"]+)", self.log()):
                 self.url = found[1]
@@ -47,7 +49,7 @@ class RunningService:
 
     def stop(self) -> int:
         """End it as an operator would, and return its exit status."""
-        self.process.terminate()
+        self.process.terminate()  # of one that has ended already, nothing happens
         try:
             return self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
