@@ -144,7 +144,7 @@ def source_of(origin: str) -> str:
 def ask(base_url: str, key: str, model: str, clip: Path) -> str:
     """The caption that the served API gives of one clip."""
     audio = base64.b64encode(clip.read_bytes()).decode()
-    part = {"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{audio}"}}
+    part = {"type": "input_audio", "input_audio": {"data": f"data:audio/{clip.suffix[1:]};base64,{audio}"}}
     body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": [part]}]}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{base_url}/chat/completions", json.dumps(body).encode(), headers)

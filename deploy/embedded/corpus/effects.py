@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     "bucklespring-data",
-    "colobot-common-sounds",
     "crrcsim-data",
-    "extremetuxracer-data",
     "freedroidrpg-data",
     "gnome-audio",
     "hydrogen-data",

@@ -1,0 +1,77 @@
+"""Whether a clip in another coding gives the same facts, asked through the served HTTP API.
+
+`python -m deploy.embedded.codecs CACHE --base-url URL --key KEY` sends held-out clips as 16 kHz WAV and in each other
+coding, and prints in how many cases all facts stayed the same. Needs the programs ffmpeg and sox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from deploy.embedded.corpus.captions import Facts, parse
+from deploy.embedded.evaluate import ask, served_model
+
+CODINGS = {
+    "WAV 44.1 kHz stereo": ("wav", "ffmpeg -v error -y -i {} -ar 44100 -ac 2 {}"),
+    "MP3 128 kbit/s": ("mp3", "ffmpeg -v error -y -i {} -ar 44100 -c:a libmp3lame -b:a 128k {}"),
+    "Opus 32 kbit/s": ("opus", "ffmpeg -v error -y -i {} -c:a libopus -b:a 32k {}"),
+    "AMR narrow-band 12.2 kbit/s": ("amr", "sox {} -r 8000 -c 1 -C 7 -t amr-nb {}"),
+    "GSM WAV": ("wav", "ffmpeg -v error -y -i {} -ar 8000 -ac 1 -c:a libgsm_ms {}"),
+}
+"""Name of a coding: file name extension, and the command that makes it."""
+
+
+def differences(first: Facts | None, second: Facts | None) -> list[str]:
+    """Names of the facts in which two captions differ."""
+    if not first or not second:
+        return ["grammar"] if first != second else []
+    parts = {
+        "kinds": lambda facts: [event.kind for event in facts.events],
+        "languages": lambda facts: [event.language for event in facts.events],
+        "manners": lambda facts: [event.manner for event in facts.events],
+        "rates": lambda facts: [round(event.rate, 1) for event in facts.events],
+        "duration": lambda facts: round(facts.duration_s),
+        "overlap": lambda facts: facts.overlap,
+        "loudness": lambda facts: facts.loudness,
+        "noise": lambda facts: facts.noise,
+        "room": lambda facts: facts.reverberant,
+        "clipping": lambda facts: facts.clipped,
+    }
+    return [name for name, part in parts.items() if part(first) != part(second)]
+
+
+def main() -> None:
+    """Encode, ask, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--base-url", required=True, help="of the served API, with its /v1")
+    parser.add_argument("--key", default="", help="API key")
+    parser.add_argument("--clips", type=int, default=100)
+    arguments = parser.parse_args()
+    folder = arguments.cache / "held-out"
+    lines = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()]
+    chosen = [folder / line["file"] for line in lines if not line["real"]][: arguments.clips]
+    model = served_model(arguments.base_url, arguments.key)
+    plain = {clip: parse(ask(arguments.base_url, arguments.key, model, clip)) for clip in chosen}
+    print("| Coding | same facts in all | what differed |\n|---|---:|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, (extension, command) in CODINGS.items():
+            lost: Counter[str] = Counter()
+            same = 0
+            for clip in chosen:
+                coded = Path(scratch) / f"{clip.stem}.{extension}"
+                subprocess.run(command.format(clip, coded).split(), check=True)
+                found = differences(plain[clip], parse(ask(arguments.base_url, arguments.key, model, coded)))
+                same += not found
+                lost.update(found)
+            rest = ", ".join(f"{fact} {count}" for fact, count in lost.most_common())
+            print(f"| {name} | {same} of {len(chosen)} | {rest} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
