@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serving.body import disconnected, drain, read_body
+from serving.body import disconnected, drain, pieces, read_body
 from serving.errors import CaptionerError, Disconnected, Internal
 from serving.protocols.base import HEARTBEAT
 
@@ -47,29 +47,30 @@ class CaptionEndpoint:
         """Answer one request. Metered exactly once, however it ends."""
         record = self.metrics.begin(scope["state"]["request_id"], self.codec.dialect)
         exchange = _Exchange(send, record.request_id, self.settings)
-        failure: BaseException | None = None
+        # No exception outlives its clause: its traceback would keep this frame, and the features below it, in a cycle.
         try:
             await self._serve(scope, receive, exchange, record)
+        except Disconnected as error:
+            self.metrics.finish(record, error)
         except CaptionerError as error:
-            failure = error
-        except Exception as error:
+            self.metrics.finish(record, error)
+            await exchange.fail(error, self.codec)
+        except Exception:
             log.exception("unexpected failure", extra={"request_id": record.request_id})
-            failure = Internal()
-            failure.__cause__ = error
+            self.metrics.finish(record, Internal())
+            await exchange.fail(Internal(), self.codec)
         except BaseException as error:
-            failure = error
+            self.metrics.finish(record, error)
             raise
-        finally:
-            self.metrics.finish(record, failure)
-        if isinstance(failure, CaptionerError) and not isinstance(failure, Disconnected):
-            await exchange.fail(failure, self.codec)
+        else:
+            self.metrics.finish(record, None)
 
     async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             record.caller = self.keys.authenticate(headers)
         except CaptionerError:
-            await drain(receive, self.settings.max_body_bytes)
+            await drain(pieces(receive), self.settings.max_body_bytes)
             raise
         with self.bodies.hold() as held:
             body = await read_body(receive, self.settings.max_body_bytes, held)
