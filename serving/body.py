@@ -84,10 +84,10 @@ async def read_body(receive: Receive, limit_bytes: int, held: HeldBytes) -> byte
     return b"".join(body)
 
 
-async def drain(receive: Receive, limit_bytes: int) -> None:
-    """Read and forget the body, so that an early error reaches a client that is still sending (PROTOCOL 2.7)."""
+async def drain(body: AsyncIterator[bytes], limit_bytes: int) -> None:
+    """Read and forget the rest, so that an early error reaches a client that is still sending (PROTOCOL 2.7)."""
     size = 0
-    async for piece in pieces(receive):
+    async for piece in body:
         size += len(piece)
         if size > DRAIN_FACTOR * limit_bytes:
             return

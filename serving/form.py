@@ -12,11 +12,10 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from serving.body import pieces
 from serving.errors import InvalidRequest, PolicyInvalid
 
 if TYPE_CHECKING:
-    from starlette.types import Receive
+    from collections.abc import AsyncIterator
 
     from serving.uploads import Upload, UploadGrant, UploadStore
 
@@ -24,8 +23,8 @@ _FIELDS_BYTES = 65_536
 """More than all fields of a client's form take."""
 
 
-async def receive_upload(receive: Receive, content_type: str, uploads: UploadStore) -> None:
-    """Store the one file of a form.
+async def receive_upload(body: AsyncIterator[bytes], content_type: str, uploads: UploadStore) -> None:
+    """Store the one file of a form. After an error, the rest of the body is still to be read.
 
     Raises `InvalidRequest` for what is no such form, `UploadRejected` as the policy and the store say, `Overloaded`.
     """
@@ -38,7 +37,7 @@ async def receive_upload(receive: Receive, content_type: str, uploads: UploadSto
     name, size = "", 0
     async with AsyncExitStack() as stack:
         file: Upload | None = None
-        async for piece in pieces(receive):
+        async for piece in body:
             for part, data in form.feed(piece):
                 name = part or name
                 if name == "file":

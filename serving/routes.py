@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serving.body import drain
+from serving.body import drain, pieces
 from serving.config import MIB
 from serving.errors import (
     CaptionerError,
@@ -31,7 +31,7 @@ from serving.form import receive_upload
 from serving.protocols import dashscope, openai, oss
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from starlette.requests import Request
 
@@ -113,12 +113,13 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         """E4: receive one file as the signed policy allows. It carries no key; errors are XML, as OSS tells them."""
+        body = pieces(request.receive)
         try:
-            await receive_upload(request.receive, request.headers.get("content-type", ""), self.uploads)
+            await receive_upload(body, request.headers.get("content-type", ""), self.uploads)
         except Disconnected:
             raise
         except CaptionerError as error:
-            await _drain(request, self.settings)
+            await _drain(body, self.settings)
             answer = oss.error(error, request.state.request_id)
             return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
         return Response(status_code=200)
@@ -159,7 +160,7 @@ def error_handlers(service: Service) -> Mapping[Any, Callable[[Request, Exceptio
             case _:
                 log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
                 error = Internal()
-        await _drain(request, service.settings)
+        await _drain(pieces(request.receive), service.settings)
         answer = service.codec_of(request.url.path).error(error, request.state.request_id)
         headers = {**answer.headers}
         if isinstance(raised, HTTPException) and raised.headers:
@@ -177,10 +178,10 @@ def _origin(request: Request, settings: Settings) -> str:
     return f"{headers.get('x-forwarded-proto', url.scheme)}://{headers.get('x-forwarded-host', url.netloc)}"
 
 
-async def _drain(request: Request, settings: Settings) -> None:
+async def _drain(body: AsyncIterator[bytes], settings: Settings) -> None:
     """Read what the client still sends; whatever was read before, or whether it has gone, does not matter."""
     with contextlib.suppress(CaptionerError):
-        await drain(request.receive, settings.max_body_bytes)
+        await drain(body, settings.max_body_bytes)
 
 
 def _json(body: bytes, status: int = 200) -> Response:
