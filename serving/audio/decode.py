@@ -18,7 +18,7 @@ import resource
 from contextlib import contextmanager
 from io import SEEK_CUR, SEEK_END, SEEK_SET, BytesIO, RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -33,13 +33,16 @@ from serving.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from io import BufferedReader
 
     import numpy.typing as npt
+    from _typeshed import WriteableBuffer
 
     from serving.audio.formats import Format
 
     Samples = npt.NDArray[np.float32]
-    Reader = Callable[[BinaryIO, int, Format, "_Waveform"], None]
+    File = BytesIO | BufferedReader
+    Reader = Callable[[File, int, Format, "_Waveform"], None]
 
 PADDING_S = 0.1
 """Samples over the limit that are let through: what codecs pad with (PROTOCOL 7.4)."""
@@ -49,6 +52,8 @@ MEMORY_BYTES = 64 * 1024 * 1024
 
 _BLOCK_VALUES = 1 << 16
 """Samples times channels that are mixed and resampled at once."""
+
+_READ_BYTES = 1 << 20
 
 _SAMPLE_RATES = range(1_000, 768_001)
 """What sound is recorded at. A header that says otherwise is forged."""
@@ -114,22 +119,24 @@ class _ReaderError(Exception):
     """A reader came to no good end; says why. What it has decoded by then stands."""
 
 
-def _attempt(read: Reader, file: BinaryIO, start: int, form: Format, waveform: _Waveform) -> str:
+class _DamagedError(_ReaderError):
+    """The usual one, and the one that a file of a kind which the reader does not know looks like."""
+
+
+def _attempt(read: Reader, file: File, start: int, form: Format, waveform: _Waveform) -> str:
     """Decode with one reader and return what went wrong, or nothing. Raises `AudioTooLong`."""
     waveform.rewind()
     problem = ""
     try:
         read(file, start, form, waveform)
+    except _DamagedError:
+        problem = f"this {form.name} file is damaged, cut, or of a kind that no decoder knows"
     except _ReaderError as error:
         problem = str(error)
     except MemoryError:
         problem = f"decoding this {form.name} file takes too much memory"
     waveform.flush()
     return problem
-
-
-def _damaged(form: Format) -> str:
-    return f"this {form.name} file is damaged, cut, or of a kind that no decoder knows"
 
 
 class _Waveform:
@@ -186,11 +193,10 @@ class _Waveform:
         self._size = max(self._size, end)
 
 
-def _read_soundfile(file: BinaryIO, start: int, form: Format, waveform: _Waveform) -> None:
-    del start  # libsndfile skips ID3v2 tags itself
-    file.seek(0)
+def _read_soundfile(file: File, start: int, form: Format, waveform: _Waveform) -> None:
+    del form  # libsndfile finds it out
     try:
-        with soundfile.SoundFile(file) as sound:
+        with soundfile.SoundFile(_Part(file, start, file.seek(0, SEEK_END))) as sound:
             # libsndfile's conversion to float takes five times as long as ours.
             dtype, full_scale = ("int16", 2**15) if sound.subtype == "PCM_16" else ("float32", 1)
             block = np.empty((max(1, _BLOCK_VALUES // sound.channels), sound.channels), dtype)
@@ -199,22 +205,25 @@ def _read_soundfile(file: BinaryIO, start: int, form: Format, waveform: _Wavefor
                 waveform.append(sound.samplerate, _averaged(frames, full_scale))
                 left -= len(frames)
     except soundfile.LibsndfileError:
-        left = 1
+        raise _DamagedError from None
     if left > 0:
-        raise _ReaderError(_damaged(form))
+        raise _DamagedError
 
 
-def _read_av(file: BinaryIO, start: int, form: Format, waveform: _Waveform) -> None:
+def _read_av(file: File, start: int, form: Format, waveform: _Waveform) -> None:
     parts = links(file, start) if form.demuxer == "ogg" else [(start, file.seek(0, SEEK_END))]
+    damaged = False
     for part in parts:
         try:
             for rate, mono in _av_blocks(_Part(file, *part), form):
                 waveform.append(rate, mono)
-        except av.FFmpegError as problem:
-            if isinstance(problem, MemoryError):
-                raise
-            raise _ReaderError(_damaged(form)) from problem
+        except MemoryError:
+            raise
+        except (av.FFmpegError, _DamagedError):
+            damaged = True
         waveform.flush()
+    if damaged:
+        raise _DamagedError
 
 
 def _av_blocks(file: _Part, form: Format) -> Iterator[tuple[int, Samples]]:
@@ -256,11 +265,11 @@ def _audio_stream(container: Any, form: Format) -> Any:
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Yield what can be decoded, past damaged packets. Raises `FFmpegError` if they were all damaged."""
+    """Yield what can be decoded, past damaged packets. Raises `_DamagedError` if nothing was for that reason."""
     name = stream.codec_context.name
     decoder = av.CodecContext.create(_BETTER_DECODER[name], "r") if name in _BETTER_DECODER else stream.codec_context
     packets = container.demux(stream)
-    problem, decoded = None, False
+    damaged = decoded = False
     while True:
         try:
             if (packet := next(packets, None)) is None:
@@ -268,13 +277,13 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
             frames = decoder.decode(packet)
         except MemoryError:
             raise
-        except av.FFmpegError as error:
-            problem = error  # of this packet; one of the container ends `packets`
+        except av.FFmpegError:
+            damaged = True  # this packet; if it was the container, that has ended `packets`
         else:
             decoded = decoded or bool(frames)
             yield from frames
-    if problem and not decoded:
-        raise problem
+    if damaged and not decoded:
+        raise _DamagedError
 
 
 def _mono(frame: Any) -> Samples:
@@ -321,7 +330,7 @@ def _memory_limited() -> Iterator[None]:
 class _Part(RawIOBase):
     """Bytes `begin` to `end` of a file, as a file of its own."""
 
-    def __init__(self, file: BinaryIO, begin: int, end: int) -> None:
+    def __init__(self, file: File, begin: int, end: int) -> None:
         self._file, self._begin, self._end = file, begin, end
         self._position = begin
 
@@ -340,8 +349,11 @@ class _Part(RawIOBase):
         return self.tell()
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._end - self._position)
+        # FFmpeg asks for a whole packet or picture, and asks again for what it did not get.
+        return super().read(min(size, _READ_BYTES)) or b""
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
         self._file.seek(self._position)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._position += len(data)
-        return data
+        size = self._file.readinto(memoryview(buffer)[: max(0, self._end - self._position)])
+        self._position += size
+        return size

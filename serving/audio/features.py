@@ -97,7 +97,8 @@ def _mel_filters() -> Floats:
     bins = np.linspace(0, nyquist_hz, _BINS)
     low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle))
-    return (np.maximum(triangles, 0) * 2 / (high - low)).astype(np.float32)
+    filters: Floats = (np.maximum(triangles, 0) * 2 / (high - low)).astype(np.float32)
+    return filters
 
 
 def _bands(filters: Floats) -> list[tuple[slice, slice, Floats]]:
