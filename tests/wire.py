@@ -73,6 +73,29 @@ def ask_compatible(url: str, audio: str, *, headers: dict[str, str] | None = Non
     return Answer(choice["message"]["content"], choice["finish_reason"], body["usage"], response.headers)
 
 
+def upload(url: str, audio: bytes, *, name: str = "clip", headers: dict[str, str] | None = None) -> str:
+    """Upload a file as DashScope's clients do, and return its `oss://` address."""
+    query = {"action": "getPolicy", "model": MODEL}
+    policy = httpx.get(f"{url}/api/v1/uploads", params=query, headers=headers).json()["data"]
+    key = f"{policy['upload_dir']}/{name}"
+    response = httpx.post(policy["upload_host"], data=upload_fields(policy, key), files={"file": (name, audio)})
+    assert response.status_code == 200, response.text
+    return f"oss://{key}"
+
+
+def upload_fields(policy: dict[str, Any], key: str) -> dict[str, str]:
+    """The form's fields before the file."""
+    return {
+        "OSSAccessKeyId": policy["oss_access_key_id"],
+        "Signature": policy["signature"],
+        "policy": policy["policy"],
+        "key": key,
+        "x-oss-object-acl": policy["x_oss_object_acl"],
+        "x-oss-forbid-overwrite": policy["x_oss_forbid_overwrite"],
+        "success_action_status": "200",
+    }
+
+
 def events(stream: str) -> list[Any]:
     """The JSON payloads of an event stream; `[DONE]` and comments left out."""
     payloads = [line.removeprefix("data:").strip() for line in stream.splitlines() if line.startswith("data:")]

@@ -1,0 +1,83 @@
+"""Every format through every form of input: the decoded duration against the truth, as a table in AUDIO_INPUTS.md."""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from serving.types import SAMPLE_RATE, billed_audio_tokens
+from tests.audio.clips import Clip, clip, clip_names
+from tests.wire import ask_compatible, ask_native, data_url, upload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.media import MediaServer
+    from tests.service import RunningService
+    from tests.wire import Answer
+
+TABLE = Path(__file__).with_name("AUDIO_INPUTS.md")
+FORMS = ("URL", "data URL", "bare base64", "upload")
+RESOLVE = {"x-dashscope-ossresourceresolve": "enable"}
+
+HEAD = """# Every format through every form of input
+
+Made by `tests/test_audio_inputs.py`, which fails when this page is not true (`WRITE_TABLES=1 make test` writes it
+anew). Each clip holds the same sound; the figures are seconds, as decoded by the service.
+
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(fake_service: RunningService, media: MediaServer) -> dict[tuple[str, str], Answer]:
+    """Every clip through every form: URL and upload in the native dialect, the two inline ones in the compatible."""
+    url = fake_service.url
+
+    def by_url(sound: Clip) -> Answer:
+        media.files[f"clip-{sound.name}"] = sound.data
+        return ask_native(url, media.url(f"clip-{sound.name}"))
+
+    ask: dict[str, Callable[[Clip], Answer]] = {
+        "URL": by_url,
+        "data URL": lambda sound: ask_compatible(url, data_url(sound.data)),
+        "bare base64": lambda sound: ask_compatible(url, base64.b64encode(sound.data).decode()),
+        "upload": lambda sound: ask_native(url, upload(url, sound.data), headers=RESOLVE),
+    }
+    return {(name, form): ask[form](clip(name)) for name in clip_names() for form in FORMS}
+
+
+def _decoded_s(answer: Answer) -> float:
+    """How long the clip was that the engine got: the fake one says it."""
+    found = re.search(r"clip of ([\d.]+) seconds has the fingerprint (\w+)", answer.text)
+    assert found, answer.text
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", clip_names())
+def test_duration_and_bill(name: str, answers: dict[tuple[str, str], Answer]) -> None:
+    """Through every form the same samples arrive, as long as the sound is, and are billed by the manual's rule."""
+    told = [answers[name, form] for form in FORMS]
+    assert {_decoded_s(answer) for answer in told} == {_decoded_s(told[0])}
+    assert {answer.text for answer in told} == {told[0].text}, "the same clip is heard differently"
+    assert _decoded_s(told[0]) == pytest.approx(clip(name).duration_s, abs=clip(name).tolerance_s)
+    native, compatible = told[0].usage, told[1].usage
+    audio_tokens = native["input_tokens_details"]["audio_tokens"]
+    assert abs(audio_tokens - billed_audio_tokens(round(_decoded_s(told[0]) * SAMPLE_RATE))) <= 1
+    assert compatible["prompt_tokens_details"] == {"audio_tokens": audio_tokens, "text_tokens": 8}
+
+
+def test_table(answers: dict[tuple[str, str], Answer]) -> None:
+    """The committed table tells what was decoded now."""
+    rows = [f"| Format | truth | {' | '.join(FORMS)} |", f"|---|---|{'---|' * len(FORMS)}"]
+    for name in clip_names():
+        decoded = " | ".join(f"{_decoded_s(answers[name, form]):.2f}" for form in FORMS)
+        rows.append(f"| {name} | {clip(name).duration_s:.2f} | {decoded} |")
+    page = HEAD + "\n".join(rows) + "\n"
+    if os.environ.get("WRITE_TABLES"):
+        TABLE.write_text(page)
+    assert TABLE.read_text() == page
