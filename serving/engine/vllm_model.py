@@ -45,7 +45,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from serving.engine.base import EngineDelta
 from serving.engine.executor import SoloExecutor, TeamExecutor
 from serving.engine.stops import StopSequences
-from serving.errors import AudioEmpty, AudioTooLong, EngineFailed, InvalidRequest
+from serving.errors import AudioTooLong, EngineFailed, InvalidRequest
 from serving.types import Features, FinishReason
 
 if TYPE_CHECKING:
@@ -104,11 +104,13 @@ class LoadedModel:
         return bool(self._llm.errored)
 
     def close(self) -> None:
-        """End the processes; what runs fails. Takes seconds."""
-        processes = self._llm.engine_core.resources.engine_manager.processes
+        """End the processes; what runs fails. Takes seconds, so call it off the event loop, which must run meanwhile."""
+        resources = self._llm.engine_core.resources
         self._llm.shutdown()
-        for process in processes:
+        # vLLM leaves these two to the end of the program.
+        for process in resources.engine_manager.processes:
             process.join()
+        resources.ctx.term()
 
     def silence(self) -> Features:
         """Features of half a second of nothing."""
@@ -172,14 +174,9 @@ class LoadedModel:
             raise InvalidRequest(str(error)) from error
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
-        """What vLLM's own preprocessing would make of the clip, without copying the features.
-
-        Raises `AudioEmpty` below one frame (10 ms) and `AudioTooLong`.
-        """
+        """What vLLM's own preprocessing would make of the clip, without copying the features. Raises `AudioTooLong`."""
         frames = features.log_mel.shape[1]
         tokens = audio_tokens(frames)
-        if not tokens:
-            raise AudioEmpty
         if len(self._head) + tokens + len(self._tail) > self._max_input_tokens:
             raise AudioTooLong
         audio = MultiModalKwargsItem(

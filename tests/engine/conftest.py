@@ -1,0 +1,69 @@
+"""The real engine, started once for all tests, and sounds to give it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest_asyncio
+
+from serving.audio.features import log_mel
+from serving.config import Settings
+from serving.engine.vllm import VllmEngine
+from serving.types import SAMPLE_RATE, Features, FinishReason, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import numpy.typing as npt
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engine() -> AsyncIterator[VllmEngine]:
+    """The real engine with the embedded checkpoint, as a newcomer gets it."""
+    engine = VllmEngine(Settings())
+    await start(engine)
+    yield engine
+    await engine.stop()
+
+
+async def start(engine: VllmEngine) -> None:
+    """Start it. What libraries warn of when they are imported is not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        await engine.start()
+
+
+def waveform(seconds: float, seed: int = 0) -> npt.NDArray[np.float32]:
+    """A gliding, pulsing tone in noise, 16 kHz; each seed sounds different."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * t * (1 + 0.05 * np.sin(t)))
+    pulses = np.sin(2 * np.pi * rng.uniform(0.3, 6) * t) > rng.uniform(-0.5, 0.5)
+    return (0.3 * tone * pulses + rng.normal(0, rng.uniform(0.001, 0.05), t.size)).astype(np.float32)
+
+
+def sound(seconds: float, seed: int = 0) -> Features:
+    """Features of `waveform`, made as the service makes them."""
+    samples = waveform(seconds, seed)
+    return Features(log_mel(samples), samples.size)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """All deltas together."""
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None
+
+
+async def caption(engine: VllmEngine, features: Features, **sampling: Any) -> Caption:
+    """The whole caption; greedy unless told otherwise."""
+    text, tokens, finish_reason = "", 0, None
+    async for delta in engine.generate("test", features, Sampling(**{"temperature": 0.0, **sampling})):
+        assert finish_reason is None, "nothing comes after the finish reason"
+        text, tokens, finish_reason = text + delta.text, tokens + delta.tokens, delta.finish_reason
+    return Caption(text, tokens, finish_reason)

@@ -1,0 +1,81 @@
+"""The served model is the model: token for token what the reference implementation writes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, Qwen3OmniMoeForConditionalGeneration
+
+from serving.config import EMBEDDED_CHECKPOINT
+from serving.types import Features, Sampling
+from tests.engine.conftest import sound, waveform
+
+if TYPE_CHECKING:
+    from serving.engine.vllm import VllmEngine
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+TOKENS = 40
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The same checkpoint in the implementation of transformers, in float32."""
+    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
+    return model.thinker.eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    """Its own preprocessing: chat template, feature extractor and placeholders."""
+    return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+
+
+def reference_tokens(reference: Any, processor: Any, samples: Any) -> list[int]:
+    """What transformers generates greedily for a waveform, end of turn included."""
+    message = {"role": "user", "content": [{"type": "audio", "audio": "clip"}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
+    with torch.inference_mode():
+        output = reference.generate(
+            **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id
+        )
+    return list(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+async def served_tokens(engine: VllmEngine, features: Features) -> list[int]:
+    """What our engine generates greedily for features; the tokens behind the deltas of `generate`."""
+    model = engine._model
+    assert model is not None
+    own_id = f"parity-{next(model._ids)}"
+    params = model._params(Sampling(temperature=0.0, max_tokens=TOKENS))
+    queue = await model._llm.add_request(own_id, model._input(own_id, features), params)
+    tokens: list[int] = []
+    while True:
+        output = await queue.get()
+        tokens += output.outputs[0].token_ids
+        if output.finished:
+            return tokens
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 3.37, 8.0, 14.2, 29.99, 35.0])
+async def test_greedy_tokens_equal_the_reference(
+    engine: VllmEngine, reference: Any, processor: Any, seconds: float
+) -> None:
+    """Our features through vLLM give exactly the tokens that transformers gives for the waveform."""
+    for seed in range(2):
+        expected = reference_tokens(reference, processor, waveform(seconds, seed))
+        assert await served_tokens(engine, sound(seconds, seed)) == expected
+
+
+async def test_parity_would_notice_a_wrong_clip(engine: VllmEngine) -> None:
+    """Tokens differ between clips, between lengths and when two frames are swapped: equality above means something."""
+    features = sound(5.0)
+    swapped = Features(features.log_mel[:, ::-1].copy(), features.samples)
+    clips = [features, swapped, sound(5.0, seed=1), sound(5.01), sound(6.0)]
+    tokens = [await served_tokens(engine, clip) for clip in clips]
+    for t in tokens: print(t)
+    assert all(a != b for a, b in itertools.combinations(tokens, 2))
