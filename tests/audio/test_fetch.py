@@ -13,6 +13,7 @@ import ipaddress
 import socket
 import ssl
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -565,7 +566,7 @@ def _malformed() -> dict[str, bytes]:
 async def test_a_malformed_answer_is_a_failed_download(tmp_path: Path, outside: Site, name: str) -> None:
     """Bodies that are cut, compressed or malformed fail in one way, and soon."""
     outside.answers["/bad"] = _malformed()[name]
-    async with fetching(tmp_path, fetch_timeout_s=5) as fetcher:
+    async with fetching(tmp_path) as fetcher:
         with pytest.raises(errors.DownloadFailed):
             await get(fetcher, outside.url("/bad"))
         assert await get(fetcher, outside.url()) == BODY
@@ -600,22 +601,24 @@ async def test_slow_servers_meet_the_deadline(tmp_path: Path, outside: Site) -> 
             began = time.perf_counter()
             with pytest.raises(errors.DownloadTimeout):
                 await get(fetcher, outside.url(path))
-            assert time.perf_counter() - began < 2
+            assert time.perf_counter() - began < 10
 
 
 async def test_a_slow_resolver_meets_the_deadline(tmp_path: Path, outside: Site) -> None:
     """A name server that does not answer holds up its own download only."""
+    answering = threading.Event()
 
     def stuck(host: str, port: int, **options: Any) -> list[Any]:
         if host == "slow.test":
-            time.sleep(1)
+            answering.wait()
         return list(socket.getaddrinfo(OUTSIDE, port, **options))
 
-    async with fetching(tmp_path, stuck, fetch_timeout_s=0.3) as fetcher:  # type: ignore[arg-type]
+    async with fetching(tmp_path, stuck, fetch_timeout_s=1) as fetcher:  # type: ignore[arg-type]
         slow = asyncio.create_task(get(fetcher, outside.url(host="slow.test")))
         assert await get(fetcher, outside.url(host="fast.test")) == BODY
         with pytest.raises(errors.DownloadTimeout):
             await slow
+        answering.set()
 
 
 async def test_connecting_has_its_own_limit(tmp_path: Path) -> None:
@@ -630,13 +633,13 @@ async def test_connecting_has_its_own_limit(tmp_path: Path) -> None:
             began = time.perf_counter()
             with pytest.raises(errors.DownloadTimeout):
                 await get(fetcher, f"http://{OUTSIDE}:{address[1]}/clip")
-            assert time.perf_counter() - began < 5
+            assert time.perf_counter() - began < 10
 
 
 async def test_the_consumers_time_is_not_the_downloads(tmp_path: Path, outside: Site) -> None:
     """The deadline ends with the download; what follows takes as long as it takes."""
-    async with fetching(tmp_path, fetch_timeout_s=0.3) as fetcher, fetcher.fetch(outside.url()) as path:
-        await asyncio.sleep(0.5)
+    async with fetching(tmp_path, fetch_timeout_s=1) as fetcher, fetcher.fetch(outside.url()) as path:
+        await asyncio.sleep(1.1)
         assert path.read_bytes() == BODY
 
 
