@@ -174,7 +174,7 @@ def main() -> None:
     print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
     began = saved = time.monotonic()
     seen = []
-    for clips in islice(corpus.epochs(training.step, FRAMES_PER_BATCH, MOST_CLIPS), steps - training.step):
+    for clips in islice(corpus.epochs(training.step, FRAMES_PER_BATCH, MOST_CLIPS), max(0, steps - training.step)):
         batch = corpus.batch(clips, np.random.default_rng(training.step))
         seen.append(training.learn(batch, steps))
         now = time.monotonic()

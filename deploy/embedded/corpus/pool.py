@@ -54,8 +54,10 @@ class Pool:
 def write_pool(path: Path, sounds: Iterable[tuple[np.ndarray, dict[str, object]]]) -> int:
     """Write sounds (float samples at 16 kHz, facts) to a pool, each at a peak of 0.9; return how many there are.
 
-    The pool appears only when it is complete, so that a run which was ended is simply run again.
+    The pool appears only when it is complete, and one that is there stays: a run which was ended is simply run again.
     """
+    if path.with_suffix(".jsonl").exists():
+        return len(Pool(path).entries)
     start, entries = 0, []
     part = path.with_suffix(".part")
     with part.open("wb") as out:

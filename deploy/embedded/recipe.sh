@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The embedded captioner from seeds: sources, pools of sounds, corpus, tokenizer, training. Everything lies under the folder
+# that is given; what is there already is kept, so that a run which was ended is simply started again.
+#   deploy/embedded/recipe.sh .cache/embedded [python] [steps]
+set -euo pipefail
+
+cache=$1
+python=${2:-.venv/bin/python}
+steps=${3:-}
+mkdir -p "$cache"
+
+if [[ ! -e $cache/installed ]]; then
+  apt-get install --yes --quiet --no-install-recommends espeak-ng flite libfluidsynth3 fluid-soundfont-gm \
+    musescore-general-soundfont timgm6mb-soundfont libtcmalloc-minimal4
+  touch "$cache/installed"
+fi
+
+for source in effects speech music; do
+  "$python" -m "deploy.embedded.corpus.$source" "$cache"
+done
+
+workers=$(nproc)
+for ((worker = 0; worker < workers; worker++)); do
+  OMP_NUM_THREADS=1 "$python" -W ignore -m deploy.embedded.corpus.build "$cache" --worker "$worker" --workers "$workers" &
+  pids[worker]=$!
+done
+for pid in "${pids[@]}"; do
+  wait "$pid"
+done
+
+# glibc's malloc costs half of a step.
+LD_PRELOAD=libtcmalloc_minimal.so.4 "$python" -W ignore -m deploy.embedded.train "$cache" ${steps:+--steps "$steps"}
