@@ -9,23 +9,31 @@ from typing import Self
 
 
 class MediaServer:
-    """Serve `files` (path without its first slash → bytes). A context; `url(name)` gives the address."""
+    """Serve `files` (path without its first slash → bytes). A context; `url(name)` gives the address.
+
+    `answers` (likewise → status, headers, body) are sent as they stand, though they may be wrong.
+    """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.requests: list[str] = []
+        self.answers: dict[str, tuple[int, dict[str, str], bytes]] = {}
         media = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                media.requests.append(self.path)
-                content = media.files.get(urllib.parse.unquote(self.path[1:]))
-                self.send_response(404 if content is None else 200)
-                self.send_header("content-length", str(len(content or b"")))
+                name = urllib.parse.unquote(self.path[1:])
+                content = media.files.get(name)
+                missing = (404, {"content-length": "0"}, b"")
+                found = missing if content is None else (200, {"content-length": str(len(content))}, content)
+                status, headers, body = media.answers.get(name, found)
+                self.send_response(status)
+                for field, value in headers.items():
+                    self.send_header(field, value)
                 self.end_headers()
-                self.wfile.write(content or b"")
+                self.wfile.write(body)
+                self.close_connection = True
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 pass
