@@ -24,6 +24,7 @@ import av
 import numpy as np
 import soundfile
 import soxr
+from av.audio.plane import AudioPlane
 from av.stream import Discard
 
 from serving.audio.formats import is_text, recognise
@@ -291,17 +292,20 @@ def _mono(frame: Any) -> Samples:
     kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
     dtype, full_scale = _SAMPLE_FORMATS[kind]
     if frame.format.is_planar:
-        planes = [np.frombuffer(plane, dtype, frame.samples) for plane in frame.planes]
-        mono = planes[0].astype(np.float32)
-        for plane in planes[1:]:
-            mono += plane
+        mono = _plane(frame, 0, dtype, frame.samples).astype(np.float32)
+        for index in range(1, channels):
+            mono += _plane(frame, index, dtype, frame.samples)
         mono *= np.float32(1 / (full_scale * channels))
     else:
-        packed = np.frombuffer(frame.planes[0], dtype, frame.samples * channels).reshape(-1, channels)
-        mono = _averaged(packed, full_scale)
+        mono = _averaged(_plane(frame, 0, dtype, frame.samples * channels).reshape(-1, channels), full_scale)
     if kind == "u8":
         mono -= 1
     return mono
+
+
+def _plane(frame: Any, index: int, dtype: str, count: int) -> npt.NDArray[Any]:
+    plane: Any = AudioPlane(frame, index)  # not `frame.planes`, which from 8 channels on runs past their end
+    return np.frombuffer(plane, dtype, count)
 
 
 def _averaged(frames: npt.NDArray[Any], full_scale: float) -> Samples:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     Samples = npt.NDArray[np.float32]
 
 DURATION_S = 2.0
+_LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1", 16: "hexadecagonal"}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -105,7 +106,7 @@ def with_av(
         path = Path(directory, "clip")  # some muxers write, read back and move
         with av.open(path, "w", format=muxer, options=muxer_options or {}) as out:
             picture_stream = out.add_stream(video, rate=5, width=64, height=48, pix_fmt="yuv420p") if video else None
-            layout = "mono" if samples.ndim == 1 else "stereo"
+            layout = _LAYOUTS[samples.shape[1] if samples.ndim > 1 else 1]
             stream = out.add_stream(codec, rate=rate, layout=layout, **settings)
             if picture_stream:
                 for number in range(round(5 * len(samples) / rate)):
@@ -156,6 +157,7 @@ def _av(*args: Any, **kwargs: Any) -> Callable[[], bytes]:
 
 
 _EXACT_S, _ABOUT_S = 0.001, 0.15
+_PAUSED = sound(8000) * (np.arange(16_000) < 4000).astype(np.float32)
 
 _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
     "WAV PCM 8": (_sf("WAV", "PCM_U8"), _EXACT_S),
@@ -224,13 +226,13 @@ _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
         _av("mp4", "aac", muxer_options={"movflags": "frag_keyframe+empty_moov+default_base_moof"}),
         _ABOUT_S,
     ),
-    "AMR-NB": (_av("amr", "libopencore_amrnb", 8000), _ABOUT_S),
+    "AMR-NB": (_av("amr", "libopencore_amrnb", 8000, bit_rate=12_200), _ABOUT_S),
     "AMR-NB with pauses (DTX)": (
-        _av("amr", "libopencore_amrnb", 8000, samples=sound(8000) * (np.arange(16_000) < 4000), options={"dtx": "1"}),
+        _av("amr", "libopencore_amrnb", 8000, samples=_PAUSED, bit_rate=12_200, options={"dtx": "1"}),
         _ABOUT_S,
     ),
     "AMR-WB": (_fixture("amr_wb.awb"), _ABOUT_S),
-    "3GP AMR-NB": (_av("3gp", "libopencore_amrnb", 8000), _ABOUT_S),
+    "3GP AMR-NB": (_av("3gp", "libopencore_amrnb", 8000, bit_rate=12_200), _ABOUT_S),
     "3GP AMR-WB": (lambda: remuxed("3gp", clip("AMR-WB").data), _ABOUT_S),
     "3GP AAC": (_av("3gp", "aac"), _ABOUT_S),
     "3GPP2 (3G2) AAC": (_av("3g2", "aac"), _ABOUT_S),
@@ -243,7 +245,7 @@ _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
     "MP4 Opus": (_av("mp4", "libopus", 48_000), _ABOUT_S),
     "MP4 video, AAC": (_av("mp4", "aac", video="mpeg4"), _ABOUT_S),
     "MP4 video (H.264), AAC": (_av("mp4", "aac", video="libx264"), _ABOUT_S),
-    "3GP video, AMR-NB": (_av("3gp", "libopencore_amrnb", 8000, video="mpeg4"), _ABOUT_S),
+    "3GP video, AMR-NB": (_av("3gp", "libopencore_amrnb", 8000, video="mpeg4", bit_rate=12_200), _ABOUT_S),
     "QuickTime video, PCM": (_av("mov", "pcm_s16le", video="mpeg4"), _EXACT_S),
     "MKV video, MP3": (_av("matroska", "libmp3lame", video="mpeg4"), _ABOUT_S),
     "WebM video, Opus": (_av("webm", "libopus", 48_000, video="libvpx"), _ABOUT_S),
