@@ -1,0 +1,74 @@
+"""The environments that client versions live in: made once from committed locks, away from the service's own.
+
+Python: `requirements/<name>.txt`, installed with its hashes. Node: `node/<name>/package-lock.json`. An environment is
+made anew when its lock has changed, and not otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CACHE = ROOT / ".cache" / "sdk"
+
+STAMP = "lock.blake2b"
+
+
+def python_environment(name: str) -> Path:
+    """The directory of the Python environment, made if need be."""
+    lock = HERE / "requirements" / f"{name}.txt"
+    home = CACHE / name
+    if _is_current(home, lock):
+        return home
+    shutil.rmtree(home, ignore_errors=True)
+    uv = [sys.executable, "-m", "uv"]
+    _run(*uv, "venv", "--quiet", "--python", sys.executable, str(home))
+    install = ("pip", "install", "--quiet", "--require-hashes", "--no-deps", "--compile-bytecode")
+    _run(*uv, *install, "--python", str(home / "bin" / "python"), "-r", str(lock))
+    return _stamped(home, lock)
+
+
+def node_environment(name: str) -> Path:
+    """The directory that holds `node_modules`, made if need be. Skips the test where there is no Node."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    lock = HERE / "node" / name / "package-lock.json"
+    home = CACHE / name
+    if _is_current(home, lock):
+        return home
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(lock.parent, home)
+    _run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", cwd=home)
+    return _stamped(home, lock)
+
+
+def bare_variables(home: Path) -> dict[str, str]:
+    """Variables for a client's process: none of those that steer clients, and `home` for their files."""
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+
+
+def _digest(lock: Path) -> str:
+    return hashlib.blake2b(lock.read_bytes() + sys.version.encode()).hexdigest()
+
+
+def _is_current(home: Path, lock: Path) -> bool:
+    stamp = home / STAMP
+    return stamp.is_file() and stamp.read_text() == _digest(lock)
+
+
+def _stamped(home: Path, lock: Path) -> Path:
+    (home / STAMP).write_text(_digest(lock))
+    return home
+
+
+def _run(*command: str, cwd: Path | None = None) -> None:
+    subprocess.run(command, cwd=cwd, check=True)
