@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,6 +184,7 @@ async def test_no_other_key_is_allowed(store: DirectoryUploads, key: str) -> Non
     assert caught.value.code == "AccessDenied"
 
 
+@hypothesis.settings(deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
 def test_any_text_is_refused_in_kind(tmp_path_factory: pytest.TempPathFactory, a: str, b: str, c: str) -> None:
     """Whatever a form holds, the answer is a refusal and never another exception."""

@@ -127,9 +127,7 @@ class Fetcher:
     async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one request over a connection of its own: nothing of it is shared with another caller's."""
         pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port)))
-        connector = aiohttp.TCPConnector(
-            resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False, force_close=True
-        )
+        connector = aiohttp.TCPConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
         session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
