@@ -1,0 +1,325 @@
+"""Those that are compared, each as a process of its own: this service, `vllm serve`, the offline engine.
+
+All run the same vLLM with the same engine settings, also those that the service chooses by itself: the model in the
+engine process itself (as vLLM does with one GPU; on the CPU that must be named, lest it starts a further one), one
+thread for it, no prefix or processor cache. `vllm serve, defaults` leaves these as vLLM has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+import psutil
+from load import BadAnswerError, Load, Target
+from processes import Snapshot, memory_mib
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from load import Answer
+    from processes import Use
+
+START_TIMEOUT_S = 600
+MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
+LIMITS = {"audio": 1, "image": 0, "video": 0}
+EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all have in common."""
+
+    model: Path
+    max_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 65_536
+    dtype: str = "float32"
+    kv_cache_gib: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One system's figures for one set of clips."""
+
+    requests: int
+    answers: list[Answer]
+    """Empty for the offline engine, which answers everything at the end."""
+    wall_s: float
+    use: Use
+    memory_mib: dict[str, float]
+    load_generator_cpu_s: float
+
+
+class Job(Protocol):
+    """Every clip once. Made beforehand, so that only `run` is measured."""
+
+    def run(self) -> None:
+        """Do it."""
+
+    def answers(self) -> list[Answer]:
+        """Check what came of it. Raises `BadAnswerError`."""
+
+
+class System(ABC):
+    """One of those compared. A context: it runs inside."""
+
+    name: str
+    stdout_is_log = True
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._directory = tempfile.TemporaryDirectory(prefix="captioner-bench-")
+        self._scratch = Path(self._directory.name)
+        self._log = self._scratch / "log"
+
+    def __enter__(self) -> Self:
+        began = time.perf_counter()
+        with self._log.open("w") as log:
+            self._child = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=log if self.stdout_is_log else subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | self.environment,
+            )
+        self.root = psutil.Process(self._child.pid)
+        try:
+            self._wait_until_ready(began + START_TIMEOUT_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.start_s = time.perf_counter() - began
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        tree = [self.root, *self.root.children(recursive=True)] if self.root.is_running() else []
+        self._child.terminate()
+        for process in psutil.wait_procs(tree, timeout=60)[1]:
+            process.kill()
+        self._child.wait()
+        self._directory.cleanup()
+
+    def measure(self, clips: Sequence[Path], concurrency: int) -> Round:
+        """Run every clip once. Raises `BadAnswerError`."""
+        job = self._job(clips, concurrency)
+        before, began, own_cpu_s = Snapshot.of(self.root), time.perf_counter(), time.process_time()
+        job.run()
+        wall_s, own_cpu_s = time.perf_counter() - began, time.process_time() - own_cpu_s
+        use = before.until(Snapshot.of(self.root))
+        return Round(len(clips), job.answers(), wall_s, use, memory_mib(self.root), own_cpu_s)
+
+    def idle_cpu_s(self, wall_s: float) -> float:
+        """CPU-seconds per second while it has nothing to do."""
+        before = Snapshot.of(self.root)
+        time.sleep(wall_s)
+        return sum(before.until(Snapshot.of(self.root)).cpu_s.values()) / wall_s
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        while not self._is_ready():
+            if self._child.poll() is not None or time.perf_counter() > deadline:
+                raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()[-5000:]}")
+            time.sleep(0.2)
+
+    @property
+    @abstractmethod
+    def command(self) -> list[str]:
+        """How it is started."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for it."""
+        return {"VLLM_CPU_KVCACHE_SPACE": str(self._setup.kv_cache_gib), "VLLM_NO_USAGE_STATS": "1"}
+
+    @abstractmethod
+    def _is_ready(self) -> bool: ...
+
+    @abstractmethod
+    def _job(self, clips: Sequence[Path], concurrency: int) -> Job: ...
+
+
+class _Server(System):
+    """One that speaks HTTP."""
+
+    url = ""
+
+    def _job(self, clips: Sequence[Path], concurrency: int) -> Job:
+        return Load(Target(f"{self.url}/v1/chat/completions", MODEL_NAME, self._setup.max_tokens), clips, concurrency)
+
+
+class Captioner(_Server):
+    """This service."""
+
+    name = "captioner"
+
+    @property
+    def command(self) -> list[str]:
+        setup = self._setup
+        return [
+            str(Path(sys.executable).with_name("captioner")),
+            "serve",
+            "--port=0",
+            f"--model={setup.model}",
+            f"--served-model-name={MODEL_NAME}",
+            f"--dtype={setup.dtype}",
+            f"--max-model-len={setup.max_model_len}",
+            f"--max-num-seqs={setup.max_num_seqs}",
+            f"--max-num-batched-tokens={setup.max_num_batched_tokens}",
+            f"--cpu-kv-cache-gib={setup.kv_cache_gib}",
+            "--enforce-eager",
+            "--allow-ignore-eos",
+            f"--spool-dir={self._scratch}",
+            f"--uploads-dir={self._scratch / 'uploads'}",
+        ]
+
+    def _is_ready(self) -> bool:
+        found = re.search(r"ready after .* on (http://[^\s\"]+)", self._log.read_text())
+        self.url = found[1] if found else ""
+        return found is not None
+
+
+class VllmServe(_Server):
+    """vLLM's own server, of the version that the service runs."""
+
+    name = "vllm serve"
+    extra: tuple[str, ...] = (
+        f"--distributed-executor-backend={EXECUTOR}",
+        "--no-enable-prefix-caching",
+        "--mm-processor-cache-gb=0",
+    )
+    threads: ClassVar = ONE_THREAD
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    @property
+    def command(self) -> list[str]:
+        setup = self._setup
+        return [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(setup.model)),
+            *("--host=127.0.0.1", f"--port={self._port}", f"--served-model-name={MODEL_NAME}"),
+            f"--dtype={setup.dtype}",
+            f"--max-model-len={setup.max_model_len}",
+            f"--max-num-seqs={setup.max_num_seqs}",
+            f"--max-num-batched-tokens={setup.max_num_batched_tokens}",
+            f"--limit-mm-per-prompt={json.dumps(LIMITS)}",
+            "--enforce-eager",
+            *self.extra,
+        ]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        # vllm-cpu's own command looks for a distribution named vllm; `+cpu` is how vLLM tells the CPU build.
+        description = self._scratch / "shim" / f"vllm-{version('vllm-cpu')}+cpu.dist-info" / "METADATA"
+        description.parent.mkdir(parents=True)
+        description.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+        return super().environment | self.threads | {"PYTHONPATH": str(self._scratch / "shim")}
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310 - our own address
+                return True
+        except OSError:
+            return False
+
+
+class DefaultVllmServe(VllmServe):
+    """The same, as it comes."""
+
+    name = "vllm serve, defaults"
+    extra = ()
+    threads: ClassVar = {}
+
+
+class OfflineEngine(System):
+    """`LLM.generate`: the engine with nothing around it, on clips that are decoded beforehand."""
+
+    name = "offline engine"
+    stdout_is_log = False
+
+    @property
+    def command(self) -> list[str]:
+        setup = self._setup
+        settings = {
+            "model": str(setup.model),
+            "max_tokens": setup.max_tokens,
+            "engine": {
+                "dtype": setup.dtype,
+                "max_model_len": setup.max_model_len,
+                "max_num_seqs": setup.max_num_seqs,
+                "max_num_batched_tokens": setup.max_num_batched_tokens,
+                "limit_mm_per_prompt": LIMITS,
+                "enforce_eager": True,
+                "distributed_executor_backend": EXECUTOR,
+                "enable_prefix_caching": False,
+                "mm_processor_cache_gb": 0,
+            },
+        }
+        return [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(settings)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return super().environment | ONE_THREAD
+
+    def _is_ready(self) -> bool:
+        # Its first line is {"ready": true}; a line that is there is whole.
+        return bool(select.select([self._pipes[1]], [], [], 0)[0] and self.hear())
+
+    def _job(self, clips: Sequence[Path], concurrency: int) -> Job:
+        del concurrency  # it takes everything at once and runs `max_num_seqs` at a time
+        return _Batch(self, clips, self._setup.max_tokens)
+
+    @property
+    def _pipes(self) -> tuple[IO[str], IO[str]]:
+        if not (self._child.stdin and self._child.stdout):
+            raise RuntimeError("the offline engine was started without pipes")
+        return self._child.stdin, self._child.stdout
+
+    def say(self, what: object) -> None:
+        """Send one line to the process."""
+        print(json.dumps(what), file=self._pipes[0], flush=True)
+
+    def hear(self) -> Any:
+        """Wait for one line of the process."""
+        if line := self._pipes[1].readline():
+            return json.loads(line)
+        raise RuntimeError(f"the offline engine has ended:\n{self._log.read_text()[-5000:]}")
+
+
+class _Batch:
+    """One call of `LLM.generate`."""
+
+    def __init__(self, engine: OfflineEngine, clips: Sequence[Path], max_tokens: int) -> None:
+        self._engine = engine
+        self._max_tokens = max_tokens
+        self._tokens: list[int] = []
+        engine.say([str(clip) for clip in clips])
+        self._count = engine.hear()["decoded"]
+
+    def run(self) -> None:
+        self._engine.say({"go": True})
+        self._tokens = self._engine.hear()["tokens"]
+
+    def answers(self) -> list[Answer]:
+        if self._tokens != [self._max_tokens] * self._count:
+            raise BadAnswerError(f"{self._tokens=}, expected {self._count} times {self._max_tokens}")
+        return []
