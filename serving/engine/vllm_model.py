@@ -63,7 +63,7 @@ _AUDIO_PAD = "<|audio_pad|>"
 _MEL_BINS = 128
 
 _MIN_TEMPERATURE = 0.01
-"""vLLM raises anything lower, and logs a warning each time."""
+"""vLLM raises anything lower but 0 to this, and logs a warning each time."""
 
 _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
@@ -104,7 +104,7 @@ class LoadedModel:
         return bool(self._llm.errored)
 
     def close(self) -> None:
-        """End the processes; what runs fails. Takes seconds, so call it off the event loop, which must run meanwhile."""
+        """End the processes; what runs fails. Blocks for seconds while the event loop must run: call it in a thread."""
         resources = self._llm.engine_core.resources
         self._llm.shutdown()
         # vLLM leaves these two to the end of the program.
@@ -156,7 +156,7 @@ class LoadedModel:
             raise InvalidRequest("An element of stop must not be empty.", param="stop")
         try:
             return SamplingParams(
-                temperature=sampling.temperature and max(sampling.temperature, _MIN_TEMPERATURE),
+                temperature=sampling.temperature if sampling.temperature >= _MIN_TEMPERATURE else 0.0,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 max_tokens=sampling.max_tokens,

@@ -67,3 +67,18 @@ async def caption(engine: VllmEngine, features: Features, **sampling: Any) -> Ca
         assert finish_reason is None, "nothing comes after the finish reason"
         text, tokens, finish_reason = text + delta.text, tokens + delta.tokens, delta.finish_reason
     return Caption(text, tokens, finish_reason)
+
+
+async def token_ids(engine: VllmEngine, features: Features, **sampling: Any) -> list[int]:
+    """The tokens behind the deltas, end of turn included; greedy unless told otherwise."""
+    model = engine._model
+    assert model is not None
+    own_id = f"tokens-{next(model._ids)}"
+    params = model._params(Sampling(**{"temperature": 0.0, **sampling}))
+    queue = await model._llm.add_request(own_id, model._input(own_id, features), params)
+    tokens: list[int] = []
+    while True:
+        output = await queue.get()
+        tokens += output.outputs[0].token_ids
+        if output.finished:
+            return tokens

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoProcessor, Qwen3OmniMoeForConditionalGeneration
 
 from serving.config import EMBEDDED_CHECKPOINT
-from serving.types import Features, Sampling
-from tests.engine.conftest import sound, waveform
+from serving.types import Features
+from tests.engine.conftest import sound, token_ids, waveform
 
 if TYPE_CHECKING:
     from serving.engine.vllm import VllmEngine
@@ -46,21 +46,6 @@ def reference_tokens(reference: Any, processor: Any, samples: Any) -> list[int]:
     return list(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-async def served_tokens(engine: VllmEngine, features: Features) -> list[int]:
-    """What our engine generates greedily for features; the tokens behind the deltas of `generate`."""
-    model = engine._model
-    assert model is not None
-    own_id = f"parity-{next(model._ids)}"
-    params = model._params(Sampling(temperature=0.0, max_tokens=TOKENS))
-    queue = await model._llm.add_request(own_id, model._input(own_id, features), params)
-    tokens: list[int] = []
-    while True:
-        output = await queue.get()
-        tokens += output.outputs[0].token_ids
-        if output.finished:
-            return tokens
-
-
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 3.37, 8.0, 14.2, 29.99, 35.0])
 async def test_greedy_tokens_equal_the_reference(
     engine: VllmEngine, reference: Any, processor: Any, seconds: float
@@ -68,7 +53,7 @@ async def test_greedy_tokens_equal_the_reference(
     """Our features through vLLM give exactly the tokens that transformers gives for the waveform."""
     for seed in range(2):
         expected = reference_tokens(reference, processor, waveform(seconds, seed))
-        assert await served_tokens(engine, sound(seconds, seed)) == expected
+        assert await token_ids(engine, sound(seconds, seed), max_tokens=TOKENS) == expected
 
 
 async def test_parity_would_notice_a_wrong_clip(engine: VllmEngine) -> None:
@@ -76,6 +61,5 @@ async def test_parity_would_notice_a_wrong_clip(engine: VllmEngine) -> None:
     features = sound(5.0)
     swapped = Features(features.log_mel[:, ::-1].copy(), features.samples)
     clips = [features, swapped, sound(5.0, seed=1), sound(5.01), sound(6.0)]
-    tokens = [await served_tokens(engine, clip) for clip in clips]
-    for t in tokens: print(t)
+    tokens = [await token_ids(engine, clip, max_tokens=TOKENS) for clip in clips]
     assert all(a != b for a, b in itertools.combinations(tokens, 2))

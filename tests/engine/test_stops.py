@@ -1,0 +1,42 @@
+"""Stop sequences of token ids against a search in the whole caption."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.engine.stops import StopSequences
+from serving.types import FinishReason
+
+IDS = st.integers(0, 2)
+
+
+def decode(ids: list[int]) -> str:
+    """A letter per token."""
+    return "".join("abc"[token_id] for token_id in ids)
+
+
+@given(
+    deltas=st.lists(st.lists(IDS, max_size=4), min_size=1, max_size=12),
+    sequences=st.lists(st.lists(IDS, min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_before_the_first_sequence_comes_out_whole(deltas: list[list[int]], sequences: list[list[int]]) -> None:
+    """However tokens are cut into deltas, nothing of the sequence is sent, and nothing before it is lost."""
+    stops = StopSequences(sequences, decode)
+    sent, finish_reason = "", None
+    for number, ids in enumerate(deltas, 1):
+        last = FinishReason.LENGTH if number == len(deltas) else None
+        text, finish_reason = stops.feed(decode(ids), ids, last)
+        sent += text
+        if finish_reason is not None:
+            break
+
+    whole = decode([token_id for ids in deltas for token_id in ids])
+    ends = [whole.find(decode(s)) + len(s) for s in sequences if decode(s) in whole]
+    if not ends:
+        assert (sent, finish_reason) == (whole, FinishReason.LENGTH)
+        return
+    end = min(ends)
+    begins = [end - len(s) for s in sequences if whole[:end].endswith(decode(s))]
+    assert sent in {whole[:begin] for begin in begins}
+    assert finish_reason is FinishReason.STOP
