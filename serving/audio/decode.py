@@ -60,10 +60,10 @@ _SAMPLE_RATES = range(1_000, 768_001)
 """What sound is recorded at. A header that says otherwise is forged."""
 
 _DECODERS = (
-    *("aac", "aac_latm", "ac3", "alac", "ape", "eac3", "flac", "g722", "g723_1", "gsm", "gsm_ms", "opus", "speex"),
+    *("aac", "aac_latm", "ac3", "alac", "eac3", "flac", "gsm", "gsm_ms", "opus", "speex"),
     *("amrnb", "amrwb", "libopencore_amrnb", "libopencore_amrwb", "tta", "vorbis", "wavpack", "wmapro", "wmavoice"),
     *("mp2", "mp2float", "mp3", "mp3float", "wmalossless", "wmav1", "wmav2"),
-    *("adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms", "adpcm_swf", "adpcm_yamaha", "nellymoser"),
+    *("adpcm_ima_qt", "adpcm_ima_wav", "adpcm_ms", "adpcm_swf", "adpcm_yamaha"),
     *("pcm_alaw", "pcm_bluray", "pcm_dvd", "pcm_f32be", "pcm_f32le", "pcm_f64be", "pcm_f64le", "pcm_mulaw"),
     *("pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32be", "pcm_s32le", "pcm_s64be", "pcm_s64le"),
     *("pcm_s8", "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le", "pcm_u8"),

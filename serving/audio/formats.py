@@ -58,7 +58,6 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
     (b"Creative Voice File\x1a", Format("VOC", "voc", soundfile=True)),
     (b"wvpk", Format("WavPack", "wv")),
     (b"TTA1", Format("TTA", "tta")),
-    (b"MAC ", Format("Monkey's Audio", "ape")),
     (b"\x0b\x77", Format("AC-3", "ac3")),
     (b"FLV\x01", Format("FLV", "flv")),
     (b"\x00\x00\x01\xba", Format("MPEG-PS", "mpeg")),

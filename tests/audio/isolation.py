@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([__name__])
+_processes.set_forkserver_preload([__name__, "pytest"])  # the main module, too, is imported in each process
 
 
 @dataclass(frozen=True, slots=True)
