@@ -55,6 +55,7 @@ class Captioner:
         sampling, request_id = request.sampling, request.request_id
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place())
+            await self._engine.check_health()  # no download or decoding for an engine that cannot take it
             held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
@@ -103,7 +104,7 @@ class Captioner:
                 case InlineAudio(base64):
                     clip = base64
                 case UploadedAudio(key):
-                    clip = await self._uploads.open(key, owner=record.caller, model=request.model)
+                    clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._fetcher.fetch(url))
                     record.stages_s["fetch"] = time.perf_counter() - began

@@ -97,7 +97,7 @@ class Service:
         model = request.query_params.get("model", "")
         if model not in self.settings.model_names:
             raise ModelNotFound(model)
-        policy = self.uploads.issue(caller, model)
+        policy = self.uploads.issue(caller, self.settings.served_model_name)  # whichever of its names was used
         return _json(
             oss.policy_body(
                 request.state.request_id,

@@ -81,8 +81,8 @@ class CaptionRequest:
 class Features:
     """Log-mel features of one clip, ready for the engine.
 
-    `log_mel`: float32, shape (128, frames), one frame per 160 samples (10 ms), frames = samples // 160,
-    equal to `WhisperFeatureExtractor` without padding. `samples`: decoded samples at 16 kHz.
+    `log_mel`: float32, shape (128, frames), one frame per 160 samples (10 ms), frames = samples // 160
+    but at least one, equal to `WhisperFeatureExtractor` without padding. `samples`: decoded samples at 16 kHz.
     """
 
     log_mel: npt.NDArray[np.float32]

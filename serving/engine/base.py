@@ -26,9 +26,6 @@ class EngineDelta:
 class Engine(Protocol):
     """One captioning model behind an asynchronous interface."""
 
-    model_max_output_tokens: int
-    """Room for output after the longest input."""
-
     @property
     def running(self) -> int:
         """Generations under way."""

@@ -48,7 +48,6 @@ class FakeEngine:
     """
 
     def __init__(self, settings: Settings, *, concurrency: int | None = None, faults: Faults | None = None) -> None:
-        self.model_max_output_tokens = settings.max_model_len - settings.max_input_tokens
         self.faults = faults or Faults()
         self.running = self.finished = self.failed = self.aborted = 0
         self._ttft_s = settings.fake_ttft_s

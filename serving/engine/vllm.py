@@ -32,7 +32,6 @@ class VllmEngine:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.model_max_output_tokens = settings.max_model_len - settings.max_input_tokens
         self.running = 0
         self._settings = settings
         self._model: LoadedModel | None = None
