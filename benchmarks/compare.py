@@ -38,29 +38,28 @@ ROOT = Path(__file__).parents[1]
 def main() -> None:
     """Measure, and write the report."""
     options = _options()
-    most = max(options.concurrency)
-    setup = Setup(options.model, options.max_tokens, max_num_seqs=most)
-    sizes = [options.waves * concurrency for concurrency in options.concurrency for _ in range(options.rounds)]
+    setup = Setup(options.model, options.max_tokens, options.max_num_seqs)
+    count = options.max_num_seqs + len(options.concurrency) * options.rounds * options.requests
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captioner-clips-")))
-        _tell(f"making {most + sum(sizes)} clips")
-        clips = iter(make_clips(directory, most + sum(sizes), options.clip_s))
+        _tell(f"making {count} clips")
+        clips = iter(make_clips(directory, count, options.clip_s))
         systems: list[System] = []
         for kind in (Captioner, VllmServe, DefaultVllmServe, OfflineEngine):
             _tell(f"starting {kind.name}")
             systems.append(stack.enter_context(kind(setup)))
         conditions = _conditions(options, systems)
-        warm_up = [next(clips) for _ in range(most)]
+        warm_up = [next(clips) for _ in range(options.max_num_seqs)]
         for system in systems:
-            system.measure(warm_up, most)
+            system.measure(warm_up, options.max_num_seqs)
         conditions |= {"CPU cores taken while idle": {of.name: round(of.idle_cpu_s(5), 3) for of in systems}}
         results: dict[int, dict[str, list[Round]]] = {}
         for concurrency in options.concurrency:
             # The offline engine runs `max_num_seqs` at a time, whatever the clients would do.
-            compared = systems if concurrency == most else systems[:-1]
+            compared = systems if concurrency >= options.max_num_seqs else systems[:-1]
             results[concurrency] = {system.name: [] for system in compared}
             for number in range(options.rounds):
-                batch = [next(clips) for _ in range(options.waves * concurrency)]
+                batch = [next(clips) for _ in range(options.requests)]
                 turn = number % len(compared)
                 for system in compared[turn:] + compared[:turn]:
                     one = system.measure(batch, concurrency)
@@ -69,18 +68,18 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = to_markdown(conditions, results, options.clip_s)
     options.out.with_suffix(".md").write_text(report)
-    options.out.with_suffix(".json").write_text(
-        json.dumps(to_json(conditions, results, options.clip_s), indent=1, ensure_ascii=False) + "\n"
-    )
+    data = json.dumps(to_json(conditions, results, options.clip_s), ensure_ascii=False)
+    options.out.with_suffix(".json").write_text(data + "\n")
     print(report)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "serving/embedded/checkpoint")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 4])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 32, 4], help="clients; one run for each")
+    parser.add_argument("--max-num-seqs", type=int, default=16, help="captions that each engine generates at once")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--waves", type=int, default=4, help="requests of a round, in multiples of the concurrency")
+    parser.add_argument("--requests", type=int, default=48, help="requests of a round")
     parser.add_argument("--clip-s", type=int, default=30)
     parser.add_argument("--max-tokens", type=int, default=128, help="tokens of every caption, by `ignore_eos`")
     parser.add_argument("--note", default="", help="what else a reader must know of this run")
@@ -107,7 +106,7 @@ def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[
         "clips": f"{options.clip_s} s MP3, 48 kHz stereo, 128 kbit/s, inline as base64; no two alike",
         "captions": f"{options.max_tokens} tokens each (`ignore_eos`), streamed with usage, temperature 0.6, "
         "top-p 0.95, top-k 20; the offline engine gets decoded clips, all at once",
-        "rounds": f"{options.rounds}, interleaved, of {options.waves} requests per place; warm-up apart; every answer "
+        "rounds": f"{options.rounds}, interleaved, of {options.requests} requests; warm-up apart; every answer "
         "checked (200, text, token count, `length`, usage)",
         "seconds to start": {system.name: round(system.start_s) for system in systems},
         "commands": {system.name: _shown(system.command) for system in systems},

@@ -51,14 +51,16 @@ def to_json(conditions: Mapping[str, Any], results: Results, clip_s: int) -> dic
             {
                 "concurrency": concurrency,
                 "ratios": ratios(rounds, clip_s),
-                "systems": {
-                    name: [{"figures": figures(one, clip_s), **asdict(one)} for one in of_system]
-                    for name, of_system in rounds.items()
-                },
+                "systems": {name: [_round(one, clip_s) for one in of_system] for name, of_system in rounds.items()},
             }
             for concurrency, rounds in results.items()
         ],
     }
+
+
+def _round(one: Round, clip_s: int) -> dict[str, Any]:
+    seconds = {name: [round(value, 3) for value in values] for name, values in latencies([one]).items()}
+    return {"figures": figures(one, clip_s), **asdict(one), "answers": seconds}
 
 
 def to_markdown(conditions: Mapping[str, Any], results: Results, clip_s: int) -> str:
