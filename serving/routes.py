@@ -19,6 +19,7 @@ from serving.config import MIB
 from serving.errors import (
     CaptionerError,
     Disconnected,
+    EngineFailed,
     Internal,
     InvalidRequest,
     MethodNotAllowed,
@@ -124,8 +125,18 @@ class Service:
             return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
         return Response(status_code=200)
 
+    async def healthz(self, _: Request) -> Response:
+        """Whether a restart would help: only once the engine has died. A model that still loads is alive."""
+        try:
+            await self.engine.check_health()
+        except EngineFailed:
+            return _json(b'{"alive":false,"reason":"the engine has died"}', status=503)
+        except ServerError:
+            pass
+        return _json(b'{"alive":true}')
+
     async def readyz(self, _: Request) -> Response:
-        """Whether captions can be made now: asks the engine, and counts the audio workers."""
+        """Whether captions can be made now: asks the engine."""
         try:
             await self.engine.check_health()
         except ServerError as error:
@@ -138,11 +149,6 @@ class Service:
 
     def _authenticate(self, request: Request) -> str:
         return self.keys.authenticate(request.headers)
-
-
-async def healthz(_: Request) -> Response:
-    """Whether this process answers; says nothing of the model."""
-    return _json(b'{"alive":true}')
 
 
 def error_handlers(service: Service) -> Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]:
@@ -207,7 +213,7 @@ def routes(service: Service) -> list[Route]:
         Route("/api/v1/models/{name:path}", service.show_native_model),
         Route("/api/v1/uploads", service.upload_policy),
         Route(UPLOAD_PATH, service.upload, methods=["POST"]),
-        Route("/healthz", healthz),
+        Route("/healthz", service.healthz),
         Route("/readyz", service.readyz),
         Route("/metrics", service.scrape),
     ]

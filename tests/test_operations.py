@@ -1,0 +1,122 @@
+"""What an operator sees: settings, probes, metrics, logs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from serving.app import create_app
+from serving.config import Settings
+from serving.engine.fake import FakeEngine
+from serving.metrics import STAGES
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
+
+if TYPE_CHECKING:
+    from tests.media import MediaServer
+
+
+async def test_probes_follow_the_engine() -> None:
+    """Loading: alive, not ready, captions refused with when to retry. Loaded: ready. Dead: neither."""
+    engine = FakeEngine(Settings(audio_workers=1))
+    app = create_app(Settings(audio_workers=1), engine)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        # The lifespan, which would load the engine, is not run: it is loaded by hand.
+        assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 503]
+        refused = await client.post(NATIVE, json=native_body(data_url(wav(1))))
+        assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        await engine.start()
+        assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+        engine.die()
+        assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [503, 503]
+        failed = await client.post(COMPATIBLE, json=compatible_body(data_url(wav(1))))
+        assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+
+
+def test_metrics_add_up(media: MediaServer) -> None:
+    """Requests, audio seconds, tokens and stages in `/metrics` equal what a client counted."""
+    media.files["counted.wav"] = wav(2)
+    with RunningService("--engine=fake", "--audio-workers=1", "--fetch-allow=127.0.0.0/8") as service:
+        answers = [ask_native(service.url, data_url(wav(seconds))) for seconds in (0.5, 1, 6.08)]
+        answers.append(ask_native(service.url, media.url("counted.wav")))
+        answers.append(ask_compatible(service.url, data_url(wav(3)), max_tokens=5))
+        httpx.post(service.url + NATIVE, json=native_body("file:///etc/passwd"))
+        httpx.post(service.url + COMPATIBLE, content=b"{")
+        service.settle()
+        values = {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(httpx.get(f"{service.url}/metrics").text)
+            for sample in family.samples
+        }
+    finished = ("outcome", "finished")
+    requests = "captioner_requests_total"
+    assert values[requests, ("code", "stop"), ("dialect", "dashscope"), finished] == 4
+    assert values[requests, ("code", "length"), ("dialect", "openai"), finished] == 1
+    refused = ("outcome", "client_error")
+    assert values[requests, ("code", "invalid_audio_url"), ("dialect", "dashscope"), refused] == 1
+    assert values[requests, ("code", "invalid_request"), ("dialect", "openai"), refused] == 1
+    assert values["captioner_audio_seconds_total", ("dialect", "dashscope")] == pytest.approx(0.5 + 1 + 6.08 + 2)
+    assert values["captioner_audio_seconds_total", ("dialect", "openai")] == pytest.approx(3)
+    told = [answer.usage for answer in answers]
+    output = sum(usage.get("output_tokens", 0) + usage.get("completion_tokens", 0) for usage in told)
+    assert values["captioner_tokens_total", ("kind", "output")] == output
+    assert values["captioner_tokens_total", ("kind", "audio")] == 13 + 13 + 76 + 25 + 38
+    assert values["captioner_tokens_total", ("kind", "text")] == 5 * 8
+    assert values["captioner_time_to_first_token_seconds_count",] == 5
+    stages = {stage: values["captioner_stage_seconds_count", ("stage", stage)] for stage in STAGES}
+    assert stages == dict.fromkeys(STAGES, 5) | {"fetch": 1}
+
+
+def test_log_lines(fake_service: RunningService) -> None:
+    """Each request leaves one JSON line with its id, its stages and nothing of its audio, caption or key."""
+    key = {"authorization": "Bearer sk-very-secret"}
+    answer = ask_native(fake_service.url, data_url(wav(1.25)), headers=key)
+    fake_service.settle()
+    log = fake_service.log()
+    lines = [json.loads(line) for line in log.splitlines()]
+    mine = [line for line in lines if line.get("request_id") == answer.headers["x-request-id"]]
+    assert len(mine) == 1
+    assert (mine[0]["outcome"], mine[0]["audio_s"], mine[0]["dialect"]) == ("finished", 1.25, "dashscope")
+    assert {"decode", "features", "generate"} <= mine[0]["stages_s"].keys()
+    assert "sk-very-secret" not in log
+    assert answer.text[:20] not in log
+    assert "UklGR" not in log
+
+
+def test_settings_come_from_flags_variables_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag wins over a variable, a variable over the file, the file over the default."""
+    file = tmp_path / "captioner.toml"
+    file.write_text('port = 1\naudio_workers = 2\nheartbeat_s = 3\nfetch_allow = ["10.0.0.0/8"]\n')
+    monkeypatch.setenv("CAPTIONER_CONFIG", str(file))
+    monkeypatch.setenv("CAPTIONER_PORT", "4")
+    monkeypatch.setenv("CAPTIONER_AUDIO_WORKERS", "5")
+    monkeypatch.setenv("CAPTIONER_HOST", "")
+    settings = Settings.load(["--port", "6"])
+    told = (settings.port, settings.audio_workers, settings.heartbeat_s, settings.fetch_allow, settings.host)
+    assert told == (6, 5, 3, ("10.0.0.0/8",), "127.0.0.1")
+
+
+def test_wrong_settings_are_told(tmp_path: Path) -> None:
+    """A setting out of range, of no such name, or a missing file ends the start with a sentence, not a traceback."""
+    captioner = str(Path(sys.executable).with_name("captioner"))
+    (tmp_path / "typo.toml").write_text("prot = 9000\n")
+    for flags, told in (
+        (["serve", "--port=70000"], "less than or equal to 65535"),
+        (["serve", "--prot=9000"], "unrecognized arguments: --prot=9000"),
+        (["serve", f"--config={tmp_path}/none.toml"], "does not exist"),
+        (["serve", f"--config={tmp_path}/typo.toml"], "prot"),
+        (["serve", "--max-input-tokens=70000"], "leaves no room"),
+        (["sevre"], "there is no command 'sevre'"),
+    ):
+        ended = subprocess.run([captioner, *flags], capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 2, flags
+        assert told in ended.stderr, (flags, ended.stderr)
+        assert "Traceback" not in ended.stderr
