@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 
-from serving.audio.decode import MEMORY_BYTES, decode
+from serving.audio.decode import _AV_OPTIONS, MEMORY_BYTES, decode
 from serving.errors import AudioError, AudioTooLong, AudioUnreadable
 from tests.audio.clips import clip, clip_names, with_soundfile
 from tests.audio.isolation import isolated, outcome
@@ -132,6 +132,12 @@ def test_memory_is_bounded(make: Callable[[], bytes], expected: int | type[Audio
         assert isinstance(result.error, expected)
     waveform_mib = 4 * 16_000 * 60 / 2**20 if result.error else 0  # what an error had decoded before is not told
     assert result.memory_mib < _MEMORY_MIB + waveform_mib
+
+
+def test_pictures_are_not_decoded() -> None:
+    """Not even to learn the size of a cover, which FFmpeg otherwise does on opening."""
+    with av.open(io.BytesIO(_m4a_with_cover(_png_bomb())), options=_AV_OPTIONS) as container:
+        assert [(each.codec_context.name, each.codec_context.width) for each in container.streams.video] == [("png", 0)]
 
 
 def test_forty_minutes_of_stereo_take_little_more_than_the_waveform(tmp_path: Path) -> None:
