@@ -23,7 +23,7 @@ def violations(exchange: Exchange) -> list[str]:
 
 def events(exchange: Exchange) -> list[dict[str, str]]:
     """The fields of each event of a stream; comments are left out, and what was cut off at the end too."""
-    blocks = exchange.body.decode("ascii").split("\n\n")[:-1]
+    blocks = exchange.body.decode().split("\n\n")[:-1]
     found = []
     for block in blocks:
         fields = [line.partition(":") for line in block.split("\n") if not line.startswith(":")]
@@ -45,9 +45,10 @@ def _violations(exchange: Exchange) -> Iterator[str]:
     elif exchange.target.startswith("/oss-upload"):
         if exchange.status != 200 and exchange.header("content-type") != "application/xml":
             yield f"content-type is {exchange.header('content-type')}"
-    else:
+    elif exchange.complete:  # Node's client closes the connection on what it will ask again
         if exchange.header("content-type") not in {"application/json", "application/json; charset=utf-8"}:
             yield f"content-type is {exchange.header('content-type')}"
+            return
         body = json.loads(exchange.body)
         yield from (_compatible_body if compatible else _native_body)(exchange, body)
 
