@@ -353,11 +353,16 @@ class _Part(RawIOBase):
         return self.tell()
 
     def read(self, size: int = -1) -> bytes:
-        # FFmpeg asks for a whole packet or picture, and asks again for what it did not get.
-        return super().read(min(size, _READ_BYTES)) or b""
+        """Read for FFmpeg, which asks for a whole packet or picture, and asks again for what it did not get."""
+        self._file.seek(self._position)
+        data = self._file.read(max(0, min(size, _READ_BYTES, self._end - self._position)))
+        self._position += len(data)
+        return data
 
     def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read for libsndfile, which takes less than it asked for as the end."""
         self._file.seek(self._position)
-        size = self._file.readinto(memoryview(buffer)[: max(0, self._end - self._position)])
+        with memoryview(buffer) as whole, whole[: max(0, self._end - self._position)] as part:
+            size = self._file.readinto(part)
         self._position += size
         return size

@@ -108,7 +108,7 @@ def sniff(head: bytes) -> Format | None:
 def is_text(head: bytes) -> bool:
     """Whether these bytes read as text: a web page, a playlist, a script, JSON."""
     try:
-        text = head.decode("utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
+        text = head.decode("utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
         text = head[: error.start].decode(errors="replace") if len(head) - error.start < 4 else "\0"  # noqa: PLR2004
     return all(char.isprintable() or char.isspace() for char in text)
