@@ -168,12 +168,13 @@ def decoded(checkpoint: Path, clips: Iterable[Path]) -> list[str]:
     processor = Qwen3OmniMoeProcessor.from_pretrained(checkpoint)
     model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval().thinker
     prompt = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\n<|im_start|>assistant\n"
+    end = processor.tokenizer.eos_token_id
     captions = []
     for clip in clips:
         samples, _ = soundfile.read(clip, dtype="float32")
         inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
         with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=160, do_sample=False)
+            ids = model.generate(**inputs, max_new_tokens=160, do_sample=False, eos_token_id=end)
         captions.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return captions
 
