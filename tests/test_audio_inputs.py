@@ -27,7 +27,7 @@ RESOLVE = {"x-dashscope-ossresourceresolve": "enable"}
 
 HEAD = """# Every format through every form of input
 
-Made by `tests/test_audio_inputs.py`, which fails when this page is not true (`WRITE_TABLES=1 make test` writes it
+Made by `tests/test_audio_inputs.py`, which fails when this page is not true (`UPDATE_TABLES=1 make test` writes it
 anew). Each clip holds the same sound; the figures are seconds, as decoded by the service.
 
 """
@@ -78,6 +78,6 @@ def test_table(answers: dict[tuple[str, str], Answer]) -> None:
         decoded = " | ".join(f"{_decoded_s(answers[name, form]):.2f}" for form in FORMS)
         rows.append(f"| {name} | {clip(name).duration_s:.2f} | {decoded} |")
     page = HEAD + "\n".join(rows) + "\n"
-    if os.environ.get("WRITE_TABLES"):
+    if os.environ.get("UPDATE_TABLES"):
         TABLE.write_text(page)
     assert TABLE.read_text() == page
