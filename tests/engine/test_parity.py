@@ -24,6 +24,7 @@ TOKENS = 40
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """The same checkpoint in the implementation of transformers, in float32."""
+    torch.set_num_threads(1)  # it is small: on a busy machine threads would wait for each other
     model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     return model.thinker.eval()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +124,16 @@ async def test_features_reach_vllm_without_a_copy(engine: VllmEngine) -> None:
     features = sound(10)
     item = model_of(engine)._input("request-1", features)["mm_kwargs"]["audio"][0]
     assert item["input_audio_features"].data.data_ptr() == features.log_mel.ctypes.data
+
+
+async def test_features_are_let_go_once_handed_over(engine: VllmEngine) -> None:
+    """A caption that is being written keeps no features: they are 123 MB for the longest audio."""
+    features = sound(60)
+    log_mel = weakref.ref(features.log_mel)
+    async with aclosing(engine.generate("long", features, Sampling(max_tokens=1000, ignore_eos=True))) as deltas:
+        del features
+        await anext(deltas)
+        assert log_mel() is None
 
 
 async def test_audio_tokens_are_the_models_own_count(engine: VllmEngine) -> None:
