@@ -83,7 +83,7 @@ class Corpus:
     """All shards under `folder`."""
 
     def __init__(self, folder: Path, tokenizer: Qwen2Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._shards, self.clips = [], []
         for index, path in enumerate(sorted(folder.glob("*.jsonl"))):
             self._shards.append(np.memmap(path.with_suffix(".f16"), np.float16, "r").reshape(-1, MEL))
@@ -97,14 +97,17 @@ class Corpus:
         self._audio = ids("<|audio_pad|>")
         self._end = ids("<|im_end|>")
 
-    def epochs(self, seed: int, frames_per_batch: int, most_clips: int) -> Iterator[list[Clip]]:
-        """Clips of like length, epoch after epoch, in an order that `seed` fixes."""
+    def epochs(
+        self, seed: int, frames_per_batch: int, most_clips: int, longest_frames: int | None = None
+    ) -> Iterator[list[Clip]]:
+        """Clips of like length, none longer than `longest_frames`, epoch after epoch, in an order that `seed` fixes."""
         rng = np.random.default_rng(seed)
+        clips = [clip for clip in self.clips if longest_frames is None or clip.frames <= longest_frames]
         while True:
-            order = rng.permutation(len(self.clips))
+            order = rng.permutation(len(clips))
             batches: list[list[Clip]] = []
             for start in range(0, len(order), 1024):
-                some = sorted((self.clips[i] for i in order[start : start + 1024]), key=lambda clip: clip.frames)
+                some = sorted((clips[i] for i in order[start : start + 1024]), key=lambda clip: clip.frames)
                 batch: list[Clip] = []
                 for clip in some:
                     if batch and ((len(batch) + 1) * clip.frames > frames_per_batch or len(batch) == most_clips):
@@ -122,14 +125,14 @@ class Corpus:
             features.append(_blotted(mel, rng))
             tokens = audio_tokens(clip.frames)
             prompt = [*self._before, *self._audio * tokens, *self._after]
-            answer = [*self._tokenizer.encode(caption(clip.facts)), *self._end]
+            answer = [*self.tokenizer.encode(caption(clip.facts)), *self._end]
             rows.append(prompt + answer)
             labels.append([IGNORED] * len(prompt) + answer)
             hot, classes = _per_token(clip, tokens)
             kinds.append(hot)
             pieces.append(classes)
         width = max(map(len, rows))
-        pad = self._tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         classes = np.concatenate(pieces)
         return Batch(
             torch.from_numpy(np.concatenate(features).T.copy()),
