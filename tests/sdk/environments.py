@@ -71,4 +71,5 @@ def _stamped(home: Path, lock: Path) -> Path:
 
 
 def _run(*command: str, cwd: Path | None = None) -> None:
-    subprocess.run(command, cwd=cwd, check=True)
+    # Where an old aiohttp has no wheel for a new Python, it is built without a compiler.
+    subprocess.run(command, cwd=cwd, check=True, env=os.environ | {"AIOHTTP_NO_EXTENSIONS": "1"})

@@ -83,10 +83,6 @@ FAILURES: dict[str, tuple[dict[str, Any], Failure]] = {
         {"action": "nowhere"},
         Failure((404, "NotFound", "Not found!"), (404, "not_found", "Not found!")),
     ),
-    "too late": (
-        {"retries": 2},
-        Failure((500, "RequestTimeOut", LATE), (500, "request_timeout", LATE)),
-    ),
 }
 
 
@@ -103,9 +99,17 @@ def assert_failed(outcome: Outcome, client: Client, failure: Failure) -> None:
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[RunningService]:
-    """The service with one key, and an engine that says nothing before the deadline."""
-    flags = ("--api-keys=sk-right", "--fetch-allow=127.0.0.0/8", "--deadline-s=0.3", "--stream-deadline-s=0.3")
-    with RunningService("--engine=fake", "--audio-workers=1", "--fake-ttft-s=60", *flags) as service:
+    """The service with one key."""
+    flags = ("--api-keys=sk-right", "--fetch-allow=127.0.0.0/8")
+    with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def late() -> Iterator[RunningService]:
+    """The service with an engine that says nothing before the deadline."""
+    flags = ("--fake-ttft-s=60", "--deadline-s=0.3", "--stream-deadline-s=0.3")
+    with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
 
 
@@ -113,10 +117,18 @@ def strict() -> Iterator[RunningService]:
 @every_way
 @pytest.mark.parametrize("name", FAILURES)
 def test_before_the_answer(client: Client, stream: str, name: str, tap: Tap, strict: RunningService) -> None:
-    """A failure before the first byte has its status, and is not tried again where that would not help."""
+    """A failure before the first byte has its status."""
     special, failure = FAILURES[name]
     call = {"audio": CLIP, "api_key": "sk-right", "stream": stream} | special
     assert_failed(tap.perform(client, strict, **call), client, failure)
+
+
+@every_client
+@every_way
+def test_too_late(client: Client, stream: str, tap: Tap, late: RunningService) -> None:
+    """A caption that has not begun at the deadline has failed, and no client asks for it again."""
+    outcome = tap.perform(client, late, audio=CLIP, stream=stream, retries=2)
+    assert_failed(outcome, client, Failure((500, "RequestTimeOut", LATE), (500, "request_timeout", LATE)))
     assert len(tap.exchanges()) == 1
 
 
@@ -214,7 +226,7 @@ RETRYING = list({(client.environment, client.driver): client for client in RETRY
 
 def test_retries_after_overload(tap: Tap) -> None:
     """Refused for want of room, each client that retries waits as long as it was told to, and is served."""
-    flags = ("--engine=fake", "--audio-workers=1", "--fake-tpot-s=0.1", f"--max-inflight={len(RETRYING)}")
+    flags = ("--engine=fake", "--audio-workers=1", "--fake-tpot-s=0.15", f"--max-inflight={len(RETRYING)}")
     with RunningService(*flags) as service, ThreadPoolExecutor(2 * len(RETRYING)) as pool:
         for client in RETRYING:
             tap.perform(client, service, action="models")

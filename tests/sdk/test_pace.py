@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import statistics
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -22,14 +21,17 @@ if TYPE_CHECKING:
     from tests.sdk.tap import Tap
 
 CLIP = data_url(wav(2))
-TOKENS, TPOT_S = 10, 0.1
+TOKENS, TPOT_S = 6, 0.1
+BEATING_TOKENS = 8
+ATTEMPTS = 5
+"""How often time is measured: the machine may stall for a moment, but what bunches pieces up does so every time."""
 
 TEXT = re.compile(rb'data: ?\{.*"(?:text|content)":"[^"]')
 
 
 @pytest.fixture(scope="module")
 def paced() -> Iterator[RunningService]:
-    """Ten tokens, one each 0.1 s, and no keep-alive in that time that could push them along."""
+    """Six tokens, one each 0.1 s, and no keep-alive in that time that could push them along."""
     flags = (f"--fake-tpot-s={TPOT_S}", f"--fake-tokens={TOKENS}")
     with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
@@ -38,7 +40,7 @@ def paced() -> Iterator[RunningService]:
 @pytest.fixture(scope="module")
 def beating() -> Iterator[RunningService]:
     """Eight tokens, one each 50 ms, the first after 150 ms, and a keep-alive each 10 ms."""
-    flags = ("--fake-ttft-s=0.15", "--fake-tpot-s=0.05", "--fake-tokens=8")
+    flags = ("--fake-ttft-s=0.15", "--fake-tpot-s=0.05", f"--fake-tokens={BEATING_TOKENS}")
     beats = ("--header-grace-s=0.01", "--heartbeat-s=0.01")
     with RunningService("--engine=fake", "--audio-workers=1", *flags, *beats) as service:
         yield service
@@ -64,27 +66,33 @@ def text_times(relay: Relay) -> list[float]:
 @every_client
 def test_pieces_come_as_they_are_made(client: Client, tap: Tap, paced: RunningService) -> None:
     """Pieces leave the service at the engine's pace, and the client's user sees each within 100 ms."""
-    outcome = tap.perform(client, paced, audio=CLIP, stream="default")
-    sent = text_times(tap.relay(paced))
-    seen = [piece.at_s for piece in outcome.pieces if piece.text][:TOKENS]
-    assert len(sent) >= TOKENS
-    gaps = [later - earlier for earlier, later in itertools.pairwise(sent[:TOKENS])]
-    assert statistics.median(gaps) == pytest.approx(TPOT_S, rel=0.5)
-    delays = sorted(got - came for came, got in zip(sent, seen, strict=False))
-    assert statistics.median(delays) < 0.1  # the machine may stall for a moment, but not for most pieces
-    assert seen[0] - sent[0] < TOKENS * TPOT_S / 2
+    for _ in range(ATTEMPTS):
+        before = len(text_times(tap.relay(paced)))
+        outcome = tap.perform(client, paced, audio=CLIP, stream="default")
+        sent = text_times(tap.relay(paced))[before:][:TOKENS]
+        seen = [piece.at_s for piece in outcome.pieces if piece.text][:TOKENS]
+        assert len(sent) == len(seen) == TOKENS
+        gaps = [later - earlier for earlier, later in itertools.pairwise(sent)]
+        delays = [there - here for here, there in zip(sent, seen, strict=True)]
+        if min(gaps) > TPOT_S / 2 and max(delays) < 0.1:
+            return
+    pytest.fail(f"in {ATTEMPTS} attempts, last with gaps of {gaps} and delays of {delays}")
 
 
 @every_stream
 def test_keep_alives_disturb_nobody(client: Client, stream: str, tap: Tap, beating: RunningService) -> None:
     """With keep-alives before and between the frames, every client hands out what it would without."""
-    outcome = tap.perform(client, beating, audio=CLIP, stream=stream)
-    assert outcome.error is None, outcome.message
-    assert client.caption(outcome, stream) == ask_native(beating.url, CLIP).text
-    assert (outcome.finish_reason, outcome.tokens) == ("stop", (25 + 8, 8, 41))
-    before, *between, _ = re.split(rb"data: ?\{.*\n\n", tap.exchanges()[0].body)
-    assert before.count(b": keep-alive\n\n") >= 2
-    assert sum(b": keep-alive\n\n" in gap for gap in between) >= 5
+    caption = ask_native(beating.url, CLIP).text
+    for _ in range(ATTEMPTS):
+        outcome = tap.perform(client, beating, audio=CLIP, stream=stream)
+        assert outcome.error is None, outcome.message
+        assert client.caption(outcome, stream) == caption
+        assert (outcome.finish_reason, outcome.tokens) == ("stop", (25 + 8, BEATING_TOKENS, 33 + BEATING_TOKENS))
+        before, *between, _ = re.split(rb"data: ?\{.*\n\n", tap.exchanges()[-1].body)
+        beats = [gap.count(b": keep-alive\n\n") for gap in (before, *between)]
+        if sum(count > 0 for count in beats) > BEATING_TOKENS - 2:
+            return
+    pytest.fail(f"in {ATTEMPTS} attempts, last with {beats} keep-alives before and between the frames")
 
 
 @every_client
