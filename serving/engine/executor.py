@@ -6,6 +6,8 @@ memory, or its GPUs, for ever. These executors end it.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -21,6 +23,8 @@ _GRACE_S = 10.0
 
 class _EndsWithService:
     def _init_executor(self) -> None:
+        # The interpreter would spend seconds looking for garbage in what goes with the process anyway.
+        atexit.register(gc.freeze)
         threading.Thread(target=_end_with_service, name="EndWithService", daemon=True).start()
         super()._init_executor()  # type: ignore[misc]
 

@@ -96,7 +96,7 @@ class VllmEngine:
             await asyncio.wait((self._loading,), timeout=0.1)
         loading, self._loading = self._loading, None
         if not loading.cancelled() and loading.exception() is None:
-            await asyncio.to_thread(loading.result().close)
+            await loading.result().close()
         self._scratch.cleanup()
 
 

@@ -12,6 +12,7 @@ tenant can learn from their timing what another one sent.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -41,6 +42,7 @@ from vllm.multimodal.inputs import (
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from serving.engine.base import EngineDelta
 from serving.engine.executor import SoloExecutor, TeamExecutor
@@ -103,11 +105,18 @@ class LoadedModel:
         """Whether the process that runs the model has died."""
         return bool(self._llm.errored)
 
-    def close(self) -> None:
-        """End the processes; what runs fails. Blocks for seconds while the event loop must run: call it in a thread."""
+    async def close(self) -> None:
+        """End the processes, which takes seconds; what runs raises `EngineFailed`."""
+        # First what waits for the engine, lest vLLM takes the end for a failure and logs it.
+        if self._llm.output_handler is not None:
+            self._llm.output_handler.cancel()
+        self._llm.output_processor.propagate_error(EngineDeadError())
+        await asyncio.to_thread(self._end)
+
+    def _end(self) -> None:
         resources = self._llm.engine_core.resources
         self._llm.shutdown()
-        # vLLM leaves these two to the end of the program.
+        # vLLM leaves these to the end of the program.
         for process in resources.engine_manager.processes:
             process.join()
         resources.ctx.term()

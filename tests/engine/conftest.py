@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 async def engine() -> AsyncIterator[VllmEngine]:
     """The real engine with the embedded checkpoint, as a newcomer gets it."""
     engine = VllmEngine(Settings())
-    await start(engine)
-    yield engine
-    await engine.stop()
+    try:
+        await start(engine)
+        yield engine
+    finally:
+        await engine.stop()
 
 
 async def start(engine: VllmEngine) -> None:

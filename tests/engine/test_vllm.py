@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -384,6 +385,24 @@ async def test_the_death_of_the_engine_is_noticed() -> None:
     await engine.stop()
     assert not psutil.pid_exists(process.pid)
     assert not files_of(engine)
+
+
+async def test_stopping_fails_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """A caption under way raises instead of waiting for ever, and nothing is logged as a failure."""
+    engine = VllmEngine(Settings())
+    await start(engine)
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    (process,) = model_of(engine)._llm.engine_core.resources.engine_manager.processes
+    async with aclosing(engine.generate("cut", sound(1), Sampling(max_tokens=30_000, ignore_eos=True))) as deltas:
+        await anext(deltas)
+        stopping = asyncio.create_task(engine.stop())
+        with pytest.raises(EngineFailed):
+            async for _ in deltas:
+                pass
+        await stopping
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert not caplog.records
+    assert process.exitcode is not None
 
 
 async def test_the_engine_ends_with_the_service() -> None:
