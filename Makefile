@@ -56,6 +56,10 @@ format: .venv/dev.stamp ## Format the code
 bench: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side
 	$(BIN)/python benchmarks/compare.py
 
+.PHONY: embedded-checkpoint
+embedded-checkpoint: .venv/dev.stamp ## Make the embedded stand-in's corpus and train it (hours; resumable)
+	deploy/embedded/recipe.sh .cache/embedded
+
 .PHONY: lock
 lock: .venv/uv.stamp ## Resolve the requirements anew
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done
