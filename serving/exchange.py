@@ -135,14 +135,14 @@ class _Exchange:
         heartbeat = asyncio.create_task(self._keep_alive())
         try:
             async for delta in deltas:
-                if frame := reply.frame(delta):
-                    await self._write(frame)
+                frame = reply.frame(delta)
+                if frame or reply.ended:
+                    await self._write(frame, more=not reply.ended)
                 if reply.ended:
-                    break
+                    return
         finally:
             heartbeat.cancel()
             await asyncio.wait((heartbeat,))
-        await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, error: CaptionerError, codec: Codec) -> None:
         """Tell the error: as a plain response if nothing was sent yet, else as the stream's last event."""
@@ -163,11 +163,11 @@ class _Exchange:
             else:
                 await asyncio.sleep(self._settings.heartbeat_s - silent_s)
 
-    async def _write(self, frame: bytes) -> None:
+    async def _write(self, frame: bytes, *, more: bool = True) -> None:
         async with self._writing:
             if not self._started:
                 await self._start(200, "text/event-stream", _STREAM_HEADERS)
-            await self._send({"type": "http.response.body", "body": frame, "more_body": True})
+            await self._send({"type": "http.response.body", "body": frame, "more_body": more})
             self._written_at = asyncio.get_running_loop().time()
 
     async def _plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:

@@ -94,7 +94,7 @@ def test_stream_beats_before_the_first_token(slow_start: RunningService, path: s
 
 def test_error_after_the_status_line_is_an_event() -> None:
     """An error after the first heartbeat ends the stream as the dialect's own error event."""
-    flags = ("--fake-ttft-s=30", "--header-grace-s=0.1", "--stream-deadline-s=0.6")
+    flags = ("--fake-ttft-s=30", "--header-grace-s=0.1", "--stream-deadline-s=3")
     with RunningService("--engine=fake", *flags) as service:
         native = httpx.post(
             service.url + NATIVE, json=native_body(CLIP), headers={"x-dashscope-sse": "enable"}, timeout=30
