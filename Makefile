@@ -14,12 +14,12 @@ SERVE := $(if $(filter cuda,$(BUILD)),.venv-cuda,.venv)
 
 # `make serve PORT=9000 MODEL=… TENSOR_PARALLEL=2`: short names for the most used settings.
 # Every other setting is a variable CAPTIONER_<NAME>; `make settings` lists them.
-export CAPTIONER_HOST ?= $(HOST)
-export CAPTIONER_PORT ?= $(PORT)
-export CAPTIONER_MODEL ?= $(MODEL)
-export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
-export CAPTIONER_CONFIG ?= $(CONFIG)
-export CAPTIONER_LOG_FORMAT ?= text
+serve: export CAPTIONER_HOST ?= $(HOST)
+serve: export CAPTIONER_PORT ?= $(PORT)
+serve: export CAPTIONER_MODEL ?= $(MODEL)
+serve: export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
+serve: export CAPTIONER_CONFIG ?= $(CONFIG)
+serve: export CAPTIONER_LOG_FORMAT ?= text
 
 INSTALL = $(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps
 LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r

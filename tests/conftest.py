@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.media import MediaServer
@@ -11,6 +13,13 @@ from tests.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
+
+for name in [name for name in os.environ if name.startswith("CAPTIONER_")]:
+    del os.environ[name]  # what this shell would serve is not what is tested
 
 
 @pytest.fixture(scope="session")

@@ -133,7 +133,6 @@ async def test_real_engine_is_left_clean(embedded_service: RunningService) -> No
     held = _held(service)
     await _storm(service, audio, after_frames=2, ignore_eos=True, max_tokens=256)
     await asyncio.to_thread(service.settle)
-    assert service.metric("vllm:num_requests_running") + service.metric("vllm:num_requests_waiting") == 0
     await _assert_holds_no_more_than(service, held)
     after = await asyncio.to_thread(ask_compatible, service.url, audio[0], temperature=0)
     assert after.text == before.text
