@@ -1,8 +1,12 @@
 """Train the embedded captioner on the corpus, on the CPU; it can be ended and started again at any time.
 
 `python -m deploy.embedded.train CACHE --steps N` goes on from CACHE/training.pt and ends with CACHE/checkpoint, which
-transformers and vLLM load. Helper heads on the audio tokens (kinds, language, pace, rate, level, noise, room, clipping)
-get the audio tower going; they fade out and are not saved.
+transformers and vLLM load. First the audio tower learns alone, under helper heads on its audio tokens (kinds, language,
+pace, rate, level, noise, room, clipping): together with the text model from the start it heard almost nothing after the
+same work. Then both learn the captions, while the heads fade out; they are not saved.
+
+Processes of one thread each share a step's clips and average their gradients: more work than one process with two
+threads.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import os
 import random
 import time
 from itertools import islice
@@ -18,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from torch.nn import functional
 from transformers import Qwen2Tokenizer
 
@@ -30,14 +35,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PEAK_RATE, WARM_UP_STEPS, WEIGHT_DECAY, CLIP_NORM = 1.2e-3, 150, 0.05, 1.0
-FRAMES_PER_BATCH, MOST_CLIPS = 6_000, 40
-SHORT_FRAMES, SHORT_UNTIL = 400, 0.5
-"""Up to this share of the steps only clips to 4 s: three times as many sounds for the same work."""
-HELP_UNTIL = 0.7
-"""Share of the steps at which the helper heads have faded out."""
+FRAMES_PER_BATCH, MOST_CLIPS = 4_000, 40
+"""Of one process."""
+SHORT_FRAMES, SHORT_UNTIL = 400, 0.1
+"""Up to this share of the steps only clips to 4 s: more sounds for the same work."""
+TOWER_UNTIL, HELP_UNTIL = 0.5, 0.85
+"""Shares of the steps up to which the tower learns alone, and at which the helper heads have faded out."""
 SAVE_EVERY_S = 180
 VOCABULARY = 1_024
-STEPS = 5_000
+STEPS = 10_000
 
 
 class HelperHeads(nn.Module):
@@ -45,46 +51,50 @@ class HelperHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.kinds = nn.Linear(width, len(KINDS))
-        nn.init.constant_(self.kinds.bias, -4)
+        self.kinds = nn.Linear(width, len(KINDS) + 1)
         self.classes = nn.ModuleList(nn.Linear(width, n) for n in (len(LANGUAGES), len(MANNERS), len(RATES)))
         self.whole = nn.ModuleList(nn.Linear(width, n) for n in (len(LEVELS), len(NOISES), 2, 2))
 
     def forward(self, tokens: torch.Tensor, counts: list[int], batch: Batch) -> torch.Tensor:
         """The sum of the heads' losses; `tokens` [tokens of all clips, width]."""
-        loss = 20 * functional.binary_cross_entropy_with_logits(self.kinds(tokens), batch.kinds)
+        silent = (batch.kinds.sum(1, keepdim=True) == 0).float()
+        kinds = torch.cat([batch.kinds, silent], 1)
+        loss = functional.cross_entropy(self.kinds(tokens), kinds / kinds.sum(1, keepdim=True))
         for head, target in zip(self.classes, (batch.language, batch.manner, batch.rate), strict=True):
             if (target != IGNORED).any():
                 loss = loss + 0.5 * functional.cross_entropy(head(tokens), target, ignore_index=IGNORED)
-        means = torch.stack([clip.mean(0) for clip in tokens.split(counts)])
+        means = torch.stack([clip.mean(0) for clip in torch.split(tokens, counts)])
         for index, head in enumerate(self.whole):
             loss = loss + 0.3 * functional.cross_entropy(head(means), batch.whole[:, index])
         return loss
 
 
-def losses(model: Model, heads: HelperHeads, batch: Batch, audio_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the caption, and the helper heads' loss.
+def heard(model: Model, batch: Batch) -> torch.Tensor:
+    """The audio tokens of all clips, [tokens, width]."""
+    tokens: torch.Tensor = model.thinker.audio_tower(batch.features, feature_lens=batch.lengths).last_hidden_state
+    return tokens
+
+
+def caption_loss(model: Model, tokens: torch.Tensor, batch: Batch, audio_token_id: int) -> torch.Tensor:
+    """Cross-entropy of the captions.
 
     Clips stand at the left, so that no token looks at padding, and positions are those of plain text, as in vLLM.
     """
     thinker = model.thinker
-    heard = thinker.audio_tower(batch.features, feature_lens=batch.lengths).last_hidden_state
     embeddings = thinker.model.embed_tokens(batch.input_ids)
     at = (batch.input_ids == audio_token_id)[..., None].expand_as(embeddings)
-    embeddings = embeddings.masked_scatter(at, heard.to(embeddings.dtype))
+    embeddings = embeddings.masked_scatter(at, tokens.to(embeddings.dtype))
     hidden = thinker.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
     told = batch.labels[:, 1:] != IGNORED
-    caption_loss = functional.cross_entropy(thinker.lm_head(hidden[told]).float(), batch.labels[:, 1:][told])
-    counts = [audio_tokens(int(frames)) for frames in batch.lengths]
-    return caption_loss, heads(heard, counts, batch)
+    return functional.cross_entropy(thinker.lm_head(hidden[told]).float(), batch.labels[:, 1:][told])
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a fiftieth."""
-    if step < WARM_UP_STEPS:
-        return PEAK_RATE * (step + 1) / WARM_UP_STEPS
-    done = min(1.0, (step - WARM_UP_STEPS) / max(1, steps - WARM_UP_STEPS))
-    return PEAK_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+def learning_rates(step: int, steps: int) -> tuple[float, float]:
+    """Of the audio tower and of the text model: each a linear warm-up, then a cosine down to a fiftieth at the end."""
+    first = int(TOWER_UNTIL * steps)
+    warm = [min(1.0, (step - since + 1) / WARM_UP_STEPS) if step >= since else 0.0 for since in (0, first)]
+    cosine = PEAK_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    return cosine * warm[0], cosine * warm[1]
 
 
 def tokenizer_for(cache: Path) -> Qwen2Tokenizer:
@@ -129,11 +139,16 @@ class Training:
         self.model.set_experts_implementation("grouped_mm")
         self.model.train()
         self.heads = HelperHeads(config.thinker_config.text_config.hidden_size)
-        self._trained = [p for name, p in self.model.named_parameters() if "visual" not in name]
-        self._trained += self.heads.parameters()
-        decayed = {"params": [p for p in self._trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY}
-        others = {"params": [p for p in self._trained if p.ndim <= 1], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.98), fused=True)
+        named = [(name, weights) for name, weights in self.model.named_parameters() if "visual" not in name]
+        hearing = [weights for name, weights in named if "audio_tower" in name] + list(self.heads.parameters())
+        telling = [weights for name, weights in named if "audio_tower" not in name]
+        self._parts = [[w for w in hearing if w.requires_grad], [w for w in telling if w.requires_grad]]
+        groups = [
+            {"params": [w for w in part if (w.ndim > 1) == decays], "weight_decay": WEIGHT_DECAY * decays}
+            for part in self._parts
+            for decays in (True, False)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.step = 0
         if path.exists():
             state = torch.load(path, weights_only=True)
@@ -143,17 +158,23 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def learn(self, batch: Batch, steps: int) -> tuple[float, float]:
-        """One step of `steps`; the losses of the captions and of the helper heads."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, steps)
-        caption_loss, help_loss = losses(self.model, self.heads, batch, self._audio_token_id)
-        help_share = max(0.0, 1 - self.step / (HELP_UNTIL * steps))
+        """One step of `steps`; the losses of the captions (0 while the tower learns alone) and of the helper heads."""
+        rates = learning_rates(self.step, steps)
+        for index, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = rates[index // 2]
+        alone = self.step < int(TOWER_UNTIL * steps)
+        tokens = heard(self.model, batch)
+        help_loss = self.heads(tokens, [audio_tokens(int(frames)) for frames in batch.lengths], batch)
+        told = torch.zeros(()) if alone else caption_loss(self.model, tokens, batch, self._audio_token_id)
+        share = max(0.0, min(1.0, (HELP_UNTIL - self.step / steps) / (HELP_UNTIL - TOWER_UNTIL)))
         self.optimizer.zero_grad(set_to_none=True)
-        (caption_loss + help_share * help_loss).backward()
-        nn.utils.clip_grad_norm_(self._trained, CLIP_NORM)
+        (told + share * help_loss).backward()
+        learnt = [weights for part in self._parts[: 1 if alone else 2] for weights in part]
+        _average(learnt)
+        nn.utils.clip_grad_norm_(learnt, CLIP_NORM)
         self.optimizer.step()
         self.step += 1
-        return caption_loss.item(), help_loss.item()
+        return told.item(), help_loss.item()
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -163,11 +184,57 @@ class Training:
         self._path.with_suffix(".part").rename(self._path)
 
 
-def lessons(corpus: Corpus, step: int, steps: int) -> Iterator[list[Clip]]:
-    """The clips of each step from `step` on: short ones at first, then all."""
+def _average(learnt: list[nn.Parameter]) -> None:
+    """Make each process's gradients their mean over all processes; a head without a target there has none."""
+    if not distributed.is_initialized():
+        return
+    gradients = [torch.zeros_like(weights) if weights.grad is None else weights.grad for weights in learnt]
+    flat = torch.cat([gradient.view(-1) for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    pieces = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for weights, mean in zip(learnt, pieces, strict=True):
+        weights.grad = mean.view_as(weights)
+
+
+def lessons(corpus: Corpus, step: int, steps: int, rank: int, processes: int) -> Iterator[list[Clip]]:
+    """The clips of each step from `step` on for one of the processes: short ones at first, then all."""
     for longest, until in ((SHORT_FRAMES, int(SHORT_UNTIL * steps)), (None, steps)):
-        yield from islice(corpus.epochs(step + until, FRAMES_PER_BATCH, MOST_CLIPS, longest), max(0, until - step))
+        batches = corpus.epochs(step + until, FRAMES_PER_BATCH, MOST_CLIPS, longest)
+        yield from islice(batches, rank, processes * max(0, until - step), processes)
         step = max(step, until)
+
+
+def train(rank: int, processes: int, cache: Path, steps: int, name: str) -> None:
+    """Train, or go on training, as one of `processes`; the first keeps state and learning curve."""
+    torch.set_num_threads(1)
+    meeting = cache / f"{name}.meeting"
+    distributed.init_process_group("gloo", init_method=meeting.absolute().as_uri(), rank=rank, world_size=processes)
+    tokenizer = tokenizer_for(cache)
+    corpus = Corpus(cache / "train", tokenizer)
+    training = Training(tokenizer, cache / f"{name}.pt")
+    hours = sum(clip.frames for clip in corpus.clips) / 360_000
+    if rank == 0:
+        print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
+    began = saved = time.monotonic()
+    seen = []
+    for clips in lessons(corpus, training.step, steps, rank, processes):
+        batch = corpus.batch(clips, np.random.default_rng([training.step, rank]))
+        seen.append(training.learn(batch, steps))
+        now = time.monotonic()
+        if rank == 0 and len(seen) == 20:
+            row = (training.step, *(f"{loss:.4f}" for loss in np.mean(seen, axis=0)), f"{(now - began) / 20:.3f}")
+            with (cache / f"{name}.csv").open("a", newline="") as out:
+                csv.writer(out).writerow(row)
+            print(f"step {row[0]} of {steps}: caption {row[1]}, helpers {row[2]}, {row[3]} s a step", flush=True)
+            began, seen = now, []
+        if rank == 0 and now - saved > SAVE_EVERY_S:
+            training.save()
+            saved = now
+    if rank == 0:
+        training.save()
+        save_checkpoint(training.model, tokenizer, cache / "checkpoint")
+    distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -175,33 +242,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--steps", type=int, default=STEPS, help="steps in all, those already done included")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="training", help="name of the state and of the learning curve")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    cache, steps = arguments.cache, arguments.steps
-    tokenizer = tokenizer_for(cache)
-    corpus = Corpus(cache / "train", tokenizer)
-    training = Training(tokenizer, cache / f"{arguments.name}.pt")
-    hours = sum(clip.frames for clip in corpus.clips) / 360_000
-    print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
-    began = saved = time.monotonic()
-    seen = []
-    for clips in lessons(corpus, training.step, steps):
-        batch = corpus.batch(clips, np.random.default_rng(training.step))
-        seen.append(training.learn(batch, steps))
-        now = time.monotonic()
-        if len(seen) == 20:
-            row = (training.step, *(f"{loss:.4f}" for loss in np.mean(seen, axis=0)), f"{(now - began) / 20:.3f}")
-            with (cache / f"{arguments.name}.csv").open("a", newline="") as out:
-                csv.writer(out).writerow(row)
-            print(f"step {row[0]} of {steps}: caption {row[1]}, helpers {row[2]}, {row[3]} s a step", flush=True)
-            began, seen = now, []
-        if now - saved > SAVE_EVERY_S:
-            training.save()
-            saved = now
-    training.save()
-    save_checkpoint(training.model, tokenizer, cache / "checkpoint")
+    cache = arguments.cache
+    tokenizer_for(cache)
+    (cache / f"{arguments.name}.meeting").unlink(missing_ok=True)
+    multiprocessing.spawn(
+        train, (arguments.processes, cache, arguments.steps, arguments.name), nprocs=arguments.processes
+    )
 
 
 if __name__ == "__main__":

@@ -52,21 +52,32 @@ def test_a_batch_says_what_is_heard_when(corpus: Corpus) -> None:
 
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
-    """The first half holds short clips only; a run that is taken up again holds the rest of the steps."""
-    first, second = list(lessons(corpus, 0, 8)), list(lessons(corpus, 6, 8))
-    assert len(first) == 8
-    assert len(second) == 2
-    assert all(clip.frames <= SHORT_FRAMES for clips in first[:4] for clip in clips)
-    assert any(clip.frames > SHORT_FRAMES for clips in first[4:] for clip in clips)
+    """The first tenth holds short clips only; a run that is taken up again holds the rest of the steps."""
+    first, second = list(lessons(corpus, 0, 80, 0, 1)), list(lessons(corpus, 60, 80, 0, 1))
+    assert len(first) == 80
+    assert len(second) == 20
+    assert all(clip.frames <= SHORT_FRAMES for clips in first[:8] for clip in clips)
+    assert any(clip.frames > SHORT_FRAMES for clips in first[8:] for clip in clips)
+
+
+def test_processes_share_each_step(corpus: Corpus) -> None:
+    """Two processes take turns in one and the same order of batches."""
+    whole = list(lessons(corpus, 60, 80, 0, 1))
+    halves = [list(lessons(corpus, 60, 80, rank, 2)) for rank in (0, 1)]
+    assert [len(half) for half in halves] == [20, 20]
+    taken_in_turn = [clips for pair in zip(*halves, strict=True) for clips in pair]
+    assert taken_in_turn[: len(whole)] == whole
 
 
 def test_training_learns_and_goes_on(corpus: Corpus, tmp_path: Path) -> None:
     """The loss falls, and a state that was saved is taken up where it was left."""
     training = Training(corpus.tokenizer, tmp_path / "state.pt")
-    batch = corpus.batch(next(islice(lessons(corpus, 0, 8), 1)), np.random.default_rng(0))
-    losses = [training.learn(batch, 8)[0] for _ in range(6)]
-    assert losses[-1] < losses[0]
+    batch = corpus.batch(next(islice(lessons(corpus, 0, 80, 0, 1), 1)), np.random.default_rng(0))
+    losses = [training.learn(batch, 12) for _ in range(10)]
+    assert losses[5][1] < losses[0][1], "the audio tower learns, alone"
+    assert all(told == 0 for told, _ in losses[:6])
+    assert losses[-1][0] < losses[6][0], "then the captions"
     training.save()
     again = Training(corpus.tokenizer, tmp_path / "state.pt")
-    assert again.step == 6
-    assert again.learn(batch, 8) == pytest.approx(training.learn(batch, 8), rel=1e-3)
+    assert again.step == 10
+    assert again.learn(batch, 12) == pytest.approx(training.learn(batch, 12), rel=1e-3)
