@@ -115,7 +115,7 @@ def _watch(metrics: Metrics, service: Service) -> None:
     metrics.watch(
         "captioner_features_bytes", "Memory of features that wait for the engine.", lambda: workers.outstanding_bytes
     )
-    metrics.watch("captioner_engine_running", "Captions in the engine.", lambda: service.engine.running)
+    metrics.watch("captioner_engine_running", "Captions in the engine.", lambda: service.engine.load.running)
     metrics.watch("captioner_body_bytes", "Memory of request bodies under way.", lambda: service.bodies.taken_bytes)
 
 

@@ -85,7 +85,13 @@ class Settings(BaseSettings):
     max_input_tokens: int = Field(32_768, ge=64, description="Tokens of input at most")
     max_output_tokens: int = Field(32_768, ge=1, description="Tokens of output at most, and the default of max_tokens")
     max_num_seqs: int = Field(64, ge=1, description="Captions that the engine generates at the same time")
-    max_num_batched_tokens: int = Field(8192, ge=256, description="Tokens that one engine step handles at most")
+    max_num_batched_tokens: int = Field(8192, ge=512, description="Tokens that one engine step handles at most")
+    long_tokens_per_step: int | None = Field(
+        None,
+        ge=16,
+        description="Of these, tokens for audios over 32 s, all together: fewer far into one, where a token costs more. "
+        "More ends long audios sooner, less disturbs the others less; default: 2048, on the CPU 64",
+    )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")
     enforce_eager: bool = Field(
@@ -96,6 +102,7 @@ class Settings(BaseSettings):
     fake_ttft_s: float = Field(0.0, ge=0, description="Fake engine: time to the first token")
     fake_tpot_s: float = Field(0.0, ge=0, description="Fake engine: time per further token")
     fake_tokens: int = Field(24, ge=1, description="Fake engine: tokens of a caption")
+    fake_kv_tokens: int = Field(1_000_000, ge=64, description="Fake engine: tokens of context that fit at once")
     fake_text: str | None = Field(
         None, description="Fake engine: what it says, a word per token, over and over; default: its own words"
     )

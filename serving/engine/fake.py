@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.base import EngineDelta
+from serving.engine.base import EngineDelta, Tally
 from serving.errors import EngineFailed, NotReady
 from serving.types import FinishReason
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
     from serving.config import Settings
+    from serving.engine.base import Load
     from serving.types import Features, Sampling
 
 _STORY = (
@@ -42,14 +43,16 @@ class Faults:
 class FakeEngine:
     """An `Engine` that says `fake_tokens` words: the first after `fake_ttft_s`, then one every `fake_tpot_s`.
 
-    At most `concurrency` generations are under way at once; others wait for their turn. `running` (those that wait
-    included), `finished`, `failed` and `aborted` count generations: each ends as exactly one of the last three, as
-    `aborted` if it was closed or cancelled.
+    At most `concurrency` generations are under way at once; others wait for their turn, and count as running.
+    `finished`, `failed` and `aborted` count generations: each ends as exactly one of them, as `aborted` if it was
+    closed or cancelled.
     """
 
     def __init__(self, settings: Settings, *, concurrency: int | None = None, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
-        self.running = self.finished = self.failed = self.aborted = 0
+        self.finished = self.failed = self.aborted = 0
+        self._tally = Tally()
+        self._kv_capacity_tokens = settings.fake_kv_tokens
         self._ttft_s = settings.fake_ttft_s
         self._tpot_s = settings.fake_tpot_s
         self._tokens = settings.fake_tokens
@@ -59,6 +62,11 @@ class FakeEngine:
         )
         self._ready = False
         self._dead = asyncio.Event()
+
+    @property
+    def load(self) -> Load:
+        """See `Engine`."""
+        return self._tally.load(self._kv_capacity_tokens if self._ready else 0)
 
     async def start(self) -> None:
         """See `Engine`."""
@@ -82,22 +90,21 @@ class FakeEngine:
     async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         del request_id
-        self.running += 1
         ended = "aborted"
         try:
             await self.check_health()
-            async with self._turns:
-                due = asyncio.get_running_loop().time() + self._ttft_s
-                for tokens, delta in enumerate(self._deltas(features, sampling)):
-                    await self._step(tokens, due + tokens * self._tpot_s)
-                    if delta.finish_reason is not None:
-                        ended = "finished"
-                    yield delta
+            with self._tally.count(features):
+                async with self._turns:
+                    due = asyncio.get_running_loop().time() + self._ttft_s
+                    for tokens, delta in enumerate(self._deltas(features, sampling)):
+                        await self._step(tokens, due + tokens * self._tpot_s)
+                        if delta.finish_reason is not None:
+                            ended = "finished"
+                        yield delta
         except (EngineFailed, NotReady):
             ended = "failed"
             raise
         finally:
-            self.running -= 1
             self.finished += ended == "finished"
             self.failed += ended == "failed"
             self.aborted += ended == "aborted"

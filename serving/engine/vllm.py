@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serving.engine.base import Tally
 from serving.errors import EngineFailed, NotReady
 from serving.types import Sampling
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
     from serving.config import Settings
-    from serving.engine.base import EngineDelta
+    from serving.engine.base import EngineDelta, Load
     from serving.engine.vllm_model import LoadedModel
     from serving.types import Features
 
@@ -32,11 +33,16 @@ class VllmEngine:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.running = 0
         self._settings = settings
+        self._tally = Tally()
         self._model: LoadedModel | None = None
         self._loading: asyncio.Future[LoadedModel] | None = None
         self._stopped = False
+
+    @property
+    def load(self) -> Load:
+        """See `Engine`."""
+        return self._tally.load(self._model.kv_capacity_tokens if self._model else 0)
 
     async def start(self) -> None:
         """See `Engine`."""
@@ -74,14 +80,11 @@ class VllmEngine:
         """See `Engine`."""
         if self._model is None:
             raise NotReady
-        self.running += 1
-        try:
+        with self._tally.count(features):
             async with aclosing(self._model.generate(request_id, features, sampling)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once handed over
                 async for delta in deltas:
                     yield delta
-        finally:
-            self.running -= 1
 
     async def stop(self) -> None:
         """See `Engine`."""

@@ -44,7 +44,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serving.engine.base import EngineDelta
+from serving.engine.base import EngineDelta, audio_tokens
 from serving.engine.executor import SoloExecutor, TeamExecutor
 from serving.engine.stops import StopSequences
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest
@@ -70,14 +70,6 @@ _MIN_TEMPERATURE = 0.01
 _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
-def audio_tokens(frames: int) -> int:
-    """Tokens that the audio tower makes of that many frames of 10 ms: 13 per second, and of the rest one per 80 ms."""
-    seconds, rest = divmod(frames, 100)
-    for _ in range(3):  # each of three convolutions halves it, rounding up
-        rest = (rest + 1) // 2
-    return seconds * 13 + rest
-
-
 class LoadedModel:
     """The captioner, loaded in vLLM's own process. Making one takes as long as loading takes.
 
@@ -98,7 +90,18 @@ class LoadedModel:
         self._audio_offset = prompt.index(self._audio_pad)
         self._head, self._tail = prompt[: self._audio_offset], prompt[self._audio_offset + 1 :]
         ends = self._llm.input_processor.generation_config_fields.get("eos_token_id", [])
+        self.kv_capacity_tokens = self._kv_capacity_tokens(settings.max_num_seqs)
         self._end_of_turn = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
+
+    def _kv_capacity_tokens(self, captions: int) -> int:
+        """Tokens of context that fit at once, divided among so many captions in any way.
+
+        The cache is handed out in blocks, so each caption may waste most of one; vLLM keeps one block for itself. It
+        refuses to start if the longest context does not fit.
+        """
+        cache = self._llm.vllm_config.cache_config
+        tokens = (cache.num_gpu_blocks - 1 - captions) * cache.block_size
+        return int(max(tokens, self._llm.model_config.max_model_len))
 
     @property
     def dead(self) -> bool:

@@ -122,8 +122,8 @@ async def test_closing_aborts() -> None:
     engine = await started()
     async with aclosing(engine.generate("id", clip(), Sampling())) as deltas:
         await anext(deltas)
-        assert engine.running == 1
-    assert (engine.running, engine.aborted, engine.finished) == (0, 1, 0)
+        assert engine.load.running == 1
+    assert (engine.load.running, engine.aborted, engine.finished) == (0, 1, 0)
 
 
 async def test_cancelling_aborts() -> None:
@@ -134,7 +134,7 @@ async def test_cancelling_aborts() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert (engine.running, engine.aborted) == (0, 1)
+    assert (engine.load.running, engine.aborted) == (0, 1)
 
 
 async def test_closing_after_the_last_delta_is_finished() -> None:
@@ -142,7 +142,7 @@ async def test_closing_after_the_last_delta_is_finished() -> None:
     engine = await started(fake_tokens=1)
     async with aclosing(engine.generate("id", clip(), Sampling(max_tokens=1))) as deltas:
         assert (await anext(deltas)).finish_reason is FinishReason.LENGTH
-    assert (engine.running, engine.aborted, engine.finished) == (0, 0, 1)
+    assert (engine.load.running, engine.aborted, engine.finished) == (0, 0, 1)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
@@ -153,7 +153,7 @@ async def test_fails_after_tokens(tokens: int) -> None:
     assert sum([(await anext(deltas)).tokens for _ in range(tokens)]) == tokens
     with pytest.raises(EngineFailed):
         await anext(deltas)
-    assert (engine.running, engine.failed) == (0, 1)
+    assert (engine.load.running, engine.failed) == (0, 1)
 
 
 async def test_hangs_until_it_dies() -> None:
@@ -170,7 +170,7 @@ async def test_hangs_until_it_dies() -> None:
         await engine.check_health()
     with pytest.raises(EngineFailed):
         await everything(engine)
-    assert (engine.running, engine.failed) == (0, 2)
+    assert (engine.load.running, engine.failed) == (0, 2)
 
 
 async def test_is_not_ready_before_start_and_after_stop() -> None:

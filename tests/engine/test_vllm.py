@@ -23,6 +23,7 @@ import torch
 from transformers import AutoProcessor
 
 from serving.config import EMBEDDED_CHECKPOINT, Settings
+from serving.engine.base import PROMPT_TOKENS, audio_tokens, context_tokens
 from serving.engine.vllm import VllmEngine
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest, NotReady
 from serving.types import Features, FinishReason, Sampling
@@ -139,12 +140,21 @@ async def test_features_are_let_go_once_handed_over(engine: VllmEngine) -> None:
 
 async def test_audio_tokens_are_the_models_own_count(engine: VllmEngine) -> None:
     """13 per second; the model's formula for every length up to 30 s, and 40 minutes fit the input."""
-    audio_tokens = module_of(engine).audio_tokens
     theirs = importlib.import_module("vllm.model_executor.models.qwen3_omni_moe_thinker")
     frames = torch.arange(1, 3001)
     assert [audio_tokens(n) for n in frames.tolist()] == theirs._get_feat_extract_output_lengths(frames).tolist()
     assert audio_tokens(100) == 13
     assert audio_tokens(240_000) == 31_200
+
+
+async def test_context_is_not_underestimated(engine: VllmEngine) -> None:
+    """What a clip is said to take of the context covers its prompt, and all captions together fit the cache."""
+    features, model = sound(6.0), model_of(engine)
+    prompt = model._input("request-1", features)["prompt_token_ids"]
+    assert len(prompt) <= context_tokens(features) <= len(prompt) + PROMPT_TOKENS
+    cache = model._llm.vllm_config.cache_config
+    assert cache.num_gpu_blocks is not None
+    assert 0 < engine.load.kv_capacity_tokens < cache.num_gpu_blocks * cache.block_size
 
 
 # ---- sampling
@@ -302,13 +312,13 @@ async def test_closing_frees_the_engine_at_once(engine: VllmEngine) -> None:
         await asyncio.sleep(0)
         task.cancel()
     assert not await idle(engine)
-    assert engine.running > 50
+    assert engine.load.running > 50
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
     await asyncio.gather(*(generator.aclose() for generator in generators))
     assert await within(1.0, lambda: idle(engine))
-    assert engine.running == 0
+    assert engine.load.running == 0
     assert not model_of(engine)._llm.output_processor.has_unfinished_requests()
     assert (await caption(engine, clips[0], max_tokens=2)).tokens == 2
 
