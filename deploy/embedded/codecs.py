@@ -7,14 +7,13 @@ coding, and prints in how many cases all facts stayed the same. Needs the progra
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 from deploy.embedded.corpus.captions import Facts, parse
-from deploy.embedded.evaluate import ask, served_model
+from deploy.embedded.evaluate import asked, held_out
 
 CODINGS = {
     "WAV 44.1 kHz stereo": ("wav", "ffmpeg -v error -y -i {} -ar 44100 -ac 2 {}"),
@@ -45,6 +44,26 @@ def differences(first: Facts | None, second: Facts | None) -> list[str]:
     return [name for name, part in parts.items() if part(first) != part(second)]
 
 
+def table(cache: Path, base_url: str, key: str, clips: int) -> str:
+    """How many of `clips` held-out clips, all synthetic, keep every fact of their caption in each coding, as a table."""
+    paths, lines = held_out(cache, 10**9)
+    chosen = [path for path, line in zip(paths, lines, strict=True) if not line["real"]][:clips]
+    plain = [parse(caption) for caption in asked(base_url, key, chosen)]
+    rows = ["| Coding | same facts | of | what differed |", "|---|---:|---:|---|"]
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, (extension, command) in CODINGS.items():
+            coded = [Path(scratch) / f"{clip.stem}.{extension}" for clip in chosen]
+            for clip, path in zip(chosen, coded, strict=True):
+                subprocess.run(command.format(clip, path).split(), check=True)
+            told = [parse(caption) for caption in asked(base_url, key, coded)]
+            found = [differences(first, second) for first, second in zip(plain, told, strict=True)]
+            lost = Counter(fact for facts in found for fact in facts)
+            rest = ", ".join(f"{fact} {count}" for fact, count in lost.most_common())
+            rows.append(f"| {name} | {found.count([])} | {len(chosen)} | {rest} |")
+            print(rows[-1], flush=True)
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     """Encode, ask, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,24 +72,7 @@ def main() -> None:
     parser.add_argument("--key", default="", help="API key")
     parser.add_argument("--clips", type=int, default=100)
     arguments = parser.parse_args()
-    folder = arguments.cache / "held-out"
-    lines = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()]
-    chosen = [folder / line["file"] for line in lines if not line["real"]][: arguments.clips]
-    model = served_model(arguments.base_url, arguments.key)
-    plain = {clip: parse(ask(arguments.base_url, arguments.key, model, clip)) for clip in chosen}
-    print("| Coding | same facts in all | what differed |\n|---|---:|---|")
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, (extension, command) in CODINGS.items():
-            lost: Counter[str] = Counter()
-            same = 0
-            for clip in chosen:
-                coded = Path(scratch) / f"{clip.stem}.{extension}"
-                subprocess.run(command.format(clip, coded).split(), check=True)
-                found = differences(plain[clip], parse(ask(arguments.base_url, arguments.key, model, coded)))
-                same += not found
-                lost.update(found)
-            rest = ", ".join(f"{fact} {count}" for fact, count in lost.most_common())
-            print(f"| {name} | {same} of {len(chosen)} | {rest} |", flush=True)
+    print(table(arguments.cache, arguments.base_url, arguments.key, arguments.clips))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The embedded captioner from seeds: sources, pools of sounds, corpus, tokenizer, training. Everything lies under the folder
-# that is given; what is there already is kept, so that a run which was ended is simply started again.
+# The embedded captioner from seeds: sources, pools of sounds, corpus, tokenizer, training, measurement, model card.
+# Everything lies under the folder that is given; what is there already is kept, so that a run which was ended is simply
+# started again.
 #   deploy/embedded/recipe.sh .cache/embedded [python] [steps]
 set -euo pipefail
 
@@ -9,11 +10,9 @@ python=${2:-.venv/bin/python}
 steps=${3:-}
 mkdir -p "$cache"
 
-if [[ ! -e $cache/installed ]]; then
-  apt-get install --yes --quiet --no-install-recommends espeak-ng flite libfluidsynth3 fluid-soundfont-gm \
-    musescore-general-soundfont timgm6mb-soundfont libtcmalloc-minimal4
-  touch "$cache/installed"
-fi
+packages=(espeak-ng flite libfluidsynth3 fluid-soundfont-gm musescore-general-soundfont timgm6mb-soundfont
+  libtcmalloc-minimal4 ffmpeg sox)
+dpkg --status "${packages[@]}" >/dev/null 2>&1 || apt-get install --yes --quiet --no-install-recommends "${packages[@]}"
 
 for source in effects speech music; do
   "$python" -m "deploy.embedded.corpus.$source" "$cache"
@@ -30,3 +29,5 @@ done
 
 # glibc's malloc costs half of a step.
 LD_PRELOAD=libtcmalloc_minimal.so.4 "$python" -W ignore -m deploy.embedded.train "$cache" ${steps:+--steps "$steps"}
+
+"$python" -W ignore -m deploy.embedded.measure "$cache"

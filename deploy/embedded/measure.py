@@ -1,0 +1,101 @@
+"""Serve the checkpoint, measure what it hears through the HTTP API, and write its model card.
+
+`python -m deploy.embedded.measure CACHE` starts `captioner serve` with CACHE/checkpoint on a free port, asks it for the
+captions of the held-out clips, as they are and in other codings, compares some with those of transformers, and leaves
+CACHE/README.md, which is the card beside the checkpoint in `serving/embedded`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+from deploy.embedded import codecs
+from deploy.embedded.evaluate import THROUGH_THE_API, asked, decoded, held_out, judged
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+START_TIMEOUT_S = 600
+CURVE_ROWS = 20
+
+
+@contextmanager
+def served(checkpoint: Path, log: Path) -> Iterator[str]:
+    """The service with `checkpoint`; yields the base URL of its API. Raises `RuntimeError` if it does not start."""
+    command = [
+        str(Path(sys.executable).with_name("captioner")),
+        "serve",
+        "--port=0",
+        f"--model={checkpoint.absolute()}",
+    ]
+    with log.open("w") as out:
+        service = subprocess.Popen(command, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (found := re.search(r"ready after .* on (http://[^\s\"]+)", log.read_text())):
+            if service.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the service did not start:\n{log.read_text()}")
+            time.sleep(1)
+        yield f"{found[1]}/v1"
+    finally:
+        service.terminate()
+        service.wait()
+
+
+def curve(path: Path) -> str:
+    """The learning curve, thinned out, as a table."""
+    with path.open(newline="") as lines:
+        rows = [row for row in csv.reader(lines) if row[0].isdecimal()]
+    chosen = rows[:: max(1, len(rows) // CURVE_ROWS)]
+    chosen += [rows[-1]] if rows[-1] not in chosen else []
+    table = ["| Step | loss of the captions | loss of the helper heads |", "|---:|---:|---:|"]
+    table += [f"| {step} | {told if float(told) else 'not yet learnt'} | {heads} |" for step, told, heads, _ in chosen]
+    return "\n".join(table) + "\n"
+
+
+def main() -> None:
+    """Serve, ask, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("--clips", type=int, default=1_200, help="held-out clips to ask for")
+    parser.add_argument("--coded-clips", type=int, default=100, help="clips to ask for in each coding")
+    parser.add_argument("--compared-clips", type=int, default=60, help="clips to decode with transformers too")
+    arguments = parser.parse_args()
+    cache = arguments.cache
+    checkpoint = cache / "checkpoint"
+    clips, lines = held_out(cache, arguments.clips)
+    with served(checkpoint, cache / "service.log") as base_url:
+        print(f"{len(clips)} clips through {base_url}", flush=True)
+        captions = asked(base_url, "", clips)
+        (cache / "captions.jsonl").write_text("\n".join(json.dumps(caption) for caption in captions))
+        table = judged(lines, captions, THROUGH_THE_API)
+        print(table, flush=True)
+        codings = codecs.table(cache, base_url, "", arguments.coded_clips)
+    compared = decoded(checkpoint, clips[: arguments.compared_clips])
+    equal = sum(ours == theirs for ours, theirs in zip(captions, compared, strict=False))
+    config = json.loads((checkpoint / "config.json").read_text())["thinker_config"]
+    card = Template((Path(__file__).parent / "card.md").read_text()).substitute(
+        vocabulary=config["text_config"]["vocab_size"],
+        size=f"{(checkpoint / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+        table=table,
+        codings=codings,
+        equal=equal,
+        compared=len(compared),
+        curve=curve(cache / "training.csv"),
+    )
+    (cache / "README.md").write_text(card)
+    print(f"{equal} of {len(compared)} captions equal those of transformers; wrote {cache / 'README.md'}")
+
+
+if __name__ == "__main__":
+    main()
