@@ -45,7 +45,7 @@ def differences(first: Facts | None, second: Facts | None) -> list[str]:
 
 
 def table(cache: Path, base_url: str, key: str, clips: int) -> str:
-    """How many of `clips` held-out clips, all synthetic, keep every fact of their caption in each coding, as a table."""
+    """A table: of how many of `clips` synthetic held-out clips each coding kept every fact of the caption."""
     paths, lines = held_out(cache, 10**9)
     chosen = [path for path, line in zip(paths, lines, strict=True) if not line["real"]][:clips]
     plain = [parse(caption) for caption in asked(base_url, key, chosen)]
