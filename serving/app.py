@@ -18,6 +18,7 @@ from serving.audio.workers import AudioWorkers
 from serving.body import BodyBudget
 from serving.captioner import Captioner
 from serving.engine.fake import FakeEngine
+from serving.engine.gate import GatedEngine
 from serving.engine.vllm import VllmEngine
 from serving.errors import EngineFailed
 from serving.metrics import Metrics
@@ -76,17 +77,19 @@ def create_app(
             stack.push_async_callback(_cancel, loading)
             yield
 
-    return Starlette(
+    app = Starlette(
         routes=routes(service),
         middleware=[Middleware(RequestId)],
         exception_handlers=error_handlers(service),
         lifespan=lifespan,
     )
+    app.state.service = service
+    return app
 
 
-def make_engine(settings: Settings) -> Engine:
-    """Make the engine that the settings name. Importing vLLM waits until it starts."""
-    return FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings)
+def make_engine(settings: Settings) -> GatedEngine:
+    """Make the engine that the settings name, with admission in front. Importing vLLM waits until it starts."""
+    return GatedEngine(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
 async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:
@@ -109,13 +112,37 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 
 def _watch(metrics: Metrics, service: Service) -> None:
-    workers = service.workers
+    workers, engine = service.workers, service.engine
     metrics.watch("captioner_audio_queue_depth", "Clips that wait for an audio worker.", lambda: workers.queued)
+    metrics.watch(
+        "captioner_audio_queue_audio_seconds",
+        "Audio that waits for an audio worker, guessed from its bytes (16 kB a second).",
+        lambda: workers.queued_audio_s,
+    )
     metrics.watch("captioner_audio_workers_busy", "Audio workers at work.", lambda: workers.busy)
     metrics.watch(
         "captioner_features_bytes", "Memory of features that wait for the engine.", lambda: workers.outstanding_bytes
     )
-    metrics.watch("captioner_engine_running", "Captions in the engine.", lambda: service.engine.load.running)
+    metrics.watch("captioner_engine_running", "Captions in the engine.", lambda: engine.load.running)
+    metrics.watch("captioner_engine_waiting", "Captions that wait for the engine.", lambda: engine.load.waiting)
+    metrics.watch(
+        "captioner_engine_running_audio_seconds",
+        "Audio of the captions in the engine.",
+        lambda: engine.load.audio_s - engine.load.waiting_audio_s,
+    )
+    metrics.watch(
+        "captioner_engine_waiting_audio_seconds",
+        "Audio of the captions that wait for the engine.",
+        lambda: engine.load.waiting_audio_s,
+    )
+    metrics.watch(
+        "captioner_engine_kv_tokens", "Tokens of context reserved in the engine.", lambda: engine.load.kv_tokens
+    )
+    metrics.watch(
+        "captioner_engine_kv_capacity_tokens",
+        "Tokens of context that fit in the engine.",
+        lambda: engine.load.kv_capacity_tokens,
+    )
     metrics.watch("captioner_body_bytes", "Memory of request bodies under way.", lambda: service.bodies.taken_bytes)
 
 

@@ -33,7 +33,7 @@ class BodyBudget:
     def take(self, count: int) -> None:
         """Raise `Overloaded` if `count` more bytes do not fit."""
         if self.taken_bytes + count > self._limit:
-            raise Overloaded
+            raise Overloaded(reason="bodies")
         self.taken_bytes += count
 
 

@@ -119,7 +119,7 @@ class Captioner:
     @contextmanager
     def _place(self) -> Iterator[None]:
         if self._in_flight >= self._settings.max_inflight:
-            raise Overloaded
+            raise Overloaded(reason="inflight")
         self._in_flight += 1
         try:
             yield

@@ -120,6 +120,14 @@ class Settings(BaseSettings):
     max_inflight_body_bytes: int = Field(1024 * MIB, ge=MIB, description="Memory for request bodies at once")
     max_features_bytes: int = Field(512 * MIB, ge=MIB, description="Memory for features that wait for the engine")
     max_spool_bytes: int = Field(8 * 1024 * MIB, ge=MIB, description="Disk for downloads under way")
+    max_audio_queue: int = Field(256, ge=1, description="Clips that wait for an audio worker")
+    max_engine_queue: int = Field(256, ge=1, description="Captions that wait for the engine")
+    max_engine_wait_s: float = Field(120, gt=0, description="How long one waits for it; the longest clip yields half")
+
+    # Watchdog
+    stall_s: float = Field(
+        120, gt=0, description="An engine that owes tokens and gives none to anyone for this long has failed"
+    )
 
     # Audio workers
     audio_workers: int = Field(
@@ -148,6 +156,28 @@ class Settings(BaseSettings):
         10, gt=0, description="How long a stream waits for the first token before it sends its status line"
     )
 
+    handover_interval_s: float = Field(
+        0.05, ge=0, description="Least time between two pieces of one caption, the first two excepted; 0: each token"
+    )
+
+    # Cluster (`captioner cluster`): fronts that take requests, and engine replicas with one model each
+    fronts: int = Field(1, ge=1, description="Cluster: fronts at least")
+    max_fronts: int = Field(8, ge=1, description="Cluster: fronts at most")
+    front_cpus: float = Field(1, ge=0, description="Cluster: CPUs that a front and its audio workers reserve")
+    front_busy_workers: float = Field(
+        0.75, gt=0, description="Cluster: clips per audio worker at which more fronts are started"
+    )
+    engines: int = Field(1, ge=0, description="Cluster: engine replicas at least; 0 frees the GPUs when nobody asks")
+    max_engines: int = Field(8, ge=1, description="Cluster: engine replicas at most")
+    engine_cpus: float = Field(1, ge=0, description="Cluster: CPUs that an engine replica reserves")
+    engine_on_gpu: bool = Field(
+        default=False, description="Cluster: an engine replica takes `tensor_parallel` GPUs of one machine; else none"
+    )
+    engine_audio_s: float = Field(
+        900, gt=0, description="Cluster: seconds of audio under way in an engine at which another one is started"
+    )
+    scale_down_after_s: float = Field(300, ge=0, description="Cluster: how long fewer replicas must be enough")
+
     # Callers
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="Keys that are accepted; none: any key, or no key, is"
@@ -169,6 +199,12 @@ class Settings(BaseSettings):
         if self.max_input_tokens >= self.max_model_len:
             msg = f"max_input_tokens ({self.max_input_tokens}) leaves no room in max_model_len ({self.max_model_len})"
             raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Settings:
+        if self.fronts > self.max_fronts or self.engines > self.max_engines:
+            raise ValueError("max_fronts and max_engines must not be below fronts and engines")
         return self
 
     @property

@@ -35,8 +35,9 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
     ├── Disconnected                 the client has gone; nobody is left to answer
     └── ServerError                  our fault or our limits; the message never shows insides
         ├── EngineFailed             the engine died or refused
+        │   └── EngineStalled        it lives, but makes no progress
         ├── NotReady                 the engine is still loading, or gone
-        ├── Overloaded               a queue is full; carries `retry_after_s`
+        ├── Overloaded               a queue is full; carries `retry_after_s` and `reason`
         ├── DeadlineExceeded         nothing generated in time
         └── Internal                 anything else
 """
@@ -203,20 +204,25 @@ class EngineFailed(ServerError):
     message = "inference internal error."
 
 
+class EngineStalled(EngineFailed):
+    pass
+
+
 class NotReady(ServerError):
     message = "Model is unavailable, please try again later."
 
 
 class Overloaded(ServerError):
-    """A bounded queue is full. `retry_after_s`: when to try again, in seconds."""
+    """A bound is reached. `retry_after_s`: when to try again, in seconds. `reason`: which bound, in a word of ours."""
 
     message = (
         "Too many requests. Your requests are being throttled due to system capacity limits. Please try again later."
     )
 
-    def __init__(self, message: str | None = None, *, retry_after_s: int = 5) -> None:
+    def __init__(self, message: str | None = None, *, retry_after_s: int = 5, reason: str = "capacity") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class DeadlineExceeded(ServerError):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-from serving.errors import CaptionerError, ClientError, Disconnected
+from serving.errors import CaptionerError, ClientError, Disconnected, Overloaded
 from serving.types import SAMPLE_RATE, FinishReason
 
 if TYPE_CHECKING:
@@ -58,6 +58,13 @@ class Metrics:
             "Caption requests that ended, by dialect, outcome (finished, cancelled, client_error, server_error) and "
             "code (the finish reason, or the name of the error).",
             ("dialect", "outcome", "code"),
+            registry=registry,
+        )
+        self._rejected = Counter(
+            "captioner_rejected",
+            "Caption requests refused for want of room, by reason: inflight, bodies, spool, audio_queue, engine_queue "
+            "(full), engine_wait (too long), capacity (any other).",
+            ("reason",),
             registry=registry,
         )
         self._in_flight = Gauge("captioner_requests_in_flight", "Caption requests under way.", registry=registry)
@@ -118,6 +125,8 @@ class Metrics:
         self._in_flight.dec()
         outcome, code = _outcome(record, error)
         self._requests.labels(record.dialect, outcome, code).inc()
+        if isinstance(error, Overloaded):
+            self._rejected.labels(error.reason).inc()
         self._e2e.labels(outcome).observe(now - record.started)
         if record.first_token is not None:
             self._ttft.observe(record.first_token - record.started)

@@ -223,7 +223,7 @@ class _Spool:
     def take(self, nbytes: int) -> None:
         """Count bytes that go to disk, or that were removed from it. Raises `Overloaded` if it is full."""
         if nbytes > 0 and self._taken_bytes + nbytes > self._max_bytes:
-            raise Overloaded
+            raise Overloaded(reason="spool")
         self._taken_bytes += nbytes
 
     @asynccontextmanager
@@ -307,5 +307,5 @@ def _translate(error: aiohttp.ClientError | OSError) -> CaptionerError:
     if isinstance(error, TimeoutError):
         return DownloadTimeout()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Overloaded()
+        return Overloaded(reason="spool")
     return DownloadFailed()

@@ -17,8 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections import deque
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving import errors
+from serving.line import DrainRate, Line, shortest_first
 from serving.types import SAMPLE_RATE, Features
 
 if TYPE_CHECKING:
@@ -46,6 +46,15 @@ _PRIVATE_BYTES = 512 * 1024 * 1024
 _WAVEFORM_COPIES = 4
 """A worker may hold this much memory, and this many copies of the longest waveform."""
 
+_BYTES_PER_S = 16_000
+"""How long a clip may be is guessed from its bytes, as if all were MP3 of 128 kb/s: nothing better is known yet."""
+
+_HUGE_S = 1000.0
+"""One worker, if there are two or more, takes no clip that looks longer than this (16 MB)."""
+
+_PATIENCE_S = 20.0
+"""For at most this long the longest clip is overtaken by shorter ones."""
+
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 log = logging.getLogger(__name__)
@@ -64,6 +73,8 @@ class Prepared:
 @dataclass(eq=False, slots=True)
 class _Task:
     clip: str | Path
+    audio_s: float
+    """A guess."""
     answer: asyncio.Future[Prepared]
     queued: float
     queue_s: float = 0.0
@@ -81,7 +92,10 @@ class _Worker:
 
 
 class AudioWorkers:
-    """A pool of `settings.audio_workers` processes with one queue, first in, first out.
+    """A pool of `settings.audio_workers` processes with one queue, small clips first.
+
+    Of several workers one takes no huge clip, so that small ones never wait for one to end. At most
+    `settings.max_audio_queue` clips wait.
 
     A clip is dispatched only while the features that wait for the engine take less than `settings.max_features_bytes`:
     memory is bounded by that and one longest clip per worker.
@@ -94,7 +108,7 @@ class AudioWorkers:
         self._program = program
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
-        self._queue: deque[_Task] = deque()
+        self._queue: Line[_Task] = Line(self._order)
         self._outstanding_bytes = 0
         self._running = False
 
@@ -102,6 +116,17 @@ class AudioWorkers:
     def queued(self) -> int:
         """Clips that wait for a worker."""
         return len(self._queue)
+
+    @property
+    def queued_audio_s(self) -> float:
+        """How much audio waits for a worker, in seconds: a guess from its bytes."""
+        return sum(task.audio_s for task in self._queue)
+
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the clip that has waited longest has done so; 0 if none waits."""
+        now = time.perf_counter()
+        return now - min((task.queued for task in self._queue), default=now)
 
     @property
     def busy(self) -> int:
@@ -120,6 +145,7 @@ class AudioWorkers:
         """
         self._loop = asyncio.get_running_loop()
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
+        self._drain = DrainRate(time.perf_counter())
         self._running = True
         for _ in range(self._settings.audio_workers):
             self._spawn()
@@ -132,10 +158,9 @@ class AudioWorkers:
         for worker in workers:
             self._disconnect(worker)
             worker.process.kill()
-        for task in (*self._queue, *(worker.task for worker in workers if worker.task)):
+        for task in (*self._queue.clear(), *(worker.task for worker in workers if worker.task)):
             _fail(task, errors.NotReady())
         self._idle.clear()
-        self._queue.clear()
         for worker in workers:
             await asyncio.to_thread(worker.process.wait)
 
@@ -144,7 +169,7 @@ class AudioWorkers:
         """Features of a clip: base64 text, or the path of a file. Leaving the context gives their memory back.
 
         `log_mel` is a private mapping, so `torch.from_numpy` takes it as it is (writable) and writes would stay here.
-        Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, and `Internal`.
+        Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, `Overloaded` and `Internal`.
 
         Cancelled in the queue, the clip is dropped. Cancelled under way, the worker finishes and the result is
         discarded: that takes less CPU than a new process does, and no longer than the deadline.
@@ -153,38 +178,55 @@ class AudioWorkers:
             raise errors.NotReady
         if isinstance(clip, str) and not clip.isascii():  # noqa: ASYNC240 - a string, not a path
             raise errors.InvalidAudioUrl
-        task = _Task(clip, self._loop.create_future(), time.perf_counter())
+        now = time.perf_counter()
+        if len(self._queue) >= self._settings.max_audio_queue:
+            raise errors.Overloaded(
+                retry_after_s=self._drain.retry_after_s(self.queued_audio_s, now), reason="audio_queue"
+            )
+        task = _Task(clip, min(_guess_s(clip), self._settings.max_audio_s), self._loop.create_future(), now)
         del clip  # up to 10 MiB that nobody needs once a worker has it
-        self._queue.append(task)
+        self._queue.add(task)
         self._dispatch()
         try:
             yield await task.answer
         finally:
-            with suppress(ValueError):
-                self._queue.remove(task)
+            self._queue.discard(task)
             self._outstanding_bytes -= task.nbytes
             self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._idle and self._queue and self._outstanding_bytes < self._settings.max_features_bytes:
-            worker, task = self._idle.pop(), self._queue.popleft()
+        while self._idle and self._outstanding_bytes < self._settings.max_features_bytes and (task := self._first()):
+            worker = self._idle.pop()
             try:
                 _send(worker.link, task.clip)
             except ConnectionError:
                 # It died while idle, and the loop will learn it from the socket. The clip is not to blame.
-                self._queue.appendleft(task)
                 continue
             except OSError:
                 log.exception("a clip could not be handed to an audio worker")
                 self._idle.append(worker)
+                self._queue.discard(task)
                 _fail(task, errors.Overloaded())
                 continue
+            self._queue.discard(task)
+            self._drain.add(task.audio_s, time.perf_counter())
             task.clip = ""
             task.queue_s = time.perf_counter() - task.queued
             worker.task = task
             worker.deadline = self._loop.call_later(
                 _WALL_PER_CPU * self._settings.audio_timeout_s, worker.process.send_signal, signal.SIGPROF
             )
+
+    def _order(self, task: _Task) -> float:
+        """The order of what waits, as a key."""
+        longest_s = self._settings.max_audio_s
+        return shortest_first(task.queued, task.audio_s, longest_s=longest_s, patience_s=_PATIENCE_S)
+
+    def _first(self) -> _Task | None:
+        """The clip whose turn it is."""
+        huge = sum(worker.task is not None and worker.task.audio_s > _HUGE_S for worker in self._workers)
+        room_for_huge = huge < max(1, self._settings.audio_workers - 1)
+        return next((task for task in self._queue if room_for_huge or task.audio_s <= _HUGE_S), None)
 
     def _read(self, worker: _Worker) -> None:
         try:
@@ -285,6 +327,15 @@ class AudioWorkers:
         worker.link.close()
         if worker.deadline:
             worker.deadline.cancel()
+
+
+def _guess_s(clip: str | Path) -> float:
+    """How long a clip may be, in seconds."""
+    try:
+        clip_bytes = clip.stat().st_size if isinstance(clip, Path) else len(clip) * 3 // 4
+    except OSError:
+        return 0.0  # the worker will tell
+    return clip_bytes / _BYTES_PER_S
 
 
 def _send(link: socket.socket, clip: str | Path) -> None:
