@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
+import os
+import secrets
 import signal
 import sys
 import time
@@ -27,7 +30,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 USAGE = """usage: captioner serve [--config FILE] [settings …]   start the service; --help lists every setting
+       captioner cluster [--config FILE] [settings …] start it on Ray Serve, on this machine
        captioner version"""
+
+RAY_ENVIRONMENT = {
+    # HAProxy before the fronts, and no thread or process between it and our application.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # An old HAProxy goes on with its streams after each change of the fronts: let it until the longest has ended.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.cluster:middlewares",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+"""What Ray's processes must find in their environment; `deploy/` has the same for clusters."""
 
 SAMPLE = Path(__file__).parent / "embedded" / "sample.mp3"
 """A short clip for the first request."""
@@ -39,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     match command:
         case "serve":
             return _serve(rest)
+        case "cluster":
+            return _cluster(rest)
         case "version" | "--version":
             print(version("captioner"))  # noqa: T201
             return 0
@@ -58,6 +76,34 @@ def _serve(argv: list[str]) -> int:
         return 2
     logs.configure(settings.log_level, settings.log_format)
     return uvloop.run(_Server(settings).run())
+
+
+def _cluster(argv: list[str]) -> int:
+    try:
+        settings = Settings.load(argv)
+    except (ValidationError, FileNotFoundError) as error:
+        print(f"captioner: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    # Ray reads these on import, and its processes inherit them: secrets among them, which do not go into Ray's store.
+    upload_secret = settings.upload_secret.get_secret_value() if settings.upload_secret else secrets.token_hex()
+    private = {
+        "CAPTIONER_UPLOAD_SECRET": upload_secret,
+        "CAPTIONER_API_KEYS": ",".join(key.get_secret_value() for key in settings.api_keys),
+    }
+    os.environ.update(RAY_ENVIRONMENT | os.environ | private)
+    logs.configure(settings.log_level, settings.log_format)
+    overrides = settings.model_dump(
+        mode="json", exclude_unset=True, exclude={"config", "host", "port", "upload_secret", "api_keys"}
+    )
+
+    def ready(origin: str) -> None:
+        log.info("ready on %s", origin)
+        if settings.log_format == "text":
+            print(_first_request(origin, settings), file=sys.stderr)  # noqa: T201
+
+    cluster = importlib.import_module("serving.cluster")  # takes seconds, which nobody else should wait
+    cluster.up(settings, overrides, ready)
+    return 0
 
 
 class _Listener(uvicorn.Server):

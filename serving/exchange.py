@@ -133,6 +133,7 @@ class _Exchange:
     async def stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Answer piece by piece. The status line waits for the first piece, but no longer than `header_grace_s`."""
         heartbeat = asyncio.create_task(self._keep_alive())
+        pace_s, loop = self._settings.handover_interval_s, asyncio.get_running_loop()
         try:
             async for delta in deltas:
                 frame = reply.frame(delta)
@@ -140,6 +141,10 @@ class _Exchange:
                     await self._write(frame, more=not reply.ended)
                 if reply.ended:
                     return
+                if pace_s:
+                    # To the next tick, the same for all streams. Meanwhile the engine merges what comes: a write costs
+                    # more than a token.
+                    await asyncio.sleep(pace_s - loop.time() % pace_s)
         finally:
             heartbeat.cancel()
             await asyncio.wait((heartbeat,))

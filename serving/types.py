@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SAMPLE_RATE = 16_000
 """Samples per second of every `Features` (the model's feature extractor expects 16 kHz mono)."""
 
+MELS, FRAMES_PER_S = 128, 100
+"""Shape of log-mel features: bins of a frame, and frames per second."""
+
 SCAFFOLD_TOKENS = 8
 """Text tokens of the chat scaffold around the audio, billed as `text_tokens` (API manual, PROTOCOL 10.1)."""
 

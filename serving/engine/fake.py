@@ -95,12 +95,21 @@ class FakeEngine:
             await self.check_health()
             with self._tally.count(features):
                 async with self._turns:
-                    due = asyncio.get_running_loop().time() + self._ttft_s
+                    loop = asyncio.get_running_loop()
+                    due, held = loop.time() + self._ttft_s, EngineDelta("", 0)
+                    faults = {self.faults.fail_after_tokens, self.faults.hang_after_tokens}
                     for tokens, delta in enumerate(self._deltas(features, sampling)):
-                        await self._step(tokens, due + tokens * self._tpot_s)
-                        if delta.finish_reason is not None:
-                            ended = "finished"
-                        yield delta
+                        at = due + tokens * self._tpot_s
+                        if held.tokens and (loop.time() < at or tokens in faults):
+                            yield held
+                            held = EngineDelta("", 0)
+                        await self._step(tokens, at)
+                        held = EngineDelta(held.text + delta.text, held.tokens + delta.tokens, delta.finish_reason)
+                        if tokens == 0 and delta.finish_reason is None:
+                            yield held
+                            held = EngineDelta("", 0)
+                    ended = "finished"
+                    yield held
         except (EngineFailed, NotReady):
             ended = "failed"
             raise

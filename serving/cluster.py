@@ -1,0 +1,306 @@
+"""The service on Ray Serve: fronts, engine replicas, and the directory by which they find each other.
+
+    client ─► HAProxy ─► Front (HTTP, fetch, decode, log-mel) ═ a socket each ═► EngineReplica (vLLM)
+                              └─ every second ─► Directory ◄─ every second ─┘
+
+A front is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
+the processes, replaces them, scales them and updates them; requests and tokens do not pass through it, so they go on
+while Ray's own parts restart. The only file that imports ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves annotations
+from starlette.middleware import Middleware
+
+from serving import logs, scaling
+from serving.app import create_app, make_engine
+from serving.config import Settings
+from serving.engine.remote import RemoteEngine
+from serving.engine.server import EngineServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+"""How often engine replicas register and fronts ask."""
+
+_FORGET_AFTER_S = 5.0
+_METRICS_EVERY_S = 2.0
+
+_NO_LIMIT = 1_000_000
+"""Ray is not to refuse requests: it would in no dialect. The service's own bounds come first."""
+
+Overrides = dict[str, Any]
+"""Settings by name, as in a file. What they leave out each process takes from its environment: secrets, above all."""
+
+
+class Directory:
+    """Knows where the engine replicas are, and the secret by which they know their fronts.
+
+    It keeps nothing: started anew it has learnt all again after a second, and makes itself unknown until then.
+    """
+
+    def __init__(self) -> None:
+        self._secret = secrets.token_hex()
+        self._began = time.monotonic()
+        self._seen: dict[str, float] = {}
+
+    async def register(self, address: str) -> str:
+        """Note that a replica serves at `address`; return the secret."""
+        self._seen[address] = time.monotonic()
+        return self._secret
+
+    async def forget(self, address: str) -> None:
+        """A replica takes no more."""
+        self._seen.pop(address, None)
+
+    async def replicas(self) -> tuple[list[str], str] | None:
+        """Return the addresses and the secret; `None` as long as it may not have heard of all."""
+        now = time.monotonic()
+        if now - self._began < 3 * EVERY_S:
+            return None
+        self._seen = {address: seen for address, seen in self._seen.items() if now - seen < _FORGET_AFTER_S}
+        return list(self._seen), self._secret
+
+
+class EngineReplica:
+    """One engine, loaded, behind a socket. Ray starts it, asks for health and load, and drains it before it ends."""
+
+    # Ray awaits it.
+    async def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        """Return when the engine has loaded: from then on Ray counts the replica in."""
+        settings = Settings(**overrides)
+        logs.configure(settings.log_level, settings.log_format)
+        self._directory = directory
+        self._secret = secrets.token_hex()  # nobody's, until the directory has told the right one
+        self._engine = make_engine(settings)
+        self._server = EngineServer(settings, self._engine, lambda: self._secret)
+        self._host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        await self._engine.start()
+        await self._server.start(self._host)
+        self._registering = asyncio.create_task(self._register())
+
+    async def check_health(self) -> None:
+        """Raise once the engine has failed: Ray then puts another replica in this one's place."""
+        await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scale_engines` decides by."""
+        load = self._engine.load
+        return {"work": load.audio_s, "wait_s": self._engine.longest_wait_s}
+
+    async def wake(self) -> None:
+        """Do nothing: that someone asks is what starts a replica where there are none."""
+
+    async def __del__(self) -> None:
+        """Take no more, let what runs end, then end the engine."""
+        self._registering.cancel()
+        await _told(self._directory.forget.remote(self._address))
+        await self._server.drain()
+        await self._server.stop()
+        await self._engine.stop()
+
+    @property
+    def _address(self) -> str:
+        return f"{self._host}:{self._server.port}"
+
+    async def _register(self) -> None:
+        while True:
+            self._secret = await _told(self._directory.register.remote(self._address)) or self._secret
+            await asyncio.sleep(EVERY_S)
+
+
+class ClusterEngine(RemoteEngine):
+    """The engine replicas that the directory knows."""
+
+    def __init__(self, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]) -> None:
+        super().__init__(on_empty=self._wake)
+        self._directory = directory
+        self._engines = engines
+        self._waking: Any = None
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        self._following = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        """See `Engine`."""
+        if self._following is not None:
+            self._following.cancel()
+        await super().stop()
+
+    async def _follow(self) -> None:
+        while True:
+            if told := await _told(self._directory.replicas.remote()):
+                self.update(*told)
+            await asyncio.sleep(EVERY_S)
+
+    def _wake(self) -> None:
+        """Ask for a replica. The call waits at Ray until there is one, and that it waits is what Ray scales by."""
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.ensure_future(_told(self._engines.wake.remote(), timeout_s=60))
+
+
+@serve.ingress()
+class Front:
+    """The service as on one machine, but for the engine."""
+
+    def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]) -> None:
+        # The replicas set the pace already.
+        settings = Settings(**overrides | {"handover_interval_s": 0})
+        logs.configure(settings.log_level, settings.log_format)
+        self._service = create_app(settings, ClusterEngine(directory, engines))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Hand Ray the application."""
+        return self._service
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scale_fronts` decides by."""
+        workers = self._service.state.service.workers
+        return {"work": float(workers.busy + workers.queued), "wait_s": workers.longest_wait_s}
+
+
+class Edge:
+    """Outermost in each front: what clients send does not steer Ray, and an answer has one request id, ours."""
+
+    _STEERING = frozenset(
+        (b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
+    )
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on a request without Ray's headers, and its answer with the first of two request ids: Ray adds its."""
+        scope["headers"] = [header for header in scope["headers"] if header[0] not in self._STEERING]
+
+        async def send_one_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                ids = [header for header in message["headers"] if header[0].lower() == b"x-request-id"]
+                others = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
+                message["headers"] = [*others, *ids[:1]]
+            await send(message)
+
+        await self._app(scope, receive, send_one_id)
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray puts around each front (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
+    return [Middleware(Edge)]
+
+
+class ByWork:
+    """`scaling.replicas` as a policy of Ray Serve's."""
+
+    def __init__(self, **rule: Any) -> None:
+        self._rule = scaling.Rule(**rule)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """How many replicas to have, and what to remember."""
+        history = scaling.History(tuple(tuple(each) for each in context.policy_state.get("needed", ())))
+        count, history = scaling.replicas(
+            self._rule,
+            scaling.reports_of(context.aggregated_metrics or {}, "work", "wait_s"),
+            current=context.target_num_replicas,
+            unserved=context.total_queued_requests if context.current_num_replicas == 0 else 0,
+            now_s=context.current_time or time.time(),
+            history=history,
+        )
+        return count, {"needed": history.needed}
+
+
+def build(overrides: Overrides) -> serve.Application:
+    """The application, for `serve.run` and for the `import_path` of `serve deploy`. `overrides` are settings by name.
+
+    Raises `ValidationError` for settings that do not fit.
+    """
+    settings = Settings(**overrides)
+    if settings.max_fronts > 1 and settings.upload_secret is None:
+        raise ValueError("several fronts need one CAPTIONER_UPLOAD_SECRET in the environment of all")
+    directory = serve.deployment(name="directory", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_NO_LIMIT)(
+        Directory
+    ).bind()
+    gpus = settings.tensor_parallel if settings.engine_on_gpu else 0
+    engines = serve.deployment(
+        name="engine",
+        # One bundle lies on one machine: tensor parallelism wants the fast links within it.
+        placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {})],
+        placement_group_strategy="STRICT_PACK",
+        ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus},
+        autoscaling_config=_autoscaling(settings, settings.engines, settings.max_engines, settings.engine_audio_s),
+        max_ongoing_requests=_NO_LIMIT,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+        health_check_period_s=_METRICS_EVERY_S,
+    )(EngineReplica).bind(overrides, directory)
+    return serve.deployment(
+        name="front",
+        ray_actor_options={"num_cpus": settings.front_cpus},
+        autoscaling_config=_autoscaling(
+            settings, settings.fronts, settings.max_fronts, settings.front_busy_workers * settings.audio_workers
+        ),
+        max_ongoing_requests=_NO_LIMIT,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+    )(Front).bind(overrides, directory, engines)
+
+
+def _autoscaling(settings: Settings, least: int, most: int, work_per_replica: float) -> AutoscalingConfig:
+    rule = {
+        "least": least,
+        "most": most,
+        "work_per_replica": work_per_replica,
+        "down_after_s": settings.scale_down_after_s,
+    }
+    return AutoscalingConfig(
+        min_replicas=least,
+        initial_replicas=max(least, 1),
+        max_replicas=most,
+        metrics_interval_s=_METRICS_EVERY_S,
+        look_back_period_s=2 * _METRICS_EVERY_S,
+        policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
+            policy_function="serving.cluster:ByWork", policy_kwargs=rule
+        ),
+    )
+
+
+async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:
+    """The answer to a call through Ray, or `None` if there is none: whoever asks will ask again."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await call
+    except Exception as error:  # noqa: BLE001 - of any kind, while Ray replaces what was called
+        log.warning("no answer through Ray: %s", type(error).__name__)
+        return None
+
+
+def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
+    """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves."""
+    stop = threading.Event()
+    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+        serve.run(build(overrides), name="captioner", route_prefix="/")
+        ready(f"http://{settings.host}:{settings.port}")
+        stop.wait()
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
