@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_DRAIN_WINDOW_S = 30.0
-"""The drain rate is a mean that forgets this fast."""
+_DRAIN_WINDOW_S, _LEAST_WINDOW_S = 30.0, 5.0
+"""The drain rate is a mean that forgets this fast, and never over less than the second."""
 
 _MAX_RETRY_AFTER_S = 60
 """Clients honour no longer time (PROTOCOL 2.13)."""
@@ -65,9 +65,9 @@ class Line(Generic[T]):
 class DrainRate:
     """How fast a line gets shorter, in audio-seconds per second, as its last half minute or so tells."""
 
-    def __init__(self, now_s: float) -> None:
-        self._began_s = self._at_s = now_s
-        self._audio_s = 0.0
+    def __init__(self) -> None:
+        self._began_s = math.inf
+        self._at_s = self._audio_s = 0.0
 
     def add(self, audio_s: float, now_s: float) -> None:
         """So much audio has left the line."""
@@ -77,12 +77,13 @@ class DrainRate:
     def retry_after_s(self, backlog_s: float, now_s: float) -> int:
         """Seconds until a backlog of that much audio is gone, as a client is told: 1 to 60."""
         self._forget(now_s)
-        # Of a mean over less than the window, the part that is missing is not zero, but unknown.
-        known_s = _DRAIN_WINDOW_S * -math.expm1((self._began_s - now_s) / _DRAIN_WINDOW_S)
-        if backlog_s * known_s >= _MAX_RETRY_AFTER_S * self._audio_s:
+        # Of the window only so much has been seen; what an empty engine takes at once, at first, tells little.
+        seen_s = max(_LEAST_WINDOW_S, _DRAIN_WINDOW_S * -math.expm1((self._began_s - now_s) / _DRAIN_WINDOW_S))
+        if backlog_s * seen_s >= _MAX_RETRY_AFTER_S * self._audio_s:
             return _MAX_RETRY_AFTER_S
-        return max(1, math.ceil(backlog_s * known_s / self._audio_s))
+        return max(1, math.ceil(backlog_s * seen_s / self._audio_s))
 
     def _forget(self, now_s: float) -> None:
+        self._began_s = min(self._began_s, now_s)
         self._audio_s *= math.exp((self._at_s - now_s) / _DRAIN_WINDOW_S)
         self._at_s = now_s

@@ -109,6 +109,7 @@ class AudioWorkers:
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
         self._queue: Line[_Task] = Line(self._order)
+        self._drain = DrainRate()
         self._outstanding_bytes = 0
         self._running = False
 
@@ -145,7 +146,6 @@ class AudioWorkers:
         """
         self._loop = asyncio.get_running_loop()
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
-        self._drain = DrainRate(time.perf_counter())
         self._running = True
         for _ in range(self._settings.audio_workers):
             self._spawn()

@@ -96,6 +96,7 @@ class GatedEngine:
         self._kv_tokens = 0
         self._long_prefill: _Caption | None = None
         self._outputs = OutputEstimate()
+        self._drain = DrainRate()
         self._owed: set[asyncio.Timeout] = set()
         self._silent_ticks = 0
         self._stalled = False
@@ -122,7 +123,6 @@ class GatedEngine:
     async def start(self) -> None:
         """See `Engine`."""
         await self._engine.start()
-        self._drain = DrainRate(_now_s())
         self._watchdog = asyncio.create_task(self._watch())
 
     async def check_health(self) -> None:

@@ -288,7 +288,7 @@ async def test_clips_are_dispatched_only_within_the_memory_budget() -> None:
 
 
 async def test_one_worker_takes_clips_in_order() -> None:
-    """The queue is first in, first out."""
+    """Of clips of equal size the first in is the first out."""
     async with running(audio_workers=1) as pool:
         order: list[int] = []
 
@@ -298,6 +298,86 @@ async def test_one_worker_takes_clips_in_order() -> None:
 
         await asyncio.gather(*(follow(number) for number in range(160, 180)))
         assert order == list(range(160, 180))
+
+
+async def test_small_clips_go_first(tmp_path: Path) -> None:
+    """What waits goes by its size, text and files alike."""
+    big = tmp_path / "big"
+    big.write_text("samples 160" + " " * 5_000_000)
+    async with running(audio_workers=1, max_audio_s=2400) as pool:
+        order: list[str] = []
+
+        async def follow(name: str, clip: str | Path) -> None:
+            async with pool.prepare(clip):
+                order.append(name)
+
+        clips: dict[str, str | Path] = {
+            "at work": say("sleep 0.3"),
+            "big": big,
+            "middle": say("samples 160" + " " * 500_000),
+        }
+        clips |= {"small": say("samples 160"), "small too": say("samples 170")}
+        tasks = [asyncio.create_task(follow(*clip)) for clip in clips.items()]
+        await asyncio.sleep(0.1)
+        # 5 MB and 0.5 MB are taken for MP3.
+        assert pool.queued_audio_s == pytest.approx(343.75, abs=1)
+        await asyncio.gather(*tasks)
+        assert order == ["at work", "small", "small too", "middle", "big"]
+        assert pool.queued_audio_s == 0
+
+
+async def test_a_big_clip_is_overtaken_only_for_so_long(tmp_path: Path) -> None:
+    """Small clips that come long after a big one go after it."""
+    big = tmp_path / "big"
+    big.write_text("samples 160" + " " * 500_000)  # as 31 s, which yield 0.26 s
+    async with running(audio_workers=1, max_audio_s=2400) as pool:
+        order: list[str] = []
+
+        async def follow(name: str, clip: str | Path) -> None:
+            async with pool.prepare(clip):
+                order.append(name)
+
+        tasks = [asyncio.create_task(follow(*clip)) for clip in (("at work", say("sleep 1")), ("big", big))]
+        await asyncio.sleep(0.1)
+        tasks.append(asyncio.create_task(follow("soon", say("samples 160"))))
+        await asyncio.sleep(0.4)
+        tasks.append(asyncio.create_task(follow("late", say("samples 160"))))
+        await asyncio.gather(*tasks)
+        assert order == ["at work", "soon", "big", "late"]
+
+
+@pytest.mark.parametrize("audio_workers", [1, 2, 3])
+async def test_one_worker_is_kept_free_of_huge_clips(audio_workers: int, tmp_path: Path) -> None:
+    """Whatever number of huge clips comes, one worker is there for others; if there is only one, it takes them too."""
+    huge = tmp_path / "huge"
+    huge.write_text("sleep 1" + " " * 17_000_000)
+    async with running(audio_workers=audio_workers, max_audio_s=2400) as pool:
+        tasks = [asyncio.create_task(_prepare_file(pool, huge)) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        assert pool.busy == max(1, audio_workers - 1)
+        if audio_workers > 1:
+            assert (await prepare(pool, "samples 160")).queue_s < 0.5
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _prepare_file(pool: AudioWorkers, clip: Path) -> None:
+    async with pool.prepare(clip):
+        pass
+
+
+async def test_a_full_queue_refuses() -> None:
+    """Past the bound a clip is `Overloaded`, and is told when to come again."""
+    async with running(audio_workers=1, max_audio_queue=3) as pool:
+        tasks = [asyncio.create_task(prepare(pool, "sleep 0.3")) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(errors.Overloaded) as refused:
+            await prepare(pool, "samples 160")
+        assert refused.value.reason == "audio_queue"
+        assert 1 <= refused.value.retry_after_s <= 60
+        await asyncio.gather(*tasks)
+        assert (await prepare(pool, "samples 160")).features.samples == 160
 
 
 async def test_cancelled_in_the_queue_a_clip_is_dropped(pool: AudioWorkers) -> None:
@@ -486,7 +566,7 @@ def every_error() -> list[errors.CaptionerError]:
         errors.ModelNotFound: errors.ModelNotFound("gpt"),
         errors.MethodNotAllowed: errors.MethodNotAllowed("GET"),
         errors.InvalidRequest: errors.InvalidRequest("wrong", param="top_p"),
-        errors.Overloaded: errors.Overloaded("full", retry_after_s=9),
+        errors.Overloaded: errors.Overloaded("full", retry_after_s=9, reason="bodies"),
     }
     return [special.get(kind) or kind("told") for kind in kinds]
 
