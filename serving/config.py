@@ -31,6 +31,10 @@ CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
 
 MIB = 1024 * 1024
 
+_EXPERT_SIZE = 768
+"""Width of one expert of the captioner (`moe_intermediate_size`)."""
+_FP8_BLOCK = 128
+
 
 def _split(value: object) -> object:
     """Accept `a,b c` for a list, as one writes it in a variable."""
@@ -80,7 +84,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Number format of weights and activations; auto: the checkpoint's own"
     )
-    quantization: str | None = Field(None, description="vLLM quantization method; none: as the checkpoint says")
+    quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = Field(
+        None, description="Quantize the language model while loading, never the audio tower; none: as the checkpoint is"
+    )
     max_model_len: int = Field(65_536, ge=1024, description="Tokens of context: input and output together")
     max_input_tokens: int = Field(32_768, ge=64, description="Tokens of input at most")
     max_output_tokens: int = Field(32_768, ge=1, description="Tokens of output at most, and the default of max_tokens")
@@ -89,7 +95,7 @@ class Settings(BaseSettings):
     long_tokens_per_step: int | None = Field(
         None,
         ge=16,
-        description="Of these, tokens for audios over 32 s, all together: fewer far into one, where a token costs more. "
+        description="Of these, tokens for audios over 32 s, all together: fewer far into one, as they cost more. "
         "More ends long audios sooner, less disturbs the others less; default: 2048, on the CPU 64",
     )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
@@ -205,6 +211,16 @@ class Settings(BaseSettings):
     def _bounds_are_in_order(self) -> Settings:
         if self.fronts > self.max_fronts or self.engines > self.max_engines:
             raise ValueError("max_fronts and max_engines must not be below fronts and engines")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit_the_experts(self) -> Settings:
+        if self.quantization == "fp8_per_block" and (share := _EXPERT_SIZE / self.tensor_parallel) % _FP8_BLOCK:
+            msg = (
+                f"quantization fp8_per_block needs blocks of {_FP8_BLOCK}; tensor_parallel {self.tensor_parallel} "
+                f"cuts each expert's {_EXPERT_SIZE} to {share:g}: use tensor_parallel 1 or 2, or fp8_per_channel"
+            )
+            raise ValueError(msg)
         return self
 
     @property

@@ -17,6 +17,8 @@ import time
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from serving.engine import thinker  # noqa: F401 - registers the model in every process of vLLM
+
 _GRACE_S = 10.0
 """Time for the engine process to end by itself once the service has gone."""
 

@@ -24,13 +24,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from vllm import ModelRegistry
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError, VLLMServerError
 from vllm.inputs.engine import MultiModalInput, mm_input
-from vllm.model_executor.models.qwen3_omni_moe_thinker import (
-    Qwen3OmniMoeThinkerForConditionalGeneration,
-)
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
@@ -44,14 +40,17 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serving.engine.base import EngineDelta, audio_tokens
+from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
 from serving.engine.executor import SoloExecutor, TeamExecutor
+from serving.engine.scheduler import LongAudioYields, LongAudioYieldsAsync
 from serving.engine.stops import StopSequences
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest
 from serving.types import Features, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
+
+    from vllm.config import VllmConfig
 
     from serving.config import Settings
     from serving.types import Sampling
@@ -63,6 +62,11 @@ _AUDIO_PAD = "<|audio_pad|>"
 """Stands in the prompt once per audio token."""
 
 _MEL_BINS = 128
+_FRAMES_PER_S = 100
+_WINDOW_FRAMES = 800
+"""The audio tower attends within windows of 8 s: what ends with one is encoded the same alone as in the whole."""
+LONG_FRAMES = 4 * _WINDOW_FRAMES
+"""Longer audios are handed over in pieces, and yield to others in each step. The model is trained on 30 s."""
 
 _MIN_TEMPERATURE = 0.01
 """vLLM raises anything lower but 0 to this, and logs a warning each time."""
@@ -78,9 +82,10 @@ class LoadedModel:
 
     def __init__(self, settings: Settings) -> None:
         self._max_input_tokens = settings.max_input_tokens
+        self._piece_frames = _piece_frames(settings)
         self._ids = itertools.count()
         with _deaf_to_interrupts():
-            self._llm = _load(settings)
+            self._llm = AsyncLLM.from_vllm_config(engine_config(settings), disable_log_stats=True)
         tokenizer = self._llm.renderer.get_tokenizer()
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
@@ -191,33 +196,47 @@ class LoadedModel:
         tokens = audio_tokens(frames)
         if len(self._head) + tokens + len(self._tail) > self._max_input_tokens:
             raise AudioTooLong
-        audio = MultiModalKwargsItem(
-            {
-                "input_audio_features": MultiModalFieldElem(
-                    data=torch.from_numpy(features.log_mel).to(self._dtype),
-                    field=MultiModalFlatField(slices=[(slice(None), slice(0, frames))], dim=1),
-                ),
-                "audio_feature_lengths": MultiModalFieldElem(
-                    data=torch.tensor(frames), field=MultiModalBatchedField(keep_on_cpu=True)
-                ),
-                # Nothing reads it, but it must be there.
-                "feature_attention_mask": MultiModalFieldElem(
-                    data=torch.ones(frames, dtype=torch.bool), field=MultiModalBatchedField(keep_on_cpu=True)
-                ),
-            }
-        )
+        log_mel = torch.from_numpy(features.log_mel).to(self._dtype)
+        piece = self._piece_frames if frames > LONG_FRAMES else frames
+        # A last piece of less than a second would be encoded without the padding that it has beside whole seconds.
+        ends = [*range(piece, frames - _FRAMES_PER_S + 1, piece), frames]
+        items, ids, ranges, offset = [], [], [], self._audio_offset
+        for start, end in itertools.pairwise((0, *ends)):
+            length = audio_tokens(end - start)
+            items.append(_item(log_mel[:, start:end]))
+            # The key of the encoder's cache: no two requests share it.
+            ids.append(f"{own_id}@{start}")
+            ranges.append(PlaceholderRange(offset=offset, length=length))
+            offset += length
         return mm_input(
             [*self._head, *[self._audio_pad] * tokens, *self._tail],
-            MultiModalKwargsItems({"audio": [audio]}),
-            # The key of the encoder's cache: no two requests share it.
-            {"audio": [own_id]},
-            {"audio": [PlaceholderRange(offset=self._audio_offset, length=tokens)]},
+            MultiModalKwargsItems({"audio": items}),
+            {"audio": ids},
+            {"audio": ranges},
         )
 
 
-def _load(settings: Settings) -> AsyncLLM:
-    # Otherwise vLLM asks a further process, which imports all of this again, what this class can do.
-    ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Qwen3OmniMoeThinkerForConditionalGeneration)
+def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
+    """Features (mel bins, frames) of one piece, as vLLM wants them."""
+    frames = log_mel.shape[1]
+    return MultiModalKwargsItem(
+        {
+            "input_audio_features": MultiModalFieldElem(
+                data=log_mel, field=MultiModalFlatField(slices=[(slice(None), slice(0, frames))], dim=1)
+            ),
+            "audio_feature_lengths": MultiModalFieldElem(
+                data=torch.tensor(frames), field=MultiModalBatchedField(keep_on_cpu=True)
+            ),
+            # Nothing reads it, but it must be there.
+            "feature_attention_mask": MultiModalFieldElem(
+                data=torch.ones(frames, dtype=torch.bool), field=MultiModalBatchedField(keep_on_cpu=True)
+            ),
+        }
+    )
+
+
+def engine_config(settings: Settings) -> VllmConfig:
+    """What vLLM is started with. On the CPU it also sets how many threads compute."""
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # Threads that wait for each other cost a small model more than they give it, and on a busy machine tenfold.
@@ -235,17 +254,35 @@ def _load(settings: Settings) -> AsyncLLM:
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
         enforce_eager=settings.enforce_eager or on_cpu,
+        # In one process nothing runs beside a step, so this would only hold each token back until the next is computed.
+        async_scheduling=False if on_cpu and settings.tensor_parallel == 1 else None,
+        additional_config={
+            "long_audio_tokens": audio_tokens(LONG_FRAMES) + PROMPT_TOKENS,
+            "long_tokens_per_step": _long_tokens_per_step(settings),
+        },
+        # By audio vLLM means a piece of one. It counts them only in its own preprocessing.
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
         disable_log_stats=True,
         use_tqdm_on_load=False,
     ).create_engine_config()
-    # An audio must fit in whole, and vLLM expects 30 s at most where nothing tells it more. Raising
-    # `max_num_batched_tokens` instead would let one long prompt hold up every running caption.
-    config.scheduler_config.encoder_cache_size = settings.max_input_tokens
-    config.scheduler_config.max_num_encoder_input_tokens = settings.max_input_tokens
-    return AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    scheduler = config.scheduler_config
+    scheduler.scheduler_cls = LongAudioYieldsAsync if scheduler.async_scheduling else LongAudioYields
+    return config
+
+
+def _long_tokens_per_step(settings: Settings) -> int:
+    return settings.long_tokens_per_step or (160 if current_platform.is_cpu() else 2048)
+
+
+def _piece_frames(settings: Settings) -> int:
+    """About as much as one step takes, in whole windows: what a step encodes beyond that, others wait for in vain.
+
+    There is no need for larger ones: pieces that fall into one step are encoded together.
+    """
+    windows = _long_tokens_per_step(settings) // audio_tokens(_WINDOW_FRAMES)
+    return min(max(1, windows) * _WINDOW_FRAMES, LONG_FRAMES)
 
 
 def _dtype(settings: Settings) -> str:

@@ -1,0 +1,35 @@
+"""vLLM's Qwen3-Omni thinker, which takes one audio in several pieces. Importing this registers it with vLLM.
+
+The audio tower attends within windows of 8 s and convolves within single seconds, so pieces that end where a window does
+are encoded exactly as the whole is. As items of their own they are encoded one by one, each when the prompt's chunked
+prefill reaches it, instead of all in one engine step that every other caption would wait for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm import ModelRegistry
+from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerForConditionalGeneration
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+
+class Thinker(Qwen3OmniMoeThinkerForConditionalGeneration):  # type: ignore[misc]
+    """The model as it is, but for the positions of its tokens."""
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        """Positions (3, tokens), and 0: where the next token's differs from the number of tokens before it.
+
+        With audio alone vLLM counts 0, 1, 2, … on all three axes too, but wants a token of text after each audio.
+        """
+        if any(feature.modality != "audio" for feature in mm_features):
+            return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[no-any-return]
+        return torch.arange(len(input_tokens)).expand(3, -1), 0
+
+
+ModelRegistry.register_model("Qwen3OmniMoeForConditionalGeneration", Thinker)

@@ -1,0 +1,246 @@
+"""Long audios: in pieces, token for token what they are in one; and in steps that leave room for others."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from serving.config import Settings
+from serving.engine.base import audio_tokens
+from serving.types import Features, Sampling
+from tests.engine.conftest import sound, token_ids
+
+if TYPE_CHECKING:
+    from serving.engine.vllm import VllmEngine
+    from serving.engine.vllm_model import LoadedModel
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
+
+
+def model_of(engine: VllmEngine) -> LoadedModel:
+    """What the engine holds once it has started."""
+    assert engine._model is not None
+    return engine._model
+
+
+def blank(frames: int) -> Features:
+    """That many frames, each with its own number in it."""
+    return Features(np.tile(np.arange(frames, dtype=np.float32), (128, 1)), frames * 160)
+
+
+# ---- pieces
+
+
+@pytest.mark.parametrize("frames", [1, 99, 100, 801, 3200])
+async def test_a_clip_of_thirty_seconds_is_one_item(engine: VllmEngine, frames: int) -> None:
+    """The common case is what vLLM itself would make of it."""
+    made = model_of(engine)._input("request-1", blank(frames))
+    assert len(made["mm_kwargs"]["audio"]) == len(made["mm_placeholders"]["audio"]) == 1
+
+
+@pytest.mark.parametrize("frames", [3201, 3299, 3300, 6400, 6499, 6500, 10_037, 240_000])
+async def test_pieces_add_up_to_the_clip(engine: VllmEngine, frames: int) -> None:
+    """In order, without gap or overlap; cut where the tower's windows end; the last no shorter than a second."""
+    made = model_of(engine)._input("request-1", blank(frames))
+    items, ranges = made["mm_kwargs"]["audio"], made["mm_placeholders"]["audio"]
+    hashes = made["mm_hashes"]["audio"]
+    assert len(items) == len(ranges) == len(set(hashes)) > 1
+    lengths = [int(item["audio_feature_lengths"].data) for item in items]
+    together = torch.cat([item["input_audio_features"].data for item in items], dim=1)
+    assert torch.equal(together[0], torch.arange(frames, dtype=torch.float32))
+    assert all(length % 800 == 0 for length in lengths[:-1])
+    assert lengths[-1] >= 100
+    assert [placeholder.length for placeholder in ranges] == [audio_tokens(length) for length in lengths]
+    assert all(a.offset + a.length == b.offset for a, b in itertools.pairwise(ranges))
+    assert sum(placeholder.length for placeholder in ranges) == audio_tokens(frames)
+
+
+async def test_no_piece_of_one_request_has_the_key_of_another(engine: VllmEngine) -> None:
+    """Not even of one whose id a client chose to look like a piece's."""
+    model = model_of(engine)
+    made = [model._input(own_id, blank(6400)) for own_id in ("a-1", "a-1-1", "a-1@800-1", "a-1-800")]
+    keys = [key for one in made for key in one["mm_hashes"]["audio"]]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("seconds", [5.0, 32.5, 33.4, 64.0, 100.37, 300.0])
+async def test_pieces_are_heard_as_the_whole(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Token for token, in pieces of 8 s, of 32 s, and in one."""
+    model = model_of(engine)
+    tokens = []
+    for piece_frames in (800, 3200, 10**9):
+        monkeypatch.setattr(model, "_piece_frames", piece_frames)
+        tokens.append(await token_ids(engine, sound(seconds), max_tokens=32, ignore_eos=True))
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert len(tokens[0]) == 32
+
+
+# ---- steps
+
+
+@pytest.fixture
+def scheduler(engine: VllmEngine) -> Any:
+    """Our scheduler alone, as it would stand in the engine process, with 100,000 tokens of KV cache."""
+    model = model_of(engine)
+    kv = importlib.import_module("vllm.v1.kv_cache_interface")
+    config = model._llm.vllm_config
+    group = kv.KVCacheGroupSpec(
+        ["layer"], kv.FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+    )
+    scheduler_class = config.scheduler_config.get_scheduler_cls()
+    assert scheduler_class.__module__ == "serving.engine.scheduler"
+    return scheduler_class(
+        vllm_config=config,
+        kv_cache_config=kv.KVCacheConfig(num_blocks=6251, kv_cache_tensors=[], kv_cache_groups=[group]),
+        structured_output_manager=None,
+        block_size=16,
+    )
+
+
+class Steps:
+    """Adds requests to a scheduler and plays the model that computes what it schedules."""
+
+    def __init__(self, engine: VllmEngine, scheduler: Any) -> None:
+        self._model = model_of(engine)
+        self._scheduler = scheduler
+        self._outputs = importlib.import_module("vllm.v1.outputs")
+        self._request = importlib.import_module("vllm.v1.request").Request
+
+    def add(self, name: str, seconds: int, max_tokens: int = 1000) -> None:
+        """A clip arrives."""
+        params = self._model._params(Sampling(max_tokens=max_tokens, ignore_eos=True))
+        made = self._model._input(f"{name}-0", blank(seconds * 100))
+        core = self._model._llm.input_processor.process_inputs(name, made, params, supported_tasks=("generate",))
+        self._scheduler.add_request(self._request.from_engine_core_request(core, None))
+
+    def run(self) -> tuple[dict[str, int], dict[str, int]]:
+        """One step: tokens computed and audio tokens encoded, by request."""
+        output = self._scheduler.schedule()
+        computed = dict(output.num_scheduled_tokens)
+        encoded = {
+            name: sum(self._scheduler.requests[name].mm_features[i].mm_position.length for i in inputs)
+            for name, inputs in output.scheduled_encoder_inputs.items()
+        }
+        names = list(computed)
+        done = [self._scheduler.requests[name] for name in names]
+        sampled = [[7] if not one.is_prefill_chunk else [] for one in done]
+        self._scheduler.update_from_output(
+            output,
+            self._outputs.ModelRunnerOutput(
+                req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
+            ),
+        )
+        return computed, encoded
+
+
+@pytest.fixture
+def steps(engine: VllmEngine, scheduler: Any) -> Steps:
+    """Steps of an idle engine."""
+    return Steps(engine, scheduler)
+
+
+async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> None:
+    """Also alone, and several together; encoded piece by piece as it is reached; less the further it is."""
+    steps.add("one", 2400)
+    steps.add("two", 2400)
+    shares, encoded_tokens = [], []
+    while sum(shares) < 31_200:
+        computed, encoded = steps.run()
+        # The second starts at once, and then gets no more than what is too little for the first.
+        assert computed.get("two", 0) <= 4
+        shares.append(computed["one"])
+        encoded_tokens.append(encoded.get("one", 0))
+    assert shares[0] == 160
+    assert shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert 30 <= shares[-2] <= 40
+    assert max(encoded_tokens) <= 2 * 104
+    assert sum(encoded_tokens) == 31_200
+
+
+async def test_a_short_clip_starts_before_a_long_one_goes_on(steps: Steps) -> None:
+    """In the step after its arrival, whole, with nothing of the long clips, though they came first."""
+    steps.add("long", 2400)
+    for _ in range(20):
+        steps.run()
+    steps.add("later", 2400)
+    steps.add("short", 5)
+    computed, _ = steps.run()
+    assert computed == {"later": 1, "short": 65 + 10}
+    computed, _ = steps.run()
+    assert computed["short"] == 1
+    assert computed["long"] > 100
+
+
+async def test_a_long_clip_proceeds_under_any_load(steps: Steps) -> None:
+    """With a short clip arriving in every step it still gets every fifth."""
+    steps.add("long", 600)
+    went_on = []
+    for i in range(20):
+        steps.add(f"short-{i}", 5, max_tokens=1)
+        computed, _ = steps.run()
+        went_on.append(computed.get("long", 0) > 1)
+    assert went_on == [False, False, False, False, True] * 4
+
+
+async def test_clips_up_to_thirty_seconds_are_not_held_back(steps: Steps) -> None:
+    """Twenty of them fill a step as before."""
+    for i in range(20):
+        steps.add(f"clip-{i}", 30)
+    computed, encoded = steps.run()
+    assert set(computed.values()) == {390 + 10}
+    assert sum(encoded.values()) == 20 * 390
+
+
+async def test_a_running_caption_goes_on_beside_a_long_clip(engine: VllmEngine) -> None:
+    """In the real engine: it gets a token in each of the many steps that ten minutes take, and a new one overtakes."""
+
+    async def count(features: Features, max_tokens: int) -> int:
+        return len(await token_ids(engine, features, max_tokens=max_tokens, ignore_eos=True))
+
+    running: list[int] = []
+
+    async def keep_running() -> None:
+        async for delta in engine.generate("running", sound(2), Sampling(max_tokens=30_000, ignore_eos=True)):
+            running.append(delta.tokens)  # noqa: PERF401 - read meanwhile
+            started.set()
+
+    started = asyncio.Event()
+    task = asyncio.create_task(keep_running())
+    await started.wait()
+    before = len(running)
+    long = asyncio.create_task(count(sound(600), 1))
+    await asyncio.sleep(0)
+    assert await count(sound(5), 1) == 1
+    assert not long.done()
+    assert await long == 1
+    assert len(running) - before > 40
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+async def test_ray_never_takes_over_the_workers(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tensor_parallel: int
+) -> None:
+    """Within a placement group of Ray vLLM would choose Ray's workers by itself; ours are processes of the engine."""
+    module = importlib.import_module(type(model_of(engine)).__module__)
+    ray = importlib.import_module("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray.util, "get_current_placement_group", object)
+    if tensor_parallel > 1:  # what the name of our executor protects from
+        plain = importlib.import_module("vllm.config").ParallelConfig(tensor_parallel_size=tensor_parallel)
+        assert plain.distributed_executor_backend == "ray"
+    parallel = module.engine_config(Settings(tensor_parallel=tensor_parallel)).parallel_config
+    assert parallel.distributed_executor_backend.__module__ == "serving.engine.executor"
+    assert not parallel.use_ray
