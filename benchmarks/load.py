@@ -86,7 +86,7 @@ class Load:
 
 
 def _body(target: Target, clip: Path) -> bytes:
-    audio = {"data": base64.b64encode(clip.read_bytes()).decode(), "format": "mp3"}
+    audio = {"data": base64.b64encode(clip.read_bytes()).decode(), "format": clip.suffix.removeprefix(".")}
     return json.dumps(
         {
             "model": target.model,

