@@ -54,12 +54,14 @@ def replicas(
 ) -> tuple[int, History]:
     """How many replicas to have, and what to remember for the next call.
 
-    `reports` come from the `current` running replicas; `unserved` counts requests that found no replica at all.
+    `current` counts the replicas that were asked for last; `reports` come from those of them that run. `unserved`
+    counts requests that found no replica at all.
     """
     reports = list(reports)
     needed = math.ceil(sum(report.work for report in reports) / rule.work_per_replica - 1e-9)
     if reports and sum(report.wait_s for report in reports) / len(reports) > LONGEST_WAIT_S:
-        needed = max(needed, current + 1)
+        # One more than those that run, not than those that were asked for: the wait lasts until these have started.
+        needed = max(needed, len(reports) + 1)
     if unserved > 0:
         needed = max(needed, 1)
     needed = min(max(needed, rule.least), rule.most)
