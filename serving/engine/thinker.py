@@ -1,6 +1,6 @@
 """vLLM's Qwen3-Omni thinker, which takes one audio in several pieces. Importing this registers it with vLLM.
 
-The audio tower attends within windows of 8 s and convolves within single seconds, so pieces that end where a window does
+The audio tower attends within windows of 8 s and convolves within single seconds, so pieces that end where windows do
 are encoded exactly as the whole is. As items of their own they are encoded one by one, each when the prompt's chunked
 prefill reaches it, instead of all in one engine step that every other caption would wait for.
 """

@@ -209,7 +209,7 @@ async def test_a_running_caption_goes_on_beside_a_long_clip(engine: VllmEngine) 
 
     async def keep_running() -> None:
         async for delta in engine.generate("running", sound(2), Sampling(max_tokens=30_000, ignore_eos=True)):
-            running.append(delta.tokens)  # noqa: PERF401 - read meanwhile
+            running.append(delta.tokens)
             started.set()
 
     started = asyncio.Event()

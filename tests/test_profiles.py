@@ -1,0 +1,103 @@
+"""Profiles per GPU type: each loads, and the arithmetic in its comments follows from its values."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from serving.config import EMBEDDED_CHECKPOINT, Settings
+
+PROFILES = sorted((Path(__file__).parents[1] / "deploy" / "profiles").glob("*.toml"))
+GIB = 1 << 30
+KIB = 1 << 10
+
+PARAMETERS = 31.7e9
+QUANTIZED = 29.9e9
+"""Parameters in linear layers of the language model; embeddings, routers and towers stay in BF16."""
+KV_BYTES = 48 * 2 * 4 * 128 * 2
+"""Per token of the captioner: layers, keys and values, KV heads, head width, BF16."""
+CAPTION_TOKENS = 1000
+"""Of a clip of 30 s: 400 of input and at most 600 of caption."""
+
+
+def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """As `captioner serve --config` does."""
+    monkeypatch.setenv("CAPTIONER_CONFIG", "")
+    return Settings.load(["--config", str(path)])
+
+
+def told(text: str, pattern: str) -> float:
+    """A number in the comments."""
+    found = re.search(pattern, text)
+    assert found, pattern
+    return float(found[1].replace(",", ""))
+
+
+def test_there_are_profiles() -> None:
+    """The tests below would pass without any."""
+    assert len(PROFILES) >= 6
+
+
+@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads; the GPUs in its name are those that it uses."""
+    settings = load(path, monkeypatch)
+    assert settings.long_tokens_per_step is not None
+    assert settings.long_tokens_per_step <= settings.max_num_batched_tokens
+    if found := re.match(r"(\d+)x", path.stem):
+        assert int(found[1]) == settings.tensor_parallel * settings.engines
+        assert settings.engines == 1 or settings.engine_on_gpu
+        assert settings.dtype == "bfloat16"
+        assert settings.is_embedded is False
+        assert ("fp8" in path.stem) == (settings.quantization is not None)
+
+
+@pytest.mark.parametrize("path", [path for path in PROFILES if path.stem[0].isdigit()], ids=lambda path: path.stem)
+def test_a_profiles_memory_adds_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the GPU's memory to tokens of KV cache; the longest context fits, and so do as many captions as may run."""
+    settings, text = load(path, monkeypatch), path.read_text()
+    parameter_bytes = QUANTIZED + 2 * (PARAMETERS - QUANTIZED) if settings.quantization else 2 * PARAMETERS
+    weights_gib = parameter_bytes / settings.tensor_parallel / GIB
+    taken_gib = told(text, r"of ([\d.]+) on the GPU") * settings.gpu_memory_utilization
+    kv_gib = taken_gib - weights_gib - told(text, r"working memory ([\d.]+)")
+    kv_bytes = KV_BYTES / settings.tensor_parallel
+    tokens = kv_gib * GIB / kv_bytes
+
+    assert told(text, r"vLLM takes ([\d.]+)") == pytest.approx(taken_gib, abs=0.06)
+    assert told(text, r"weights ([\d.]+)") == pytest.approx(weights_gib, abs=0.06)
+    assert told(text, r"KV cache ([\d.]+)") == pytest.approx(kv_gib, abs=0.11)
+    assert told(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
+    assert told(text, r"= ([\d,]+) tokens") == pytest.approx(tokens, rel=0.01)
+    assert told(text, r"Room for (\d+) inputs") == pytest.approx(tokens // 31_800, abs=1)
+    assert told(text, r"or (\d+) captions") == pytest.approx(tokens / CAPTION_TOKENS, rel=0.01)
+    assert tokens >= settings.max_model_len
+    assert tokens >= settings.max_num_seqs * CAPTION_TOKENS
+
+
+def test_the_embedded_profile_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes nothing but what the CPU's own defaults would be anyway; its cache holds what it says."""
+    path = next(path for path in PROFILES if path.stem == "cpu-embedded")
+    settings, text = load(path, monkeypatch), path.read_text()
+    same = {"config", "dtype", "long_tokens_per_step"}
+    assert settings.model_dump(exclude=same) == Settings().model_dump(exclude=same)
+    config = json.loads((EMBEDDED_CHECKPOINT / "config.json").read_text())["thinker_config"]
+    sizes = config["text_config"]
+    kv_bytes = 2 * 4 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
+    assert told(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
+    assert told(text, r"= ([\d,]+) tokens") == pytest.approx(settings.cpu_kv_cache_gib * GIB / kv_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
+def test_blocks_that_do_not_fit_the_experts_are_refused(tensor_parallel: int) -> None:
+    """FP8 in blocks of 128 needs experts cut in multiples of 128; the message says what to do instead."""
+    fits = tensor_parallel <= 2
+    if fits:
+        assert Settings(quantization="fp8_per_block", tensor_parallel=tensor_parallel).quantization
+    else:
+        with pytest.raises(ValidationError, match="use tensor_parallel 1 or 2, or fp8_per_channel"):
+            Settings(quantization="fp8_per_block", tensor_parallel=tensor_parallel)
+    assert Settings(quantization="fp8_per_channel", tensor_parallel=tensor_parallel).quantization
