@@ -19,6 +19,7 @@ from serving.body import BodyBudget
 from serving.captioner import Captioner
 from serving.engine.fake import FakeEngine
 from serving.engine.gate import GatedEngine
+from serving.engine.remote import RemoteEngine
 from serving.engine.vllm import VllmEngine
 from serving.errors import EngineFailed
 from serving.metrics import Metrics
@@ -143,6 +144,14 @@ def _watch(metrics: Metrics, service: Service) -> None:
         "Tokens of context that fit in the engine.",
         lambda: engine.load.kv_capacity_tokens,
     )
+    if isinstance(engine, RemoteEngine):
+        metrics.watch("captioner_engine_replicas", "Engine replicas known.", lambda: sum(engine.replicas.values()))
+        metrics.watch(
+            "captioner_engine_replicas_ready", "Of these, can take captions.", lambda: engine.replicas["ready"]
+        )
+        metrics.watch_total(
+            "captioner_engine_retries", "Captions asked for a second time, of another replica.", lambda: engine.retries
+        )
     metrics.watch("captioner_body_bytes", "Memory of request bodies under way.", lambda: service.bodies.taken_bytes)
 
 

@@ -40,6 +40,8 @@ RAY_ENVIRONMENT = {
     # An old HAProxy goes on with its streams after each change of the fronts: let it until the longest has ended.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.cluster:middlewares",
+    # Ray's own default of 15 would put the whole service behind anything else on the machine.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
 }

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from serving.errors import CaptionerError, ClientError, Disconnected, Overloaded
 from serving.types import SAMPLE_RATE, FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from prometheus_client.core import Metric
 
     from serving.types import Usage
 
@@ -114,6 +118,10 @@ class Metrics:
         """Add a gauge whose value is read at each scrape."""
         Gauge(name, documentation, registry=self.registry).set_function(read)
 
+    def watch_total(self, name: str, documentation: str, read: Callable[[], float]) -> None:
+        """Add a counter, `_total`, that is kept elsewhere and read at each scrape."""
+        self.registry.register(_Kept(name, documentation, read))
+
     def begin(self, request_id: str, dialect: str) -> RequestRecord:
         """Open the record of a request; whoever begins it finishes it, once."""
         self._in_flight.inc()
@@ -159,6 +167,18 @@ class Metrics:
                 "stages_s": {stage: round(seconds, 4) for stage, seconds in record.stages_s.items()},
             },
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept(Collector):
+    """A counter that someone else keeps."""
+
+    name: str
+    documentation: str
+    read: Callable[[], float]
+
+    def collect(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(self.name, self.documentation, value=self.read())
 
 
 def _outcome(record: RequestRecord, error: BaseException | None) -> tuple[str, str]:
