@@ -1,8 +1,15 @@
-"""How fast audio becomes features on one core: `python benchmarks/audio_path.py [SECONDS]` of each clip, default 60.
+"""How fast audio becomes features: `python -m benchmarks.audio_path [--seconds 30] [--rounds 9] [--out FILE.json]`.
 
-Unlike the other benchmarks this one looks inside the service. It sets our decoding, with mixing and resampling, against
-the same library that decodes and does nothing else, and our log-mel against transformers'. They are timed by turns, and
-the best of each counts, for the machine's noise only ever adds.
+Unlike the other benchmarks this one looks inside the service. It answers three questions, prints tables, and with
+`--out` also writes them beside the figures (`FILE.md`, `FILE.json`):
+
+1. One core: clips/s from a file's bytes to log-mel, against the same library that decodes the same clip and does
+   nothing else. For WAV that is a mere copy of samples as int16, and their conversion as float32; both are told.
+2. Workers: clips/s of one and of two real worker processes, and CPU seconds per clip.
+3. Long files: 40 minutes in a fresh process: seconds, and the peak of memory above the waveform's own size.
+
+Everything is timed in CPU seconds, by turns. The ratio of two is taken within each round, so that the machine's moods
+fall on both; told is the median of the rounds, and their least and greatest.
 """
 
 from __future__ import annotations
@@ -12,79 +19,118 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+import argparse
+import asyncio
+import datetime as dt
+import json
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
+import psutil
 import soundfile
-import torch
-from transformers import WhisperFeatureExtractor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
+from serving.audio.workers import AudioWorkers
+from serving.config import Settings
 from tests.audio.clips import sound, stereo, with_av, with_soundfile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-_ROUNDS = 7
+LONG_S = 2400
+PIECES, PIECE_S = 40, 59.9
+"""What a long file is joined of: a little less than 40 minutes, for each piece of MP3 or AAC adds its padding."""
+WORKER_CLIPS, WORKER_ROUNDS = 12, 5
 
 
-def main(duration_s: float) -> None:
-    """Print both tables."""
-    torch.set_num_threads(1)
+def main() -> None:
+    """Measure, print, and write."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--seconds", type=float, default=30, help="length of each clip")
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--out", type=Path, help="where to write JSON, and a report beside it")
+    arguments.add_argument("--long", type=Path, help=argparse.SUPPRESS)  # the fresh process of question 3
+    given = arguments.parse_args()
+    if given.long:
+        print(json.dumps(_long(given.long)))
+        return
+    clips = _clips(given.seconds)
+    results = {
+        "conditions": {
+            "date": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
+            "seconds": given.seconds,
+            "rounds": given.rounds,
+            "cores": len(os.sched_getaffinity(0)),
+            "load average before": os.getloadavg()[0],
+            **{name: version(name) for name in ("av", "soundfile", "soxr", "numpy", "scipy")},
+        },
+        "one core": _one_core(clips, given.rounds),
+        "workers": asyncio.run(_workers(clips["MP3 48 kHz stereo"])),
+        "long": _long_files(),
+    }
+    report = _report(results)
+    print(report)
+    if given.out:
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+        given.out.with_suffix(".md").write_text(report)
+
+
+def _clips(duration_s: float) -> dict[str, bytes]:
     noise = np.random.default_rng(0).normal(0, 0.01, (round(48_000 * duration_s), 2)).astype(np.float32)
     wide = stereo(48_000, duration_s) + noise
     narrow = sound(8000, duration_s)
-    clips = {
-        "WAV 48 kHz stereo": with_soundfile("WAV", "PCM_16", 48_000, samples=wide),
-        "FLAC 48 kHz stereo": with_soundfile("FLAC", "PCM_16", 48_000, samples=wide),
+    return {
         "MP3 48 kHz stereo": with_av("mp3", "libmp3lame", 48_000, samples=wide, bit_rate=128_000),
         "AAC 48 kHz stereo": with_av("ipod", "aac", 48_000, samples=wide, bit_rate=128_000),
-        "Vorbis 48 kHz stereo": with_soundfile("OGG", "VORBIS", 48_000, samples=wide),
         "Opus 48 kHz stereo": with_av("ogg", "libopus", 48_000, samples=wide, bit_rate=96_000),
         "AMR-NB 8 kHz": with_av("amr", "libopencore_amrnb", 8000, samples=narrow, bit_rate=12_200),
+        "WAV 48 kHz stereo": with_soundfile("WAV", "PCM_16", 48_000, samples=wide),
+        "FLAC 48 kHz stereo": with_soundfile("FLAC", "PCM_16", 48_000, samples=wide),
+        "Vorbis 48 kHz stereo": with_soundfile("OGG", "VORBIS", 48_000, samples=wide),
     }
-    print(f"| {duration_s:g} s of | To 16 kHz mono, ms | x real time | Decoding alone, ms | Our speed of that |")
-    print("|---|---:|---:|---:|---:|")
+
+
+def _one_core(clips: Mapping[str, bytes], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """CPU seconds of each stage, by clip: one figure a round."""
+    found = {}
     for name, data in clips.items():
-        raw = _soundfile_only if name.startswith("WAV") else _av_only
-        ours_s, raw_s = _timed(partial(decode, data, max_duration_s=2400), partial(raw, data))
-        print(f"| {name} | {1e3 * ours_s:.1f} | {duration_s / ours_s:.0f} | {1e3 * raw_s:.1f} | {raw_s / ours_s:.2f} |")
-    print()
-
-    extractor = WhisperFeatureExtractor(
-        feature_size=128, sampling_rate=16_000, hop_length=160, n_fft=400, chunk_length=300
-    )
-    print("| Log-mel of | Ours, ms | x real time | transformers, ms | Faster by |")
-    print("|---|---:|---:|---:|---:|")
-    for length_s in (5, 30, 300):
-        samples = sound(16_000, length_s)
-        theirs = partial(extractor, samples, sampling_rate=16_000, padding=True)
-        ours_s, theirs_s = _timed(partial(log_mel, samples), theirs)
-        speed = length_s / ours_s
-        print(f"| {length_s} s | {1e3 * ours_s:.2f} | {speed:.0f} | {1e3 * theirs_s:.2f} | {theirs_s / ours_s:.1f} |")
+        samples = decode(data, max_duration_s=LONG_S)
+        functions: dict[str, Callable[[], object]] = {
+            "raw": partial(_av_only, data),
+            "decode": partial(decode, data, max_duration_s=LONG_S),
+            "log-mel": partial(log_mel, samples),
+        }
+        if name.startswith("WAV"):
+            functions["raw"] = partial(_soundfile_only, data, "float32")
+            functions["raw int16"] = partial(_soundfile_only, data, "int16")
+        found[name] = _timed(functions, rounds)
+    return found
 
 
-def _timed(*functions: Callable[[], object]) -> list[float]:
-    """CPU seconds of each, by turns, the best of several rounds."""
-    best = [float("inf")] * len(functions)
-    for _ in range(_ROUNDS):
-        for index, function in enumerate(functions):
+def _timed(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(-1, rounds):
+        for name, function in functions.items():
             began = time.process_time()
             function()
-            best[index] = min(best[index], time.process_time() - began)
-    return best
+            if number >= 0:  # the first is a warm-up
+                taken[name].append(time.process_time() - began)
+    return taken
 
 
-def _soundfile_only(data: bytes) -> None:
+def _soundfile_only(data: bytes, dtype: str) -> None:
     with soundfile.SoundFile(io.BytesIO(data)) as sound_file:
-        block = np.empty((65_536, sound_file.channels), np.float32)
+        block = np.empty((32_768, sound_file.channels), dtype)
         while len(sound_file.read(out=block)):
             pass
 
@@ -99,5 +145,137 @@ def _av_only(data: bytes) -> None:
             decoder.decode(packet)
 
 
+async def _workers(data: bytes) -> list[dict[str, float]]:
+    """Clips/s and CPU seconds per clip with one and with two workers, by turns."""
+    found = []
+    pools = {count: AudioWorkers(Settings(audio_workers=count)) for count in (1, 2)}
+    with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
+        file.write(data)
+        file.flush()
+        processes: dict[int, list[psutil.Process]] = {}
+        for count, pool in pools.items():
+            before = set(psutil.Process().children())
+            await pool.start()
+            processes[count] = [each for each in psutil.Process().children() if each not in before]
+        for _ in range(WORKER_ROUNDS):
+            for count, pool in pools.items():
+                cpu_s, began = _cpu_s(processes[count]), time.perf_counter()
+                await asyncio.gather(*(_prepare(pool, Path(file.name)) for _ in range(WORKER_CLIPS)))
+                wall_s = time.perf_counter() - began
+                cpu_s = _cpu_s(processes[count]) - cpu_s
+                found.append({"workers": count, "wall_s": wall_s, "cpu_s": cpu_s, "clips": WORKER_CLIPS})
+    for pool in pools.values():
+        await pool.stop()
+    return found
+
+
+async def _prepare(pool: AudioWorkers, path: Path) -> None:
+    async with pool.prepare(path):
+        pass
+
+
+def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+    return sum(sum(each.cpu_times()[:2]) for each in processes)
+
+
+def _long_files() -> dict[str, dict[str, float]]:
+    """Forty minutes of each codec, joined of one minute's file."""
+    noise = np.random.default_rng(0).normal(0, 0.01, (round(48_000 * PIECE_S), 2)).astype(np.float32)
+    piece = stereo(48_000, PIECE_S) + noise
+    found = {}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "clip")
+        for name, kind, codec in (("MP3", "mp3", "libmp3lame"), ("AAC", "adts", "aac"), ("Opus", "ogg", "libopus")):
+            path.write_bytes(with_av(kind, codec, 48_000, samples=piece, bit_rate=128_000) * PIECES)
+            found[name] = _in_fresh_process(path)
+        with soundfile.SoundFile(path, "w", 48_000, 2, format="WAV", subtype="PCM_16") as wav:
+            for _ in range(PIECES):
+                wav.write(piece)
+        found["WAV"] = _in_fresh_process(path)
+    return found
+
+
+def _in_fresh_process(path: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.audio_path", "--long", str(path)]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
+
+
+def _long(path: Path) -> dict[str, float]:
+    """Decode one file; memory is resident memory at its peak, above what the process had before."""
+    before_kib, began, began_cpu_s = _memory_kib("VmRSS"), time.perf_counter(), time.process_time()
+    samples = decode(path, max_duration_s=LONG_S)
+    peak_kib, decode_cpu_s = _memory_kib("VmHWM") - before_kib, time.process_time() - began_cpu_s
+    features = log_mel(samples)
+    return {
+        "audio_s": samples.size / 16_000,
+        "wall_s": time.perf_counter() - began,
+        "decode_cpu_s": decode_cpu_s,
+        "cpu_s": time.process_time() - began_cpu_s,
+        "waveform_mib": samples.nbytes / 2**20,
+        "features_mib": features.nbytes / 2**20,
+        "decode_extra_mib": peak_kib / 1024 - samples.nbytes / 2**20,
+        "whole_extra_mib": (_memory_kib("VmHWM") - before_kib) / 1024 - (samples.nbytes + features.nbytes) / 2**20,
+    }
+
+
+def _memory_kib(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1])
+
+
+def _report(results: Mapping[str, Any]) -> str:
+    conditions = results["conditions"]
+    lines = ["# The audio path", "", *(f"- {name}: {value}" for name, value in conditions.items()), ""]
+    lines += [f"## One core: {conditions['seconds']:g} s clips, in CPU time", ""]
+    lines += ["| Clip | Library alone, clips/s | Ours to 16 kHz mono | and log-mel | Ours of library | and log-mel |"]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for name, taken in results["one core"].items():
+        whole = [decoded + mel for decoded, mel in zip(taken["decode"], taken["log-mel"], strict=True)]
+        for raw in (each for each in taken if each.startswith("raw")):
+            speeds = (f"{1 / median(each):.1f}" for each in (taken[raw], taken["decode"], whole))
+            ratios = (_ratio(taken[raw], each) for each in (taken["decode"], whole))
+            lines.append(f"| {name}{raw.removeprefix('raw')} | {' | '.join((*speeds, *ratios))} |")
+    lines += ["", f"Log-mel alone: {_milliseconds(results['one core'])} ms a clip.", ""]
+    one, two = ([each for each in results["workers"] if each["workers"] == count] for count in (1, 2))
+    lines += [
+        "## Workers: MP3 clips through the pool",
+        "",
+        "| Workers | clips/s | CPU ms per clip |",
+        "|---|---:|---:|",
+    ]
+    for count, rounds in ((1, one), (2, two)):
+        clips_per_s = _spread([each["clips"] / each["wall_s"] for each in rounds], 1)
+        lines.append(f"| {count} | {clips_per_s} | {_spread([1e3 * e['cpu_s'] / e['clips'] for e in rounds], 1)} |")
+    wall = _ratio([each["wall_s"] for each in one], [each["wall_s"] for each in two])
+    cpu = _spread([2 * a["cpu_s"] / b["cpu_s"] for a, b in zip(one, two, strict=True)], 2)
+    cores = [_spread([each["cpu_s"] / each["wall_s"] for each in rounds], 2) for rounds in (one, two)]
+    lines += ["", f"Two against one: {wall} as it was; {cpu} with a core for each, by CPU per clip."]
+    lines += [f"Cores that the machine gave them: one {cores[0]}, two {cores[1]}.", ""]
+    lines += ["## 40 minutes, in a fresh process", ""]
+    lines += [
+        "| File | Audio, s | CPU s | of it decoding | Wall, s | Waveform, MiB | Peak above it, MiB | Features, MiB |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    columns = "audio_s", "cpu_s", "decode_cpu_s", "wall_s", "waveform_mib", "decode_extra_mib", "features_mib"
+    lines += [
+        f"| {name} 48 kHz stereo | {' | '.join(f'{found[column]:.1f}' for column in columns)} |"
+        for name, found in results["long"].items()
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    return _spread([a / b for a, b in zip(above, below, strict=True)], 2)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _milliseconds(one_core: Mapping[str, Mapping[str, list[float]]]) -> str:
+    return _spread([1e3 * each for taken in one_core.values() for each in taken["log-mel"]], 1)
+
+
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    main()
