@@ -126,11 +126,12 @@ async def run_phase(url: str, shorts: Sequence[bytes], longs: Sequence[bytes], p
         beside = [asyncio.create_task(repeat(request)) for request in longs]
         sent = [asyncio.create_task(one(request, i / per_s)) for i, request in enumerate(shorts)]
         # A long one that fails ends the phase: what it would show is not what it is about.
-        done, _ = await asyncio.wait((asyncio.gather(*sent), *beside), return_when=asyncio.FIRST_COMPLETED)
+        ends: list[asyncio.Future[Any]] = [asyncio.gather(*sent), *beside]
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         for task in beside:
             task.cancel()
-        for task in done:
-            task.result()
+        for end in done:
+            end.result()
         phase.ttft_s = [task.result() for task in sent[WARM_UP:]]
         await asyncio.gather(*beside, return_exceptions=True)
     return phase
@@ -139,8 +140,8 @@ async def run_phase(url: str, shorts: Sequence[bytes], longs: Sequence[bytes], p
 def report(rounds: dict[str, list[tuple[Phase, Phase]]], given: argparse.Namespace) -> str:
     """The figures as Markdown."""
     load = (
-        f"{given.shorts} clips of {SHORT_S} s per phase, {given.per_s:g}/s; {given.longs} files of {LONG_S // 60} minutes "
-        "under way"
+        f"{given.shorts} clips of {SHORT_S} s per phase, {given.per_s:g}/s; {given.longs} files of {LONG_S // 60} "
+        "minutes under way"
     )
     lines = [
         "# Short clips beside long files",

@@ -1,4 +1,6 @@
-"""vLLM 0.32 with the captioner loaded, fed with log-mel features. With `executor.py` the only importer of vLLM.
+"""vLLM 0.32 with the captioner loaded, fed with log-mel features.
+
+Only this, `executor.py`, `scheduler.py` and `thinker.py` import vLLM; the last three also in its own processes.
 
 vLLM turns a waveform into features on one thread of this process, under this process's GIL. Our audio workers have made
 them already, so a request is handed over as vLLM's own preprocessing would have left it (its "engine input": expanded

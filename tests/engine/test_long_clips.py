@@ -151,7 +151,8 @@ async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> N
     """Also alone, and several together; encoded piece by piece as it is reached; less the further it is."""
     steps.add("one", 2400)
     steps.add("two", 2400)
-    shares, encoded_tokens = [], []
+    shares: list[int] = []
+    encoded_tokens: list[int] = []
     while sum(shares) < 31_200:
         computed, encoded = steps.run()
         # The second starts at once, and then gets no more than what is too little for the first.
