@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.app import create_app
 from serving.config import Settings
-from serving.engine.fake import FakeEngine
+from serving.engine.fake import FakeEngine, Faults
+from serving.engine.gate import GatedEngine
 from serving.metrics import STAGES
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
@@ -39,6 +41,59 @@ async def test_probes_follow_the_engine() -> None:
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [503, 503]
         failed = await client.post(COMPATIBLE, json=compatible_body(data_url(wav(1))))
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+
+
+async def test_a_stalled_engine_is_told() -> None:
+    """An engine that stops in the middle ends its captions, and the probes say so."""
+    settings = Settings(audio_workers=1, stall_s=0.5)
+    engine = GatedEngine(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
+    app = create_app(settings, engine)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0.01)
+        answers = [client.post(NATIVE, json=native_body(data_url(wav(1)))) for _ in range(3)]
+        for answer in await asyncio.gather(*answers):
+            assert (answer.status_code, answer.json()["code"]) == (500, "InternalError.Algo")
+        assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [503, 503]
+        refused = await client.post(NATIVE, json=native_body(data_url(wav(1))))
+        assert refused.status_code == 500
+        metrics = (await client.get("/metrics")).text
+    stalled = 'captioner_requests_total{code="engine_stalled",dialect="dashscope",outcome="server_error"} 4.0'
+    assert stalled in metrics.splitlines()
+
+
+async def test_overload_is_refused_and_counted() -> None:
+    """What finds the engine's queue full is told when to come again, in its dialect; all else is captioned."""
+    flags = ("--engine=fake", "--audio-workers=1", "--max-num-seqs=1", "--max-engine-queue=2", "--fake-ttft-s=4")
+    with RunningService(*flags) as service:
+        audio = data_url(wav(2))
+        async with httpx.AsyncClient(base_url=service.url, timeout=60) as client:
+            native = [client.post(NATIVE, json=native_body(audio)) for _ in range(4)]
+            compatible = [client.post(COMPATIBLE, json=compatible_body(audio)) for _ in range(4)]
+            running = asyncio.gather(*native, *compatible)
+            async with asyncio.timeout(20):
+                while service.metric("captioner_engine_waiting") < 2:  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(0.05)
+            assert service.metric("captioner_engine_running") == 2
+            assert service.metric("captioner_engine_running_audio_seconds") == 4
+            assert service.metric("captioner_engine_waiting_audio_seconds") == 4
+            assert 0 < service.metric("captioner_engine_kv_tokens") < 2000
+            assert service.metric("captioner_engine_kv_capacity_tokens") == 1_000_000
+            answers = await running
+        refused = [answer for answer in answers if answer.status_code == 503]
+        assert [answer.status_code for answer in answers].count(200) == 4
+        assert len(refused) == 4
+        for answer in refused:
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+            body = answer.json()
+            assert body.get("code") == "ModelServingError" or body["error"]["code"] == "service_unavailable"
+        service.settle()
+        assert service.metric("captioner_rejected_total", reason="engine_queue") == 4
+        assert service.metric("captioner_engine_kv_tokens") == service.metric("captioner_engine_waiting") == 0
 
 
 def test_metrics_add_up(media: MediaServer) -> None:
