@@ -14,12 +14,12 @@ SERVE := $(if $(filter cuda,$(BUILD)),.venv-cuda,.venv)
 
 # `make serve PORT=9000 MODEL=… TENSOR_PARALLEL=2`: short names for the most used settings.
 # Every other setting is a variable CAPTIONER_<NAME>; `make settings` lists them.
-serve: export CAPTIONER_HOST ?= $(HOST)
-serve: export CAPTIONER_PORT ?= $(PORT)
-serve: export CAPTIONER_MODEL ?= $(MODEL)
-serve: export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
-serve: export CAPTIONER_CONFIG ?= $(CONFIG)
-serve: export CAPTIONER_LOG_FORMAT ?= text
+serve serve-cluster: export CAPTIONER_HOST ?= $(HOST)
+serve serve-cluster: export CAPTIONER_PORT ?= $(PORT)
+serve serve-cluster: export CAPTIONER_MODEL ?= $(MODEL)
+serve serve-cluster: export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
+serve serve-cluster: export CAPTIONER_CONFIG ?= $(CONFIG)
+serve serve-cluster: export CAPTIONER_LOG_FORMAT ?= text
 
 INSTALL = $(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps
 LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r
@@ -31,6 +31,11 @@ help: ## List the targets
 .PHONY: serve
 serve: $(SERVE)/serve.stamp ## Install if needed, then serve on 127.0.0.1:8000
 	@exec $(SERVE)/bin/captioner serve
+
+.PHONY: serve-cluster
+serve-cluster: $(SERVE)/serve.stamp ## The same on Ray Serve (one machine), behind HAProxy
+	@command -v haproxy >/dev/null || { echo "The program haproxy is needed: apt-get install haproxy"; exit 1; }
+	@exec $(SERVE)/bin/captioner cluster
 
 .PHONY: settings
 settings: $(SERVE)/serve.stamp ## List every setting
