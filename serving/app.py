@@ -41,12 +41,17 @@ log = logging.getLogger(__name__)
 
 
 def create_app(
-    settings: Settings, engine: Engine | None = None, *, on_engine: Callable[[BaseException | None], None] | None = None
+    settings: Settings,
+    engine: Engine | None = None,
+    *,
+    on_engine: Callable[[BaseException | None], None] | None = None,
+    on_not_ready: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """Compose the service. `engine` defaults to the one that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
-    `on_engine` is told when it has (`None`) or why it could not.
+    `on_engine` is told when it has (`None`) or why it could not. `on_not_ready` is called for each caption that is
+    wanted while no engine can make it; asking for readiness does not call it.
     """
     engine = engine or make_engine(settings)
     metrics = Metrics()
@@ -57,7 +62,7 @@ def create_app(
         settings=settings,
         engine=engine,
         workers=workers,
-        captioner=Captioner(settings, engine, workers, fetcher, uploads),
+        captioner=Captioner(settings, engine, workers, fetcher, uploads, on_not_ready=on_not_ready),
         uploads=uploads,
         keys=Keys(settings.api_keys),
         metrics=metrics,

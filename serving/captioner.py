@@ -13,7 +13,7 @@ import time
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING
 
-from serving.errors import DeadlineExceeded, EngineFailed, Overloaded
+from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.types import CaptionDelta, FinishReason, InlineAudio, UploadedAudio, UrlAudio, Usage, billed_audio_tokens
 
 if TYPE_CHECKING:
@@ -33,13 +33,22 @@ class Captioner:
     """The one path, over parts that are handed in."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, workers: AudioWorkers, fetcher: Fetcher, uploads: UploadStore
+        self,
+        settings: Settings,
+        engine: Engine,
+        workers: AudioWorkers,
+        fetcher: Fetcher,
+        uploads: UploadStore,
+        *,
+        on_not_ready: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_not_ready` is called when a caption is wanted and there is no engine: where they sleep, it wakes one."""
         self._settings = settings
         self._engine = engine
         self._workers = workers
         self._fetcher = fetcher
         self._uploads = uploads
+        self._on_not_ready = on_not_ready
         self._in_flight = 0
 
     async def caption(
@@ -55,7 +64,11 @@ class Captioner:
         sampling, request_id = request.sampling, request.request_id
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place())
-            await self._engine.check_health()  # no download or decoding for an engine that cannot take it
+            try:
+                await self._engine.check_health()  # no download or decoding for an engine that cannot take it
+            except NotReady:
+                self._on_not_ready()
+                raise
             held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):

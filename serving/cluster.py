@@ -130,7 +130,7 @@ class ClusterEngine(RemoteEngine):
     """The engine replicas that the directory knows."""
 
     def __init__(self, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]) -> None:
-        super().__init__(on_empty=self._wake)
+        super().__init__()
         self._directory = directory
         self._engines = engines
         self._waking: Any = None
@@ -152,8 +152,11 @@ class ClusterEngine(RemoteEngine):
                 self.update(*told)
             await asyncio.sleep(EVERY_S)
 
-    def _wake(self) -> None:
-        """Ask for a replica. The call waits at Ray until there is one, and that it waits is what Ray scales by."""
+    def wake(self) -> None:
+        """Ask for a replica where there is none.
+
+        The call waits at Ray until there is one, and that it waits is what Ray scales by.
+        """
         if self._waking is None or self._waking.done():
             self._waking = asyncio.ensure_future(_told(self._engines.wake.remote(), timeout_s=60))
 
@@ -166,7 +169,8 @@ class Front:
         # The replicas set the pace already.
         settings = Settings(**overrides | {"handover_interval_s": 0})
         logs.configure(settings.log_level, settings.log_format)
-        self._service = create_app(settings, ClusterEngine(directory, engines))
+        engine = ClusterEngine(directory, engines)
+        self._service = create_app(settings, engine, on_not_ready=engine.wake)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Hand Ray the application."""

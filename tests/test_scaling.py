@@ -136,8 +136,8 @@ class Day:
 def simulate(rule: Rule, offered: list[float], *, cold_start_s: float, speed: float = 30.0, step_s: float = 2.0) -> Day:
     """Drive the rule over `offered` (audio-seconds that arrive per second, one value a step).
 
-    A replica handles at most `speed` audio-seconds per second, and serves `cold_start_s` after it was asked for. What it
-    tells is two seconds old, as with Ray.
+    A replica handles at most `speed` audio-seconds per second, and serves `cold_start_s` after it was asked for. What
+    it tells is two seconds old, as with Ray.
     """
     day, history, backlog, started = Day(), History(), 0.0, [-cold_start_s] * max(rule.least, 0)
     told, unserved = [Report(0.0)] * len(started), 0.0

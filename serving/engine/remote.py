@@ -35,13 +35,11 @@ _NOTHING = Load(running=0, waiting=0, audio_s=0.0, kv_tokens=0, kv_capacity_toke
 class RemoteEngine:
     """An `Engine` over the replicas at the addresses that `update` names.
 
-    `on_empty` is called when a clip finds no replica at all: where they scale to zero, it wakes one. `retries` counts
-    clips that were asked for a second time.
+    `retries` counts clips that were asked for a second time.
     """
 
-    def __init__(self, on_empty: Callable[[], None] = lambda: None) -> None:
+    def __init__(self) -> None:
         self.retries = 0
-        self._on_empty = on_empty
         self._replicas: dict[str, _Replica] = {}
         self._leaving: set[_Replica] = set()
 
@@ -77,7 +75,6 @@ class RemoteEngine:
     async def check_health(self) -> None:
         """See `Engine`. Replicas are replaced by others than us, so none ready is never fatal here."""
         if not any(replica.ready for replica in self._replicas.values()):
-            self._on_empty()
             raise NotReady
 
     async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
@@ -101,8 +98,6 @@ class RemoteEngine:
             refused.add(replica)
             self.retries += len(refused) == 1
             log.warning("a replica refused a clip or was lost", extra={"request_id": request_id, "tries": len(refused)})
-        if not refused:
-            self._on_empty()
         try:
             raise error
         finally:
