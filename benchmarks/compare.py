@@ -88,6 +88,8 @@ def main() -> None:
             if not _try(system, warm_up, WARM_UP, left_out):
                 systems.remove(system)
         run["conditions"] |= {"CPU cores taken while idle": {of.name: round(of.idle_cpu_s(5), 3) for of in systems}}
+        if not systems:
+            sys.exit("nothing to measure")
         for workload in options.workloads:
             began = os.getloadavg()[0]
             # The offline engine runs `max_num_seqs` at a time, whatever the clients would do.

@@ -1,0 +1,160 @@
+"""What the benchmarks tell is what was measured: no wrong answer counts, ratios are taken round by round."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from clips import CODECS, Clip, make_clip, mixed
+from load import BadAnswerError, _RawAnswer
+from processes import Family, Snapshot
+from profiles import seen
+from report import figures, ratios, to_markdown
+
+from serving.audio.decode import decode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def events(text: str = "a dog", finish_reason: str = "length", tokens: int = 3) -> bytes:
+    """Make the body of an answer."""
+    said: list[dict[str, Any]] = [
+        {"choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]},
+        {"choices": [{"delta": {"content": text}, "finish_reason": None}]},
+        {"choices": [{"delta": {}, "finish_reason": finish_reason}]},
+        {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": tokens}},
+    ]
+    return b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in said) + b"data: [DONE]\n\n"
+
+
+def test_ttft_is_when_the_first_text_has_arrived() -> None:
+    """The role alone is no token, and half an event is none either."""
+    body = events()
+    first_text_ends = body.index(b"\n\n", body.index(b"a dog")) + 2
+    cuts = (0, 20, first_text_ends - 1, first_text_ends, len(body))
+    pieces = [(float(number), body[a:b]) for number, (a, b) in enumerate(itertools.pairwise(cuts))]
+    answer = _RawAnswer(200, pieces, 9.0).check(3)
+    assert (answer.ttft_s, answer.e2e_s, answer.completion_tokens) == (2.0, 9.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (503, events()),
+        (200, events(text="")),
+        (200, events(finish_reason="stop")),
+        (200, events(tokens=2)),
+        (200, events().removesuffix(b"data: [DONE]\n\n")),
+        (200, b'data: {"error": {"message": "x"}}\n\n' + events()),
+    ],
+)
+def test_a_wrong_answer_is_no_figure(status: int, body: bytes) -> None:
+    """Another status, no text, another end, other tokens, a cut stream, an error within it."""
+    with pytest.raises(BadAnswerError):
+        _RawAnswer(status, [(1.0, body)], 1.0).check(3)
+
+
+def a_round(wall_s: float, front_s: float) -> dict[str, Any]:
+    """Make a round of ten requests."""
+    return {
+        "requests": 10,
+        "audio_s": 300.0,
+        "wall_s": wall_s,
+        "cpu_s": {"front": front_s, "audio workers": 0.5, "engine core": 2.0},
+        "machine_cpu_s": 9.0,
+        "load_generator_cpu_s": 0.1,
+        "memory_mib": {"front": 700, "engine core": 2000},
+        "ttft_s": [0.1] * 9 + [1.0],
+        "e2e_s": [2.0] * 10,
+    }
+
+
+def test_cpu_of_the_engine_is_told_apart() -> None:
+    """Everything but the engine's processes is what serving costs, per request."""
+    of = figures(a_round(5.0, 0.5))
+    assert of["requests/s"] == pytest.approx(2.0)
+    assert of["CPU ms per request, all but the engine"] == pytest.approx(100.0)
+    assert of["CPU ms per request, engine"] == pytest.approx(200.0)
+    assert of["TTFT p50, s"] == pytest.approx(0.1)
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """A slow moment of the machine that both had cancels out."""
+    above, below = [a_round(5.0, 0.5), a_round(10.0, 0.5)], [a_round(10.0, 1.5), a_round(20.0, 1.5)]
+    of = ratios(above, below)
+    assert of["requests/s"] == pytest.approx([2.0, 2.0])
+    assert of["CPU ms per request, all but the engine"] == pytest.approx([0.5, 0.5])
+    run = {
+        "title": "T",
+        "conditions": {"commands": {"captioner": "captioner serve"}},
+        "workloads": [{"name": "W", "rounds": {"captioner": above, "vllm serve": below}}],
+    }
+    assert "| requests/s | 2.00 (2.00 to 2.00) |" in to_markdown([run])
+
+
+def test_mixed_clips_are_the_same_mix_every_round(tmp_path: Path) -> None:
+    """All kinds of file, 1 s to 10 min, no file twice, and lossless ones only where they fit into a request."""
+    clips = mixed(tmp_path, 24, 3)
+    assert len({clip.path for clip in clips}) == 72
+    for first in range(0, 72, 24):
+        batch = clips[first : first + 24]
+        assert {clip.path.suffix.removeprefix(".") for clip in batch} == set(CODECS)
+        assert min(clip.duration_s for clip in batch) < 1.2
+        assert 400 < max(clip.duration_s for clip in batch) <= 600
+    assert max(clip.duration_s for clip in clips if clip.path.suffix in (".wav", ".flac")) <= 30
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_clips_have_the_length_that_is_told(kind: str, tmp_path: Path) -> None:
+    """Every kind of file is one that the service reads, within an encoder's padding."""
+    clip = Clip(tmp_path / f"clip.{kind}", 1.5)
+    make_clip(clip, 7)
+    assert len(decode(clip.path, max_duration_s=60)) / 16_000 == pytest.approx(1.5, abs=0.15)
+
+
+@pytest.fixture
+def orphan() -> Iterator[tuple[str, int]]:
+    """A busy process that was adopted away from the one that started it, with the mark it inherited."""
+    mark = f"CAPTIONER_BENCHMARK_MEMBER=test-{os.getpid()}"
+    busy = "subprocess.Popen((sys.executable, '-c', 'while True: pass'), stdout=subprocess.DEVNULL)"
+    code = f"import subprocess, sys; print({busy}.pid, flush=True)"
+    told = subprocess.run(
+        (sys.executable, "-c", code),
+        check=True,
+        stdout=subprocess.PIPE,
+        env=os.environ | dict([mark.split("=")]),
+        stdin=subprocess.DEVNULL,
+    )
+    yield mark, (pid := int(told.stdout))
+    psutil.Process(pid).kill()
+
+
+def test_daemons_count_for_the_system_that_started_them(orphan: tuple[str, int]) -> None:
+    """Ray's processes are nobody's children any more, and yet what they use is used."""
+    mark, pid = orphan
+    family = Family(psutil.Process(), mark)
+    assert pid in {process.pid for process in family.members()}
+    before = Snapshot.of(family)
+    psutil.Process(pid).cpu_percent(0.5)
+    assert before.until(Snapshot.of(family)).cpu_s["other"] > 0
+
+
+def test_samples_count_for_what_the_innermost_known_frame_does() -> None:
+    """A line of py-spy's is a stack and how often it was seen."""
+    lines = [
+        "main (serving/cli.py:1);post (uvicorn/protocols/http.py:3);read (/x/soundfile.py:9) 4",
+        "main (serving/cli.py:1);strange (elsewhere.py:2) 1",
+    ]
+    assert seen(lines) == Counter({"decode": 4, "other": 1})
