@@ -244,6 +244,8 @@ class GatedEngine:
                 raise
             finally:
                 self._owed.discard(owed)
+                # It knows its task, which if cancelled keeps the traceback, and so this frame and all features below.
+                del owed
 
     def _progress(self, caption: _Caption, delta: EngineDelta) -> None:
         """Account for a delta; with the last one the caption's place is free."""
