@@ -34,7 +34,6 @@ serve: $(SERVE)/serve.stamp ## Install if needed, then serve on 127.0.0.1:8000
 
 .PHONY: serve-cluster
 serve-cluster: $(SERVE)/serve.stamp ## The same on Ray Serve (one machine), behind HAProxy
-	@command -v haproxy >/dev/null || { echo "The program haproxy is needed: apt-get install haproxy"; exit 1; }
 	@exec $(SERVE)/bin/captioner cluster
 
 .PHONY: settings

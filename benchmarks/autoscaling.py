@@ -79,7 +79,7 @@ def main() -> None:
     print(f"logs in {directory}", flush=True)
     command = [str(BIN / "captioner"), "cluster", f"--port={given.port}", f"--fake-tokens={TOKENS}", *FLAGS.split()]
     result: dict[str, Any] = {"settings": FLAGS, "load_average": [os.getloadavg()], "phases": []}
-    with Cluster(command, directory, given.port, {"RAY_worker_niceness": "0"}) as cluster:
+    with Cluster(command, directory, given.port, {}) as cluster:
         result["ready_s"] = round(cluster.wait_ready(), 1)
         watch = Watch(cluster)
         watch.start()

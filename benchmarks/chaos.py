@@ -3,8 +3,9 @@
     python benchmarks/chaos.py [--kills 100]
 
 Real Ray Serve on this machine, fake engines of a fixed speed. Every process of the service and of Ray's part of it is a
-target: engine and front replicas, audio workers, the directory, Serve's controller, HAProxy and its manager, idle Ray
-workers. The head (GCS) comes last: without an external Redis its loss ends a cluster, and it is told when.
+target: engine and front replicas, audio workers, the directory, Serve's controller, HAProxy, its manager, Ray's own
+proxy behind it, idle Ray workers. The head (GCS) comes last: without an external Redis its loss ends a cluster, and it
+is told when.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ TARGETS = (
     ("front", 20),
     ("audio worker", 14),
     ("haproxy", 10),
-    ("proxy manager", 10),
+    ("proxy manager", 6),
+    ("proxy", 4),
     ("controller", 10),
     ("directory", 10),
     ("idle worker", 6),

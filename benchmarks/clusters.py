@@ -31,6 +31,7 @@ KINDS = {
     "directory": "ray::ServeReplica:captioner:directory",
     "controller": "ray::ServeController",
     "proxy manager": "ray::HAProxyManager",
+    "proxy": "ray::ProxyActor",
     "haproxy": "/haproxy ",
     "audio worker": "serving.audio.worker",
     "idle worker": "ray::IDLE",
@@ -53,20 +54,17 @@ class Cluster:
         self.directory = directory
         self._command = command
         self._mark = f"BENCHMARK_CLUSTER={secrets.token_hex(8)}"
-        haproxy = directory / "haproxy"
-        haproxy.mkdir(parents=True, exist_ok=True)
         name, _, value = self._mark.partition("=")
         self.environment = os.environ | {
             name: value,
             "CAPTIONER_UPLOADS_DIR": str(directory / "uploads"),
             "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(),
+            # Ray runs its workers at 15, where on a busy machine they would not get a turn.
+            "RAY_worker_niceness": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(port + 2),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "state"),
             **environment,
         }
 

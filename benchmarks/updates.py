@@ -15,11 +15,13 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from clusters import BIN, Callers, Cluster
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+if TYPE_CHECKING:
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "serve"
 RESULT = Path(__file__).parent / "results" / "updates.json"
@@ -101,7 +103,8 @@ def main() -> None:
         "load_average": [os.getloadavg()],
         "updates": [],
     }
-    with Cluster(command, directory, given.port, environment() | draining | {"RAY_worker_niceness": "0"}) as cluster:
+    with Cluster(command, directory, given.port, environment() | draining) as cluster:
+        os.environ.update({name: cluster.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")})
         client = connect(f"http://127.0.0.1:{dashboard}")
         result["first_s"] = update(client, deployed(given.port))
         cluster.wait_ready()
@@ -124,6 +127,8 @@ def main() -> None:
 
 def connect(address: str, timeout_s: float = 200) -> ServeSubmissionClient:
     """Wait for Ray's dashboard."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient  # noqa: PLC0415 - reads the environment
+
     began = time.monotonic()
     while True:
         try:
