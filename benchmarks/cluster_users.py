@@ -9,6 +9,7 @@ it ended. Every request that was sent has exactly one ending:
     told       an error in the caller's dialect: a status, or the last event of a stream that had begun
     proxied    an error from the proxy in front, in no dialect
     lost       the connection was refused, reset, or closed in the middle of a message
+    abandoned  the caller was stopped while it asked, at the end of the run
     defect     anything else: an answer that looks right and is not, a stream cut off cleanly, two request ids
 """
 
@@ -159,6 +160,25 @@ class Caller(HttpUser):  # type: ignore[misc]
         body = body_of(dialect, CLIPS[place], stream=stream)
         began = time.time()
         _note(sent=number, at=began, kind=kind)
+        request_id, ending = "", Ending("abandoned")
+        try:
+            request_id, ending = self._send(dialect, body, headers, stream=stream)
+        finally:  # locust may have stopped this caller
+            _note(
+                ended=number,
+                at=time.time(),
+                seconds=round(time.time() - began, 3),
+                kind=kind,
+                clip=place,
+                request_id=request_id,
+                outcome=ending.outcome,
+                detail=ending.detail,
+                text=ending.text,
+                audio_tokens=ending.audio_tokens,
+            )
+
+    def _send(self, dialect: str, body: dict[str, Any], headers: dict[str, str], *, stream: bool) -> tuple[str, Ending]:
+        """Send a request; return the id and the ending of its answer."""
         request_id, received = "", b""
         with self.client.post(
             NATIVE if dialect == "native" else COMPATIBLE,
@@ -166,7 +186,7 @@ class Caller(HttpUser):  # type: ignore[misc]
             headers=headers,
             stream=True,
             catch_response=True,
-            name=kind,
+            name=f"{dialect} {'stream' if stream else 'whole'}",
             timeout=150,
         ) as response:
             if response.status_code:
@@ -184,18 +204,7 @@ class Caller(HttpUser):  # type: ignore[misc]
                 response.success()
             else:
                 response.failure(f"{ending.outcome}: {ending.detail}"[:100])
-        _note(
-            ended=number,
-            at=time.time(),
-            seconds=round(time.time() - began, 3),
-            kind=kind,
-            clip=place,
-            request_id=request_id,
-            outcome=ending.outcome,
-            detail=ending.detail,
-            text=ending.text,
-            audio_tokens=ending.audio_tokens,
-        )
+        return request_id, ending
 
     tasks = (ask,)
 

@@ -40,7 +40,7 @@ KINDS = {
 }
 """Processes by a sign in their command line."""
 
-OUTCOMES = ("answered", "told", "proxied", "lost", "defect")
+OUTCOMES = ("answered", "told", "proxied", "lost", "abandoned", "defect")
 """See cluster_users.py."""
 
 BIN = Path(sys.executable).parent
@@ -61,6 +61,8 @@ class Cluster:
             "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(32_000 + port % 10 * 300),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(32_299 + port % 10 * 300),
             # Ray runs its workers at 15, where on a busy machine they would not get a turn.
             "RAY_worker_niceness": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1),
