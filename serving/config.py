@@ -132,7 +132,7 @@ class Settings(BaseSettings):
 
     # Watchdog
     stall_s: float = Field(
-        120, gt=0, description="An engine that owes tokens and gives none to anyone for this long has failed"
+        120, gt=0, description="An engine that owes tokens and takes no step for this long has failed"
     )
 
     # Audio workers

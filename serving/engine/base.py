@@ -95,6 +95,11 @@ class Engine(Protocol):
         """What it has taken on."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """Grows with whatever it computes, prefill included: an engine that owes tokens and does not step is stuck."""
+        ...
+
     async def start(self) -> None:
         """Load the model; return when it can generate. Raises `EngineFailed`."""
         ...

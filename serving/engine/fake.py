@@ -50,7 +50,7 @@ class FakeEngine:
 
     def __init__(self, settings: Settings, *, concurrency: int | None = None, faults: Faults | None = None) -> None:
         self.faults = faults or Faults()
-        self.finished = self.failed = self.aborted = 0
+        self.finished = self.failed = self.aborted = self.steps = 0
         self._tally = Tally()
         self._kv_capacity_tokens = settings.fake_kv_tokens
         self._ttft_s = settings.fake_ttft_s
@@ -125,6 +125,7 @@ class FakeEngine:
         await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
         if tokens == self.faults.fail_after_tokens or self._dead.is_set():
             raise EngineFailed
+        self.steps += 1
 
     def _deltas(self, features: Features, sampling: Sampling) -> Iterator[EngineDelta]:
         """One delta per token, and one more for the end of turn, unless a limit or a stop text comes first."""

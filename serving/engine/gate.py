@@ -83,8 +83,8 @@ class GatedEngine:
     At most `max_engine_queue` captions wait, at most `max_engine_wait_s` each; then they are `Overloaded`. Of those
     that wait, the shorter go first, and the longest clip is overtaken for at most half of that time.
 
-    A watchdog ends everything as `EngineStalled`, for good, when the engine owes deltas and none has come from it
-    for `stall_s`. A client that does not read is not owed any.
+    A watchdog ends everything as `EngineStalled`, for good, when the engine owes deltas and has not taken a step
+    for `stall_s`. A client that does not read is not owed any; a long prefill is many steps.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -114,6 +114,11 @@ class GatedEngine:
             kv_capacity_tokens=self._engine.load.kv_capacity_tokens,
             waiting_audio_s=waiting_s,
         )
+
+    @property
+    def steps(self) -> int:
+        """See `Engine`."""
+        return self._engine.steps
 
     @property
     def longest_wait_s(self) -> float:
@@ -276,9 +281,11 @@ class GatedEngine:
         self._admit()
 
     async def _watch(self) -> None:
+        steps = 0
         while not self._stalled:
             await asyncio.sleep(self._settings.stall_s / _STALL_TICKS)
-            self._silent_ticks = self._silent_ticks + 1 if self._owed else 0
+            before, steps = steps, self._engine.steps
+            self._silent_ticks = self._silent_ticks + 1 if self._owed and steps == before else 0
             if self._silent_ticks > _STALL_TICKS:
                 self._give_up()
 

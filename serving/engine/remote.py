@@ -52,6 +52,11 @@ class RemoteEngine:
         )
 
     @property
+    def steps(self) -> int:
+        """See `Engine`. Each replica watches its own."""
+        return 0
+
+    @property
     def replicas(self) -> dict[str, int]:
         """How many replicas are ready, how many are not."""
         ready = sum(replica.ready for replica in self._replicas.values())

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -48,6 +50,12 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
         self._skips = self._skips + 1 if skip else 0
         self._left = 0.0 if skip else float(self._long_tokens_per_step)
         return super().schedule(throttle_prefills)
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        """What is told after a step: something even if no caption has got a token, so that one sees it work."""
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
+        # vLLM's client drops what holds neither tokens nor statistics.
+        return outputs or {0: EngineCoreOutputs(scheduler_stats=SchedulerStats())}
 
     def _a_short_one_starts(self) -> bool:
         waiting = self.waiting if len(self.running) < self.max_num_running_reqs else ()

@@ -69,6 +69,11 @@ class VllmEngine:
             model: LoadedModel = module.LoadedModel(self._settings)
             return model
 
+    @property
+    def steps(self) -> int:
+        """See `Engine`."""
+        return self._model.steps if self._model else 0
+
     async def check_health(self) -> None:
         """See `Engine`."""
         if self._model is None:

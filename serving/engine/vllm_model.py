@@ -22,7 +22,7 @@ import signal
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -88,6 +88,8 @@ class LoadedModel:
         self._ids = itertools.count()
         with _deaf_to_interrupts():
             self._llm = AsyncLLM.from_vllm_config(engine_config(settings), disable_log_stats=True)
+        self.steps = 0
+        self._count_steps()
         tokenizer = self._llm.renderer.get_tokenizer()
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
@@ -166,6 +168,18 @@ class LoadedModel:
         finally:
             # Does nothing for a request that has finished by itself, or when the process has died.
             await self._llm.abort(own_id)
+
+    def _count_steps(self) -> None:
+        """Count what the engine tells: once a step (`scheduler.py` sees to it), even if no caption has got a token."""
+        client: Any = self._llm.engine_core
+        told = client.get_output_async
+
+        async def counted() -> Any:
+            outputs = await told()
+            self.steps += 1
+            return outputs
+
+        client.get_output_async = counted
 
     def _params(self, sampling: Sampling) -> SamplingParams:
         ids = [*sampling.stop_token_ids, *itertools.chain.from_iterable(sampling.stop_token_sequences)]

@@ -418,6 +418,20 @@ def test_slow_is_not_stalled() -> None:
     simulate(main())
 
 
+def test_a_long_prefill_is_no_stall() -> None:
+    """Steps count as progress, though nobody gets a token."""
+
+    async def main() -> None:
+        async with gated(fake_ttft_s=300, stall_s=30) as (gate, engine):
+            task = asyncio.create_task(run(gate))
+            while not task.done():
+                engine.steps += 1
+                await asyncio.sleep(20)
+            assert await task == 24
+
+    simulate(main())
+
+
 def test_a_client_that_does_not_read_is_no_stall() -> None:
     """The engine owes nothing to a caption whose last delta has not been taken."""
 

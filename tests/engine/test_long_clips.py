@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import itertools
+from contextlib import aclosing
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
@@ -230,6 +231,14 @@ async def test_a_running_caption_goes_on_beside_a_long_clip(engine: VllmEngine) 
     assert len(running) - before > 40
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_reading_a_long_clip_is_seen_as_progress(engine: VllmEngine) -> None:
+    """The engine steps long before the clip's first token, so that no watchdog takes its silence for a stall."""
+    async with aclosing(engine.generate("long", sound(300), Sampling(max_tokens=1, ignore_eos=True))) as deltas:
+        before = engine.steps
+        await anext(deltas)
+        assert engine.steps - before > 10
 
 
 # ---- processes
