@@ -294,10 +294,24 @@ async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:
         return None
 
 
+def _start_ray(tries: int = 4) -> None:
+    """Start Ray on this machine. It gives its parts 15 s to start, which on a busy machine may be too little."""
+    for left in reversed(range(tries)):
+        try:
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        except Exception as error:
+            if not left:
+                raise
+            log.warning("Ray did not start in its time, trying again: %s", error)
+            ray.shutdown()
+        else:
+            return
+
+
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
     """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves."""
     stop = threading.Event()
-    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    _start_ray()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
