@@ -14,8 +14,12 @@ import asyncio
 import logging
 import secrets
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -31,7 +35,7 @@ from serving.engine.remote import RemoteEngine
 from serving.engine.server import EngineServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -42,6 +46,16 @@ EVERY_S = 1.0
 
 _FORGET_AFTER_S = 5.0
 _METRICS_EVERY_S = 2.0
+_RAY_START_S = 300.0
+_RAY_PORTS = (
+    "port",
+    "ray-client-server-port",
+    "dashboard-agent-grpc-port",
+    "dashboard-agent-listen-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+_FIND_ENGINES_S = 20.0
 
 _NO_LIMIT = 1_000_000
 """Ray is not to refuse requests: it would in no dialect. The service's own bounds come first."""
@@ -84,7 +98,10 @@ class EngineReplica:
 
     # Ray awaits it.
     async def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Return when the engine has loaded: from then on Ray counts the replica in."""
+        """Return when the engine has loaded and the fronts know of it.
+
+        From then on Ray counts the replica in, and in an update takes an older one away.
+        """
         settings = Settings(**overrides)
         logs.configure(settings.log_level, settings.log_format)
         self._directory = directory
@@ -95,6 +112,7 @@ class EngineReplica:
         await self._engine.start()
         await self._server.start(self._host)
         self._registering = asyncio.create_task(self._register())
+        await self._known()
 
     async def check_health(self) -> None:
         """Raise once the engine has failed: Ray then puts another replica in this one's place."""
@@ -125,6 +143,18 @@ class EngineReplica:
             self._secret = await _told(self._directory.register.remote(self._address)) or self._secret
             await asyncio.sleep(EVERY_S)
 
+    async def _known(self) -> None:
+        """Wait until the directory tells of this replica, and the fronts have had the time to ask and to connect.
+
+        The directory is replaced in each update, too, and has to learn first.
+        """
+        known = False
+        while not known:
+            await asyncio.sleep(EVERY_S)
+            told = await _told(self._directory.replicas.remote())
+            known = told is not None and self._address in told[0]
+        await asyncio.sleep(2 * EVERY_S)
+
 
 class ClusterEngine(RemoteEngine):
     """The engine replicas that the directory knows."""
@@ -135,10 +165,17 @@ class ClusterEngine(RemoteEngine):
         self._engines = engines
         self._waking: Any = None
         self._following: asyncio.Task[None] | None = None
+        self._told_once = asyncio.Event()
 
     async def start(self) -> None:
-        """See `Engine`."""
-        self._following = asyncio.create_task(self._follow())
+        """See `Engine`. Returns when the engines that there are can be used; also if there is none."""
+        if self._following is None:
+            self._following = asyncio.create_task(self._follow())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIND_ENGINES_S):
+                await self._told_once.wait()
+                while self.replicas["not_ready"] and not self.replicas["ready"]:  # noqa: ASYNC110 - once in a front's life
+                    await asyncio.sleep(EVERY_S / 10)
 
     async def stop(self) -> None:
         """See `Engine`."""
@@ -150,6 +187,7 @@ class ClusterEngine(RemoteEngine):
         while True:
             if told := await _told(self._directory.replicas.remote()):
                 self.update(*told)
+                self._told_once.set()
             await asyncio.sleep(EVERY_S)
 
     def wake(self) -> None:
@@ -165,12 +203,17 @@ class ClusterEngine(RemoteEngine):
 class Front:
     """The service as on one machine, but for the engine."""
 
-    def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]) -> None:
+    # Ray awaits it.
+    async def __init__(  # type: ignore[misc]
+        self, overrides: Overrides, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]
+    ) -> None:
+        """Return when it has found the engines: from then on Ray sends it requests."""
         # The replicas set the pace already.
         settings = Settings(**overrides | {"handover_interval_s": 0})
         logs.configure(settings.log_level, settings.log_format)
         engine = ClusterEngine(directory, engines)
         self._service = create_app(settings, engine, on_not_ready=engine.wake)
+        await engine.start()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Hand Ray the application."""
@@ -294,31 +337,56 @@ async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:
         return None
 
 
-def _start_ray(tries: int = 4) -> None:
-    """Start Ray on this machine. It gives its parts 15 s to start, which on a busy machine may be too little."""
-    for left in reversed(range(tries)):
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Ray on this machine, connected to.
+
+    Not by `ray.init` alone: it lets the parts choose these ports and gives them 15 s, which on a busy machine is
+    too little.
+    """
+    ports = dict(zip(_RAY_PORTS, _free_ports(len(_RAY_PORTS)), strict=True))
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as head:  # noqa: S603 - our own
         try:
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-        except Exception as error:
-            if not left:
-                raise
-            log.warning("Ray did not start in its time, trying again: %s", error)
+            _connect(f"{ray.util.get_node_ip_address()}:{ports['port']}", head)  # type: ignore[no-untyped-call]
+            yield
+        finally:
             ray.shutdown()
+            head.terminate()
+
+
+def _connect(address: str, head: subprocess.Popen[bytes]) -> None:
+    began = time.monotonic()
+    while True:
+        try:
+            ray.init(address=address, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError):
+            if head.poll() is not None or time.monotonic() - began > _RAY_START_S:
+                raise
+            time.sleep(1)
         else:
             return
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
     """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves."""
     stop = threading.Event()
-    _start_ray()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
+    with _ray():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
-        serve.run(build(overrides), name="captioner", route_prefix="/")
-        ready(f"http://{settings.host}:{settings.port}")
-        stop.wait()
-    finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        try:
+            serve.run(build(overrides), name="captioner", route_prefix="/")
+            ready(f"http://{settings.host}:{settings.port}")
+            stop.wait()
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
