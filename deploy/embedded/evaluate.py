@@ -46,6 +46,9 @@ AIMS = {
 }
 """What was aimed at, in %."""
 
+MOST_TOKENS = 160
+"""Twice the longest caption: a checkpoint that has hardly learnt may not come to an end."""
+
 THROUGH_THE_API = "through the served HTTP API, at temperature 0"
 
 
@@ -165,7 +168,12 @@ def ask(base_url: str, key: str, model: str, clip: Path) -> str:
     """The caption that the served API gives of one clip."""
     audio = base64.b64encode(clip.read_bytes()).decode()
     part = {"type": "input_audio", "input_audio": {"data": f"data:audio/{clip.suffix[1:]};base64,{audio}"}}
-    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": [part]}]}
+    body = {
+        "model": model,
+        "temperature": 0,
+        "max_tokens": MOST_TOKENS,
+        "messages": [{"role": "user", "content": [part]}],
+    }
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{base_url}/chat/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as response:
@@ -194,7 +202,7 @@ def decoded(checkpoint: Path, clips: Iterable[Path]) -> list[str]:
         samples, _ = soundfile.read(clip, dtype="float32")
         inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
         with torch.inference_mode():
-            ids = model.generate(**inputs, max_new_tokens=160, do_sample=False, eos_token_id=end)
+            ids = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False, eos_token_id=end)
         captions.append(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return captions
 

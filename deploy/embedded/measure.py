@@ -2,7 +2,8 @@
 
 `python -m deploy.embedded.measure CACHE` starts `captioner serve` with CACHE/checkpoint on a free port, asks it for the
 captions of the held-out clips, as they are and in other codings, compares some with those of transformers, and leaves
-CACHE/README.md, which is the card beside the checkpoint in `serving/embedded`.
+CACHE/README.md, which is the card beside the checkpoint in `serving/embedded`. `--base-url` takes a service that serves
+the checkpoint already.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
@@ -67,6 +68,7 @@ def main() -> None:
     """Serve, ask, compare, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
+    parser.add_argument("--base-url", help="of a service that serves the checkpoint already, with its /v1")
     parser.add_argument("--clips", type=int, default=1_200, help="held-out clips to ask for")
     parser.add_argument("--coded-clips", type=int, default=100, help="clips to ask for in each coding")
     parser.add_argument("--compared-clips", type=int, default=60, help="clips to decode with transformers too")
@@ -74,7 +76,9 @@ def main() -> None:
     cache = arguments.cache
     checkpoint = cache / "checkpoint"
     clips, lines = held_out(cache, arguments.clips)
-    with served(checkpoint, cache / "service.log") as base_url:
+    with (
+        nullcontext(arguments.base_url) if arguments.base_url else served(checkpoint, cache / "service.log") as base_url
+    ):
         print(f"{len(clips)} clips through {base_url}", flush=True)
         captions = asked(base_url, "", clips)
         (cache / "captions.jsonl").write_text("\n".join(json.dumps(caption) for caption in captions))

@@ -1,0 +1,124 @@
+"""Clips of which all is known, made on the spot by formula, and the check that a caption tells what they hold."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import soundfile
+import soxr
+from scipy import signal
+
+from deploy.embedded.corpus import procedural
+from deploy.embedded.corpus.captions import Event, Facts, parse
+from deploy.embedded.corpus.pool import SAMPLE_RATE, trimmed
+from deploy.embedded.corpus.scenes import NOISE_DB, PEAK_DB
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Samples = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Mono samples at 16 kHz, and what is true of them."""
+
+    samples: Samples
+    facts: Facts
+
+
+def sound(seed: int, kind: str, seconds: float, rate: float = 0.0) -> Clip:
+    """`seconds` of one kind of sound; `rate` in beats per second, for the kinds that have one."""
+    rng = np.random.default_rng(seed)
+    make = procedural.STEADY[kind] if kind in procedural.STEADY else procedural.RHYTHMIC[kind][0]
+    return _clip(make(rng, seconds, rate), Event(kind, rate=rate))
+
+
+def voice(text: str, variant: str, kind: str, language: str = "English") -> Clip:
+    """`text` spoken by espeak-ng's voice `variant`, for instance `en-us+m3`; `kind` is man or woman."""
+    command = ["espeak-ng", "-v", variant, "-s", "175", "--stdout", text]
+    wav = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
+    return _clip(trimmed(soxr.resample(samples, rate, SAMPLE_RATE)), Event(kind, language))
+
+
+def _clip(samples: Samples, *events: Event) -> Clip:
+    samples = (samples / np.abs(samples).max()).astype(np.float32)
+    return Clip(samples, Facts(events, len(samples) / SAMPLE_RATE))
+
+
+def in_turn(*clips: Clip, pause_s: float = 0.3) -> Clip:
+    """One after the other, with pauses between them."""
+    pause = np.zeros(round(pause_s * SAMPLE_RATE), np.float32)
+    pieces = [piece for clip in clips for piece in (pause, clip.samples)][1:]
+    return _clip(np.concatenate(pieces), *(event for clip in clips for event in clip.facts.events))
+
+
+def at_once(first: Clip, second: Clip) -> Clip:
+    """Both together; they are of one length, and come in the order of their names, as captions tell them."""
+    events = first.facts.events + second.facts.events
+    clip = _clip(first.samples + second.samples, *sorted(events, key=lambda event: event.kind))
+    return replace(clip, facts=replace(clip.facts, overlap=True))
+
+
+def recorded(
+    clip: Clip, *, loudness: str = "moderate", noise: str = "none", clipped: bool = False, reverberant: bool = False
+) -> Clip:
+    """The clip as a recording of that quality, made as the corpus makes them."""
+    rng = np.random.default_rng(0)
+    samples = clip.samples
+    if reverberant:
+        tail_s = np.arange(int(1.7 * SAMPLE_RATE)) / SAMPLE_RATE
+        response = rng.standard_normal(len(tail_s)) * np.exp(-6.9 * tail_s / tail_s[-1])
+        response *= 0.8 / np.sqrt(np.square(response).sum())
+        response[0] += 0.4
+        samples = signal.fftconvolve(samples, response)[: len(samples)]
+    samples = samples / np.abs(samples).max()
+    if noise != "none":
+        hiss = procedural.noise(rng, len(samples))
+        samples = samples + 10 ** (np.mean(NOISE_DB[noise]) / 20) * hiss / hiss.std()
+    if clipped:
+        samples = np.clip(10 * samples, -1, 1)
+    peak = 10 ** (np.mean(PEAK_DB[loudness]) / 20)
+    facts = replace(clip.facts, loudness=loudness, noise=noise, clipped=clipped, reverberant=reverberant)
+    return Clip((samples * peak / np.abs(samples).max()).astype(np.float32), facts)
+
+
+def assorted(count: int) -> list[Clip]:
+    """So many different clips: sounds alone, in turn and at once, of 1 to 20 s, recorded well and badly."""
+    clips = []
+    for seed in range(count):
+        rng = np.random.default_rng([seed, count])
+        kinds = rng.choice([*procedural.RHYTHMIC, *procedural.STEADY], 2, replace=False).tolist()
+        seconds = float(np.exp(rng.uniform(0, np.log(20))))
+        shape = (in_turn, at_once, lambda first, _: first)[seed % 3]
+        quality = {
+            "loudness": rng.choice([*PEAK_DB]),
+            "noise": rng.choice(["none", *NOISE_DB]),
+            "clipped": bool(rng.random() < 0.2),
+            "reverberant": bool(rng.random() < 0.2),
+        }
+        first, second = (sound(seed, kind, seconds / 2, rate=float(rng.choice([1, 2, 4]))) for kind in kinds)
+        clips.append(recorded(shape(first, second), **quality))
+    return clips
+
+
+def assert_told(caption: str, facts: Facts) -> None:
+    """The caption tells the facts: sounds in their order, who speaks, rate, duration and the recording's quality.
+
+    A rate counts as told within 20 %, a duration within 1 s or 10 %.
+    """
+    told = parse(caption)
+    assert told is not None, caption
+    assert [event.kind for event in told.events] == [event.kind for event in facts.events], caption
+    assert [event.language for event in told.events] == [event.language for event in facts.events], caption
+    for heard, event in zip(told.events, facts.events, strict=True):
+        assert abs(heard.rate - event.rate) <= 0.2 * event.rate, caption
+    assert abs(told.duration_s - facts.duration_s) <= max(1.0, 0.1 * facts.duration_s), caption
+    assert told.overlap == facts.overlap, caption
+    assert (told.loudness, told.noise) == (facts.loudness, facts.noise), caption
+    assert (told.clipped, told.reverberant) == (facts.clipped, facts.reverberant), caption

@@ -1,0 +1,277 @@
+"""The embedded captioner as an instrument: what goes into the service as sound comes out of it as words.
+
+A wrong resampler, a lost channel, a lost piece or another request's audio shows as a wrong caption. The last tests
+break the audio on purpose, and show that the check notices.
+"""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+import soxr
+
+from deploy.embedded.corpus.pool import SAMPLE_RATE
+from tests.audio.clips import with_av, with_soundfile
+from tests.embedded.known_sounds import Clip, assert_told, at_once, in_turn, recorded, sound, voice
+from tests.wire import (
+    COMPATIBLE,
+    NATIVE,
+    ask_compatible,
+    ask_native,
+    compatible_body,
+    data_url,
+    events,
+    native_body,
+    upload,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from tests.media import MediaServer
+    from tests.service import RunningService
+
+    Samples = npt.NDArray[np.float32]
+
+pytestmark = pytest.mark.engine
+
+GREEDY: dict[str, Any] = {"temperature": 0}
+
+siren, telephone, buzzer, dialling = (partial(sound, 2, kind) for kind in ("siren", "telephone", "buzzer", "dialling"))
+
+
+def wav(samples: Samples, rate: int = SAMPLE_RATE) -> bytes:
+    """A 16-bit WAV of samples at 16 kHz, (samples,) or (samples, channels), converted to `rate`."""
+    return with_soundfile("WAV", "PCM_16", rate, samples=soxr.resample(samples, SAMPLE_RATE, rate))
+
+
+def caption(service: RunningService, audio: bytes) -> str:
+    """What the service says of the audio."""
+    return ask_native(service.url, data_url(audio), **GREEDY).text
+
+
+def assert_heard(service: RunningService, clip: Clip) -> None:
+    """The service tells what the clip holds."""
+    assert_told(caption(service, wav(clip.samples)), clip.facts)
+
+
+# ---- what is heard
+
+STEADY = (
+    "applause", "birds", "bouncing ball", "buzzer", "dialling", "engine", "falling sweep", "fire", "helicopter", "hum",
+    "laser", "siren", "telephone", "thunder", "waves", "wind",
+)  # fmt: skip
+KINDS = {kind: recorded(sound(2, kind, 4.0)) for kind in STEADY}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kind_of_sound_is_told(embedded_service: RunningService, kind: str) -> None:
+    """One sound, how long and how loud it is, and that there is no noise."""
+    assert_heard(embedded_service, KINDS[kind])
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["siren first", "telephone first"])
+def test_two_sounds_are_told_in_their_order(embedded_service: RunningService, order: int) -> None:
+    """The same two sounds, either way round."""
+    assert_heard(embedded_service, recorded(in_turn(*(siren(2.5), telephone(2.5))[::order])))
+
+
+def test_three_sounds_are_told_in_their_order(embedded_service: RunningService) -> None:
+    """Beginning, middle and end."""
+    assert_heard(embedded_service, recorded(in_turn(siren(2.5), telephone(2.5), buzzer(2.5))))
+
+
+def test_sounds_at_once_are_both_told(embedded_service: RunningService) -> None:
+    """One does not hide the other."""
+    assert_heard(embedded_service, recorded(at_once(sound(2, "hum", 4.0), telephone(4.0))))
+
+
+@pytest.mark.parametrize("rate", [3.0, 4.0, 8.0])
+def test_the_rate_is_told(embedded_service: RunningService, rate: float) -> None:
+    """Clicks per second."""
+    assert_heard(embedded_service, recorded(sound(2, "clicking", 4.0, rate)))
+
+
+@pytest.mark.parametrize("seconds", [1.0, 3.0, 7.0, 14.0, 28.0])
+def test_the_duration_is_told(embedded_service: RunningService, seconds: float) -> None:
+    """From less than the encoder's shortest window to several of its longest."""
+    assert_heard(embedded_service, recorded(telephone(seconds)))
+
+
+def test_order_is_told_across_the_encoders_windows(embedded_service: RunningService) -> None:
+    """25 seconds are more than three windows of 8 s; what begins in one ends in another."""
+    assert_heard(embedded_service, recorded(in_turn(siren(12.0), telephone(12.7))))
+
+
+@pytest.mark.parametrize("loudness", ["quiet", "moderate", "loud"])
+def test_loudness_is_told(embedded_service: RunningService, loudness: str) -> None:
+    """The level is kept on the way to the model."""
+    assert_heard(embedded_service, recorded(telephone(4.0), loudness=loudness))
+
+
+@pytest.mark.parametrize("noise", ["none", "faint", "strong"])
+def test_background_noise_is_told(embedded_service: RunningService, noise: str) -> None:
+    """None, faint or strong, and the sound in front of it."""
+    assert_heard(embedded_service, recorded(telephone(4.0), noise=noise))
+
+
+def test_clipping_is_told(embedded_service: RunningService) -> None:
+    """The flattened peaks reach the model."""
+    assert_heard(embedded_service, recorded(telephone(4.0), loudness="loud", clipped=True))
+
+
+def test_a_large_room_is_told(embedded_service: RunningService) -> None:
+    """The echo too."""
+    assert_heard(embedded_service, recorded(telephone(4.0), reverberant=True))
+
+
+VOICES = {
+    "en-us+f2": ("woman", "English", "The weather was good, and we went for a long walk beside the river."),
+    "es+m1": ("man", "Spanish", "Ayer hizo buen tiempo y paseamos mucho rato por la orilla del río."),
+    "ru+m1": ("man", "Russian", "Вчера была хорошая погода, и мы долго гуляли вдоль реки."),
+}
+
+
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
+@pytest.mark.parametrize("variant", VOICES)
+def test_who_speaks_is_told(embedded_service: RunningService, variant: str) -> None:
+    """A woman or a man, and the language."""
+    kind, language, text = VOICES[variant]
+    assert_heard(embedded_service, recorded(voice(text, variant, kind, language)))
+
+
+# ---- however it is sent
+
+SCENE = recorded(in_turn(siren(3.0), telephone(3.0)))
+
+RATES = [8_000, 11_025, 22_050, 44_100, 48_000, 96_000]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_any_sample_rate_is_heard_alike(embedded_service: RunningService, rate: int) -> None:
+    """From narrow-band to studio: same sounds, same rate, same length."""
+    assert_told(caption(embedded_service, wav(SCENE.samples, rate)), SCENE.facts)
+
+
+@pytest.mark.parametrize("channel", [0, 1], ids=["left", "right"])
+def test_a_sound_in_one_channel_is_heard(embedded_service: RunningService, channel: int) -> None:
+    """The other channel is silent."""
+    stereo = np.zeros((len(SCENE.samples), 2), np.float32)
+    stereo[:, channel] = 2 * SCENE.samples
+    assert_told(caption(embedded_service, wav(stereo)), SCENE.facts)
+
+
+def one_sound_per_channel() -> Samples:
+    """The first of the scene's sounds in the left channel, the second in the right."""
+    stereo = np.stack([2 * SCENE.samples, 2 * SCENE.samples], axis=1)
+    stereo[: len(stereo) // 2, 1] = 0
+    stereo[len(stereo) // 2 :, 0] = 0
+    return stereo
+
+
+def test_both_channels_are_heard(embedded_service: RunningService) -> None:
+    """The siren is in the left channel alone, the telephone in the right."""
+    assert_told(caption(embedded_service, wav(one_sound_per_channel())), SCENE.facts)
+
+
+def _narrow() -> Samples:
+    return np.asarray(soxr.resample(SCENE.samples, SAMPLE_RATE, 8_000), np.float32)
+
+
+def _wide() -> Samples:
+    return np.repeat(soxr.resample(SCENE.samples, SAMPLE_RATE, 48_000)[:, None], 2, axis=1)
+
+
+CODINGS: dict[str, Callable[[], bytes]] = {
+    "MP3": lambda: with_av("mp3", "libmp3lame", 48_000, samples=_wide(), bit_rate=128_000),
+    "Opus": lambda: with_av("ogg", "libopus", 48_000, samples=_wide(), bit_rate=48_000),
+    "AAC": lambda: with_av("ipod", "aac", 48_000, samples=_wide(), bit_rate=128_000),
+    "FLAC": lambda: with_soundfile("FLAC", "PCM_24", 48_000, samples=_wide()),
+    "GSM WAV": lambda: with_soundfile("WAV", "GSM610", 8_000, samples=_narrow()),
+    "AMR": lambda: with_av("amr", "libopencore_amrnb", 8_000, samples=_narrow(), bit_rate=12_200),
+}
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+def test_any_coding_is_heard_alike(embedded_service: RunningService, coding: str) -> None:
+    """Lossy codings and the telephone's lose none of the facts."""
+    assert_told(caption(embedded_service, CODINGS[coding]()), SCENE.facts)
+
+
+def test_every_way_in_and_out_tells_the_same(embedded_service: RunningService, media: MediaServer) -> None:
+    """Data URL, web address and upload; either dialect; whole and streamed: one caption, and it is right."""
+    url, audio = embedded_service.url, wav(SCENE.samples)
+    media.files["scene.wav"] = audio
+    ways = {
+        "data URL": data_url(audio),
+        "address": media.url("scene.wav"),
+        "upload": upload(url, audio, name="scene.wav"),
+    }
+    resolve = {"X-DashScope-OssResourceResolve": "enable"}
+    captions = [ask_native(url, way, headers=resolve, **GREEDY).text for way in ways.values()]
+    captions += [ask_compatible(url, way, headers=resolve, **GREEDY).text for way in ways.values()]
+    native = native_body(ways["data URL"], incremental_output=True, **GREEDY)
+    stream = httpx.post(url + NATIVE, json=native, headers={"X-DashScope-SSE": "enable"}, timeout=120)
+    captions.append(
+        "".join(event["output"]["choices"][0]["message"]["content"][0]["text"] for event in events(stream.text))
+    )
+    stream = httpx.post(url + COMPATIBLE, json=compatible_body(ways["data URL"], stream=True, **GREEDY), timeout=120)
+    captions.append(
+        "".join(event["choices"][0]["delta"].get("content") or "" for event in events(stream.text) if event["choices"])
+    )
+    assert_told(captions[0], SCENE.facts)
+    assert len(captions) == 8
+    assert set(captions) == {captions[0]}
+
+
+def test_each_of_many_at_once_gets_its_own(embedded_service: RunningService) -> None:
+    """Different clips together: nobody gets another's audio."""
+    with ThreadPoolExecutor(len(KINDS)) as pool:
+        for told in [pool.submit(assert_heard, embedded_service, clip) for clip in KINDS.values()]:
+            told.result()
+
+
+# ---- the check notices what is broken
+
+
+def _reversed_frames(clip: Clip) -> bytes:
+    frames = clip.samples[: len(clip.samples) // 160 * 160].reshape(-1, 160)
+    return wav(frames[::-1].reshape(-1))
+
+
+def _shuffled_frames(clip: Clip) -> bytes:
+    frames = clip.samples[: len(clip.samples) // 160 * 160].reshape(-1, 160)
+    return wav(np.random.default_rng(0).permutation(frames).reshape(-1))
+
+
+BROKEN: dict[str, Callable[[Clip], bytes]] = {
+    "told to be of twice its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 32_000, samples=clip.samples),
+    "told to be of half its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 8_000, samples=clip.samples),
+    "every second sample lost": lambda clip: wav(clip.samples[::2]),
+    "left channel lost": lambda _: wav(one_sound_per_channel() * np.array([0, 1], np.float32)),
+    "right channel lost": lambda _: wav(one_sound_per_channel() * np.array([1, 0], np.float32)),
+    "frames shuffled": _shuffled_frames,
+    "frames in reverse": _reversed_frames,
+    "the first half lost": lambda clip: wav(clip.samples[len(clip.samples) // 2 :]),
+    "another clip": lambda _: wav(recorded(in_turn(buzzer(3.0), dialling(3.0))).samples),
+    "the halves changed over": lambda clip: wav(np.roll(clip.samples, len(clip.samples) // 2)),
+    "ten times too quiet": lambda clip: wav(clip.samples / np.float32(10)),
+    "silence": lambda clip: wav(np.zeros_like(clip.samples)),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_audio_is_noticed(embedded_service: RunningService, how: str) -> None:
+    """The check that passes for the scene fails for what a broken path would make of it."""
+    assert_told(caption(embedded_service, wav(SCENE.samples)), SCENE.facts)
+    told = caption(embedded_service, BROKEN[how](SCENE))
+    with pytest.raises(AssertionError):
+        assert_told(told, SCENE.facts)
