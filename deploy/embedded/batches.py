@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +34,7 @@ LEVELS = ("quiet", "moderate", "loud")
 NOISES = ("none", "faint", "strong")
 IGNORED = -100
 TOKENS_PER_S = 13
+LONGEST_FRAMES = 3_000
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,15 @@ class Corpus:
             yield from (batches[i] for i in rng.permutation(len(batches)))
 
     def batch(self, clips: list[Clip], rng: np.random.Generator) -> Batch:
-        """The tensors of `clips`, with bands of frequency and spans of time blotted out at random."""
-        features, rows, labels, kinds, pieces = [], [], [], [], []
-        for clip in clips:
-            mel = np.array(self._shards[clip.shard][clip.first_frame : clip.first_frame + clip.frames], np.float32)
-            features.append(_blotted(mel, rng))
+        """The tensors of `clips`, each a little different at every visit (`varied`)."""
+        features, rows, labels, kinds, pieces, lengths = [], [], [], [], [], []
+        for original in clips:
+            first = original.first_frame
+            mel, clip = varied(
+                np.array(self._shards[original.shard][first : first + original.frames], np.float32), original, rng
+            )
+            features.append(mel)
+            lengths.append(clip.frames)
             tokens = audio_tokens(clip.frames)
             prompt = [*self._before, *self._audio * tokens, *self._after]
             answer = [*self.tokenizer.encode(caption(clip.facts)), *self._end]
@@ -136,7 +141,7 @@ class Corpus:
         classes = np.concatenate(pieces)
         return Batch(
             torch.from_numpy(np.concatenate(features).T.copy()),
-            torch.tensor([clip.frames for clip in clips]),
+            torch.tensor(lengths),
             torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
             torch.tensor([label + [IGNORED] * (width - len(label)) for label in labels]),
             torch.from_numpy(np.concatenate(kinds)),
@@ -145,12 +150,37 @@ class Corpus:
         )
 
 
-def _blotted(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    low = mel.min()
+def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, Clip]:
+    """Another tempo, pitch and tone colour for log-mel [frames, 128], and the clip as it then is.
+
+    Without this the model learns 36,000 clips by heart: 86 % of the rates of clips that it was trained on, 31 % of
+    others. Speech changes little, since its pace and pitch are what captions tell of it.
+    """
+    spoken = any(event.language for event in clip.facts.events)
+    tempo, bins = (0.05, 1) if spoken else (0.22, 5)
+    frames = int(np.clip(round(clip.frames / np.exp(rng.uniform(-tempo, tempo))), 40, LONGEST_FRAMES))
+    faster = clip.frames / frames
+    at = np.linspace(0, clip.frames - 1, frames)
+    below = np.minimum(at.astype(int), clip.frames - 2) if clip.frames > 1 else np.zeros(frames, int)
+    share = (at - below)[:, None].astype(np.float32)
+    mel = mel[below] * (1 - share) + mel[np.minimum(below + 1, clip.frames - 1)] * share
+    loudest, softest = mel.max(), mel.min()
+    up = int(rng.integers(-bins, bins + 1))
+    mel = np.roll(mel, up, axis=1)
+    mel[:, : max(up, 0)] = softest
+    mel[:, MEL + min(up, 0) :] = softest
+    mel += np.linspace(-1, 1, MEL, dtype=np.float32) * np.float32(rng.uniform(-0.1, 0.1))
+    mel += loudest - mel.max()  # the level is told, and the softest lies 80 dB below it
     if rng.random() < 0.5:
         start = rng.integers(0, MEL - 16)
-        mel[:, start : start + rng.integers(4, 16)] = low
-    return mel
+        mel[:, start : start + rng.integers(4, 16)] = softest
+    events = tuple(replace(event, rate=event.rate * faster) for event in clip.facts.events)
+    return np.maximum(mel, softest), replace(
+        clip,
+        frames=frames,
+        facts=replace(clip.facts, events=events, duration_s=clip.facts.duration_s / faster),
+        spans_s=tuple((start / faster, end / faster) for start, end in clip.spans_s),
+    )
 
 
 def _per_token(clip: Clip, tokens: int) -> tuple[np.ndarray, np.ndarray]:

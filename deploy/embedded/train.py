@@ -62,7 +62,7 @@ class HelperHeads(nn.Module):
         loss = functional.cross_entropy(self.kinds(tokens), kinds / kinds.sum(1, keepdim=True))
         for head, target in zip(self.classes, (batch.language, batch.manner, batch.rate), strict=True):
             if (target != IGNORED).any():
-                loss = loss + 0.5 * functional.cross_entropy(head(tokens), target, ignore_index=IGNORED)
+                loss = loss + 1.5 * functional.cross_entropy(head(tokens), target, ignore_index=IGNORED)
         means = torch.stack([clip.mean(0) for clip in torch.split(tokens, counts)])
         for index, head in enumerate(self.whole):
             loss = loss + 0.3 * functional.cross_entropy(head(means), batch.whole[:, index])

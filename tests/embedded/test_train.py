@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deploy.embedded.architecture import build_tokenizer
-from deploy.embedded.batches import IGNORED, KINDS, MEL, Corpus, audio_tokens
+from deploy.embedded.batches import IGNORED, KINDS, MEL, Clip, Corpus, audio_tokens, varied
 from deploy.embedded.corpus.captions import Event, Facts, caption
 from deploy.embedded.train import SHORT_FRAMES, Training, lessons
 
@@ -43,12 +43,33 @@ def test_a_batch_says_what_is_heard_when(corpus: Corpus) -> None:
     batch = corpus.batch(corpus.clips[1:2], np.random.default_rng(0))
     told = batch.labels[batch.labels != IGNORED]
     assert corpus.tokenizer.decode(told) == caption(FACTS) + "<|im_end|>"
-    assert batch.features.shape == (MEL, 130)
-    assert batch.kinds.shape == (audio_tokens(130), len(KINDS))
+    assert batch.features.shape == (MEL, batch.lengths.item())
+    assert batch.kinds.shape == (audio_tokens(int(batch.lengths)), len(KINDS))
     assert batch.kinds[0].argmax() == KINDS.index("rain")
     assert batch.kinds[4].argmax() == KINDS.index("man")
     assert batch.language[4] != IGNORED
     assert batch.language[0] == IGNORED
+
+
+def test_a_clip_is_another_one_at_each_visit_and_its_facts_follow() -> None:
+    """Faster means shorter and at a higher rate, by the same factor; level and range stay; speech changes little."""
+    mel = np.random.default_rng(0).uniform(-0.5, 1.5, (800, MEL)).astype(np.float32)
+    beats = Clip(0, 0, 800, Facts((Event("clock", rate=2.0),), 8.0), ((1.0, 7.0),))
+    speech = Clip(0, 0, 800, FACTS, ((0.0, 1.0), (1.0, 2.0)))
+    lengths = []
+    for seed in range(20):
+        changed, clip = varied(mel.copy(), beats, np.random.default_rng(seed))
+        assert changed.shape == (clip.frames, MEL)
+        faster = 800 / clip.frames
+        assert clip.facts.events[0].rate == pytest.approx(2 * faster)
+        assert clip.facts.duration_s == pytest.approx(8 / faster)
+        assert clip.spans_s[0] == pytest.approx((1 / faster, 7 / faster))
+        assert changed.max() == pytest.approx(mel.max(), abs=0.02)
+        assert changed.min() >= mel.min()
+        lengths.append(clip.frames)
+        assert abs(varied(mel.copy(), speech, np.random.default_rng(seed))[1].frames - 800) <= 45
+    assert min(lengths) < 720
+    assert max(lengths) > 880
 
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
