@@ -39,7 +39,7 @@ TARGETS = (
 """Kinds of processes, and how many of a hundred kills they get."""
 
 RESULT = Path(__file__).parent / "results" / "chaos.json"
-USERS, TOKENS = 8, 24
+USERS, TOKENS = 6, 24
 FLAGS = (
     "--engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.05 --fronts=2 --max-fronts=2 --engines=2 --max-engines=2 "
     "--audio-workers=1 --front-cpus=0.2 --engine-cpus=0.2 --shutdown-grace-s=60"

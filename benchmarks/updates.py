@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "serve"
 RESULT = Path(__file__).parent / "results" / "updates.json"
-USERS, TOKENS = 8, 24
+USERS, TOKENS = 6, 24
 DRAINING_S = 5
 """How long a front stays reachable once it is to go, at least: 30 s by default, made less so that it ends today."""
 
@@ -48,7 +48,7 @@ SETTINGS = {
 def environment() -> dict[str, str]:
     """What deploy/serve says that Ray's processes need."""
     lines = (DEPLOY / "ray.env").read_text().splitlines()
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return dict(line.replace('"', "").split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
 def deployed(port: int, **changes: Any) -> dict[str, Any]:

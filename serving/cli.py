@@ -42,6 +42,9 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.cluster:middlewares",
     # Ray's own default of 15 would put the whole service behind anything else on the machine.
     "RAY_worker_niceness": "0",
+    # A request whose front dies before it has answered anything goes to another one, if it fits into HAProxy's buffer
+    # (16 kB: audio by its URL does).
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Five seconds for HAProxy to start are too little on a busy machine, and Ray would begin anew again and again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_USAGE_STATS_ENABLED": "0",

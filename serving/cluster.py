@@ -103,7 +103,7 @@ class EngineReplica:
         From then on Ray counts the replica in, and in an update takes an older one away.
         """
         settings = Settings(**overrides)
-        logs.configure(settings.log_level, settings.log_format)
+        _configure_logs(settings)
         self._directory = directory
         self._secret = secrets.token_hex()  # nobody's, until the directory has told the right one
         self._engine = make_engine(settings)
@@ -210,7 +210,7 @@ class Front:
         """Return when it has found the engines: from then on Ray sends it requests."""
         # The replicas set the pace already.
         settings = Settings(**overrides | {"handover_interval_s": 0})
-        logs.configure(settings.log_level, settings.log_format)
+        _configure_logs(settings)
         engine = ClusterEngine(directory, engines)
         self._service = create_app(settings, engine, on_not_ready=engine.wake)
         await engine.start()
@@ -325,6 +325,12 @@ def _autoscaling(settings: Settings, least: int, most: int, work_per_replica: fl
             policy_function="serving.cluster:ByWork", policy_kwargs=rule
         ),
     )
+
+
+def _configure_logs(settings: Settings) -> None:
+    """Log to the process's own standard error: in its place Ray has put a log of its own, which is buffered."""
+    sys.stderr = sys.__stderr__
+    logs.configure(settings.log_level, settings.log_format)
 
 
 async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:

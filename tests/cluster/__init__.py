@@ -1,0 +1,1 @@
+"""The service on real Ray Serve, with fake engines."""

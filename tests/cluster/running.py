@@ -1,0 +1,158 @@
+"""A cluster on this machine, beside any other: its command, its processes, its addresses."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import httpx
+import psutil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP")
+"""Of Serve's, which two clusters on one machine must not share."""
+
+BIN = Path(sys.executable).parent
+
+ENGINE = "ray::ServeReplica:captioner:engine"
+FRONT = "ray::ServeReplica:captioner:front"
+
+ENGINE_KV_TOKENS = 1_000_000
+"""Of each fake engine: what the fronts tell of all, divided by it, is how many are ready."""
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
+    """Wait until something has become true. Raises `TimeoutError`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.1)
+
+
+class RunningCluster:
+    """A command that brings up a cluster which listens on `port`. A context: leaves no process behind."""
+
+    def __init__(self, command: Sequence[str], port: int, **environment: str) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-", ignore_cleanup_errors=True)
+        self.directory = Path(self._directory.name)
+        self._command = [str(BIN / command[0]), *command[1:]]
+        self._mark = secrets.token_hex()
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = os.environ | {
+            "CAPTIONER_TEST_MARK": self._mark,
+            "CAPTIONER_UPLOADS_DIR": str(self.directory / "uploads"),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.directory / "haproxy.cfg"),
+            **{f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS},
+            # Ray runs its workers at 15, where on a busy machine they would not get a turn.
+            "RAY_worker_niceness": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first := random.randrange(20_000, 30_000)),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 99),
+            "RAY_AUTH_TOKEN": secrets.token_hex(),
+            **environment,
+        }
+
+    def __enter__(self) -> Self:
+        with (self.directory / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                self._command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=30)
+        for process in self._members():
+            with suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+        self._directory.cleanup()
+
+    def wait(self, condition: Callable[[], object], timeout_s: float = 400) -> None:
+        """Wait for something while the cluster runs. Raises `RuntimeError` with its log."""
+        try:
+            until(lambda: self.process.poll() is not None or condition(), timeout_s)
+        except TimeoutError:
+            raise RuntimeError(self.log()) from None
+        if self.process.poll() is not None:
+            raise RuntimeError(self.log())
+
+    def log(self) -> str:
+        """The end of what the command has printed."""
+        return (self.directory / "log").read_text()[-5000:]
+
+    def get(self, path: str) -> httpx.Response | None:
+        """The answer to a GET, if there is one."""
+        with suppress(httpx.TransportError):
+            return httpx.get(self.url + path, timeout=5)
+        return None
+
+    def ready(self) -> bool:
+        """Whether captions can be made now."""
+        answer = self.get("/readyz")
+        return answer is not None and answer.status_code == 200
+
+    def pids(self, sign: str) -> set[int]:
+        """Living processes of this cluster with a sign in their command line."""
+        found = set()
+        for process in self._members():
+            with suppress(psutil.Error):
+                if sign in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(process.pid)
+        return found
+
+    def fronts(self) -> list[str]:
+        """Addresses of the fronts that HAProxy knows."""
+        (config,) = self.directory.glob("*/haproxy.cfg")  # in a directory for the node
+        text = config.read_text()
+        servers = re.findall(r"^ *server (\S+) (\S+:\d+) check(?!.* backup)", text, re.MULTILINE)
+        return sorted({f"http://{address}" for _, address in servers})
+
+    def engines(self, front: str) -> int:
+        """How many engines are ready in the eyes of a front."""
+        return round(metric(front, "captioner_engine_kv_capacity_tokens") / ENGINE_KV_TOKENS)
+
+    def whole(self, fronts: int = 2, engines: int = 2) -> bool:
+        """Whether so many fronts see so many engines."""
+        with suppress(httpx.TransportError, OSError, KeyError, ValueError):
+            return len(self.fronts()) == fronts and all(self.engines(front) == engines for front in self.fronts())
+        return False
+
+    def _members(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                # Not by psutil, which takes it apart: a process that sets its title may have overwritten some of it.
+                if self._mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
+                    found.append(process)
+        return found
+
+
+def metric(url: str, name: str) -> float:
+    """A gauge of one front. Raises `KeyError`."""
+    for line in httpx.get(f"{url}/metrics", timeout=5).text.splitlines():
+        if line.startswith(f"{name} "):
+            return float(line.split()[1])
+    raise KeyError(name)
