@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.engine.base import EngineDelta, Load
-from serving.engine.link import PIECE_BYTES, SILENCE_S, LinkError, frame, read_frame
+from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.types import FinishReason
 
@@ -129,6 +129,7 @@ class _Replica:
         self._numbers = itertools.count()
         self._mailboxes: dict[int, _Mailbox] = {}
         self._unseen_s: dict[int, float] = {}
+        self._heard = False
         self._writer: asyncio.StreamWriter | None = None
         self._left: Callable[[_Replica], None] | None = None
         self._running = asyncio.create_task(self._run())
@@ -206,15 +207,31 @@ class _Replica:
         try:
             writer.writelines(frame({"secret": self.secret}))
             self._writer = writer
-            while True:
-                async with asyncio.timeout(SILENCE_S):
-                    header, _ = await read_frame(reader)
-                self._take(header)
+            async with asyncio.timeout(None) as silence:
+                watching = asyncio.create_task(self._watch(silence))
+                try:
+                    while True:
+                        header, _ = await read_frame(reader)
+                        self._heard = True
+                        self._take(header)
+                finally:
+                    watching.cancel()
         finally:
             self._writer, self._state, self.load = None, {}, _NOTHING
             writer.close()
             for mailbox in self._mailboxes.values():
                 mailbox.fail(EngineFailed())
+
+    async def _watch(self, silence: asyncio.Timeout) -> None:
+        """End the conversation when the replica has told nothing for `SILENCE_S`.
+
+        Counted in ticks of our own: when the whole machine has stood still, nobody is lost.
+        """
+        silent_ticks = 0
+        while silent_ticks < SILENCE_S / STATE_EVERY_S:
+            await asyncio.sleep(STATE_EVERY_S)
+            silent_ticks, self._heard = 0 if self._heard else silent_ticks + 1, False
+        silence.reschedule(asyncio.get_running_loop().time())
 
     def _take(self, header: dict[str, Any]) -> None:
         match header["op"]:
