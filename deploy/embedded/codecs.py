@@ -16,7 +16,7 @@ from deploy.embedded.corpus.captions import Facts, parse
 from deploy.embedded.evaluate import asked, held_out
 
 CODINGS = {
-    "WAV 44.1 kHz stereo": ("wav", "ffmpeg -v error -y -i {} -ar 44100 -ac 2 {}"),
+    "WAV 44.1 kHz stereo": ("wav", "ffmpeg -v error -y -i {} -ar 44100 -af pan=stereo|c0=c0|c1=c0 {}"),
     "MP3 128 kbit/s": ("mp3", "ffmpeg -v error -y -i {} -ar 44100 -c:a libmp3lame -b:a 128k {}"),
     "Opus 32 kbit/s": ("opus", "ffmpeg -v error -y -i {} -c:a libopus -b:a 32k {}"),
     "AMR narrow-band 12.2 kbit/s": ("amr", "sox {} -r 8000 -c 1 -C 7 -t amr-nb {}"),
