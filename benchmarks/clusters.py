@@ -66,6 +66,7 @@ class Cluster:
             # Ray runs its workers at 15, where on a busy machine they would not get a turn.
             "RAY_worker_niceness": "0",
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(port + 1),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(port + 3),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(port + 2),
             **environment,
         }
