@@ -47,6 +47,7 @@ EVERY_S = 1.0
 _FORGET_AFTER_S = 5.0
 _METRICS_EVERY_S = 2.0
 _RAY_START_S = 300.0
+_RAY_TRIES = 4
 _RAY_PORTS = (
     "port",
     "ray-client-server-port",
@@ -345,34 +346,40 @@ async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:
 
 @contextmanager
 def _ray() -> Iterator[None]:
-    """Ray on this machine, connected to.
+    """Ray on this machine, connected to."""
+    with ExitStack() as stack:
+        for left in reversed(range(_RAY_TRIES)):
+            head, address = _start_head()
+            stack.callback(head.terminate)
+            if _connect(address, head):
+                break
+            if not left:
+                raise RuntimeError("Ray did not start")
+            log.warning("Ray did not start in its time; trying again")
+        stack.callback(ray.shutdown)
+        yield
 
-    Not by `ray.init` alone: it lets the parts choose these ports and gives them 15 s, which on a busy machine is
-    too little.
-    """
+
+def _start_head() -> tuple[subprocess.Popen[bytes], str]:
+    """Start Ray's processes, and tell where they will be. Set ports save most of what they wait for, 15 s at most."""
     ports = dict(zip(_RAY_PORTS, _free_ports(len(_RAY_PORTS)), strict=True))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as head:  # noqa: S603 - our own
-        try:
-            _connect(f"{ray.util.get_node_ip_address()}:{ports['port']}", head)  # type: ignore[no-untyped-call]
-            yield
-        finally:
-            ray.shutdown()
-            head.terminate()
+    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
+    return head, f"{ray.util.get_node_ip_address()}:{ports['port']}"  # type: ignore[no-untyped-call]
 
 
-def _connect(address: str, head: subprocess.Popen[bytes]) -> None:
+def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
+    """Connect to Ray; return whether it has come up."""
     began = time.monotonic()
-    while True:
+    while head.poll() is None and time.monotonic() - began < _RAY_START_S:
         try:
             ray.init(address=address, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError):
-            if head.poll() is not None or time.monotonic() - began > _RAY_START_S:
-                raise
             time.sleep(1)
         else:
-            return
+            return True
+    return False
 
 
 def _free_ports(count: int) -> list[int]:
