@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +10,25 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen3OmniMoeForConditionalGeneration
 
-from serving.config import EMBEDDED_CHECKPOINT
+from serving.audio.features import log_mel
+from serving.config import EMBEDDED_CHECKPOINT, Settings
+from serving.engine.vllm import VllmEngine
 from serving.types import Features
-from tests.engine.conftest import sound, token_ids, waveform
+from tests.embedded.known_sounds import assorted
+from tests.engine.conftest import sound, start, token_ids, waveform
 
 if TYPE_CHECKING:
-    from serving.engine.vllm import VllmEngine
+    import numpy as np
+    import numpy.typing as npt
+
+    Samples = npt.NDArray[np.float32]
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
-TOKENS = 40
+TOKENS = 100
+"""More than the longest caption."""
+
+CLIPS = 54
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +45,7 @@ def processor() -> Any:
     return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
-def reference_tokens(reference: Any, processor: Any, samples: Any) -> list[int]:
+def reference_tokens(reference: Any, processor: Any, samples: Samples) -> list[int]:
     """What transformers generates greedily for a waveform, end of turn included."""
     message = {"role": "user", "content": [{"type": "audio", "audio": "clip"}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
@@ -45,6 +55,35 @@ def reference_tokens(reference: Any, processor: Any, samples: Any) -> list[int]:
             **inputs, max_new_tokens=TOKENS, do_sample=False, eos_token_id=processor.tokenizer.eos_token_id
         )
     return list(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+@pytest.fixture(scope="module")
+def captions(reference: Any, processor: Any) -> dict[int, list[int]]:
+    """Number of each of the assorted clips: its caption in transformers."""
+    return {n: reference_tokens(reference, processor, clip.samples) for n, clip in enumerate(assorted(CLIPS))}
+
+
+async def served_captions(engine: VllmEngine) -> dict[int, list[int]]:
+    """The same from vLLM, all clips at once."""
+    features = [Features(log_mel(clip.samples), clip.samples.size) for clip in assorted(CLIPS)]
+    tokens = await asyncio.gather(*(token_ids(engine, clip, max_tokens=TOKENS) for clip in features))
+    return dict(enumerate(tokens))
+
+
+async def test_captions_of_known_sounds_equal_the_reference(engine: VllmEngine, captions: dict[int, list[int]]) -> None:
+    """Captions of sounds as the checkpoint knows them, many at once in vLLM and one by one in transformers."""
+    assert len({tuple(tokens) for tokens in captions.values()}) > CLIPS / 2
+    assert await served_captions(engine) == captions
+
+
+async def test_captions_with_tensor_parallel_size_2_equal_the_reference(captions: dict[int, list[int]]) -> None:
+    """Two processes that share each layer write the same."""
+    shared = VllmEngine(Settings(tensor_parallel=2))
+    try:
+        await start(shared)
+        assert await served_captions(shared) == captions
+    finally:
+        await shared.stop()
 
 
 @pytest.mark.parametrize("seconds", [0.5, 1.0, 3.37, 8.0, 14.2, 29.99, 35.0])
