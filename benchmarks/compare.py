@@ -32,7 +32,7 @@ from report import to_markdown
 from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, VllmServe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from systems import Round, System
 
@@ -96,11 +96,12 @@ def main() -> None:
             compared = [
                 of for of in systems if of.name != OfflineEngine.name or workload.concurrency >= setup.max_num_seqs
             ]
-            rounds = _measure(workload, compared, left_out)
-            loads = f"{began:.1f} before, {os.getloadavg()[0]:.1f} after"
-            workloads.append({"name": workload.name, "machine load": loads, "rounds": rounds})
-            run["conditions"] |= {"left out": left_out} if left_out else {}
-            _write(options.out, run)
+            workloads.append(measured := {"name": workload.name, "rounds": {}})
+            for rounds in _measure(workload, compared, left_out):
+                # After each round, so that a run that is ended early has its report too.
+                measured |= {"rounds": rounds, "machine load": f"{began:.1f} before, {os.getloadavg()[0]:.1f} after"}
+                run["conditions"] |= {"left out": left_out} if left_out else {}
+                _write(options.out, run)
     print(to_markdown([run]))
 
 
@@ -118,8 +119,10 @@ def _start(kinds: Sequence[type[System]], setup: Setup, stack: ExitStack) -> tup
     return systems, left_out
 
 
-def _measure(workload: Workload, compared: list[System], left_out: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
-    """Every system's rounds."""
+def _measure(
+    workload: Workload, compared: list[System], left_out: dict[str, str]
+) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Every system's rounds so far, after each."""
     results: dict[str, list[dict[str, Any]]] = {system.name: [] for system in compared}
     for number, batch in enumerate(workload.clips()):
         turn = number % len(compared)
@@ -131,7 +134,7 @@ def _measure(workload: Workload, compared: list[System], left_out: dict[str, str
                 _tell(f"{workload.name}: round {number}: {system.name}: {one.requests / one.wall_s:.2f} requests/s")
             else:
                 del results[system.name]
-    return results
+        yield results
 
 
 def _try(system: System, clips: Sequence[Clip], concurrency: int, left_out: dict[str, str]) -> Round | None:

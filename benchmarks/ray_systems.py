@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
 from systems import MODEL_NAME, ONE_THREAD, Captioner, Server, shim
@@ -26,7 +27,8 @@ class CaptionerCluster(Captioner):
 
     @property
     def environment(self) -> dict[str, str]:
-        return super().environment | SAME_PRIORITY
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+        return super().environment | SAME_PRIORITY | token
 
 
 class RayServeLlm(Server):

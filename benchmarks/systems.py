@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from load import Answer
     from processes import Use
 
-START_TIMEOUT_S = 600
+START_TIMEOUT_S = 1800
 MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
 LIMITS = {"audio": 1, "image": 0, "video": 0}
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
