@@ -24,8 +24,8 @@ for name in [name for name in os.environ if name.startswith("CAPTIONER_")]:
 
 @pytest.fixture(scope="session")
 def fake_service() -> Iterator[RunningService]:
-    """The whole service with the fake engine: fast, and deterministic."""
-    with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--fake-tpot-s=0.001") as service:
+    """The whole service with the fake engine: fast, and deterministic, each token by itself."""
+    with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--handover-interval-s=0") as service:
         yield service
 
 

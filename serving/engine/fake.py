@@ -57,6 +57,7 @@ class FakeEngine:
         self._tpot_s = settings.fake_tpot_s
         self._tokens = settings.fake_tokens
         self._text = settings.fake_text
+        self._merges = settings.handover_interval_s > 0
         self._turns: contextlib.AbstractAsyncContextManager[Any] = (
             asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
         )
@@ -100,7 +101,7 @@ class FakeEngine:
                     faults = {self.faults.fail_after_tokens, self.faults.hang_after_tokens}
                     for tokens, delta in enumerate(self._deltas(features, sampling)):
                         at = due + tokens * self._tpot_s
-                        if held.tokens and (loop.time() < at or tokens in faults):
+                        if held.tokens and (not self._merges or loop.time() < at or tokens in faults):
                             yield held
                             held = EngineDelta("", 0)
                         await self._step(tokens, at)
