@@ -97,7 +97,9 @@ def _cluster(argv: list[str]) -> int:
         "CAPTIONER_UPLOAD_SECRET": upload_secret,
         "CAPTIONER_API_KEYS": ",".join(key.get_secret_value() for key in settings.api_keys),
     }
-    os.environ.update(RAY_ENVIRONMENT | os.environ | private)
+    # Ray's parts ask each other for a token. The one that it would keep in the home directory is not made in time.
+    token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+    os.environ.update(RAY_ENVIRONMENT | os.environ | private | token)
     logs.configure(settings.log_level, settings.log_format)
     overrides = settings.model_dump(
         mode="json", exclude_unset=True, exclude={"config", "host", "port", "upload_secret", "api_keys"}
