@@ -153,8 +153,9 @@ class Corpus:
 def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, Clip]:
     """Another tempo, pitch and tone colour for log-mel [frames, 128], and the clip as it then is.
 
-    Without this the model learns 36,000 clips by heart: 86 % of the rates of clips that it was trained on, 31 % of
-    others. Speech changes little, since its pace and pitch are what captions tell of it.
+    Without this the model learns 36,000 clips by heart: of a sample it was trained on it knew 86 % of the rates' digits
+    (given the words before them), while it told 31 % of the rates of other clips within 20 %. Speech changes little,
+    since its pace and pitch are what captions tell of it.
     """
     spoken = any(event.language for event in clip.facts.events)
     tempo, bins = (0.05, 1) if spoken else (0.22, 5)

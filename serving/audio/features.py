@@ -15,14 +15,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import rfft
 
-from serving.types import SAMPLE_RATE
+from serving.types import MELS, SAMPLE_RATE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Floats = npt.NDArray[np.float32]
 
-MELS = 128
 HOP = 160
 """Samples from one frame to the next."""
 

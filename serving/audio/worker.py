@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.audio.decode import decode
-from serving.audio.features import MELS, frame_count, log_mel
+from serving.audio.features import frame_count, log_mel
 from serving.errors import AudioUnreadable, CaptionerError, InvalidAudioUrl
+from serving.types import MELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
