@@ -17,6 +17,16 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
     │   ├── Unauthenticated
     │   │   ├── MissingApiKey
     │   │   └── InvalidApiKey
+    │   ├── AccessDenied             the tenant is suspended
+    │   │   └── FreeTierExhausted    "free tier only", and nothing is left of it
+    │   ├── Arrearage                the tenant owes money
+    │   ├── RateLimited              a limit of the caller's is reached; carries `limit` and `retry_after_s`
+    │   │   ├── RequestsLimited      requests per minute
+    │   │   ├── BurstLimited         requests that come all at once
+    │   │   ├── TokensLimited        tokens per minute
+    │   │   ├── AudioLimited         audio-seconds per minute
+    │   │   ├── ConcurrencyLimited   requests, or audio-seconds, under way
+    │   │   └── BudgetExhausted      tokens, or money, of a day or a month
     │   ├── UploadRejected           an upload is refused; `code` is the object store's word for it
     │   │   ├── PolicyInvalid        not signed by us, or not a policy
     │   │   ├── PolicyExpired
@@ -126,6 +136,59 @@ class MissingApiKey(Unauthenticated):
 
 class InvalidApiKey(Unauthenticated):
     pass
+
+
+class AccessDenied(ClientError):
+    message = "Access denied."
+
+
+class FreeTierExhausted(AccessDenied):
+    message = (
+        "The free tier of the model has been exhausted. If you wish to continue access the model on a paid basis, "
+        'please disable the "use free tier only" mode in the management console.'
+    )
+
+
+class Arrearage(ClientError):
+    message = "Access denied, please make sure your account is in good standing."
+
+
+class RateLimited(ClientError):
+    """A limit of the caller's is reached. `limit`: which one; `retry_after_s`: when to try again."""
+
+    message = "Requests throttling triggered."
+
+    def __init__(self, message: str | None = None, *, limit: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_s = retry_after_s
+
+
+class RequestsLimited(RateLimited):
+    message = "Requests rate limit exceeded, please try again later."
+
+
+class BurstLimited(RateLimited):
+    message = (
+        "Request rate increased too quickly. To ensure system stability, please adjust your client logic to scale "
+        "requests more smoothly over time."
+    )
+
+
+class TokensLimited(RateLimited):
+    message = "Allocated quota exceeded, please increase your quota limit."
+
+
+class AudioLimited(RateLimited):
+    pass
+
+
+class ConcurrencyLimited(RateLimited):
+    message = "Too many requests in route. Please try again later."
+
+
+class BudgetExhausted(RateLimited):
+    message = "Allocated quota exceeded, please increase your quota limit."
 
 
 class UploadRejected(ClientError):

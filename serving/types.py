@@ -49,6 +49,68 @@ AudioSource = UrlAudio | InlineAudio | UploadedAudio
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """Whose work it is, where work waits: flows share capacity by weight.
+
+    A higher `priority` class goes first, as long as nobody of a lower one has waited too long.
+    """
+
+    flow: str = ""
+    weight: float = 1.0
+    priority: int = 0
+
+
+class Region(enum.StrEnum):
+    """The manual's two regions. A key of one is refused in the other."""
+
+    BEIJING = "beijing"
+    SINGAPORE = "singapore"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a tenant, or one key of it, may take; `None`: as much as it likes.
+
+    Tokens are those billed, input and output together. Money is in nano-units (1e-9) of the region's currency, since
+    prices per token have no exact value in larger ones.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    audio_seconds_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    concurrent_audio_seconds: int | None = None
+    tokens_per_day: int | None = None
+    tokens_per_month: int | None = None
+    nanos_per_day: int | None = None
+    nanos_per_month: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FreeQuota:
+    """Free tokens, until `ends_at` (seconds since the epoch). With `only`, nothing is served after them."""
+
+    tokens: int
+    ends_at: float
+    only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: a tenant, by one of its keys, and what the two may."""
+
+    tenant_id: str
+    key_id: str
+    region: Region = Region.BEIJING
+    share: Share = field(default_factory=Share)
+    tenant_limits: Limits = field(default_factory=Limits)
+    key_limits: Limits = field(default_factory=Limits)
+    free_quota: FreeQuota | None = None
+    log_content: bool = False
+    """Captions of this tenant may be logged; it asked for that."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How the engine samples. Defaults are the model card's; ranges are checked by the codecs.
 

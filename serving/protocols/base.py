@@ -82,6 +82,9 @@ MAX_LINE_BYTES = 128 * 1024
 MAX_TEXT_BYTES = MAX_LINE_BYTES - 2048
 """What is left of a line for a text as JSON, beside the frame around it."""
 
+MAX_RETRY_S = 60
+"""A client that is told to come back later than this does not come back, or does not wait (PROTOCOL 2.13)."""
+
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
     errors.BodyTooLarge: 413,
@@ -90,6 +93,8 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.MethodNotAllowed: 405,
     errors.AsyncNotSupported: 403,
     errors.Unauthenticated: 401,
+    errors.AccessDenied: 403,
+    errors.RateLimited: 429,
     errors.UploadRejected: 403,
     errors.UploadTooLarge: 400,
     errors.UploadExists: 409,
@@ -111,9 +116,13 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
     headers = {"x-request-id": request_id}
     if isinstance(error, errors.Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
+    elif isinstance(error, errors.RateLimited):
+        headers["retry-after"] = str(error.retry_after_s)
+        if error.retry_after_s > MAX_RETRY_S:
+            headers["x-should-retry"] = "false"
     elif isinstance(error, errors.NotReady):
         headers["retry-after"] = "10"
-    elif isinstance(error, errors.DeadlineExceeded):
+    elif isinstance(error, (errors.DeadlineExceeded, errors.AccessDenied, errors.Arrearage)):
         headers["x-should-retry"] = "false"
     return headers
 

@@ -48,6 +48,22 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.Unauthenticated: DENIED,
     errors.MissingApiKey: DENIED,
     errors.InvalidApiKey: DENIED,
+    errors.AccessDenied: (403, "AccessDenied", 403, "access_denied", "access_denied"),
+    errors.FreeTierExhausted: (
+        403,
+        "AllocationQuota.FreeTierOnly",
+        403,
+        "AllocationQuota.FreeTierOnly",
+        "AllocationQuota.FreeTierOnly",
+    ),
+    errors.Arrearage: (400, "Arrearage", 400, "Arrearage", "Arrearage"),
+    errors.RateLimited: (429, "Throttling", 429, "limit_requests", "limit_requests"),
+    errors.RequestsLimited: (429, "Throttling.RateQuota", 429, "limit_requests", "limit_requests"),
+    errors.BurstLimited: (429, "Throttling.BurstRate", 429, "limit_burst_rate", "limit_burst_rate"),
+    errors.TokensLimited: (429, "Throttling.AllocationQuota", 429, "insufficient_quota", "insufficient_quota"),
+    errors.AudioLimited: (429, "Throttling", 429, "limit_requests", "limit_requests"),
+    errors.ConcurrencyLimited: (429, "Throttling", 429, "limit_requests", "limit_requests"),
+    errors.BudgetExhausted: (429, "Throttling.AllocationQuota", 429, "insufficient_quota", "insufficient_quota"),
     errors.UploadRejected: REFUSED,
     errors.PolicyInvalid: REFUSED,
     errors.PolicyExpired: REFUSED,
@@ -89,6 +105,8 @@ def tree(root: type[errors.CaptionerError] = errors.CaptionerError) -> Iterator[
 
 def made(cls: type[errors.CaptionerError]) -> errors.CaptionerError:
     """An error of the class, with the argument it needs."""
+    if issubclass(cls, errors.RateLimited):
+        return cls(limit="some_limit", retry_after_s=7)
     return cls("some-name") if cls in (errors.ModelNotFound, errors.MethodNotAllowed) else cls()
 
 
@@ -165,7 +183,12 @@ def test_headers_say_what_a_retry_should_do(codec: DashScopeCodec | OpenAICodec)
     assert codec.error(errors.AudioEmpty(), "1").headers == {"x-request-id": "1"}
     assert codec.error(errors.Overloaded(retry_after_s=7), "1").headers == {"x-request-id": "1", "retry-after": "7"}
     assert 0 < int(codec.error(errors.NotReady(), "1").headers["retry-after"]) <= 60
-    assert codec.error(errors.DeadlineExceeded(), "1").headers["x-should-retry"] == "false"
+    limited = errors.TokensLimited(limit="tokens_per_minute", retry_after_s=7)
+    assert codec.error(limited, "1").headers == {"x-request-id": "1", "retry-after": "7"}
+    spent = errors.BudgetExhausted(limit="tokens_per_day", retry_after_s=3600)
+    assert codec.error(spent, "1").headers == {"x-request-id": "1", "retry-after": "3600", "x-should-retry": "false"}
+    for lasting in (errors.DeadlineExceeded(), errors.Arrearage(), errors.FreeTierExhausted()):
+        assert codec.error(lasting, "1").headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(
