@@ -1,0 +1,118 @@
+"""The local journal: order, ownership, what a kill and a damaged disk leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from serving.tenancy import journal as journals
+from serving.tenancy.journal import Journal, JournalReader, abandoned, size_bytes
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def _everything(reader: JournalReader) -> list[Any]:
+    found = []
+    while nbytes := (told := reader.read())[1]:
+        assert nbytes > 0
+        found += told[0]
+    return found
+
+
+def test_entries_are_read_in_order_and_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is appended is read in order over many segments; what is settled leaves the disk, in the end all."""
+    monkeypatch.setattr(journals, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(journals, "_READ_BYTES", 400)
+    journal = Journal(tmp_path, "one").open()
+    read: list[Any] = []
+    for number in range(200):
+        journal.append({"number": number, "text": "x" * (number % 50)})
+        if number % 7 == 0:
+            entries, nbytes = journal.read()
+            read += entries
+            journal.settle(nbytes)
+            journal.sync()
+    assert journal.pending_bytes > 0
+    while (told := journal.read())[1]:
+        read += told[0]
+        journal.settle(told[1])
+    assert [entry["number"] for entry in read] == list(range(200))
+    assert journal.pending_bytes == 0
+    assert len(list(tmp_path.rglob("*.log"))) == 1
+    journal.close()
+    journal.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pending_journal_stays_and_is_found(tmp_path: Path) -> None:
+    """A journal that is closed with something pending can be replayed, and one whose owner lives cannot."""
+    left, living = Journal(tmp_path, "left").open(), Journal(tmp_path, "living").open()
+    left.append([1])
+    left.close()
+    living.append([2])
+    found = list(abandoned(tmp_path, but="mine"))
+    assert [each.owner for each in found] == ["left"]
+    with found[0] as dead:
+        assert list(abandoned(tmp_path, but="mine")) == []  # ours, for now
+        assert _everything(dead.reader) == [[1]]
+        assert size_bytes(tmp_path, but="living") > 0
+        dead.remove()
+    assert size_bytes(tmp_path, but="living") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["living"]
+    living.close()
+
+
+def test_sigkill_loses_nothing(tmp_path: Path) -> None:
+    """What a process has appended is there after SIGKILL, though nothing was synced, and its lock is free."""
+    program = (
+        "import sys, pathlib, time\n"
+        "from serving.tenancy.journal import Journal\n"
+        "journal = Journal(pathlib.Path(sys.argv[1]), 'killed').open()\n"
+        "for number in range(1000): journal.append({'number': number})\n"
+        "print('appended', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"appended\n"
+        assert list(abandoned(tmp_path, but="mine")) == []
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with next(abandoned(tmp_path, but="mine")) as dead:
+        assert [entry["number"] for entry in _everything(dead.reader)] == list(range(1000))
+
+
+def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
+    """A line that is torn or changed is counted and left out; those around it are read."""
+    journal = Journal(tmp_path, "one").open()
+    for number in range(5):
+        journal.append({"number": number})
+    segment = next(tmp_path.rglob("*.log"))
+    lines = segment.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"1", b"7", 1)
+    lines[3] = lines[3][:9] + b"\n"
+    segment.write_bytes(b"".join(lines) + b"0000")  # and one that was being written
+    assert [entry["number"] for entry in _everything(journal.reader)] == [0, 2, 4]
+    assert journal.reader.damaged == 2
+    journal.close()
+
+
+def test_a_full_disk_leaves_no_torn_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that does not fit raises, and what is appended afterwards is whole."""
+    journal = Journal(tmp_path, "one").open()
+    journal.append({"number": 0})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:5]))
+    with pytest.raises(OSError, match="full"):
+        journal.append({"number": 1})
+    monkeypatch.undo()
+    journal.append({"number": 2})
+    assert _everything(journal.reader) == [{"number": 0}, {"number": 2}]
+    assert journal.reader.damaged == 0
+    journal.close()
