@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import importlib
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 USAGE = """usage: captioner serve [--config FILE] [settings …]   start the service; --help lists every setting
        captioner cluster [--config FILE] [settings …] start it on Ray Serve, on this machine
+       captioner leave --instance NAME --within-s SECONDS
+                                                      take this node out of its Ray cluster, losing no request
        captioner version"""
 
 RAY_ENVIRONMENT = {
@@ -64,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _serve(rest)
         case "cluster":
             return _cluster(rest)
+        case "leave":
+            return _leave(rest)
         case "version" | "--version":
             print(version("captioner"))  # noqa: T201
             return 0
@@ -113,6 +118,19 @@ def _cluster(argv: list[str]) -> int:
     cluster = importlib.import_module("serving.cluster")  # takes seconds, which nobody else should wait
     cluster.up(settings, overrides, ready)
     return 0
+
+
+def _leave(argv: list[str]) -> int:
+    flags = argparse.ArgumentParser("captioner leave", allow_abbrev=False)
+    flags.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="the cluster's head; RAY_ADDRESS")
+    flags.add_argument("--instance", required=True, help="what RAY_CLOUD_INSTANCE_ID was when this node was started")
+    flags.add_argument("--within-s", type=float, required=True, help="the time that there is")
+    given = flags.parse_args(argv)
+    if not given.address:
+        flags.error("--address or RAY_ADDRESS must name the cluster's head")
+    logs.configure("info", "json")
+    node = importlib.import_module("serving.node")
+    return 0 if asyncio.run(node.leave(given.address, given.instance, given.within_s)) else 1
 
 
 class _Listener(uvicorn.Server):

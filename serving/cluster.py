@@ -5,7 +5,7 @@
 
 A front is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
 the processes, replaces them, scales them and updates them; requests and tokens do not pass through it, so they go on
-while Ray's own parts restart. The only file that imports ray.
+while Ray's own parts restart. Beside `node.py` the only file that imports ray.
 """
 
 from __future__ import annotations
@@ -287,12 +287,13 @@ def build(overrides: Overrides) -> serve.Application:
         Directory
     ).bind()
     gpus = settings.tensor_parallel if settings.engine_on_gpu else 0
+    front_place, engine_place = ({"front": 1}, {"engine": 1}) if settings.node_roles else ({}, {})
     engines = serve.deployment(
         name="engine",
         # One bundle lies on one machine: tensor parallelism wants the fast links within it.
-        placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {})],
+        placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {}) | engine_place],
         placement_group_strategy="STRICT_PACK",
-        ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus, "resources": engine_place},
         autoscaling_config=_autoscaling(settings, settings.engines, settings.max_engines, settings.engine_audio_s),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
@@ -300,7 +301,7 @@ def build(overrides: Overrides) -> serve.Application:
     )(EngineReplica).bind(overrides, directory)
     return serve.deployment(
         name="front",
-        ray_actor_options={"num_cpus": settings.front_cpus},
+        ray_actor_options={"num_cpus": settings.front_cpus, "resources": front_place},
         autoscaling_config=_autoscaling(
             settings, settings.fronts, settings.max_fronts, settings.front_busy_workers * settings.audio_workers
         ),

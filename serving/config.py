@@ -179,6 +179,11 @@ class Settings(BaseSettings):
     engine_on_gpu: bool = Field(
         default=False, description="Cluster: an engine replica takes `tensor_parallel` GPUs of one machine; else none"
     )
+    node_roles: bool = Field(
+        default=False,
+        description="Cluster: each front takes 1 of a node's Ray resource `front`, each engine replica 1 of `engine`; "
+        "so that fronts stay off the GPU machines",
+    )
     engine_audio_s: float = Field(
         900, gt=0, description="Cluster: seconds of audio under way in an engine at which another one is started"
     )
