@@ -112,6 +112,12 @@ class Settings(BaseSettings):
     fake_text: str | None = Field(
         None, description="Fake engine: what it says, a word per token, over and over; default: its own words"
     )
+    fake_fail_share: float = Field(
+        0, ge=0, le=1, description="Fake engine: share of captions that fail, after some number of tokens"
+    )
+    fake_log: Path | None = Field(
+        None, description="Fake engine: file for what it hands over, a line each: request id, tokens"
+    )
 
     # Limits of a request (API manual; PROTOCOL 7.4)
     max_audio_s: float = Field(2400, gt=0, description="Longest audio")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
+import random
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from serving.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
+    from pathlib import Path
 
     from serving.config import Settings
     from serving.engine.base import Load
@@ -39,6 +42,11 @@ class Faults:
     fail_after_tokens: int | None = None
     hang_after_tokens: int | None = None
 
+    @property
+    def tokens(self) -> frozenset[int | None]:
+        """After how many tokens something goes wrong."""
+        return frozenset((self.fail_after_tokens, self.hang_after_tokens))
+
 
 class FakeEngine:
     """An `Engine` that says `fake_tokens` words: the first after `fake_ttft_s`, then one every `fake_tpot_s`.
@@ -58,6 +66,8 @@ class FakeEngine:
         self._tokens = settings.fake_tokens
         self._text = settings.fake_text
         self._merges = settings.handover_interval_s > 0
+        self._fail_share = settings.fake_fail_share
+        self._log = _Log(settings.fake_log) if settings.fake_log else None
         self._turns: contextlib.AbstractAsyncContextManager[Any] = (
             asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
         )
@@ -90,7 +100,6 @@ class FakeEngine:
 
     async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        del request_id
         ended = "aborted"
         try:
             await self.check_health()
@@ -98,19 +107,20 @@ class FakeEngine:
                 async with self._turns:
                     loop = asyncio.get_running_loop()
                     due, held = loop.time() + self._ttft_s, EngineDelta("", 0)
-                    faults = {self.faults.fail_after_tokens, self.faults.hang_after_tokens}
+                    faults = self._faults_of(request_id)
+                    faulty = faults.tokens
                     for tokens, delta in enumerate(self._deltas(features, sampling)):
                         at = due + tokens * self._tpot_s
-                        if held.tokens and (not self._merges or loop.time() < at or tokens in faults):
-                            yield held
+                        if held.tokens and (not self._merges or loop.time() < at or tokens in faulty):
+                            yield self._told(request_id, held)
                             held = EngineDelta("", 0)
-                        await self._step(tokens, at)
+                        await self._step(tokens, at, faults)
                         held = EngineDelta(held.text + delta.text, held.tokens + delta.tokens, delta.finish_reason)
                         if tokens == 0 and delta.finish_reason is None:
-                            yield held
+                            yield self._told(request_id, held)
                             held = EngineDelta("", 0)
                     ended = "finished"
-                    yield held
+                    yield self._told(request_id, held)
         except (EngineFailed, NotReady):
             ended = "failed"
             raise
@@ -119,12 +129,23 @@ class FakeEngine:
             self.failed += ended == "failed"
             self.aborted += ended == "aborted"
 
-    async def _step(self, tokens: int, due: float) -> None:
+    def _faults_of(self, request_id: str) -> Faults:
+        """What goes wrong with this generation: with some, by their id, after some number of tokens."""
+        if not self._fail_share or (chance := random.Random(request_id)).random() >= self._fail_share:  # noqa: S311
+            return self.faults
+        return Faults(fail_after_tokens=chance.randrange(self._tokens))
+
+    def _told(self, request_id: str, delta: EngineDelta) -> EngineDelta:
+        if self._log:
+            self._log.add(request_id, delta.tokens)
+        return delta
+
+    async def _step(self, tokens: int, due: float, faults: Faults) -> None:
         """Wait until the next token is due, on a schedule that does not drift; `tokens` were generated before."""
-        if tokens == self.faults.hang_after_tokens:
+        if tokens == faults.hang_after_tokens:
             await self._dead.wait()
         await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
-        if tokens == self.faults.fail_after_tokens or self._dead.is_set():
+        if tokens == faults.fail_after_tokens or self._dead.is_set():
             raise EngineFailed
         self.steps += 1
 
@@ -146,6 +167,16 @@ class FakeEngine:
             yield EngineDelta(held[:final], 1)
             held = held[final:]
         yield EngineDelta(held, 0, FinishReason.STOP)
+
+
+class _Log:
+    """What was handed over, a line each: the request and how many tokens. Written at once: it survives a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def add(self, request_id: str, tokens: int) -> None:
+        os.write(self._file, f"{request_id} {tokens}\n".encode())
 
 
 def _words(features: Features, text: str | None) -> Iterator[str]:

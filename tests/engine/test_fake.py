@@ -18,6 +18,8 @@ from serving.errors import EngineFailed, NotReady
 from serving.types import Features, FinishReason, Sampling
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from serving.engine.base import Engine, EngineDelta
 
 
@@ -169,6 +171,27 @@ async def test_fails_after_tokens(tokens: int) -> None:
             told += delta.tokens
     assert told == tokens
     assert (engine.load.running, engine.failed) == (0, 1)
+
+
+async def test_some_fail_and_all_is_logged(tmp_path: Path) -> None:
+    """A share of the captions fails, always the same ones, and the log tells what each has handed over."""
+    log = tmp_path / "handed-over"
+    engine = await started(fake_fail_share=0.5, fake_tokens=5, fake_log=log, handover_interval_s=0)
+    counted: dict[str, int] = {}
+    failed: list[list[str]] = [[], []]
+    for round_ in failed:
+        for number in range(40):
+            try:
+                async for delta in engine.generate(f"id{number}", clip(), Sampling()):
+                    counted[f"id{number}"] = counted.get(f"id{number}", 0) + delta.tokens
+            except EngineFailed:
+                round_.append(f"id{number}")
+    assert failed[0] == failed[1]
+    assert 10 < len(failed[0]) < 30
+    logged: dict[str, int] = {}
+    for request_id, tokens in map(str.split, log.read_text().splitlines()):
+        logged[request_id] = logged.get(request_id, 0) + int(tokens)
+    assert logged == counted
 
 
 async def test_hangs_until_it_dies() -> None:
