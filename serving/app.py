@@ -19,7 +19,6 @@ from serving.body import BodyBudget
 from serving.captioner import Captioner
 from serving.engine.fake import FakeEngine
 from serving.engine.gate import GatedEngine
-from serving.engine.remote import RemoteEngine
 from serving.engine.vllm import VllmEngine
 from serving.errors import EngineFailed
 from serving.metrics import Metrics
@@ -28,6 +27,7 @@ from serving.protocols.openai import OpenAICodec
 from serving.routes import Service, error_handlers, routes
 from serving.tenancy.keys import Keys
 from serving.uploads import DirectoryUploads
+from serving.watch import watch_service
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
     from serving.engine.base import Engine
+    from serving.scraping import Target
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +47,17 @@ def create_app(
     *,
     on_engine: Callable[[BaseException | None], None] | None = None,
     on_not_ready: Callable[[], None] = lambda: None,
+    targets: Callable[[], list[Target]] | None = None,
 ) -> Starlette:
     """Compose the service. `engine` defaults to the one that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
     `on_engine` is told when it has (`None`) or why it could not. `on_not_ready` is called for each caption that is
-    wanted while no engine can make it; asking for readiness does not call it.
+    wanted while no engine can make it; asking for readiness does not call it. `targets` tells where the processes of a
+    cluster have their metrics.
     """
     engine = engine or make_engine(settings)
-    metrics = Metrics()
+    metrics = Metrics(tenants=settings.metrics_tenants if settings.tells_tenants else 0)
     workers = AudioWorkers(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)
@@ -63,6 +66,8 @@ def create_app(
         engine=engine,
         workers=workers,
         captioner=Captioner(settings, engine, workers, fetcher, uploads, on_not_ready=on_not_ready),
+        fetcher=fetcher,
+        targets=targets,
         uploads=uploads,
         keys=Keys(settings.api_keys),
         metrics=metrics,
@@ -70,7 +75,7 @@ def create_app(
         openai=OpenAICodec(settings),
         dashscope=DashScopeCodec(settings),
     )
-    _watch(metrics, service)
+    watch_service(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -115,49 +120,6 @@ async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
-
-
-def _watch(metrics: Metrics, service: Service) -> None:
-    workers, engine = service.workers, service.engine
-    metrics.watch("captioner_audio_queue_depth", "Clips that wait for an audio worker.", lambda: workers.queued)
-    metrics.watch(
-        "captioner_audio_queue_audio_seconds",
-        "Audio that waits for an audio worker, guessed from its bytes (16 kB a second).",
-        lambda: workers.queued_audio_s,
-    )
-    metrics.watch("captioner_audio_workers_busy", "Audio workers at work.", lambda: workers.busy)
-    metrics.watch(
-        "captioner_features_bytes", "Memory of features that wait for the engine.", lambda: workers.outstanding_bytes
-    )
-    metrics.watch("captioner_engine_running", "Captions in the engine.", lambda: engine.load.running)
-    metrics.watch("captioner_engine_waiting", "Captions that wait for the engine.", lambda: engine.load.waiting)
-    metrics.watch(
-        "captioner_engine_running_audio_seconds",
-        "Audio of the captions in the engine.",
-        lambda: engine.load.audio_s - engine.load.waiting_audio_s,
-    )
-    metrics.watch(
-        "captioner_engine_waiting_audio_seconds",
-        "Audio of the captions that wait for the engine.",
-        lambda: engine.load.waiting_audio_s,
-    )
-    metrics.watch(
-        "captioner_engine_kv_tokens", "Tokens of context reserved in the engine.", lambda: engine.load.kv_tokens
-    )
-    metrics.watch(
-        "captioner_engine_kv_capacity_tokens",
-        "Tokens of context that fit in the engine.",
-        lambda: engine.load.kv_capacity_tokens,
-    )
-    if isinstance(engine, RemoteEngine):
-        metrics.watch("captioner_engine_replicas", "Engine replicas known.", lambda: sum(engine.replicas.values()))
-        metrics.watch(
-            "captioner_engine_replicas_ready", "Of these, can take captions.", lambda: engine.replicas["ready"]
-        )
-        metrics.watch_total(
-            "captioner_engine_retries", "Captions asked for a second time, of another replica.", lambda: engine.retries
-        )
-    metrics.watch("captioner_body_bytes", "Memory of request bodies under way.", lambda: service.bodies.taken_bytes)
 
 
 class RequestId:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from serving.audio.workers import AudioWorkers
     from serving.config import Settings
     from serving.engine.base import Engine
-    from serving.metrics import RequestRecord
+    from serving.record import RequestRecord
     from serving.types import CaptionRequest, Features
     from serving.uploads import UploadStore
 
@@ -49,7 +49,7 @@ class Captioner:
         self._fetcher = fetcher
         self._uploads = uploads
         self._on_not_ready = on_not_ready
-        self._in_flight = 0
+        self.in_flight = 0
 
     async def caption(
         self, request: CaptionRequest, record: RequestRecord, *, deadline_s: float, on_prepared: Callable[[], None]
@@ -62,6 +62,7 @@ class Captioner:
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id = request.sampling, request.request_id
+        began = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place())
             try:
@@ -69,6 +70,7 @@ class Captioner:
             except NotReady:
                 self._on_not_ready()
                 raise
+            record.stage("admit", time.perf_counter() - began)
             held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
@@ -100,7 +102,9 @@ class Captioner:
                     raise EngineFailed
                 if record.first_token is None:
                     record.first_token = time.perf_counter()
-                    record.stages_s["engine_first_token"] = record.first_token - queued
+                    queue_s = min(piece.queue_s, record.first_token - queued)
+                    record.stage("engine_queue", queue_s, ended=queued + queue_s)
+                    record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
                     await held.aclose()  # the engine has consumed the features
                 usage = Usage(usage.audio_tokens, usage.output_tokens + piece.tokens)
                 record.usage, record.finish_reason = usage, piece.finish_reason
@@ -120,21 +124,24 @@ class Captioner:
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._fetcher.fetch(url))
-                    record.stages_s["fetch"] = time.perf_counter() - began
+                    record.stage("fetch", time.perf_counter() - began)
             prepared = await held.enter_async_context(self._workers.prepare(clip))
-        record.stages_s |= {
-            "audio_queue": prepared.queue_s,
-            "decode": prepared.decode_s,
-            "features": prepared.features_s,
-        }
+        ended = time.perf_counter()
+        for stage, seconds in (
+            ("features", prepared.features_s),
+            ("decode", prepared.decode_s),
+            ("audio_queue", prepared.queue_s),
+        ):
+            record.stage(stage, seconds, ended=ended)
+            ended -= seconds
         return prepared.features
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        if self._in_flight >= self._settings.max_inflight:
+        if self.in_flight >= self._settings.max_inflight:
             raise Overloaded(reason="inflight")
-        self._in_flight += 1
+        self.in_flight += 1
         try:
             yield
         finally:
-            self._in_flight -= 1
+            self.in_flight -= 1

@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     fake_log: Path | None = Field(
         None, description="Fake engine: file for what it hands over, a line each: request id, tokens"
     )
+    fake_stall_file: Path | None = Field(None, description="Fake engine: it makes no step while this file exists")
 
     # Limits of a request (API manual; PROTOCOL 7.4)
     max_audio_s: float = Field(2400, gt=0, description="Longest audio")
@@ -211,6 +212,25 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for a terminal")
 
+    # Metrics and traces
+    metrics_token: SecretStr | None = Field(
+        None, description="Bearer token that scrapes of /metrics need; without, only a loopback listener tells tenants"
+    )
+    metrics_tenants: int = Field(100, ge=0, description="Tenants that metrics tell apart; the rest are `other`")
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65_000,
+        description="Cluster: each process tells its metrics on the first free one of 32 ports from here; 0: any port",
+    )
+    vllm_metrics: bool = Field(default=True, description="vLLM's own metrics too")
+    otlp_endpoint: str | None = Field(
+        None, description="Where traces are sent (OTLP over HTTP, `http://collector:4318`); none: nothing is traced"
+    )
+    trace_ratio: float = Field(
+        0.01, ge=0, le=1, description="Share of requests that are traced, if the caller does not decide"
+    )
+
     @model_validator(mode="after")
     def _context_holds_input_and_output(self) -> Settings:
         if self.max_input_tokens >= self.max_model_len:
@@ -238,6 +258,11 @@ class Settings(BaseSettings):
     def is_embedded(self) -> bool:
         """Whether the small stand-in is served rather than the captioner itself."""
         return Path(self.model) == EMBEDDED_CHECKPOINT
+
+    @property
+    def tells_tenants(self) -> bool:
+        """Whether metrics may tell one tenant from another: only where strangers cannot read them."""
+        return self.metrics_token is not None or self.host in ("127.0.0.1", "::1", "localhost")
 
     @property
     def model_names(self) -> frozenset[str]:

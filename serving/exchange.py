@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from serving.body import BodyBudget, HeldBytes
     from serving.captioner import Captioner
     from serving.config import Settings
-    from serving.metrics import Metrics, RequestRecord
+    from serving.metrics import Metrics
     from serving.protocols.base import Codec, Reply
+    from serving.record import RequestRecord
     from serving.tenancy.keys import Keys
     from serving.types import CaptionDelta, CaptionRequest
 
@@ -74,6 +76,7 @@ class CaptionEndpoint:
             raise
         with self.bodies.hold() as held:
             body = await read_body(receive, self.settings.max_body_bytes, held)
+            record.stage("receive", time.perf_counter() - record.started)
             request, reply = self.codec.decode_request(body, headers, record.request_id)
             del body
             exchange.reply = reply
@@ -103,8 +106,12 @@ class CaptionEndpoint:
             on_prepared=held.release,
         )
         del request  # it carries the encoded audio, which the path lets go of once it is decoded
-        async with aclosing(deltas):
-            await (exchange.stream(reply, deltas) if reply.stream else exchange.whole(reply, deltas))
+        try:
+            async with aclosing(deltas):
+                await (exchange.stream(reply, deltas) if reply.stream else exchange.whole(reply, deltas))
+        finally:
+            if exchange.encode_s:
+                record.stage("encode", exchange.encode_s)
 
 
 class _Exchange:
@@ -112,6 +119,7 @@ class _Exchange:
 
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
+        self.encode_s = 0.0
         self._send = send
         self._request_id = request_id
         self._settings = settings
@@ -128,7 +136,10 @@ class _Exchange:
         if last is None:
             raise Internal
         headers = {"x-dashscope-partialresponse": "true"} if last.partial else {}
-        await self._plain(200, "application/json", headers, reply.whole("".join(pieces), last))
+        began = time.perf_counter()
+        body = reply.whole("".join(pieces), last)
+        self.encode_s = time.perf_counter() - began
+        await self._plain(200, "application/json", headers, body)
 
     async def stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Answer piece by piece. The status line waits for the first piece, but no longer than `header_grace_s`."""
@@ -136,7 +147,9 @@ class _Exchange:
         pace_s, loop = self._settings.handover_interval_s, asyncio.get_running_loop()
         try:
             async for delta in deltas:
+                began = time.perf_counter()
                 frame = reply.frame(delta)
+                self.encode_s += time.perf_counter() - began
                 if frame or reply.ended:
                     await self._write(frame, more=not reply.ended)
                 if reply.ended:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
@@ -21,6 +20,7 @@ from serving.errors import (
     Disconnected,
     EngineFailed,
     Internal,
+    InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
@@ -30,12 +30,15 @@ from serving.errors import (
 from serving.exchange import CaptionEndpoint
 from serving.form import receive_upload
 from serving.protocols import dashscope, openai, oss
+from serving.record import code_of
+from serving.scraping import may_scrape
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from starlette.requests import Request
 
+    from serving.audio.fetch import Fetcher
     from serving.audio.workers import AudioWorkers
     from serving.body import BodyBudget
     from serving.captioner import Captioner
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine
     from serving.metrics import Metrics
     from serving.protocols.base import Codec
+    from serving.scraping import Target
     from serving.tenancy.keys import Keys
     from serving.uploads import UploadStore
 
@@ -65,6 +69,9 @@ class Service:
     bodies: BodyBudget
     openai: Codec
     dashscope: Codec
+    fetcher: Fetcher
+    targets: Callable[[], list[Target]] | None = None
+    """Where the processes of a cluster tell their metrics; `None` on one machine: here alone."""
 
     def codec_of(self, path: str) -> Codec:
         """The dialect in which an error on this path is told: the native one, but on OpenAI's paths."""
@@ -118,11 +125,14 @@ class Service:
         try:
             await receive_upload(body, request.headers.get("content-type", ""), self.uploads)
         except Disconnected:
+            self.metrics.upload("disconnected")
             raise
         except CaptionerError as error:
+            self.metrics.upload(code_of(type(error)))
             await _drain(body, self.settings)
             answer = oss.error(error, request.state.request_id)
             return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
+        self.metrics.upload("stored")
         return Response(status_code=200)
 
     async def healthz(self, _: Request) -> Response:
@@ -143,9 +153,21 @@ class Service:
             return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
         return _json(orjson.dumps({"ready": True}))
 
-    async def scrape(self, _: Request) -> Response:
-        """Prometheus metrics."""
-        return Response(generate_latest(self.metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
+    async def scrape(self, request: Request) -> Response:
+        """Prometheus metrics of this process."""
+        self._check_scraper(request)
+        body, content_type = await self.metrics.expose(self.engine.check_health, request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def scrape_targets(self, request: Request) -> Response:
+        """Where the metrics of all processes are, as Prometheus' HTTP service discovery wants it."""
+        self._check_scraper(request)
+        here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
+        return _json(orjson.dumps(here if self.targets is None else self.targets()))
+
+    def _check_scraper(self, request: Request) -> None:
+        if not may_scrape(self.settings.metrics_token, request.headers.get("authorization", "")):
+            raise InvalidApiKey
 
     def _authenticate(self, request: Request) -> str:
         return self.keys.authenticate(request.headers)
@@ -216,4 +238,5 @@ def routes(service: Service) -> list[Route]:
         Route("/healthz", service.healthz),
         Route("/readyz", service.readyz),
         Route("/metrics", service.scrape),
+        Route("/metrics/targets", service.scrape_targets),
     ]

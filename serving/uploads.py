@@ -82,7 +82,16 @@ class Upload(Protocol):
 
 
 class UploadStore(Protocol):
-    """Where uploaded files are kept."""
+    """Where uploaded files are kept.
+
+    `used_bytes`: disk that they take; `received_bytes`: what this process has stored so far.
+    """
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def received_bytes(self) -> int: ...
 
     async def start(self) -> None: ...
 
@@ -162,7 +171,13 @@ class DirectoryUploads(UploadPolicies):
         parent = settings.uploads_dir or Path(tempfile.gettempdir())
         self._directory = parent / f"captioner-uploads-{os.geteuid()}"
         self._used_bytes = 0
+        self.received_bytes = 0
         self._sweeping: asyncio.Task[None] | None = None
+
+    @property
+    def used_bytes(self) -> int:
+        """Disk that files take, other replicas' as of the last sweep."""
+        return self._used_bytes
 
     async def start(self) -> None:
         """Make the directory, or take it over with what it holds. Raises `PermissionError` if it is another user's."""
@@ -282,3 +297,4 @@ class _Partial:
             log.exception("an upload could not be stored")
             raise Overloaded from None
         self._published = True
+        self._store.received_bytes += self._nbytes

@@ -17,7 +17,7 @@ from serving.app import create_app
 from serving.config import Settings
 from serving.engine.fake import FakeEngine, Faults
 from serving.engine.gate import GatedEngine
-from serving.metrics import STAGES
+from serving.record import STAGES
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
 
@@ -125,9 +125,9 @@ def test_metrics_add_up(media: MediaServer) -> None:
     assert values["captioner_tokens_total", ("kind", "output")] == output
     assert values["captioner_tokens_total", ("kind", "audio")] == 13 + 13 + 76 + 25 + 38
     assert values["captioner_tokens_total", ("kind", "text")] == 5 * 8
-    assert values["captioner_time_to_first_token_seconds_count",] == 5
+    assert values["captioner_time_to_first_token_seconds_count", ("length", "short")] == 5
     stages = {stage: values["captioner_stage_seconds_count", ("stage", stage)] for stage in STAGES}
-    assert stages == dict.fromkeys(STAGES, 5) | {"fetch": 1}
+    assert stages == dict.fromkeys(STAGES, 5) | {"fetch": 1, "receive": 7}
 
 
 def test_log_lines(fake_service: RunningService) -> None:

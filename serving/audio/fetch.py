@@ -79,6 +79,11 @@ class Fetcher:
         self._guard = EgressGuard(settings)
         self._spool: _Spool | None = None
 
+    @property
+    def spooled_bytes(self) -> int:
+        """Disk that downloads take."""
+        return self._spool.taken_bytes if self._spool else 0
+
     async def start(self) -> None:
         """Make the directory for downloads, and remove those that killed services left behind."""
         # Threads of its own: names that resolve slowly, on purpose even, hold up nothing but other downloads.
@@ -218,13 +223,13 @@ class _Spool:
         self._lock = _lock(new)
         self._directory = new.rename(parent / new.name.removeprefix("."))
         self._max_bytes = max_bytes
-        self._taken_bytes = 0
+        self.taken_bytes = 0
 
     def take(self, nbytes: int) -> None:
         """Count bytes that go to disk, or that were removed from it. Raises `Overloaded` if it is full."""
-        if nbytes > 0 and self._taken_bytes + nbytes > self._max_bytes:
+        if nbytes > 0 and self.taken_bytes + nbytes > self._max_bytes:
             raise Overloaded(reason="spool")
-        self._taken_bytes += nbytes
+        self.taken_bytes += nbytes
 
     @asynccontextmanager
     async def file(self) -> AsyncIterator[_SpoolFile]:

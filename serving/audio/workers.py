@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving import errors
+from serving.cpu import CpuTime
 from serving.line import DrainRate, Line, shortest_first
 from serving.types import SAMPLE_RATE, Features
 
@@ -78,6 +79,7 @@ class _Task:
     answer: asyncio.Future[Prepared]
     queued: float
     queue_s: float = 0.0
+    began: float = 0.0
     nbytes: int = 0
     """Memory of the features, from their arrival until the context is left."""
 
@@ -112,6 +114,9 @@ class AudioWorkers:
         self._drain = DrainRate()
         self._outstanding_bytes = 0
         self._running = False
+        self.deaths = 0
+        self._busy_s = 0.0
+        self._cpu = CpuTime()
 
     @property
     def queued(self) -> int:
@@ -133,6 +138,17 @@ class AudioWorkers:
     def busy(self) -> int:
         """Workers at work."""
         return sum(worker.task is not None for worker in self._workers)
+
+    @property
+    def busy_s(self) -> float:
+        """How long workers have been at work, all together."""
+        now = time.perf_counter()
+        return self._busy_s + sum(now - worker.task.began for worker in self._workers if worker.task)
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that all workers have used, those that have died included."""
+        return self._cpu.look(worker.process.pid for worker in self._workers)
 
     @property
     def outstanding_bytes(self) -> int:
@@ -211,7 +227,8 @@ class AudioWorkers:
             self._queue.discard(task)
             self._drain.add(task.audio_s, time.perf_counter())
             task.clip = ""
-            task.queue_s = time.perf_counter() - task.queued
+            task.began = time.perf_counter()
+            task.queue_s = task.began - task.queued
             worker.task = task
             worker.deadline = self._loop.call_later(
                 _WALL_PER_CPU * self._settings.audio_timeout_s, worker.process.send_signal, signal.SIGPROF
@@ -241,6 +258,8 @@ class AudioWorkers:
         if worker.deadline:
             worker.deadline.cancel()
         task, worker.task = worker.task, None
+        if task:
+            self._busy_s += time.perf_counter() - task.began
         self._idle.append(worker)
         worker.ready = True
         if not self._all_ready.done() and sum(each.ready for each in self._workers) == self._settings.audio_workers:
@@ -306,6 +325,7 @@ class AudioWorkers:
             self._idle.remove(worker)
         self._disconnect(worker)
         worker.process.kill()
+        self._see_end(worker)
         status = worker.process.wait()
         log.warning("an audio worker died", extra={"exit_status": status, "at_work": worker.task is not None})
         if worker.task:
@@ -315,6 +335,15 @@ class AudioWorkers:
             self._spawn()
         else:
             self._not_started()
+
+    def _see_end(self, worker: _Worker) -> None:
+        """Count what a worker that has died leaves: to be called before anyone waits for its process."""
+        self.deaths += 1
+        if worker.task:
+            self._busy_s += time.perf_counter() - worker.task.began
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
+        self._cpu.look([worker.process.pid, *(other.process.pid for other in self._workers)])
 
     def _not_started(self) -> None:
         if not self._all_ready.done():

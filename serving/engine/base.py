@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 class EngineDelta:
     """Text that became final since the last delta, and how many tokens were generated since then.
 
-    The end-of-turn token is not counted (PROTOCOL 10.1). The last delta carries the finish reason.
+    The end-of-turn token is not counted (PROTOCOL 10.1). The last delta carries the finish reason; the first one, how
+    long the caption waited for its turn.
     """
 
     text: str
     tokens: int
     finish_reason: FinishReason | None = None
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ class FakeEngine:
         self._tpot_s = settings.fake_tpot_s
         self._tokens = settings.fake_tokens
         self._text = settings.fake_text
+        self._stall_file = settings.fake_stall_file
         self._merges = settings.handover_interval_s > 0
         self._fail_share = settings.fake_fail_share
         self._log = _Log(settings.fake_log) if settings.fake_log else None
@@ -144,6 +145,8 @@ class FakeEngine:
         """Wait until the next token is due, on a schedule that does not drift; `tokens` were generated before."""
         if tokens == faults.hang_after_tokens:
             await self._dead.wait()
+        while self._stall_file and self._stall_file.exists() and not self._dead.is_set():  # noqa: ASYNC110 - a test's
+            await asyncio.sleep(0.05)
         await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
         if tokens == faults.fail_after_tokens or self._dead.is_set():
             raise EngineFailed

@@ -16,7 +16,7 @@ import asyncio
 import logging
 import math
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from serving.engine.base import Load, context_tokens
@@ -125,6 +125,17 @@ class GatedEngine:
         """How long the caption that has waited longest has done so; 0 if none waits."""
         return _now_s() - min((caption.arrived_s for caption in self._line), default=_now_s())
 
+    @property
+    def inner(self) -> Engine:
+        """The engine behind the gate."""
+        return self._engine
+
+    @property
+    def silent_s(self) -> float:
+        """How long the engine has taken no step though it owes tokens; 0 if it works."""
+        ticks = _STALL_TICKS if self._stalled else self._silent_ticks
+        return ticks * self._settings.stall_s / _STALL_TICKS
+
     async def start(self) -> None:
         """See `Engine`."""
         await self._engine.start()
@@ -150,11 +161,13 @@ class GatedEngine:
         caption = self._caption(features, sampling)
         try:
             await self._turn(caption)
+            queue_s = _now_s() - caption.arrived_s
             async with aclosing(self._engine.generate(request_id, features, sampling)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once handed over
                 while delta := await self._next(deltas):
                     self._progress(caption, delta)
-                    yield delta
+                    yield replace(delta, queue_s=queue_s) if queue_s else delta
+                    queue_s = 0.0
         finally:
             self._leave(caption)
 

@@ -243,9 +243,10 @@ class _Replica:
                 for number in [number for number in self._unseen_s if number <= header["seen"]]:
                     del self._unseen_s[number]
             case "deltas":
+                waited = dict(header.get("queue_s", ()))
                 for number, text, tokens, finish_reason in header["deltas"]:
                     if mailbox := self._mailboxes.get(number):
-                        mailbox.put(text, tokens, finish_reason)
+                        mailbox.put(text, tokens, finish_reason, waited.get(number, 0.0))
             case "error":
                 if mailbox := self._mailboxes.get(header["id"]):
                     mailbox.fail(_error(header))
@@ -257,13 +258,15 @@ class _Mailbox:
     """What has come for one caption and was not taken yet, merged."""
 
     def __init__(self) -> None:
+        self._queue_s = 0.0
         self._text: list[str] = []
         self._tokens = 0
         self._finish_reason: FinishReason | None = None
         self._error: CaptionerError | None = None
         self._come = asyncio.Event()
 
-    def put(self, text: str, tokens: int, finish_reason: str | None) -> None:
+    def put(self, text: str, tokens: int, finish_reason: str | None, queue_s: float) -> None:
+        self._queue_s = self._queue_s or queue_s
         self._text.append(text)
         self._tokens += tokens
         self._finish_reason = FinishReason(finish_reason) if finish_reason else None
@@ -277,8 +280,8 @@ class _Mailbox:
         """Wait for something, and take it all. What came before a failure is taken before it raises."""
         await self._come.wait()
         if self._text:
-            delta = EngineDelta("".join(self._text), self._tokens, self._finish_reason)
-            self._text, self._tokens = [], 0
+            delta = EngineDelta("".join(self._text), self._tokens, self._finish_reason, self._queue_s)
+            self._text, self._tokens, self._queue_s = [], 0, 0.0
             if self._error is None:
                 self._come.clear()
             return delta

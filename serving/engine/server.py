@@ -115,6 +115,7 @@ class _Connection:
         self._writer = writer
         self._incoming: dict[int, _Incoming] = {}
         self._outbox: dict[int, list[Any]] = {}
+        self._waited: list[tuple[int, float]] = []
         self._flushing = False
         self._seen = -1
         self._state_due = asyncio.Event()
@@ -244,6 +245,8 @@ class _Connection:
             waiting[2] = delta.finish_reason
         else:
             self._outbox[number] = [delta.text, delta.tokens, delta.finish_reason]
+        if delta.queue_s:
+            self._waited.append((number, delta.queue_s))
         self._flush_soon()
 
     def _fail(self, number: int, error: CaptionerError) -> None:
@@ -268,8 +271,10 @@ class _Connection:
             self._flushing = True
             asyncio.get_running_loop().call_later(0.05, self._flush)
             return
-        self._write({"op": "deltas", "deltas": [[number, *delta] for number, delta in self._outbox.items()]})
+        deltas = [[number, *delta] for number, delta in self._outbox.items()]
+        self._write({"op": "deltas", "deltas": deltas, "queue_s": self._waited})
         self._outbox.clear()
+        self._waited.clear()
 
     def _write(self, header: dict[str, Any]) -> None:
         if not self._writer.is_closing():

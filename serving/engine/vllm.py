@@ -38,6 +38,7 @@ class VllmEngine:
         self._model: LoadedModel | None = None
         self._loading: asyncio.Future[LoadedModel] | None = None
         self._stopped = False
+        self.pids: tuple[int, ...] = ()
 
     @property
     def load(self) -> Load:
@@ -59,6 +60,8 @@ class VllmEngine:
         except Exception as error:
             raise EngineFailed from error
         self._model = model
+        started = (process for process in multiprocessing.active_children() if process not in self._siblings)
+        self.pids = tuple(process.pid for process in started if process.pid)
 
     def _load(self) -> LoadedModel:
         with _environment(self._settings, Path(self._scratch.name)):
@@ -68,6 +71,11 @@ class VllmEngine:
                 raise NotReady
             model: LoadedModel = module.LoadedModel(self._settings)
             return model
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the model is on."""
+        return self._model.gpus if self._model else 0
 
     @property
     def steps(self) -> int:

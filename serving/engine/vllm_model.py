@@ -87,7 +87,8 @@ class LoadedModel:
         self._piece_frames = _piece_frames(settings)
         self._ids = itertools.count()
         with _deaf_to_interrupts():
-            self._llm = AsyncLLM.from_vllm_config(engine_config(settings), disable_log_stats=True)
+            self._llm = AsyncLLM.from_vllm_config(engine_config(settings), disable_log_stats=not settings.vllm_metrics)
+        self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
         self.steps = 0
         self._count_steps()
         tokenizer = self._llm.renderer.get_tokenizer()
@@ -280,7 +281,7 @@ def engine_config(settings: Settings) -> VllmConfig:
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
-        disable_log_stats=True,
+        disable_log_stats=not settings.vllm_metrics,
         use_tqdm_on_load=False,
     ).create_engine_config()
     scheduler = config.scheduler_config

@@ -140,7 +140,7 @@ async def fetching(tmp_path: Path, names: Names | None = None, **changes: object
         yield fetcher
         assert not files(tmp_path)
         assert fetcher._spool
-        assert fetcher._spool._taken_bytes == 0
+        assert fetcher._spool.taken_bytes == 0
     finally:
         await fetcher.stop()
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - not a server

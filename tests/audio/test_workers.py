@@ -568,7 +568,12 @@ def every_error() -> list[errors.CaptionerError]:
         errors.InvalidRequest: errors.InvalidRequest("wrong", param="top_p"),
         errors.Overloaded: errors.Overloaded("full", retry_after_s=9, reason="bodies"),
     }
-    return [special.get(kind) or kind("told") for kind in kinds]
+    limits = {"limit": "requests_per_minute", "retry_after_s": 3}
+    told = [kind for kind in kinds if kind not in special]
+    return [
+        *special.values(),
+        *(kind("told", **(limits if issubclass(kind, errors.RateLimited) else {})) for kind in told),
+    ]
 
 
 @pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)

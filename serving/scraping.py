@@ -1,0 +1,73 @@
+"""How Prometheus finds and reads every process: targets of its HTTP service discovery, and a listener for metrics.
+
+One machine: the service's own port tells all. In a cluster each process listens on a port of its own, since a request
+to the service's port reaches any front; every front tells all of them (`/metrics/targets`).
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING, TypedDict
+
+from aiohttp import web
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from pydantic import SecretStr
+
+PORTS = 32
+"""So many ports from `metrics_port` are tried: processes that share a machine or a pod take one each."""
+
+
+class Target(TypedDict):
+    """One process, as Prometheus' HTTP service discovery wants it."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+def may_scrape(token: SecretStr | None, authorization: str) -> bool:
+    """Whether whoever sends this header may read metrics."""
+    if token is None:
+        return True
+    return hmac.compare_digest(authorization.encode(), f"Bearer {token.get_secret_value()}".encode())
+
+
+class MetricsListener:
+    """Answers `GET /metrics` on a port of its own. `expose` makes the answer from the `accept` header."""
+
+    def __init__(self, expose: Callable[[str], Awaitable[tuple[bytes, str]]], token: SecretStr | None) -> None:
+        self._expose = expose
+        self._token = token
+        self._runner: web.AppRunner | None = None
+
+    async def start(self, host: str, first_port: int) -> str:
+        """Listen on the first free port (0: on any), and return `host:port`. Raises `OSError` if none is free."""
+        app = web.Application()
+        app.router.add_get("/metrics", self._answer)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        ports = range(first_port, first_port + PORTS) if first_port else (0,)
+        for port in ports:
+            try:
+                await web.TCPSite(self._runner, host, port).start()
+            except OSError:
+                if port == ports[-1]:
+                    raise
+            else:
+                break
+        address = self._runner.addresses[0]
+        return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+
+    async def stop(self) -> None:
+        """Hang up. Idempotent."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        if not may_scrape(self._token, request.headers.get("authorization", "")):
+            return web.Response(status=401, headers={"www-authenticate": "Bearer"})
+        body, content_type = await self._expose(request.headers.get("accept", ""))
+        return web.Response(body=body, headers={"content-type": content_type})
