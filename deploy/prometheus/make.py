@@ -1,0 +1,311 @@
+"""Make the recording and alert rules: `python deploy/prometheus/make.py` writes the two files beside this one.
+
+They are made by code since each objective needs the same rules over six windows, and since the live test runs the same
+rules with shorter windows (`--pace 0.0166 --directory …`). `--runbooks` sets where the pages of `deploy/alerts` are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).parent
+JOB = 'job="captioner"'
+MINUTE, HOUR, DAY = 60, 3600, 86400
+
+JUDGED = 'outcome=~"finished|server_error"'
+"""What a caller got wrong, or gave up, is no failure of the service."""
+
+AVAILABILITY = 0.999
+PROMPT = 0.95
+"""Share of captions that must begin, and end, within the time for their length."""
+
+TTFT_S = {"short": 2.5, "medium": 5, "long": 30}
+E2E_S = {"short": 30, "medium": 60, "long": 300}
+"""By class of audio length: to 30 s, to 300 s, longer. Each must be a bound of the histogram's buckets."""
+
+WINDOWS = {"5m": 5 * MINUTE, "30m": 30 * MINUTE, "1h": HOUR, "2h": 2 * HOUR, "6h": 6 * HOUR, "1d": DAY, "3d": 3 * DAY}
+PAGE = ((14.4, "1h", "5m"), (6, "6h", "30m"))
+TICKET = ((3, "1d", "2h"), (1, "3d", "6h"))
+"""Burn rate, long and short window: 2 % of a month's budget in an hour, 5 % in six; 10 % in a day or in three."""
+
+FEW = 20
+"""Fewer requests than this in the first long window are no evidence."""
+
+_HEAD = "# Made by deploy/prometheus/make.py; change it there.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long a window really is: 1 in production, less in tests."""
+
+    factor: float = 1.0
+
+    def __call__(self, seconds: float) -> str:
+        """A duration as PromQL writes it."""
+        return f"{max(1, math.ceil(seconds * self.factor))}s" if self.factor != 1 else _duration(int(seconds))
+
+    def seconds(self, seconds: float) -> str:
+        """A number of seconds to compare with."""
+        return f"{seconds * self.factor:g}"
+
+
+def records(pace: Pace) -> dict[str, Any]:
+    """Recording rules: what dashboards and alerts both read."""
+    w5 = pace(5 * MINUTE)
+    rules = [
+        _record("captioner:audio_seconds:rate5m", f"sum(rate(captioner_audio_seconds_total[{w5}]))"),
+        _record("captioner:audio_in_seconds:rate5m", f"sum(rate(captioner_audio_in_seconds_total[{w5}]))"),
+        _record("captioner:requests:rate5m", f"sum by (outcome) (rate(captioner_requests_total[{w5}]))"),
+        _record(
+            "captioner:backlog_audio_seconds",
+            "sum(captioner_audio_queue_audio_seconds) + sum(captioner_engine_waiting_audio_seconds)",
+        ),
+        _record(
+            "captioner:audio_workers_busy:ratio5m",
+            f"rate(captioner_audio_workers_busy_seconds_total[{w5}]) / captioner_audio_workers",
+        ),
+        _record(
+            "captioner:cpu_seconds_per_audio_hour",
+            f"3600 * sum by (part) (rate(captioner_cpu_seconds_total[{w5}])) "
+            "/ on () group_left () (captioner:audio_seconds:rate5m > 0)",
+        ),
+        _record(
+            "captioner:gpu_seconds_per_audio_hour",
+            "3600 * sum(captioner_engine_gpus) / (captioner:audio_seconds:rate5m > 0)",
+        ),
+    ]
+    for name, seconds in WINDOWS.items():
+        window = pace(seconds)
+        all_requests = f"sum(rate(captioner_requests_total{{{JUDGED}}}[{window}]))"
+        failed = f'sum(rate(captioner_requests_total{{outcome="server_error"}}[{window}]))'
+        rules.append(_record(f"captioner:errors:ratio_rate{name}", f"{failed} / ({all_requests} > 0)"))
+        for sli, metric, limits, labels in (
+            ("ttft_slow", "captioner_time_to_first_token_seconds", TTFT_S, ""),
+            ("e2e_slow", "captioner_request_duration_seconds", E2E_S, ',outcome="finished"'),
+        ):
+            for length, limit in limits.items():
+                chosen = f'length="{length}"{labels}'
+                quick = f'sum(rate({metric}_bucket{{{chosen},le=~"{_le(limit)}"}}[{window}]))'
+                of_all = f"sum(rate({metric}_count{{{chosen}}}[{window}]))"
+                rules.append(
+                    _record(f"captioner:{sli}:ratio_rate{name}", f"1 - {quick} / ({of_all} > 0)", length=length)
+                )
+    return {"groups": [{"name": "captioner.records", "interval": pace(15), "rules": rules}]}
+
+
+def alerts(pace: Pace, runbooks: str = "deploy/alerts") -> dict[str, Any]:
+    """Alert rules. `severity`: page wakes someone, ticket waits for the morning.
+
+    `kind`: a cause that pages silences the symptoms that follow from it (deploy/alertmanager).
+    """
+    made = _Alerts(pace, runbooks)
+    _objectives(made)
+    _causes(made)
+    _tickets(made)
+    return {"groups": [{"name": "captioner.alerts", "interval": pace(15), "rules": made.rules}]}
+
+
+class _Alerts:
+    def __init__(self, pace: Pace, runbooks: str) -> None:
+        self.pace = pace
+        self.rules: list[dict[str, Any]] = []
+        self._runbooks = runbooks
+
+    def add(self, name: str, expr: str, summary: str, *, severity: str, kind: str = "cause", lasting: int = 0) -> None:
+        rule = {"alert": name, "expr": expr}
+        if lasting:
+            rule["for"] = self.pace(lasting)
+        self.rules.append(
+            rule
+            | {
+                "labels": {"severity": severity, "kind": kind, "service": "captioner"},
+                "annotations": {"summary": summary, "runbook_url": f"{self._runbooks}/{name}.md"},
+            }
+        )
+
+
+def _objectives(made: _Alerts) -> None:
+    """The budget of an objective is being burnt: over a long window, and still over a short one."""
+    for name, sli, budget, what in (
+        ("CaptionerErrors", "errors", 1 - AVAILABILITY, f"More than {100 * (1 - AVAILABILITY):g} % of requests fail"),
+        ("CaptionerFirstTokenSlow", "ttft_slow", 1 - PROMPT, "Captions of {{ $labels.length }} audio begin too late"),
+        ("CaptionerCaptionSlow", "e2e_slow", 1 - PROMPT, "Captions of {{ $labels.length }} audio end too late"),
+    ):
+        for suffix, severity, windows in (("", "page", PAGE), ("Slowly", "ticket", TICKET)):
+            burns = [
+                f"(captioner:{sli}:ratio_rate{long} > {rate * budget:.6g} "
+                f"and captioner:{sli}:ratio_rate{short} > {rate * budget:.6g})"
+                for rate, long, short in windows
+            ]
+            first = made.pace(WINDOWS[windows[0][1]])
+            enough = f"sum(increase(captioner_requests_total{{{JUDGED}}}[{first}])) >= {FEW}"
+            expr = f"({' or '.join(burns)}) and on () {enough}"
+            pace_of_burn = "fast" if severity == "page" else "slowly"
+            made.add(
+                f"{name}{suffix}",
+                expr,
+                f"{what}: the month's budget burns {pace_of_burn}.",
+                severity=severity,
+                kind="symptom",
+                lasting=2 * MINUTE if severity == "page" else 15 * MINUTE,
+            )
+
+
+def _causes(made: _Alerts) -> None:
+    """What wakes someone, since callers suffer or money is at stake."""
+    pace = made.pace
+    made.add(
+        "CaptionerNothingScraped",
+        f"absent(up{{{JOB},role!~'ray|haproxy'}} == 1)",
+        "Prometheus sees no process of the service: it is down, or nobody watches it.",
+        severity="page",
+        lasting=3 * MINUTE,
+    )
+    made.add(
+        "CaptionerNotReady",
+        'max(captioner_ready{role!="engine"}) == 0',
+        "No process can make captions: every request is refused.",
+        severity="page",
+        lasting=10 * MINUTE,
+    )
+    made.add(
+        "CaptionerEngineStalled",
+        f"captioner_engine_silent_seconds > {pace.seconds(MINUTE)}",
+        "The engine at {{ $labels.instance }} owes tokens and takes no step.",
+        severity="page",
+        lasting=15,
+    )
+    made.add(
+        "CaptionerReplicaCrashLoop",
+        f"max by (role) (increase(captioner_replicas_lost_total[{pace(15 * MINUTE)}])) >= 3 "
+        f"or changes(process_start_time_seconds{{{JOB}}}[{pace(15 * MINUTE)}]) >= 3",
+        "Processes of the service end and are replaced again and again.",
+        severity="page",
+    )
+    made.add(
+        "CaptionerBacklogGrowing",
+        f"captioner:backlog_audio_seconds > {pace.seconds(MINUTE)} * captioner:audio_seconds:rate5m "
+        f"and captioner:backlog_audio_seconds >= captioner:backlog_audio_seconds offset {pace(5 * MINUTE)} "
+        "and captioner:backlog_audio_seconds > 60",
+        "More audio waits than is captioned in a minute, and it does not get less.",
+        severity="page",
+        lasting=5 * MINUTE,
+    )
+    made.add(
+        "CaptionerLedgerJournalFilling",
+        "captioner_ledger_journal_bytes / (captioner_ledger_journal_limit_bytes > 0) > 0.5",
+        "The ledger's journal at {{ $labels.instance }} is half full; when it is full, requests are refused.",
+        severity="page",
+        lasting=5 * MINUTE,
+    )
+
+
+def _tickets(made: _Alerts) -> None:
+    """What can wait until the morning."""
+    pace = made.pace
+    made.add(
+        "CaptionerTargetDown",
+        f"up{{{JOB}}} == 0 and on () count(up{{{JOB},role!~'ray|haproxy'}} == 1) > 0",
+        "{{ $labels.instance }} cannot be scraped while others can.",
+        severity="ticket",
+        lasting=5 * MINUTE,
+    )
+    made.add(
+        "CaptionerAudioWorkersDying",
+        f"increase(captioner_audio_worker_deaths_total[{pace(15 * MINUTE)}]) >= 3",
+        "Audio workers of {{ $labels.instance }} die again and again, each with the clip it had.",
+        severity="ticket",
+    )
+    made.add(
+        "CaptionerDecodePoolSaturated",
+        "captioner:audio_workers_busy:ratio5m > 0.9 and captioner_audio_queue_depth > 0",
+        "All audio workers of {{ $labels.instance }} are at work, and clips wait for one.",
+        severity="ticket",
+        lasting=10 * MINUTE,
+    )
+    made.add(
+        "CaptionerLedgerLagging",
+        f"captioner_ledger_lag_seconds > {pace.seconds(5 * MINUTE)}",
+        "What {{ $labels.instance }} has captioned has not reached the ledger's database for minutes.",
+        severity="ticket",
+        lasting=2 * MINUTE,
+    )
+    made.add(
+        "CaptionerLimitsStoreDown",
+        "captioner_limits_store_up == 0",
+        "The store of limits does not answer {{ $labels.instance }}: it limits callers by what it knows alone.",
+        severity="ticket",
+        lasting=5 * MINUTE,
+    )
+    made.add(
+        "CaptionerKeysOutdated",
+        f"captioner_keys_age_seconds > {pace.seconds(5 * MINUTE)}",
+        "{{ $labels.instance }} checks callers against keys that are minutes old: a revoked one still works.",
+        severity="ticket",
+        lasting=2 * MINUTE,
+    )
+    made.add(
+        "CaptionerSpendingUnusual",
+        f"sum by (tenant) (rate(captioner_tenant_tokens_total[{pace(HOUR)}])) > 5 * "
+        f"sum by (tenant) (rate(captioner_tenant_tokens_total[{pace(DAY)}] offset {pace(HOUR)})) > 20 "
+        f"and sum by (tenant) (captioner_tenant_tokens_total offset {pace(DAY)}) > 0",
+        "Tenant {{ $labels.tenant }} takes five times as many tokens as it did the day before.",
+        severity="ticket",
+        lasting=10 * MINUTE,
+    )
+    made.add(
+        "CaptionerBudgetExhausted",
+        f'sum by (tenant) (increase(captioner_tenant_limited_total{{limit="budget_exhausted"}}[{pace(HOUR)}])) > 0',
+        "Tenant {{ $labels.tenant }} is refused: its budget is spent.",
+        severity="ticket",
+    )
+    made.add(
+        "CaptionerBoundNear",
+        'captioner_saturation_ratio{resource=~"inflight|bodies|spool|features|uploads"} > 0.9',
+        "{{ $labels.resource }} of {{ $labels.instance }} is nearly full; past its bound requests are refused.",
+        severity="ticket",
+        lasting=10 * MINUTE,
+    )
+
+
+def _record(name: str, expr: str, **labels: str) -> dict[str, Any]:
+    return {"record": name, "expr": expr} | ({"labels": labels} if labels else {})
+
+
+def _le(limit: float) -> str:
+    """Both spellings of a bound: `5` and `5.0`, after the format that was scraped."""
+    return f"{limit:g}" if limit % 1 else f"{limit:g}|{limit:g}.0"
+
+
+def _duration(seconds: int) -> str:
+    for unit, size in (("d", DAY), ("h", HOUR), ("m", MINUTE)):
+        if seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def text(rules: dict[str, Any]) -> str:
+    """The file's text."""
+    return _HEAD + yaml.safe_dump(rules, sort_keys=False, width=110, allow_unicode=True)
+
+
+def main() -> None:
+    """Write both files."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pace", type=float, default=1.0)
+    parser.add_argument("--runbooks", default="deploy/alerts")
+    parser.add_argument("--directory", type=Path, default=HERE)
+    chosen = parser.parse_args()
+    pace = Pace(chosen.pace)
+    (chosen.directory / "captioner.records.yml").write_text(text(records(pace)))
+    (chosen.directory / "captioner.alerts.yml").write_text(text(alerts(pace, chosen.runbooks)))
+
+
+if __name__ == "__main__":
+    main()
