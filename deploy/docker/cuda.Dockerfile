@@ -1,0 +1,84 @@
+# The service on NVIDIA GPUs, on vLLM's official image: that brings CUDA, PyTorch and vLLM, and this adds the rest.
+#   docker build -f deploy/docker/cuda.Dockerfile -t captioner:cuda .
+# Where downloads pass through a proxy with a certificate of its own: --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt
+#
+# Pin the base by digest where you build for production:
+#   --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0@sha256:…
+# It must have the vLLM and PyTorch versions that deploy/requirements/cuda.txt names, else the build says so and fails.
+ARG BASE_IMAGE=vllm/vllm-openai:v0.32.0
+
+# What is locked, by hash, as far as the base has not got it; see besides.py.
+FROM ${BASE_IMAGE} AS requirements
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+# A stage for building, of which only /opt is taken.
+# hadolint ignore=DL3002
+USER 0
+WORKDIR /build
+COPY deploy/requirements/uv.txt deploy/requirements/cuda.txt deploy/docker/besides.py ./
+# The base's packages come after ours: a line in a .pth file that Python reads at start.
+RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
+    if [ -e /run/secrets/ca ]; then export SSL_CERT_FILE=/run/secrets/ca PIP_CERT=/run/secrets/ca; fi \
+    && python3 -m venv uv \
+    && uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r uv.txt \
+    && python3 besides.py cuda.txt --base > requirements.txt \
+    && export UV_LINK_MODE=copy UV_HTTP_TIMEOUT=300 \
+    && uv/bin/uv venv --quiet --python python3 /opt/captioner \
+    && uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --require-hashes --compile-bytecode \
+        -r requirements.txt \
+    && packages=$(/opt/captioner/bin/python -c 'import site; print(site.getsitepackages()[0])') \
+    && { echo /opt/captioner/app; python3 -c 'import site; print(f"import site; [site.addsitedir(p) for p in {site.getsitepackages()}]")'; } \
+        > "$packages/zz-base.pth" \
+    && ln -s ../app/bin/captioner /opt/captioner/bin/captioner \
+    && /opt/captioner/bin/python -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
+
+FROM requirements AS application
+COPY pyproject.toml README.md LICENSE ./
+COPY serving serving
+RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
+        --target /opt/captioner/app .
+
+FROM ${BASE_IMAGE}
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+USER 0
+# wget, which the health check and KubeRay's probes need, is in the base; that it stays so is checked here.
+RUN command -v wget \
+    && groupadd --gid 10001 captioner \
+    && useradd --uid 10001 --gid captioner --home-dir /tmp --no-create-home --shell /usr/sbin/nologin captioner \
+    && install -d -o captioner -g captioner /var/lib/captioner
+COPY --from=requirements /opt/captioner /opt/captioner
+COPY --from=application /opt/captioner/app /opt/captioner/app
+# A login shell, as KubeRay starts Ray with, sets PATH anew.
+COPY deploy/docker/profile.sh /etc/profile.d/captioner.sh
+
+# USER: Ray and PyTorch want a name, also where the platform gives a user id that has none.
+ENV PATH=/opt/captioner/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    USER=captioner \
+    HOME=/tmp \
+    HF_HOME=/var/lib/captioner/huggingface \
+    CAPTIONER_HOST=0.0.0.0 \
+    CAPTIONER_DATA_DIR=/var/lib/captioner/data \
+    CAPTIONER_UPLOADS_DIR=/var/lib/captioner/uploads
+USER 10001:10001
+WORKDIR /var/lib/captioner
+# All that is written, downloads in /tmp among it: the root may be read-only.
+VOLUME ["/tmp", "/var/lib/captioner"]
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# Says whether a restart would help. Whether captions can be made, /readyz says.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=6 \
+    CMD ["/bin/sh", "-c", "wget -q -O /dev/null http://127.0.0.1:${CAPTIONER_PORT:-8000}/healthz || exit 1"]
+ENTRYPOINT ["captioner"]
+CMD ["serve"]
+
+ARG BASE_IMAGE
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="captioner" \
+      org.opencontainers.image.description="Self-hosted Qwen3-Omni-Captioner, for NVIDIA GPUs" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE_IMAGE}" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.created="${CREATED}"
