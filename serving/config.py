@@ -1,7 +1,8 @@
 """Every setting of the service: frozen, typed, and the only reader of the environment.
 
-A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, the TOML file named by
-`CAPTIONER_CONFIG` (or `--config`), the default below. `captioner serve --help` prints this list.
+A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, a file `captioner_<name>` in the
+directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file named by `CAPTIONER_CONFIG` (or `--config`),
+the default below. `captioner serve --help` prints this list.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic_settings import (
     BaseSettings,
     NoDecode,
     PydanticBaseSettingsSource,
+    SecretsSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
@@ -287,9 +289,13 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments, then variables, then the TOML file; command-line flags come before them all."""
+        """Arguments, then variables, then secrets, then the TOML file; command-line flags come before them all."""
         del dotenv_settings, file_secret_settings
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        if directory := os.environ.get("CAPTIONER_SECRETS_DIR"):
+            if not Path(directory).is_dir():
+                raise FileNotFoundError(f"the directory of secrets {directory} does not exist")
+            sources.append(SecretsSettingsSource(settings_cls, secrets_dir=directory))
         if path := os.environ.get("CAPTIONER_CONFIG"):
             if not Path(path).is_file():
                 raise FileNotFoundError(f"the settings file {path} does not exist")
