@@ -3,9 +3,9 @@
     besides.py LOCK [--base] [--without NAME,NAME] > requirements.txt
 
 With `--base` the Python that runs this is the base image's own. What that has in the locked version is left out. The
-engine (`ENGINE`) is left out whatever it has of it: its parts were built for each other; but the versions in `SAME` must
-be the locked ones, or this fails. Anything else is installed as locked, and found before the base's. Standard library
-only.
+engine (`ENGINE`) is left out whatever it has of it: its parts were built for each other; but the versions in `SAME`
+must be the locked ones, or this fails. Anything else is installed as locked, and found before the base's. Standard
+library only.
 """
 
 from __future__ import annotations
