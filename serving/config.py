@@ -1,8 +1,8 @@
 """Every setting of the service: frozen, typed, and the only reader of the environment.
 
-A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, a file `captioner_<name>` in the
-directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file named by `CAPTIONER_CONFIG` (or `--config`),
-the default below. `captioner serve --help` prints this list.
+A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, a file `captioner_<name>` in
+the directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file named by `CAPTIONER_CONFIG` (or
+`--config`), the default below. `captioner serve --help` prints this list.
 """
 
 from __future__ import annotations
