@@ -6,11 +6,15 @@ import asyncio
 from typing import TYPE_CHECKING, Self
 
 from serving.errors import BodyTooLarge, Disconnected, InvalidRequest, Overloaded
+from serving.line import Room
+from serving.types import ANYONE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from starlette.types import Receive
+
+    from serving.types import Share
 
 IDLE_TIMEOUT_S = 30
 """Longest pause between two pieces of a body: a client that stops sending does not hold memory for ever."""
@@ -23,25 +27,24 @@ class BodyBudget:
     """Memory that request bodies may take, all together."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit = limit_bytes
-        self.taken_bytes = 0
+        self._room = Room(limit_bytes)
 
-    def hold(self) -> HeldBytes:
-        """A share that grows while a body is read and is given back once, by `release`."""
-        return HeldBytes(self)
+    @property
+    def taken_bytes(self) -> int:
+        """Memory that they take."""
+        return self._room.taken
 
-    def take(self, count: int) -> None:
-        """Raise `Overloaded` if `count` more bytes do not fit."""
-        if self.taken_bytes + count > self._limit:
-            raise Overloaded(reason="bodies")
-        self.taken_bytes += count
+    def hold(self, share: Share = ANYONE) -> HeldBytes:
+        """A part that grows while a body of that flow is read, and is given back once, by `release`."""
+        return HeldBytes(self._room, share)
 
 
 class HeldBytes:
-    """One body's share of the budget: a context, so that it is given back at the latest when the request ends."""
+    """One body's part of the budget: a context, so that it is given back at the latest when the request ends."""
 
-    def __init__(self, budget: BodyBudget) -> None:
-        self._budget = budget
+    def __init__(self, room: Room, share: Share) -> None:
+        self._room = room
+        self._share = share
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -52,12 +55,13 @@ class HeldBytes:
 
     def add(self, count: int) -> None:
         """Take `count` more bytes. Raises `Overloaded`."""
-        self._budget.take(count)
+        if not self._room.take(self._share, count):
+            raise Overloaded(reason="bodies")
         self._count += count
 
     def release(self) -> None:
         """Give all of it back. May be called again."""
-        self._budget.taken_bytes -= self._count
+        self._room.add(self._share, -self._count)
         self._count = 0
 
 

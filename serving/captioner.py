@@ -14,7 +14,17 @@ from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING
 
 from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
-from serving.types import CaptionDelta, FinishReason, InlineAudio, UploadedAudio, UrlAudio, Usage, billed_audio_tokens
+from serving.line import Room
+from serving.types import (
+    ANYONE,
+    CaptionDelta,
+    FinishReason,
+    InlineAudio,
+    UploadedAudio,
+    UrlAudio,
+    Usage,
+    billed_audio_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -25,7 +35,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.record import RequestRecord
-    from serving.types import CaptionRequest, Features
+    from serving.types import CaptionRequest, Features, Share
     from serving.uploads import UploadStore
 
 
@@ -49,22 +59,33 @@ class Captioner:
         self._fetcher = fetcher
         self._uploads = uploads
         self._on_not_ready = on_not_ready
-        self.in_flight = 0
+        self._places = Room(settings.max_inflight)
+
+    @property
+    def in_flight(self) -> int:
+        """Captions under way."""
+        return self._places.taken
 
     async def caption(
-        self, request: CaptionRequest, record: RequestRecord, *, deadline_s: float, on_prepared: Callable[[], None]
+        self,
+        request: CaptionRequest,
+        record: RequestRecord,
+        *,
+        deadline_s: float,
+        on_prepared: Callable[[], None],
+        share: Share = ANYONE,
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the caption piece by piece; the last piece carries the finish reason.
 
         `record` is filled along the way. `deadline_s` counts from the request's arrival: when it passes, the caption
         ends as `length` and `partial` with what there is. `on_prepared` is called once the encoded audio is no longer
-        needed. Raises `CaptionerError`.
+        needed. `share` says whose it is, for where work waits. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id = request.sampling, request.request_id
         began = time.perf_counter()
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._place())
+            stack.enter_context(self._place(share))
             try:
                 await self._engine.check_health()  # no download or decoding for an engine that cannot take it
             except NotReady:
@@ -74,7 +95,7 @@ class Captioner:
             held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
-                    features = await self._prepare(request, record, held)
+                    features = await self._prepare(request, record, held, share)
             except TimeoutError:
                 raise DeadlineExceeded from None
             # From here on neither this frame nor the caller needs the encoded audio (up to 10 MiB each).
@@ -85,7 +106,7 @@ class Captioner:
             record.usage, record.samples = usage, features.samples
             queued = time.perf_counter()
             deltas = await stack.enter_async_context(
-                aclosing(self._engine.generate(request_id, features, sampling)),
+                aclosing(self._engine.generate(request_id, features, sampling, share)),
             )
             del features
             while True:
@@ -112,7 +133,9 @@ class Captioner:
                 if piece.finish_reason is not None:
                     return
 
-    async def _prepare(self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack) -> Features:
+    async def _prepare(
+        self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack, share: Share
+    ) -> Features:
         """Features of the request's audio; `held` keeps them, the download is gone when this returns."""
         async with AsyncExitStack() as download:
             began = time.perf_counter()
@@ -125,7 +148,7 @@ class Captioner:
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._fetcher.fetch(url))
                     record.stage("fetch", time.perf_counter() - began)
-            prepared = await held.enter_async_context(self._workers.prepare(clip))
+            prepared = await held.enter_async_context(self._workers.prepare(clip, share))
         ended = time.perf_counter()
         for stage, seconds in (
             ("features", prepared.features_s),
@@ -137,11 +160,10 @@ class Captioner:
         return prepared.features
 
     @contextmanager
-    def _place(self) -> Iterator[None]:
-        if self.in_flight >= self._settings.max_inflight:
+    def _place(self, share: Share) -> Iterator[None]:
+        if not self._places.take(share):
             raise Overloaded(reason="inflight")
-        self.in_flight += 1
         try:
             yield
         finally:
-            self.in_flight -= 1
+            self._places.add(share, -1)

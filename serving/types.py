@@ -60,6 +60,10 @@ class Share:
     priority: int = 0
 
 
+ANYONE = Share()
+"""Work of nobody in particular: all of it is one flow."""
+
+
 class Region(enum.StrEnum):
     """The manual's two regions. A key of one is refused in the other."""
 

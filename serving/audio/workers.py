@@ -26,13 +26,14 @@ import numpy as np
 
 from serving import errors
 from serving.cpu import CpuTime
-from serving.line import DrainRate, Line, shortest_first
-from serving.types import SAMPLE_RATE, Features
+from serving.line import DrainRate, FairLine, Room, shortest_first
+from serving.types import ANYONE, SAMPLE_RATE, Features
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from serving.config import Settings
+    from serving.types import Share
 
 _MESSAGE_BYTES = 65_536
 """No message from a worker is longer."""
@@ -54,7 +55,10 @@ _HUGE_S = 1000.0
 """One worker, if there are two or more, takes no clip that looks longer than this (16 MB)."""
 
 _PATIENCE_S = 20.0
-"""For at most this long the longest clip is overtaken by shorter ones."""
+"""For at most this long the longest clip is overtaken by shorter ones, and any clip by those of a higher priority."""
+
+_CLIP_COST_S, _TIMES_REALTIME = 0.005, 600
+"""A clip is expected to take a worker so long, and that part of its length. What it did take is known afterwards."""
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -73,11 +77,14 @@ class Prepared:
 
 @dataclass(eq=False, slots=True)
 class _Task:
+    share: Share
     clip: str | Path
     audio_s: float
     """A guess."""
+    cost: float
+    """Seconds of a worker: what is expected of it, then what it took."""
     answer: asyncio.Future[Prepared]
-    queued: float
+    arrived_s: float
     queue_s: float = 0.0
     began: float = 0.0
     nbytes: int = 0
@@ -94,13 +101,13 @@ class _Worker:
 
 
 class AudioWorkers:
-    """A pool of `settings.audio_workers` processes with one queue, small clips first.
+    """A pool of `settings.audio_workers` processes with one queue: tenants take turns, small clips of each first.
 
     Of several workers one takes no huge clip, so that small ones never wait for one to end. At most
-    `settings.max_audio_queue` clips wait.
+    `settings.max_audio_queue` clips wait; no tenant's take the whole queue.
 
     A clip is dispatched only while the features that wait for the engine take less than `settings.max_features_bytes`:
-    memory is bounded by that and one longest clip per worker.
+    memory is bounded by that and one longest clip per worker. Of that, too, no tenant's take all.
 
     `program` is what each process runs, after the interpreter.
     """
@@ -110,9 +117,9 @@ class AudioWorkers:
         self._program = program
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
-        self._queue: Line[_Task] = Line(self._order)
+        self._queue: FairLine[_Task] = FairLine(self._order, patience_s=_PATIENCE_S, now_s=time.perf_counter)
         self._drain = DrainRate()
-        self._outstanding_bytes = 0
+        self._features = Room(settings.max_features_bytes)
         self._running = False
         self.deaths = 0
         self._busy_s = 0.0
@@ -132,7 +139,7 @@ class AudioWorkers:
     def longest_wait_s(self) -> float:
         """How long the clip that has waited longest has done so; 0 if none waits."""
         now = time.perf_counter()
-        return now - min((task.queued for task in self._queue), default=now)
+        return now - min((task.arrived_s for task in self._queue), default=now)
 
     @property
     def busy(self) -> int:
@@ -153,7 +160,7 @@ class AudioWorkers:
     @property
     def outstanding_bytes(self) -> int:
         """Memory of features whose contexts have not been left."""
-        return self._outstanding_bytes
+        return self._features.taken
 
     async def start(self) -> None:
         """Start the processes and wait until each is ready. Raises `Internal` if one cannot start.
@@ -181,8 +188,10 @@ class AudioWorkers:
             await asyncio.to_thread(worker.process.wait)
 
     @asynccontextmanager
-    async def prepare(self, clip: str | Path) -> AsyncIterator[Prepared]:
+    async def prepare(self, clip: str | Path, share: Share = ANYONE) -> AsyncIterator[Prepared]:
         """Features of a clip: base64 text, or the path of a file. Leaving the context gives their memory back.
+
+        `share` says whose clip it is.
 
         `log_mel` is a private mapping, so `torch.from_numpy` takes it as it is (writable) and writes would stay here.
         Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, `Overloaded` and `Internal`.
@@ -194,24 +203,25 @@ class AudioWorkers:
             raise errors.NotReady
         if isinstance(clip, str) and not clip.isascii():  # noqa: ASYNC240 - a string, not a path
             raise errors.InvalidAudioUrl
-        now = time.perf_counter()
-        if len(self._queue) >= self._settings.max_audio_queue:
-            raise errors.Overloaded(
-                retry_after_s=self._drain.retry_after_s(self.queued_audio_s, now), reason="audio_queue"
-            )
-        task = _Task(clip, min(_guess_s(clip), self._settings.max_audio_s), self._loop.create_future(), now)
+        now, audio_s = time.perf_counter(), min(_guess_s(clip), self._settings.max_audio_s)
+        cost = _CLIP_COST_S + audio_s / _TIMES_REALTIME
+        task = _Task(share, clip, audio_s, cost, self._loop.create_future(), now)
         del clip  # up to 10 MiB that nobody needs once a worker has it
         self._queue.add(task)
+        if not self._queue.fits(task, self._settings.max_audio_queue):
+            self._queue.discard(task)
+            retry_after_s = self._drain.retry_after_s(self.queued_audio_s, now)
+            raise errors.Overloaded(retry_after_s=retry_after_s, reason="audio_queue")
         self._dispatch()
         try:
             yield await task.answer
         finally:
             self._queue.discard(task)
-            self._outstanding_bytes -= task.nbytes
+            self._features.add(share, -task.nbytes)
             self._dispatch()
 
     def _dispatch(self) -> None:
-        while self._idle and self._outstanding_bytes < self._settings.max_features_bytes and (task := self._first()):
+        while self._idle and (task := self._first()):
             worker = self._idle.pop()
             try:
                 _send(worker.link, task.clip)
@@ -224,26 +234,29 @@ class AudioWorkers:
                 self._queue.discard(task)
                 _fail(task, errors.Overloaded())
                 continue
-            self._queue.discard(task)
+            self._queue.take(task)
             self._drain.add(task.audio_s, time.perf_counter())
             task.clip = ""
             task.began = time.perf_counter()
-            task.queue_s = task.began - task.queued
+            task.queue_s = task.began - task.arrived_s
             worker.task = task
             worker.deadline = self._loop.call_later(
                 _WALL_PER_CPU * self._settings.audio_timeout_s, worker.process.send_signal, signal.SIGPROF
             )
 
     def _order(self, task: _Task) -> float:
-        """The order of what waits, as a key."""
+        """The order of what waits of one tenant, as a key."""
         longest_s = self._settings.max_audio_s
-        return shortest_first(task.queued, task.audio_s, longest_s=longest_s, patience_s=_PATIENCE_S)
+        return shortest_first(task.arrived_s, task.audio_s, longest_s=longest_s, patience_s=_PATIENCE_S)
 
     def _first(self) -> _Task | None:
         """The clip whose turn it is."""
         huge = sum(worker.task is not None and worker.task.audio_s > _HUGE_S for worker in self._workers)
         room_for_huge = huge < max(1, self._settings.audio_workers - 1)
-        return next((task for task in self._queue if room_for_huge or task.audio_s <= _HUGE_S), None)
+        for task in self._queue.turns():
+            if (room_for_huge or task.audio_s <= _HUGE_S) and self._features.open_to(task.share):
+                return task
+        return None
 
     def _read(self, worker: _Worker) -> None:
         try:
@@ -259,7 +272,7 @@ class AudioWorkers:
             worker.deadline.cancel()
         task, worker.task = worker.task, None
         if task:
-            self._busy_s += time.perf_counter() - task.began
+            self._account(task)
         self._idle.append(worker)
         worker.ready = True
         if not self._all_ready.done() and sum(each.ready for each in self._workers) == self._settings.audio_workers:
@@ -274,6 +287,12 @@ class AudioWorkers:
             os.close(descriptor)
         self._dispatch()
 
+    def _account(self, task: _Task) -> None:
+        """Its worker is done with it."""
+        took_s = time.perf_counter() - task.began
+        self._busy_s += took_s
+        self._queue.settle(task, took_s)
+
     def _deliver(self, task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:
         if "traceback" in reply:
             log.error("an audio worker failed\n%s", reply["traceback"])
@@ -286,7 +305,7 @@ class AudioWorkers:
             memory = mmap.mmap(descriptors[0], nbytes, mmap.MAP_PRIVATE)
             log_mel = np.frombuffer(memory, np.float32).reshape(mels, frames)
             task.nbytes = nbytes
-            self._outstanding_bytes += nbytes
+            self._features.add(task.share, nbytes)
             task.answer.set_result(
                 Prepared(Features(log_mel, reply["samples"]), task.queue_s, reply["decode_s"], reply["features_s"])
             )
@@ -340,7 +359,7 @@ class AudioWorkers:
         """Count what a worker that has died leaves: to be called before anyone waits for its process."""
         self.deaths += 1
         if worker.task:
-            self._busy_s += time.perf_counter() - worker.task.began
+            self._account(worker.task)
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
         self._cpu.look([worker.process.pid, *(other.process.pid for other in self._workers)])

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from serving.types import SAMPLE_RATE
+from serving.types import ANYONE, SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
-    from serving.types import Features, FinishReason, Sampling
+    from serving.types import Features, FinishReason, Sampling, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,10 @@ class Engine(Protocol):
         """Load the model; return when it can generate. Raises `EngineFailed`."""
         ...
 
-    def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
-        """Yield deltas until one has a finish reason.
+    def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
+        """Yield deltas until one has a finish reason. `share` says whose it is, for where work waits.
 
         Closing the generator aborts the request in the engine at once. Raises `EngineFailed` when the engine dies and
         `InvalidRequest` when the parameters cannot be honoured.

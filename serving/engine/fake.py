@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import EngineDelta, Tally
 from serving.errors import EngineFailed, NotReady
-from serving.types import FinishReason
+from serving.types import ANYONE, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
     from serving.engine.base import Load
-    from serving.types import Features, Sampling
+    from serving.types import Features, Sampling, Share
 
 _STORY = (
     "A quiet room opens the clip, then a steady hum rises, a distant voice says something brief, and the hum fades."
@@ -99,8 +99,11 @@ class FakeEngine:
         """Crash: what runs (hanging or not) and what comes raises `EngineFailed`."""
         self._dead.set()
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
+        del share  # the order was chosen in front
         ended = "aborted"
         try:
             await self.check_health()

@@ -8,6 +8,9 @@ queue has no bound, and the order of arrival. So an engine gets from here only w
   default would let three captions fill a GPU), more once a caption takes more. Where captions outgrow what was expected
   of them nothing new is admitted until there is room again;
 - of very long clips one at a time until its first token: a step of the engine has no room for two of them.
+
+What waits gets its turn by `line.FairLine`: tenants share the engine in proportion to their weights, by tokens. What a
+caption writes is not known when its turn comes; its tenant pays what is expected, and the difference when it has ended.
 """
 
 from __future__ import annotations
@@ -21,21 +24,28 @@ from typing import TYPE_CHECKING
 
 from serving.engine.base import Load, context_tokens
 from serving.errors import AudioTooLong, CaptionerError, EngineStalled, NotReady, Overloaded
-from serving.line import DrainRate, Line, shortest_first
-from serving.types import FinishReason
+from serving.line import DrainRate, FairLine, shortest_first
+from serving.types import ANYONE, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from serving.config import Settings
     from serving.engine.base import Engine, EngineDelta
-    from serving.types import Features, Sampling
+    from serving.types import Features, Sampling, Share
 
 _SURPLUS = 16
 """One caption in so many is admitted beyond what the engine runs at the same time, at least one."""
 
 _GROWTH_TOKENS = 128
 """Context that a caption reserves further when it has used up what was expected of it."""
+
+_OUTPUT_COST = 4
+"""A token written costs as much as so many read: the engine reads thousands in a step, and writes one of each caption.
+
+Only where one tenant's clips are long and another's short does the figure matter. Prices per token are about equal,
+and a caption of 30 s takes its place in the engine for some 400 steps of writing and a part of one of reading.
+"""
 
 _STALL_TICKS = 20
 """The watchdog counts its own ticks rather than time: a process that was suspended has not stalled."""
@@ -66,9 +76,11 @@ class OutputEstimate:
 class _Caption:
     """One caption on its way through the gate. `reserved_tokens` counts from its admission."""
 
+    share: Share
     arrived_s: float
     audio_s: float
     input_tokens: int
+    cost: float
     max_output_tokens: int
     fixed_length: bool
     long: bool
@@ -80,8 +92,9 @@ class _Caption:
 class GatedEngine:
     """An `Engine` that hands captions on to another one as that can take them.
 
-    At most `max_engine_queue` captions wait, at most `max_engine_wait_s` each; then they are `Overloaded`. Of those
-    that wait, the shorter go first, and the longest clip is overtaken for at most half of that time.
+    At most `max_engine_queue` captions wait, at most `max_engine_wait_s` each; then they are `Overloaded`. No tenant's
+    captions take the whole queue. Tenants take turns; of one's captions the shorter go first, and the longest clip is
+    overtaken for at most half of that time.
 
     A watchdog ends everything as `EngineStalled`, for good, when the engine owes deltas and has not taken a step
     for `stall_s`. A client that does not read is not owed any; a long prefill is many steps.
@@ -91,7 +104,8 @@ class GatedEngine:
         self._engine = engine
         self._settings = settings
         self._places = settings.max_num_seqs + max(1, settings.max_num_seqs // _SURPLUS)
-        self._line: Line[_Caption] = Line(self._order)
+        patience_s = settings.max_engine_wait_s / 2
+        self._line: FairLine[_Caption] = FairLine(self._order, patience_s=patience_s, now_s=_now_s)
         self._running: set[_Caption] = set()
         self._kv_tokens = 0
         self._long_prefill: _Caption | None = None
@@ -155,14 +169,16 @@ class GatedEngine:
         self._turn_away(NotReady())
         await self._engine.stop()
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`. Raises `Overloaded` too, and `AudioTooLong` for what would not fit even alone."""
         await self.check_health()
-        caption = self._caption(features, sampling)
+        caption = self._caption(features, sampling, share)
         try:
             await self._turn(caption)
             queue_s = _now_s() - caption.arrived_s
-            async with aclosing(self._engine.generate(request_id, features, sampling)) as deltas:
+            async with aclosing(self._engine.generate(request_id, features, sampling, share)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once handed over
                 while delta := await self._next(deltas):
                     self._progress(caption, delta)
@@ -171,23 +187,27 @@ class GatedEngine:
         finally:
             self._leave(caption)
 
-    def _caption(self, features: Features, sampling: Sampling) -> _Caption:
+    def _caption(self, features: Features, sampling: Sampling, share: Share) -> _Caption:
         input_tokens, capacity_tokens = context_tokens(features), self._engine.load.kv_capacity_tokens
         if input_tokens >= capacity_tokens:
             raise AudioTooLong(
                 f"The audio is too long: it takes {input_tokens} tokens of the engine's context of {capacity_tokens}."
             )
-        return _Caption(
+        caption = _Caption(
+            share=share,
             arrived_s=_now_s(),
             audio_s=features.duration_s,
             input_tokens=input_tokens,
+            cost=0,
             max_output_tokens=min(sampling.max_tokens, max(1, self._settings.max_model_len - input_tokens)),
             fixed_length=sampling.ignore_eos,
             long=input_tokens > self._settings.max_num_batched_tokens,
         )
+        caption.cost = _cost(caption, self._expected_tokens(caption) - input_tokens)
+        return caption
 
     def _order(self, caption: _Caption) -> float:
-        """The order of what waits, as a key."""
+        """The order of what waits of one tenant, as a key."""
         return shortest_first(
             caption.arrived_s,
             caption.audio_s,
@@ -201,7 +221,7 @@ class GatedEngine:
         self._admit()
         if caption.turn.done():
             return
-        if len(self._line) > self._settings.max_engine_queue:
+        if not self._line.fits(caption, self._settings.max_engine_queue):
             raise self._overloaded("engine_queue")
         try:
             async with asyncio.timeout(self._settings.max_engine_wait_s):
@@ -216,7 +236,7 @@ class GatedEngine:
     def _admit(self) -> None:
         """Let in what there is room for. To be called whenever room may have become free."""
         while len(self._running) < self._places and (caption := self._first()):
-            self._line.discard(caption)
+            self._line.take(caption)
             self._running.add(caption)
             self._reserve(caption, self._expected_tokens(caption))
             if caption.long:
@@ -231,7 +251,7 @@ class GatedEngine:
         Nobody passes one that waits for room in the context, or it would starve.
         """
         capacity_tokens = self._engine.load.kv_capacity_tokens
-        for caption in self._line:
+        for caption in self._line.turns():
             if not (caption.long and self._long_prefill):
                 fits = self._kv_tokens + self._expected_tokens(caption) <= capacity_tokens
                 return caption if fits or not self._running else None
@@ -280,14 +300,19 @@ class GatedEngine:
         if used_tokens > caption.reserved_tokens:
             most_tokens = caption.input_tokens + caption.max_output_tokens
             self._reserve(caption, max(used_tokens, min(caption.reserved_tokens + _GROWTH_TOKENS, most_tokens)))
+            self._line.settle(caption, _cost(caption, caption.reserved_tokens - caption.input_tokens))
         if self._long_prefill is caption:
             self._long_prefill = None
             self._admit()
 
     def _leave(self, caption: _Caption) -> None:
         """Give back what the caption has, wherever it is; once is as good as twice."""
+        if caption in self._running:
+            self._running.remove(caption)
+            # What it did not take of what was expected, or took beyond it. One that was cut before the engine had read
+            # it pays for the reading even so.
+            self._line.settle(caption, _cost(caption, caption.output_tokens))
         self._line.discard(caption)
-        self._running.discard(caption)
         self._reserve(caption, 0)
         if self._long_prefill is caption:
             self._long_prefill = None
@@ -313,6 +338,10 @@ class GatedEngine:
         for caption in self._line.clear():
             if not caption.turn.done():
                 caption.turn.set_exception(error)
+
+
+def _cost(caption: _Caption, output_tokens: int) -> float:
+    return caption.input_tokens + _OUTPUT_COST * output_tokens
 
 
 def _now_s() -> float:

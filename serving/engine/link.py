@@ -3,7 +3,8 @@
 A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The front speaks first:
 
     ► hello {secret}                                        ◄ state {ready, failed, draining, load, seen}, steadily
-    ► generate {id, request_id, samples, frames, sampling}  ► features {id} + a piece of the log-mel, until all is there
+    ► generate {id, request_id, samples, frames, sampling,  ► features {id} + a piece of the log-mel, until all is there
+                share}
     ► abort {id}                                            ◄ deltas {deltas: [[id, text, tokens, finish_reason], …],
                                                                      queue_s: [[id, seconds], …]}
                                                             ◄ error {id, error, message}: an exception of our tree

@@ -18,12 +18,12 @@ from serving import errors
 from serving.engine.base import EngineDelta, Load
 from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
-from serving.types import FinishReason
+from serving.types import ANYONE, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable
 
-    from serving.types import Features, Sampling
+    from serving.types import Features, Sampling, Share
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ class RemoteEngine:
         if not any(replica.ready for replica in self._replicas.values()):
             raise NotReady
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         refused: set[_Replica] = set()
         error: CaptionerError = NotReady()
@@ -91,7 +93,7 @@ class RemoteEngine:
                 break
             begun = False
             try:
-                async with aclosing(replica.generate(request_id, features, sampling)) as deltas:
+                async with aclosing(replica.generate(request_id, features, sampling, share)) as deltas:
                     async for delta in deltas:
                         begun = True
                         yield delta
@@ -159,7 +161,9 @@ class _Replica:
         self._running.cancel()
         await asyncio.wait((self._running,))
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         number, mailbox, writer = next(self._numbers), _Mailbox(), self._writer
         if writer is None:
@@ -169,7 +173,7 @@ class _Replica:
         ended = False
         try:
             # While the features go out, the answer may come already: a refusal.
-            sending = asyncio.create_task(_send(writer, number, request_id, features, sampling))
+            sending = asyncio.create_task(_send(writer, number, request_id, features, sampling, share))
             del features
             try:
                 while not ended:
@@ -292,12 +296,17 @@ class _Mailbox:
             del error  # as above
 
 
-async def _send(
-    writer: asyncio.StreamWriter, number: int, request_id: str, features: Features, sampling: Sampling
+async def _send(  # noqa: PLR0917 - one call
+    writer: asyncio.StreamWriter,
+    number: int,
+    request_id: str,
+    features: Features,
+    sampling: Sampling,
+    share: Share,
 ) -> None:
     """Send a request. Pieces wait for the socket, so that those of several clips alternate."""
     header = {"op": "generate", "id": number, "request_id": request_id, "sampling": asdict(sampling)}
-    header |= {"samples": features.samples, "frames": features.log_mel.shape[1]}
+    header |= {"share": asdict(share), "samples": features.samples, "frames": features.log_mel.shape[1]}
     with suppress(OSError):  # whoever reads the answers learns of it
         writer.writelines(frame(header))
         log_mel = features.log_mel.data.cast("B")

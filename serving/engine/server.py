@@ -13,7 +13,8 @@ import numpy as np
 
 from serving.engine.link import STATE_EVERY_S, LinkError, frame, read_frame
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
-from serving.types import FRAMES_PER_S, MELS, Features, Sampling
+from serving.line import Room
+from serving.types import FRAMES_PER_S, MELS, Features, Sampling, Share
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,7 @@ class EngineServer:
         self.settings = settings
         self.engine = engine
         self.draining = False
-        self.features_bytes = 0
+        self.features_room = Room(settings.max_features_bytes)
         self._secret = secret
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
@@ -47,6 +48,11 @@ class EngineServer:
             raise NotReady
         port: int = self._server.sockets[0].getsockname()[1]
         return port
+
+    @property
+    def features_bytes(self) -> int:
+        """Memory of features that have not been consumed."""
+        return self.features_room.taken
 
     @property
     def running(self) -> int:
@@ -185,11 +191,10 @@ class _Connection:
             self._fail(number, NotReady())
         elif frames > settings.max_audio_s * FRAMES_PER_S:
             self._fail(number, AudioTooLong())
-        elif self._server.features_bytes + incoming.nbytes > settings.max_features_bytes:
+        elif not self._server.features_room.take(incoming.share, incoming.nbytes):
             self._fail(number, Overloaded())
         else:
             incoming.allocate()
-            self._server.features_bytes += incoming.nbytes
             self._incoming[number] = incoming
 
     def _take(self, number: int, piece: bytes) -> None:
@@ -200,14 +205,15 @@ class _Connection:
 
     async def _generate(self, number: int, incoming: _Incoming) -> None:
         """Run one generation to its end. Its features count as memory until the engine has consumed them."""
-        pace_s, loop, held = self._server.settings.handover_interval_s, asyncio.get_running_loop(), incoming.nbytes
+        pace_s, loop = self._server.settings.handover_interval_s, asyncio.get_running_loop()
+        share, held = incoming.share, incoming.nbytes
         try:
             request_id, features, sampling = incoming.request()
             del incoming
-            async with aclosing(self._server.engine.generate(request_id, features, sampling)) as deltas:
+            async with aclosing(self._server.engine.generate(request_id, features, sampling, share)) as deltas:
                 del features
                 async for delta in deltas:
-                    self._server.features_bytes -= held
+                    self._server.features_room.add(share, -held)
                     held = 0
                     self._hand_over(number, delta)
                     if delta.finish_reason is not None:
@@ -223,7 +229,7 @@ class _Connection:
             log.exception("a generation failed unexpectedly")
             self._fail(number, Internal())
         finally:
-            self._server.features_bytes -= held
+            self._server.features_room.add(share, -held)
             self.generations.pop(number, None)
 
     def _abort(self, number: int) -> None:
@@ -235,7 +241,7 @@ class _Connection:
     def _drop(self, number: int) -> None:
         """Forget features that have not arrived in full."""
         if incoming := self._incoming.pop(number, None):
-            self._server.features_bytes -= incoming.nbytes
+            self._server.features_room.add(incoming.share, -incoming.nbytes)
             del self.generations[number]
 
     def _hand_over(self, number: int, delta: EngineDelta) -> None:
@@ -286,6 +292,7 @@ class _Incoming:
 
     def __init__(self, header: dict[str, Any], frames: int) -> None:
         self.nbytes = 4 * MELS * frames
+        self.share = Share(**header.get("share", {}))
         self._header = header
         self.frames = frames
         self._filled = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import Tally
 from serving.errors import EngineFailed, NotReady
-from serving.types import Sampling
+from serving.types import ANYONE, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import EngineDelta, Load
     from serving.engine.vllm_model import LoadedModel
-    from serving.types import Features
+    from serving.types import Features, Share
 
 
 class VllmEngine:
@@ -89,8 +89,11 @@ class VllmEngine:
         if self._model.dead:
             raise EngineFailed
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
+        del share  # the order was chosen in front
         if self._model is None:
             raise NotReady
         with self._tally.count(features):

@@ -19,10 +19,12 @@ from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.fake import FakeEngine, Faults
 from serving.engine.gate import GatedEngine, OutputEstimate
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
-from serving.types import Features, Sampling
+from serving.types import ANYONE, Features, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Iterator
+
+    from serving.types import Share
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -70,10 +72,12 @@ class Watched(FakeEngine):
         super().__init__(settings, **options)
         self.seen = Seen([])
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         self.seen.order.append(request_id)
-        async with aclosing(super().generate(request_id, features, sampling)) as deltas:
+        async with aclosing(super().generate(request_id, features, sampling, share)) as deltas:
             async for delta in deltas:
                 self.seen.most = max(self.seen.most, self.load.running)
                 yield delta
@@ -92,9 +96,9 @@ async def gated(faults: Faults | None = None, **changes: Any) -> AsyncGenerator[
         await gate.stop()
 
 
-async def run(gate: GatedEngine, name: str = "id", seconds: float = 5, **sampling: Any) -> int:
+async def run(gate: GatedEngine, name: str = "id", seconds: float = 5, share: Share = ANYONE, **sampling: Any) -> int:
     """One caption to its end; how many tokens it had."""
-    return sum([delta.tokens async for delta in gate.generate(name, clip(seconds), Sampling(**sampling))])
+    return sum([delta.tokens async for delta in gate.generate(name, clip(seconds), Sampling(**sampling), share)])
 
 
 def assert_empty(gate: GatedEngine) -> None:

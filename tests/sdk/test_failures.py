@@ -13,6 +13,7 @@ import pytest
 from serving.config import Settings
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import Overloaded
+from serving.types import ANYONE
 from tests.sdk.clients import CLIENTS, NATIVE, Client, every_client, every_way
 from tests.sdk.served_here import ServedHere
 from tests.service import RunningService
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from serving.engine.base import EngineDelta
-    from serving.types import Features, Sampling
+    from serving.types import Features, Sampling, Share
     from tests.sdk.drivers.calls import Outcome
     from tests.sdk.tap import Tap
 
@@ -146,10 +147,12 @@ def test_body_over_the_cap(client: Client, tap: Tap, fake_service: RunningServic
 class Crowded(FakeEngine):
     """An engine that is overrun after three tokens of each caption."""
 
-    async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         said = 0
-        async for delta in super().generate(request_id, features, sampling):
+        async for delta in super().generate(request_id, features, sampling, share):
             if said == 3:
                 raise Overloaded
             said += 1
