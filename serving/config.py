@@ -38,6 +38,11 @@ _EXPERT_SIZE = 768
 _FP8_BLOCK = 128
 
 
+def _state_dir() -> Path:
+    """Where programs keep what they have learned, by the rules of freedesktop.org."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "captioner"
+
+
 def _split(value: object) -> object:
     """Accept `a,b c` for a list, as one writes it in a variable."""
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
@@ -201,6 +206,12 @@ class Settings(BaseSettings):
     # Callers
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="Keys that are accepted; none: any key, or no key, is"
+    )
+    data_dir: Path = Field(
+        default_factory=_state_dir, description="Directory for what must outlive the service; default: below your home"
+    )
+    database_url: SecretStr | None = Field(
+        None, description="Tenants, keys, prices, usage: `postgresql://user@host/name`; default: SQLite in data_dir"
     )
     uploads_dir: Path | None = Field(None, description="Directory of uploaded files; default: below the system's")
     upload_secret: SecretStr | None = Field(

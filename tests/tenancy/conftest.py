@@ -5,14 +5,20 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
+import sqlalchemy as sa
+
+from serving.tenancy import store
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from stores import Postgres, Redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+BACKENDS = ("sqlite", "postgresql")
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,26 @@ def redis_server() -> Iterator[Redis]:
     """A Redis server. Who stops it starts it again."""
     with Redis() as server:
         yield server
+
+
+@pytest.fixture(params=BACKENDS)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database of one's own, of each kind in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'test.db'}"
+    server: Postgres = request.getfixturevalue("postgres")
+    name = f"test_{uuid4().hex}"
+    admin = sa.create_engine(server.url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    admin.dispose()
+    return server.url.rpartition("/")[0] + f"/{name}"
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[sa.Engine]:
+    """A database of one's own with all tables, of each kind in turn."""
+    engine = store.connect(database_url)
+    store.migrate(engine)
+    yield engine
+    engine.dispose()

@@ -1,0 +1,143 @@
+"""The tables. Each change of them is a step in `migrations/versions`; a test holds the two equal.
+
+Times are milliseconds since the epoch, UTC. Money is integer nano-units (1e-9) of the record's currency, so that sums
+are exact in SQL too.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+_ID = sa.String(64)
+_NAME = sa.String(128)
+
+store_state = sa.Table(
+    "store_state",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("pepper_check", sa.String(64)),
+)
+"""One row. Each change of plans, tenants, keys and prices begins by raising `revision`: changes wait for each other,
+and replicas see that there is one. `pepper_check` tells whether a process has the pepper that keys were hashed with."""
+
+plans = sa.Table(
+    "plans",
+    metadata,
+    sa.Column("name", _NAME, primary_key=True),
+    sa.Column("weight", sa.Float, nullable=False),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("tenant_limits", sa.JSON, nullable=False),
+    sa.Column("key_limits", sa.JSON, nullable=False),
+    sa.Column("free_tokens", sa.BigInteger, nullable=False),
+    sa.Column("free_days", sa.Integer, nullable=False),
+)
+
+tenants = sa.Table(
+    "tenants",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("region", sa.String(16), nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("plan", _NAME, sa.ForeignKey(plans.c.name), nullable=False),
+    sa.Column("limits", sa.JSON, nullable=False),
+    sa.Column("free_tokens", sa.BigInteger),
+    sa.Column("free_days", sa.Integer),
+    sa.Column("free_only", sa.Boolean, nullable=False),
+    sa.Column("log_content", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("activated_at", sa.BigInteger, nullable=False),
+)
+"""`limits`, `free_tokens`, `free_days`: what differs from the plan."""
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("tenant_id", _ID, sa.ForeignKey(tenants.c.id), nullable=False, index=True),
+    sa.Column("name", _NAME, nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True),
+    sa.Column("prefix", sa.String(16), nullable=False),
+    sa.Column("limits", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger),
+    sa.Column("revoked_at", sa.BigInteger),
+    sa.Column("replaced_by", _ID),
+)
+"""`digest`: HMAC-SHA256 of the key under the pepper, in hexadecimal digits. `prefix`: the key's first characters."""
+
+prices = sa.Table(
+    "prices",
+    metadata,
+    sa.Column("region", sa.String(16), primary_key=True),
+    sa.Column("valid_from", sa.BigInteger, primary_key=True),
+    sa.Column("currency", sa.String(3), nullable=False),
+    sa.Column("input_nanos", sa.BigInteger, nullable=False),
+    sa.Column("output_nanos", sa.BigInteger, nullable=False),
+)
+"""Nano-units per token."""
+
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("actor", _NAME, nullable=False),
+    sa.Column("action", sa.String(64), nullable=False),
+    sa.Column("subject", _NAME, nullable=False, index=True),
+    sa.Column("before", sa.JSON),
+    sa.Column("after", sa.JSON),
+)
+"""Who changed what, when; rows are only added."""
+
+usage_records = sa.Table(
+    "usage_records",
+    metadata,
+    sa.Column("request_id", _ID, primary_key=True),
+    sa.Column("tenant_id", _ID, nullable=False),
+    sa.Column("key_id", _ID, nullable=False),
+    sa.Column("region", sa.String(16), nullable=False),
+    sa.Column("dialect", sa.String(16), nullable=False),
+    sa.Column("model", _NAME, nullable=False),
+    sa.Column("stream", sa.Boolean, nullable=False),
+    sa.Column("audio_form", sa.String(16), nullable=False),
+    sa.Column("replica", _NAME, nullable=False),
+    sa.Column("opened_at", sa.BigInteger, nullable=False),
+    sa.Column("reported_at", sa.BigInteger, nullable=False),
+    sa.Column("prepared_at", sa.BigInteger),
+    sa.Column("first_token_at", sa.BigInteger),
+    sa.Column("closed_at", sa.BigInteger),
+    sa.Column("audio_ms", sa.BigInteger, nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("engine_input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("engine_output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("ending", sa.String(32)),
+    sa.Column("finish_reason", sa.String(16)),
+    sa.Column("billed", sa.Boolean, nullable=False),
+    sa.Column("free_tokens", sa.BigInteger, nullable=False),
+    sa.Column("currency", sa.String(3), nullable=False),
+    sa.Column("input_price", sa.String(32), nullable=False),
+    sa.Column("output_price", sa.String(32), nullable=False),
+    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
+    sa.Index(None, "tenant_id", "opened_at"),
+    sa.Index(None, "key_id", "opened_at"),
+    sa.Index(
+        "ix_usage_records_open",
+        "replica",
+        sqlite_where=sa.text("ending IS NULL"),
+        postgresql_where=sa.text("ending IS NULL"),
+    ),
+)
+"""One row for each admitted request. `ending` is null as long as it is under way. Tenants and keys are named, not
+referenced: a record stays true when they are gone. Prices are per 1,000 tokens, as written on the price list."""

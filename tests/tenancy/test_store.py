@@ -1,0 +1,95 @@
+"""The database itself: addresses, how SQLite is set up, and what happens when it is away."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from serving.config import Settings
+from serving.tenancy import store
+from serving.tenancy.schema import audit_log, store_state
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stores import Postgres
+
+
+def test_default_is_a_private_file_in_the_data_directory(tmp_path: Path) -> None:
+    """Without an address it is SQLite, in a file and a directory that only their owner can read."""
+    settings = Settings(data_dir=tmp_path / "state")
+    database = store.open_database(settings)
+    store.migrate(database)
+    files = [*(tmp_path / "state").glob("captioner.db*")]
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    database.dispose()
+
+
+@pytest.mark.parametrize(
+    "address", ["mysql://root:hunter2@db/x", "hunter2", "sqlite://", "sqlite:///:memory:", "redis://:hunter2@db"]
+)
+def test_an_address_that_cannot_be_used_is_refused_without_being_told(address: str) -> None:
+    """The message says what is supported, and does not repeat the address, which may hold a password."""
+    with pytest.raises(store.UnusableDatabase, match=r"postgresql|SQLite") as refused:
+        store.open_database(Settings(database_url=SecretStr(address)))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_was_not_committed_is_not_there(database: sa.Engine) -> None:
+    """A transaction that fails leaves nothing, on SQLite too."""
+
+    def fail() -> None:
+        with database.begin() as connection:
+            connection.execute(store_state.update().values(revision=77))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with database.connect() as connection:
+        assert connection.scalar(sa.select(store_state.c.revision)) == 1
+
+
+def test_writers_wait_for_each_other_and_readers_for_nobody(database: sa.Engine) -> None:
+    """Transactions that begin with a write follow each other; none is refused, and a reader sees the state before."""
+    writers, times = 4, 10
+
+    def write(name: str) -> None:
+        for _ in range(times):
+            with database.begin() as connection:
+                connection.execute(store_state.update().values(revision=store_state.c.revision + 1))
+                connection.execute(audit_log.insert().values(at=0, actor=name, action="test", subject="x"))
+
+    threads = [threading.Thread(target=write, args=(str(number),)) for number in range(writers)]
+    with database.begin() as held:
+        held.execute(store_state.update().values(revision=store_state.c.revision + 1))
+        for thread in threads:
+            thread.start()
+        with database.connect() as reader:
+            assert reader.scalar(sa.select(store_state.c.revision)) == 1
+    for thread in threads:
+        thread.join()
+    with database.connect() as connection:
+        assert connection.scalar(sa.select(store_state.c.revision)) == 2 + writers * times
+        assert connection.scalar(sa.select(sa.func.count()).select_from(audit_log)) == writers * times
+
+
+def test_a_database_that_comes_back_is_used_again(postgres: Postgres) -> None:
+    """While PostgreSQL is away uses of it fail; when it is back they succeed, though connections were cut."""
+    database = store.connect(postgres.url)
+    with database.connect() as connection:
+        assert connection.scalar(sa.select(1)) == 1
+    postgres.stop()
+    try:
+        with pytest.raises(sa.exc.OperationalError):
+            database.connect()
+    finally:
+        postgres.start()
+    with database.connect() as connection:
+        assert connection.scalar(sa.select(1)) == 1
+    database.dispose()
