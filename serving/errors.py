@@ -55,7 +55,10 @@ Domain code raises; each dialect renders it in one place (`protocols/`); statuse
 from __future__ import annotations
 
 import copyreg
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class CaptionerError(Exception):
@@ -154,7 +157,10 @@ class Arrearage(ClientError):
 
 
 class RateLimited(ClientError):
-    """A limit of the caller's is reached. `limit`: which one; `retry_after_s`: when to try again."""
+    """A limit of the caller's is reached. `limit`: which one; `retry_after_s`: when to try again.
+
+    `headers` tells where the caller stands (`x-ratelimit-…`).
+    """
 
     message = "Requests throttling triggered."
 
@@ -162,6 +168,7 @@ class RateLimited(ClientError):
         super().__init__(message)
         self.limit = limit
         self.retry_after_s = retry_after_s
+        self.headers: Mapping[str, str] = {}
 
 
 class RequestsLimited(RateLimited):

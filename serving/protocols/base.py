@@ -117,7 +117,7 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
     if isinstance(error, errors.Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
     elif isinstance(error, errors.RateLimited):
-        headers["retry-after"] = str(error.retry_after_s)
+        headers |= {**error.headers, "retry-after": str(error.retry_after_s)}
         if error.retry_after_s > MAX_RETRY_S:
             headers["x-should-retry"] = "false"
     elif isinstance(error, errors.NotReady):
