@@ -77,7 +77,13 @@ def main() -> None:
         for workload in options.workloads:
             workload.clips()
         return
-    setup = Setup(options.model, options.max_tokens, options.max_num_seqs)
+    setup = Setup(
+        options.model,
+        options.max_tokens,
+        options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        enforce_eager=not options.compile,
+    )
     with ExitStack() as stack:
         systems, left_out = _start(options.systems, setup, stack)
         workloads: list[dict[str, Any]] = []
@@ -176,6 +182,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, help="requests of a round, instead of the workload's own")
     parser.add_argument("--model", type=Path, default=ROOT / "serving/embedded/checkpoint")
     parser.add_argument("--max-num-seqs", type=int, default=64, help="captions that each engine generates at once")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens of one step of each engine")
+    parser.add_argument("--compile", action="store_true", help="let all engines compile the model")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of every caption, by `ignore_eos`")
     parser.add_argument("--title", default="Side by side")
     parser.add_argument("--note", default="", help="what else a reader must know of this run")

@@ -49,10 +49,11 @@ class Setup:
     model: Path
     max_tokens: int
     max_num_seqs: int
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 2048
     max_model_len: int = 65_536
     dtype: str = "float32"
     kv_cache_gib: int = 1
+    enforce_eager: bool = True
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -63,7 +64,7 @@ class Setup:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "limit_mm_per_prompt": LIMITS,
-            "enforce_eager": True,
+            "enforce_eager": self.enforce_eager,
             "enable_prefix_caching": False,
             "mm_processor_cache_gb": 0,
         }
@@ -216,7 +217,7 @@ class Captioner(Server):
             f"--max-num-seqs={setup.max_num_seqs}",
             f"--max-num-batched-tokens={setup.max_num_batched_tokens}",
             f"--cpu-kv-cache-gib={setup.kv_cache_gib}",
-            "--enforce-eager",
+            "--enforce-eager" if setup.enforce_eager else "--no-enforce-eager",
             "--allow-ignore-eos",
             f"--spool-dir={self._scratch}",
             f"--uploads-dir={self._scratch / 'uploads'}",
@@ -245,7 +246,7 @@ class VllmServe(Server):
             f"--max-num-seqs={setup.max_num_seqs}",
             f"--max-num-batched-tokens={setup.max_num_batched_tokens}",
             f"--limit-mm-per-prompt={json.dumps(LIMITS)}",
-            "--enforce-eager",
+            "--enforce-eager" if setup.enforce_eager else "--no-enforce-eager",
             *self.extra,
         ]
 

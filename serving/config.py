@@ -98,7 +98,9 @@ class Settings(BaseSettings):
     max_input_tokens: int = Field(32_768, ge=64, description="Tokens of input at most")
     max_output_tokens: int = Field(32_768, ge=1, description="Tokens of output at most, and the default of max_tokens")
     max_num_seqs: int = Field(64, ge=1, description="Captions that the engine generates at the same time")
-    max_num_batched_tokens: int = Field(8192, ge=512, description="Tokens that one engine step handles at most")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=512, description="Tokens that one engine step handles at most; default: 8192, embedded stand-in 2048"
+    )
     long_tokens_per_step: int | None = Field(
         None,
         ge=16,
@@ -107,8 +109,9 @@ class Settings(BaseSettings):
     )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")
-    enforce_eager: bool = Field(
-        default=False, description="No CUDA graphs: slower, starts faster (always so on the CPU)"
+    enforce_eager: bool | None = Field(
+        None,
+        description="No compilation, no CUDA graphs: slower, but it starts faster; default: where there is no GPU",
     )
 
     # Fake engine (tests, load generators, client development)
@@ -276,6 +279,11 @@ class Settings(BaseSettings):
     def tells_tenants(self) -> bool:
         """Whether metrics may tell one tenant from another: only where strangers cannot read them."""
         return self.metrics_token is not None or self.host in ("127.0.0.1", "::1", "localhost")
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that one engine step handles at most."""
+        return self.max_num_batched_tokens or (2048 if self.is_embedded else 8192)
 
     @property
     def model_names(self) -> frozenset[str]:

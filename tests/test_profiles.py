@@ -47,7 +47,7 @@ def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch
     """It loads; the GPUs in its name are those that it uses."""
     settings = load(path, monkeypatch)
     assert settings.long_tokens_per_step is not None
-    assert settings.long_tokens_per_step <= settings.max_num_batched_tokens
+    assert settings.long_tokens_per_step <= settings.step_tokens
     if found := re.match(r"(\d+)x", path.stem):
         assert int(found[1]) == settings.tensor_parallel * settings.engines
         assert settings.engines == 1 or settings.engine_on_gpu

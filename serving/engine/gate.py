@@ -201,7 +201,7 @@ class GatedEngine:
             cost=0,
             max_output_tokens=min(sampling.max_tokens, max(1, self._settings.max_model_len - input_tokens)),
             fixed_length=sampling.ignore_eos,
-            long=input_tokens > self._settings.max_num_batched_tokens,
+            long=input_tokens > self._settings.step_tokens,
         )
         caption.cost = _cost(caption, self._expected_tokens(caption) - input_tokens)
         return caption

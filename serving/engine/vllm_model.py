@@ -86,8 +86,9 @@ class LoadedModel:
         self._max_input_tokens = settings.max_input_tokens
         self._piece_frames = _piece_frames(settings)
         self._ids = itertools.count()
-        with _deaf_to_interrupts():
-            self._llm = AsyncLLM.from_vllm_config(engine_config(settings), disable_log_stats=not settings.vllm_metrics)
+        config = engine_config(settings)
+        with _deaf_to_interrupts(), _keeping_memory():
+            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=not settings.vllm_metrics)
         self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
         self.steps = 0
         self._count_steps()
@@ -267,10 +268,10 @@ def engine_config(settings: Settings) -> VllmConfig:
         distributed_executor_backend=SoloExecutor if settings.tensor_parallel == 1 else TeamExecutor,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_batched_tokens=settings.step_tokens,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
-        enforce_eager=settings.enforce_eager or on_cpu,
+        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         # In one process nothing runs beside a step, so this would only hold each token back until the next is computed.
         async_scheduling=False if on_cpu and settings.tensor_parallel == 1 else None,
         additional_config={
@@ -318,3 +319,20 @@ def _deaf_to_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _keeping_memory() -> Iterator[None]:
+    """Start processes whose allocator (glibc's) keeps what it has on a machine without GPU.
+
+    A step takes hundreds of MB for the clips that it encodes, by default in mappings that are given back after it and
+    faulted in anew in the next one, page by page (deploy/notes/0004).
+    """
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)} if current_platform.is_cpu() else {}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

@@ -173,6 +173,21 @@ async def tokens(engine: VllmEngine, clip: Features) -> list[int]:
     return (await token_ids(engine, clip))[:-1]
 
 
+async def test_the_engine_keeps_its_memory_and_nothing_else_does(engine: VllmEngine) -> None:
+    """Without a GPU the allocator of processes started for the engine keeps what a step took; nobody else's does."""
+    module = importlib.import_module(type(model_of(engine)).__module__)
+    with module._keeping_memory():
+        assert os.environ["MALLOC_MMAP_MAX_"] == "0"
+    assert not [name for name in os.environ if name.startswith("MALLOC_")]
+
+
+@pytest.mark.parametrize(("asked", "eager"), [(None, True), (True, True), (False, False)])
+async def test_compilation_is_for_whoever_asks_for_it(engine: VllmEngine, asked: bool | None, eager: bool) -> None:  # noqa: FBT001
+    """Without a GPU nothing is compiled unless the settings say so: the first caption comes minutes sooner."""
+    module = importlib.import_module(type(model_of(engine)).__module__)
+    assert module.engine_config(Settings(enforce_eager=asked)).model_config.enforce_eager is eager
+
+
 async def test_a_caption_ends_by_itself_and_its_last_token_is_not_counted(
     engine: VllmEngine, clip: Features, tokens: list[int], processor: Any
 ) -> None:
