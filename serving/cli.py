@@ -50,6 +50,8 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Five seconds for HAProxy to start are too little on a busy machine, and Ray would begin anew again and again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    # Ray's own default of 0.1 takes twice the CPU when idle; new replicas and lost ones are seen soon enough.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
 }
