@@ -10,14 +10,14 @@ random() { head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; }
 
 # Others than the owner of the directory do not get into it; what runs in containers, under other users, gets the files.
 secret() { # secret NAME VALUE
-    if [ -e "$1" ]; then
-        echo "kept $1"
-    else
-        printf '%s\n' "$2" > ".$1.new"
-        chmod 0444 ".$1.new"
-        mv ".$1.new" "$1"
-        echo "made $1"
-    fi
+  if [ -e "$1" ]; then
+    echo "kept $1"
+  else
+    printf '%s\n' "$2" > ".$1.new"
+    chmod 0444 ".$1.new"
+    mv ".$1.new" "$1"
+    echo "made $1"
+  fi
 }
 
 secret postgres_password "$(random)"

@@ -14,10 +14,7 @@ SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates libnuma1 wget \
-    && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
-    && groupadd --gid 10001 captioner \
-    && useradd --uid 10001 --gid captioner --home-dir /tmp --no-create-home --shell /usr/sbin/nologin captioner \
-    && install -d -o captioner -g captioner /var/lib/captioner
+    && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 
 # What is locked, by hash, without what only GPUs need. PyPI's PyTorch is built for CUDA and does not load without most of
 # NVIDIA's libraries; these it does not miss.
@@ -45,6 +42,10 @@ RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-i
         --target /opt/captioner/app .
 
 FROM base
+# Group 0 too, as some platforms give each container a user id of its own in that group.
+RUN groupadd --gid 10001 captioner \
+    && useradd --uid 10001 --gid captioner --home-dir /tmp --no-create-home --shell /usr/sbin/nologin captioner \
+    && install -d -o captioner -g root -m 0770 /var/lib/captioner
 COPY --from=requirements /opt/captioner /opt/captioner
 COPY --from=application /opt/captioner/app /opt/captioner/app
 # A login shell, as KubeRay starts Ray with, sets PATH anew.

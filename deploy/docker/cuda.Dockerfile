@@ -41,10 +41,11 @@ FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 USER 0
 # wget, which the health check and KubeRay's probes need, is in the base; that it stays so is checked here.
+# Group 0 too, as some platforms give each container a user id of its own in that group.
 RUN command -v wget \
     && groupadd --gid 10001 captioner \
     && useradd --uid 10001 --gid captioner --home-dir /tmp --no-create-home --shell /usr/sbin/nologin captioner \
-    && install -d -o captioner -g captioner /var/lib/captioner
+    && install -d -o captioner -g root -m 0770 /var/lib/captioner
 COPY --from=requirements /opt/captioner /opt/captioner
 COPY --from=application /opt/captioner/app /opt/captioner/app
 # A login shell, as KubeRay starts Ray with, sets PATH anew.
