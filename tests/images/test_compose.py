@@ -1,0 +1,215 @@
+"""Compose: merged by a real implementation of it, valid by its schema, and safe by what it means."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serving.config import Settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = ROOT / "deploy" / "compose"
+PROGRAMS = Path(sys.executable).parent
+
+Project = dict[str, Any]
+
+
+def merged(tmp_path_factory: pytest.TempPathFactory, *files: str, **variables: str) -> Project:
+    """What podman-compose makes of the files: merged, variables put in. It only asks podman for its version."""
+    directory = tmp_path_factory.mktemp("bin")
+    podman = directory / "podman"
+    podman.write_text("#!/bin/sh\necho podman version 5.0.0\n")
+    podman.chmod(0o755)
+    arguments = [argument for name in files for argument in ("-f", str(COMPOSE / name))]
+    environment = {"PATH": f"{directory}:{os.environ['PATH']}", "HOME": str(directory), **variables}
+    command = [sys.executable, str(PROGRAMS / "podman-compose"), *arguments, "config"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    (directory / "merged.yaml").write_text(done.stdout)
+    subprocess.run(
+        [PROGRAMS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", directory / "merged.yaml"],
+        check=True,
+    )
+    project: Project = yaml.safe_load(done.stdout)
+    return project
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """On a machine with GPUs."""
+    return merged(tmp_path_factory, "compose.yaml")
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """On a laptop."""
+    return merged(tmp_path_factory, "compose.yaml", "compose.cpu.yaml")
+
+
+@pytest.fixture(params=["gpu", "cpu"])
+def project(request: pytest.FixtureRequest) -> Project:
+    """Each of the two."""
+    found: Project = request.getfixturevalue(request.param)
+    return found
+
+
+def services(project: Project) -> list[tuple[str, dict[str, Any]]]:
+    """By name."""
+    return list(project["services"].items())
+
+
+def test_all_parts_are_there(project: Project) -> None:
+    """The service, its two stores, and what watches it."""
+    assert set(project["services"]) == {"captioner", "postgres", "redis", "prometheus", "alertmanager", "grafana"}
+
+
+def test_no_container_may_more_than_it_must(project: Project) -> None:
+    """Read-only root, no capabilities, no way to gain any, no root in the stores, limits on what it takes."""
+    for name, service in services(project):
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.get("privileged"), name
+        assert service.get("network_mode") != "host", name
+        assert set(service["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}, name
+        assert service["restart"] == "unless-stopped", name
+    for name in ("postgres", "redis"):
+        assert project["services"][name]["user"] == "999:999"
+
+
+def test_every_container_is_checked(project: Project) -> None:
+    """Each says by itself whether it does its work, and the service waits for its stores."""
+    for name, service in services(project):
+        assert service["healthcheck"]["test"], name
+    captioner = project["services"]["captioner"]
+    assert "/readyz" in captioner["healthcheck"]["test"][-1]
+    assert {name: how["condition"] for name, how in captioner["depends_on"].items()} == {
+        "postgres": "service_healthy",
+        "redis": "service_healthy",
+    }
+
+
+def test_ports_are_on_loopback(project: Project) -> None:
+    """Nothing is published to a network unless somebody says so, and the stores not at all."""
+    published = {name: service["ports"] for name, service in services(project) if service.get("ports")}
+    assert set(published) == {"captioner", "prometheus", "alertmanager", "grafana"}
+    for ports in published.values():
+        assert all(str(port).startswith("127.0.0.1:") for port in ports)
+
+
+def test_the_service_can_be_published(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By a variable, and only the service."""
+    project = merged(tmp_path_factory, "compose.yaml", CAPTIONER_BIND="0.0.0.0", CAPTIONER_PORT="80")  # noqa: S104
+    assert project["services"]["captioner"]["ports"] == ["0.0.0.0:80:8000"]
+    assert project["services"]["prometheus"]["ports"] == ["127.0.0.1:9090:9090"]
+
+
+def test_the_stores_have_no_way_out(project: Project) -> None:
+    """PostgreSQL and Redis are reached by the others, and reach nothing."""
+    assert project["networks"]["inside"] == {"internal": True}
+    for name in ("postgres", "redis"):
+        assert set(project["services"][name]["networks"]) == {"inside"}
+
+
+def test_images_are_pinned(project: Project) -> None:
+    """Each has a whole version, but the service's own, which is built here."""
+    for name, service in services(project):
+        tag = service["image"].rpartition(":")[2]
+        assert re.match(r"v?\d+\.\d+(\.\d+)?", tag) or name == "captioner", service["image"]
+
+
+def test_an_image_can_be_pinned_by_digest(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By its variable."""
+    pinned = "redis:7.4.2-bookworm@sha256:" + "0" * 64
+    assert merged(tmp_path_factory, "compose.yaml", REDIS_IMAGE=pinned)["services"]["redis"]["image"] == pinned
+
+
+def test_no_secret_stands_in_a_file_or_in_the_environment(project: Project) -> None:
+    """Secrets are files that `secrets.sh` makes: all that are named are made, and each is used by somebody."""
+    used = {secret for _, service in services(project) for secret in service.get("secrets", [])}
+    assert used == set(project["secrets"])
+    for secret in project["secrets"].values():
+        assert set(secret) == {"file"}
+    for name, service in services(project):
+        for variable, value in service.get("environment", {}).items():
+            if re.search("SECRET|PASSWORD|TOKEN|PEPPER|KEY", variable):
+                assert not value or str(value).startswith("/run/secrets"), f"{name}: {variable}"
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert "/deploy/compose/secrets/" in ignored
+
+
+def test_variables_are_settings(project: Project) -> None:
+    """Each variable `CAPTIONER_<NAME>` and each secret `captioner_<name>` is a setting that exists."""
+    captioner = project["services"]["captioner"]
+    names = {
+        name.removeprefix("CAPTIONER_").lower() for name in captioner["environment"] if name.startswith("CAPTIONER_")
+    }
+    names |= {name.removeprefix("captioner_") for name in captioner["secrets"]}
+    assert names - {"secrets_dir", "region", "redis_url", "key_pepper"} <= set(Settings.model_fields)
+
+
+def test_what_is_mounted_is_there(project: Project) -> None:
+    """Every file and directory of ours that a container gets exists, and is read-only."""
+    count = 0
+    for _, service in services(project):
+        for volume in service.get("volumes", []):
+            source, options = volume.split(":")[0], volume.split(":")[-1]
+            if source.startswith(".."):
+                count += 1
+                assert (COMPOSE / source).exists(), volume
+                assert options == "ro", volume
+    assert count >= 6
+
+
+def test_what_runs_is_finished_before_it_is_killed(project: Project) -> None:
+    """The container gets longer to stop than the service takes at most."""
+    grace = re.fullmatch(r"(\d+)s", project["services"]["captioner"]["stop_grace_period"])
+    assert grace
+    assert int(grace[1]) > Settings.model_fields["shutdown_grace_s"].default
+
+
+def test_gpus_are_asked_for_only_where_there_are_some(gpu: Project, cpu: Project) -> None:
+    """All of the machine's with the CUDA image; none with the CPU image, which takes less of everything."""
+    resources = {name: project["services"]["captioner"] for name, project in (("gpu", gpu), ("cpu", cpu))}
+    (devices,) = resources["gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert devices["capabilities"] == ["gpu"]
+    assert devices["count"] == "all"
+    assert not resources["cpu"]["deploy"]["resources"].get("reservations")
+    assert resources["gpu"]["build"]["dockerfile"] == "deploy/docker/cuda.Dockerfile"
+    assert resources["cpu"]["build"]["dockerfile"] == "deploy/docker/cpu.Dockerfile"
+    assert any("cpu-embedded.toml" in volume for volume in resources["cpu"]["volumes"])
+    assert not any("1xh100" in volume for volume in resources["cpu"]["volumes"])
+
+
+def test_every_profile_can_be_chosen(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By its name."""
+    project = merged(tmp_path_factory, "compose.yaml", CAPTIONER_PROFILE="2xa100-80g")
+    (profile,) = [volume for volume in project["services"]["captioner"]["volumes"] if "profile.toml" in volume]
+    assert (COMPOSE / profile.split(":")[0]).is_file()
+
+
+def test_secrets_are_made_once(tmp_path: Path) -> None:
+    """Those that the project names, at random, kept when run again; addresses carry the passwords; others stay out."""
+    script = [COMPOSE / "secrets.sh", tmp_path / "secrets"]
+    subprocess.run(script, check=True, capture_output=True)
+    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    project = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
+    assert set(made) == set(project["secrets"])
+    assert len(made["captioner_key_pepper"].strip()) == 64
+    assert f":{made['postgres_password'].strip()}@postgres:" in made["captioner_database_url"]
+    password = re.search("requirepass (.*)", made["redis_conf"])
+    assert password
+    assert f":{password[1]}@redis:" in made["captioner_redis_url"]
+    assert len(set(made.values())) == len(made)
+    assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
+    (tmp_path / "secrets" / "captioner_upload_secret").unlink()
+    subprocess.run(script, check=True, capture_output=True)
+    again = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    assert {name for name in made if again[name] != made[name]} == {"captioner_upload_secret"}
