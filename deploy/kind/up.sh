@@ -55,5 +55,5 @@ run helm upgrade --install captioner helm/captioner --kube-context "kind-$cluste
 run kubectl "${context[@]}" --namespace "$namespace" wait --for=condition=Ready rayservice/captioner --timeout "$timeout"
 run helm test captioner --kube-context "kind-$cluster" --namespace "$namespace" --logs --timeout 5m
 
-echo "To call it: kubectl ${context[*]} --namespace $namespace port-forward service/captioner 8000:8000"
+echo "To call it: kubectl ${context[*]} --namespace $namespace port-forward service/captioner-serve-svc 8000:8000"
 echo "To end it:  deploy/kind/up.sh --down"
