@@ -64,6 +64,10 @@ bench: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side
 embedded-checkpoint: .venv/dev.stamp ## Make the embedded stand-in's corpus and train it (hours; resumable)
 	deploy/embedded/recipe.sh .cache/embedded
 
+.PHONY: image-test
+image-test: ## Build the CPU image and try it (as root, on Debian; writes some 20 GB; not part of `make test`)
+	deploy/docker/try.sh
+
 .PHONY: lock
 lock: .venv/uv.stamp ## Resolve the requirements anew
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done

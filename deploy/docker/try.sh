@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the CPU image and try it as a stranger would: as a user without rights, with a root that cannot be written.
-# Not part of `make test`: it downloads and writes some 6 GB, and wants root.
+# Not part of `make test`: it downloads 3 GB, writes some 20 GB, and wants root.
 #   deploy/docker/try.sh [base | build | size | run | pod | test [pytest arguments] | all]
 #
 # BASE_IMAGE   the base to build on; default: a Debian made here by mmdebstrap
