@@ -26,7 +26,8 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
     && uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --require-hashes --compile-bytecode \
         -r requirements.txt \
     && packages=$(/opt/captioner/bin/python -c 'import site; print(site.getsitepackages()[0])') \
-    && { echo /opt/captioner/app; python3 -c 'import site; print(f"import site; [site.addsitedir(p) for p in {site.getsitepackages()}]")'; } \
+    && { echo /opt/captioner/app; \
+         python3 -c 'import site; [print(f"import site; site.addsitedir({p!r})") for p in site.getsitepackages()]'; } \
         > "$packages/zz-base.pth" \
     && ln -s ../app/bin/captioner /opt/captioner/bin/captioner \
     && /opt/captioner/bin/python -c 'from importlib.metadata import version; print("vllm", version("vllm"))'

@@ -18,7 +18,7 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
         -r /tmp/requirements.txt
 COPY . .
 # The application that was installed is tested, not the source tree.
-RUN rm -rf serving && ln -s /opt/captioner/app/serving serving
+RUN rm -rf serving && ln -s /opt/captioner/app/serving serving && chown 10001:10001 .
 USER 10001:10001
 ENTRYPOINT ["python", "-m", "pytest", "-p", "no:cacheprovider"]
 CMD ["tests/test_line.py"]
