@@ -25,7 +25,7 @@ from serving.metrics import Metrics
 from serving.protocols.dashscope import DashScopeCodec
 from serving.protocols.openai import OpenAICodec
 from serving.routes import Service, error_handlers, routes
-from serving.tenancy.keys import Keys
+from serving.tenancy.tenancy import Tenancy
 from serving.uploads import DirectoryUploads
 from serving.watch import watch_service
 
@@ -61,6 +61,7 @@ def create_app(
     workers = AudioWorkers(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)
+    tenancy = Tenancy(settings)
     service = Service(
         settings=settings,
         engine=engine,
@@ -69,7 +70,8 @@ def create_app(
         fetcher=fetcher,
         targets=targets,
         uploads=uploads,
-        keys=Keys(settings.api_keys),
+        keys=tenancy.keys,
+        admissions=tenancy.admissions,
         metrics=metrics,
         bodies=BodyBudget(settings.max_inflight_body_bytes),
         openai=OpenAICodec(settings),
@@ -80,7 +82,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            for part in (workers, fetcher, uploads):
+            for part in (workers, fetcher, uploads, tenancy):
                 stack.push_async_callback(part.stop)
                 await part.start()
             stack.push_async_callback(engine.stop)

@@ -13,10 +13,10 @@ import time
 from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import TYPE_CHECKING
 
+from serving.engine.base import context_tokens
 from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.line import Room
 from serving.types import (
-    ANYONE,
     CaptionDelta,
     FinishReason,
     InlineAudio,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.record import RequestRecord
+    from serving.tenancy.admission import Admission
     from serving.types import CaptionRequest, Features, Share
     from serving.uploads import UploadStore
 
@@ -70,19 +71,20 @@ class Captioner:
         self,
         request: CaptionRequest,
         record: RequestRecord,
+        admission: Admission,
         *,
         deadline_s: float,
         on_prepared: Callable[[], None],
-        share: Share = ANYONE,
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the caption piece by piece; the last piece carries the finish reason.
 
-        `record` is filled along the way. `deadline_s` counts from the request's arrival: when it passes, the caption
+        `record` is filled along the way. `admission` is asked once there is a place, and charged once the audio is
+        known; whoever made it leaves it. `deadline_s` counts from the request's arrival: when it passes, the caption
         ends as `length` and `partial` with what there is. `on_prepared` is called once the encoded audio is no longer
-        needed. `share` says whose it is, for where work waits. Raises `CaptionerError`.
+        needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        sampling, request_id = request.sampling, request.request_id
+        sampling, request_id, share = request.sampling, request.request_id, admission.caller.share
         began = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._place(share))
@@ -91,6 +93,7 @@ class Captioner:
             except NotReady:
                 self._on_not_ready()
                 raise
+            await admission.admit()
             record.stage("admit", time.perf_counter() - began)
             held = await stack.enter_async_context(AsyncExitStack())
             try:
@@ -104,6 +107,8 @@ class Captioner:
 
             usage = Usage(audio_tokens=billed_audio_tokens(features.samples))
             record.usage, record.samples = usage, features.samples
+            record.engine_input_tokens = context_tokens(features)
+            await admission.charge()
             queued = time.perf_counter()
             deltas = await stack.enter_async_context(
                 aclosing(self._engine.generate(request_id, features, sampling, share)),
@@ -127,8 +132,7 @@ class Captioner:
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)
                     record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
                     await held.aclose()  # the engine has consumed the features
-                usage = Usage(usage.audio_tokens, usage.output_tokens + piece.tokens)
-                record.usage, record.finish_reason = usage, piece.finish_reason
+                usage = record.generated(piece.text, piece.tokens, piece.finish_reason)
                 yield CaptionDelta(piece.text, usage, piece.finish_reason)
                 if piece.finish_reason is not None:
                     return

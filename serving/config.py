@@ -216,6 +216,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None, description="Tenants, keys, prices, usage: `postgresql://user@host/name`; default: SQLite in data_dir"
     )
+    max_journal_bytes: int = Field(
+        256 * MIB, ge=MIB, description="Disk for usage that the database has not got; past it requests are refused"
+    )
     uploads_dir: Path | None = Field(None, description="Directory of uploaded files; default: below the system's")
     upload_secret: SecretStr | None = Field(
         None, description="Secret that signs upload policies; must be equal on all replicas; default: made at start"

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from serving.body import BodyBudget, HeldBytes
+    from serving.body import BodyBudget
     from serving.captioner import Captioner
     from serving.config import Settings
     from serving.metrics import Metrics
     from serving.protocols.base import Codec, Reply
     from serving.record import RequestRecord
-    from serving.tenancy.keys import Keys
-    from serving.types import CaptionDelta, CaptionRequest
+    from serving.tenancy.admission import Admission, Admissions
+    from serving.tenancy.tenancy import StaticKeys
+    from serving.types import CaptionDelta
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class CaptionEndpoint:
 
     codec: Codec
     captioner: Captioner
-    keys: Keys
+    keys: StaticKeys
+    admissions: Admissions
     metrics: Metrics
     bodies: BodyBudget
     settings: Settings
@@ -70,11 +72,12 @@ class CaptionEndpoint:
     async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
-            record.caller = self.keys.authenticate(headers)
+            caller = self.keys.authenticate(headers)
         except CaptionerError:
             await drain(pieces(receive), self.settings.max_body_bytes)
             raise
-        with self.bodies.hold() as held:
+        record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
+        with self.bodies.hold(caller.share) as held:
             body = await read_body(receive, self.settings.max_body_bytes, held)
             record.stage("receive", time.perf_counter() - record.started)
             request, reply = self.codec.decode_request(body, headers, record.request_id)
@@ -82,30 +85,29 @@ class CaptionEndpoint:
             exchange.reply = reply
             record.stream = reply.stream
             record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
-            answer = asyncio.create_task(self._answer(request, reply, exchange, record, held))
-            del request
-            gone = asyncio.create_task(disconnected(receive))
-            try:
-                await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                gone.cancel()
-                if not answer.done():
-                    answer.cancel()
-                await asyncio.wait((answer, gone))
-            if answer.cancelled():
-                raise Disconnected
-            answer.result()
+            deadline_s = self.settings.stream_deadline_s if reply.stream else self.settings.deadline_s
+            async with self.admissions.of(caller, record, request) as admission:
+                exchange.admission = admission
+                deltas = self.captioner.caption(
+                    request, record, admission, deadline_s=deadline_s, on_prepared=held.release
+                )
+                del request  # it carries the encoded audio, which the path lets go of once it is decoded
+                answer = asyncio.create_task(self._answer(deltas, reply, exchange, record))
+                gone = asyncio.create_task(disconnected(receive))
+                try:
+                    await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    gone.cancel()
+                    if not answer.done():
+                        answer.cancel()
+                    await asyncio.wait((answer, gone))
+                if answer.cancelled():
+                    raise Disconnected
+                answer.result()
 
     async def _answer(
-        self, request: CaptionRequest, reply: Reply, exchange: _Exchange, record: RequestRecord, held: HeldBytes
+        self, deltas: AsyncGenerator[CaptionDelta], reply: Reply, exchange: _Exchange, record: RequestRecord
     ) -> None:
-        deltas = self.captioner.caption(
-            request,
-            record,
-            deadline_s=self.settings.stream_deadline_s if reply.stream else self.settings.deadline_s,
-            on_prepared=held.release,
-        )
-        del request  # it carries the encoded audio, which the path lets go of once it is decoded
         try:
             async with aclosing(deltas):
                 await (exchange.stream(reply, deltas) if reply.stream else exchange.whole(reply, deltas))
@@ -119,6 +121,7 @@ class _Exchange:
 
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
+        self.admission: Admission | None = None
         self.encode_s = 0.0
         self._send = send
         self._request_id = request_id
@@ -194,8 +197,9 @@ class _Exchange:
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self._started = True
+        limits = self.admission.headers if self.admission else {}
         fields = [(b"content-type", content_type.encode())]
-        fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in {**limits, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})
 
 

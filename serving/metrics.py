@@ -368,6 +368,7 @@ def _log(record: RequestRecord, outcome: str, code: str, duration_s: float, trac
             "output_tokens": record.usage.output_tokens if record.usage else 0,
             "duration_s": round(duration_s, 4),
             "stages_s": {stage: round(seconds, 4) for stage, seconds in record.stages_s.items()},
+            **({"caption": "".join(record.caption)} if record.caption else {}),
             **({"trace_id": trace_id} if trace_id else {}),
         },
     )

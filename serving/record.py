@@ -5,13 +5,9 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from serving.errors import CaptionerError, ClientError, Disconnected, ServerError
-from serving.types import SAMPLE_RATE, FinishReason
-
-if TYPE_CHECKING:
-    from serving.types import Usage
+from serving.types import SAMPLE_RATE, FinishReason, Usage
 
 STAGES = (
     "receive",
@@ -48,8 +44,13 @@ class RequestRecord:
     first_token: float | None = None
     samples: int = 0
     usage: Usage | None = None
+    engine_input_tokens: int = 0
+    engine_output_tokens: int = 0
+    """The engine's own counts, which are not what is billed."""
     finish_reason: FinishReason | None = None
     partial: bool = False
+    caption: list[str] | None = None
+    """What was said; kept only for a tenant that wants its captions in the log."""
     stages_s: dict[str, float] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)
     """When each stage began, by the clock of `started`."""
@@ -70,6 +71,16 @@ class RequestRecord:
     def waited_s(self) -> float:
         """How long it stood in queues."""
         return self.stages_s.get("audio_queue", 0.0) + self.stages_s.get("engine_queue", 0.0)
+
+    def generated(self, text: str, tokens: int, finish_reason: FinishReason | None) -> Usage:
+        """Note the next piece of the caption; return what has been used with it."""
+        before = self.usage or Usage(0)
+        self.usage = Usage(before.audio_tokens, before.output_tokens + tokens)
+        self.engine_output_tokens += tokens
+        self.finish_reason = finish_reason
+        if self.caption is not None:
+            self.caption.append(text)
+        return self.usage
 
     def stage(self, name: str, seconds: float, *, ended: float | None = None) -> None:
         """Note that a stage took so long and has ended, at `ended` or now."""

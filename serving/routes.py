@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from serving.metrics import Metrics
     from serving.protocols.base import Codec
     from serving.scraping import Target
-    from serving.tenancy.keys import Keys
+    from serving.tenancy.admission import Admissions
+    from serving.tenancy.tenancy import StaticKeys
+    from serving.types import Caller
     from serving.uploads import UploadStore
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ class Service:
     workers: AudioWorkers
     captioner: Captioner
     uploads: UploadStore
-    keys: Keys
+    keys: StaticKeys
+    admissions: Admissions
     metrics: Metrics
     bodies: BodyBudget
     openai: Codec
@@ -105,7 +108,8 @@ class Service:
         model = request.query_params.get("model", "")
         if model not in self.settings.model_names:
             raise ModelNotFound(model)
-        policy = self.uploads.issue(caller, self.settings.served_model_name)  # whichever of its names was used
+        # Whichever of the model's names was used.
+        policy = self.uploads.issue(caller.tenant_id, self.settings.served_model_name)
         return _json(
             oss.policy_body(
                 request.state.request_id,
@@ -169,7 +173,7 @@ class Service:
         if not may_scrape(self.settings.metrics_token, request.headers.get("authorization", "")):
             raise InvalidApiKey
 
-    def _authenticate(self, request: Request) -> str:
+    def _authenticate(self, request: Request) -> Caller:
         return self.keys.authenticate(request.headers)
 
 
@@ -218,7 +222,14 @@ def _json(body: bytes, status: int = 200) -> Response:
 
 def routes(service: Service) -> list[Route]:
     """Every path that is answered."""
-    parts = (service.captioner, service.keys, service.metrics, service.bodies, service.settings)
+    parts = (
+        service.captioner,
+        service.keys,
+        service.admissions,
+        service.metrics,
+        service.bodies,
+        service.settings,
+    )
     native, compatible = CaptionEndpoint(service.dashscope, *parts), CaptionEndpoint(service.openai, *parts)
     return [
         Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),

@@ -51,6 +51,14 @@ def watch_service(service: Service) -> None:
     else:
         cpu["engine"] = _engine_cpu(engine)
         taken |= _watch_engine(metrics, engine, settings)
+    ledger = service.admissions.ledger
+    watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)
+    watch("captioner_ledger_pending", lambda: ledger.pending)
+    watch("captioner_ledger_journal_bytes", lambda: ledger.journal_bytes)
+    watch("captioner_ledger_journal_limit_bytes", lambda: settings.max_journal_bytes)
+    watch("captioner_ledger_records_total", lambda: dict(ledger.closed))
+    watch("captioner_ledger_write_failures_total", lambda: ledger.write_failures)
+    taken["journal"] = lambda: ledger.journal_bytes / settings.max_journal_bytes
     watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
     watch("captioner_cpu_seconds_total", lambda: {part: read() for part, read in cpu.items()})
 

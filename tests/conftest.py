@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("busy machine")
 
 for name in [name for name in os.environ if name.startswith("CAPTIONER_")]:
     del os.environ[name]  # what this shell would serve is not what is tested
+_DATA = tempfile.TemporaryDirectory(prefix="captioner-test-data-")
+os.environ["CAPTIONER_DATA_DIR"] = _DATA.name  # nor does what is tested touch what this user serves
 
 
 @pytest.fixture(scope="session")

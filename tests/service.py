@@ -19,7 +19,7 @@ class RunningService:
     def __init__(self, *flags: str, start_timeout_s: float = 60) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-")
         directory = Path(self._directory.name)
-        self.spool, self.uploads = directory / "spool", directory / "uploads"
+        self.spool, self.uploads, self.data = directory / "spool", directory / "uploads", directory / "data"
         self.spool.mkdir()
         self._log = (directory / "log").open("w+")
         self._flags = flags
@@ -28,7 +28,8 @@ class RunningService:
 
     def __enter__(self) -> Self:
         command = [str(Path(sys.executable).with_name("captioner")), "serve", "--port=0"]
-        command += [f"--spool-dir={self.spool}", f"--uploads-dir={self.uploads}", *self._flags]
+        command += [f"--spool-dir={self.spool}", f"--uploads-dir={self.uploads}", f"--data-dir={self.data}"]
+        command += self._flags
         self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log)
         deadline = time.monotonic() + self._start_timeout_s
         while not self.url:

@@ -34,12 +34,12 @@ class JournalReader:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._segment: int | None = None
-        self._offset = 0
+        self._offset = self._end = self._torn = 0
         self.damaged = 0
         """Lines that were not as they had been written. The power went off, or the disk is failing."""
 
     def read(self) -> tuple[list[Any], int]:
-        """The next entries, and how many bytes they take; nothing when there are none yet."""
+        """The next entries, and how many bytes they take; nothing when there are none yet. The same until `advance`."""
         while True:
             segments = _segments(self._directory)
             current = self._segment if self._segment in segments else min(segments, default=None)
@@ -50,11 +50,16 @@ class JournalReader:
             later = [number for number in segments if number > current]  # looked for before reading: the order matters
             lines = self._lines(segments[current])
             if lines:
-                self._offset += len(lines)
+                self._end = self._offset + len(lines)
                 return list(self._entries(lines)), len(lines)
             if not later:
                 return [], 0
             self._segment, self._offset = min(later), 0
+
+    def advance(self) -> None:
+        """Go on behind what was read last."""
+        self._offset = self._end
+        self.damaged += self._torn
 
     def discard(self) -> None:
         """Remove the segments before the one that is being read."""
@@ -69,12 +74,13 @@ class JournalReader:
         return data[: data.rfind(b"\n") + 1]
 
     def _entries(self, lines: bytes) -> Iterator[Any]:
+        self._torn = 0
         for line in lines.splitlines():
             checksum, _, payload = line.partition(b" ")
             if checksum == b"%08x" % zlib.crc32(payload):
                 yield orjson.loads(payload)
             else:
-                self.damaged += 1
+                self._torn += 1
 
 
 class Journal:
@@ -84,9 +90,10 @@ class Journal:
         self.owner = owner
         self.directory = parent / owner
         self.reader = JournalReader(self.directory)
-        self.appended_bytes = 0
-        self.settled_bytes = 0
-        """Of these, what is safe elsewhere."""
+        self.appended = self.settled = 0
+        """Entries."""
+        self.appended_bytes = self.settled_bytes = 0
+        """What was appended, and of that what is safe elsewhere."""
         self._segment_bytes = 0
         self._number = 0
         self._file = -1
@@ -123,14 +130,17 @@ class Journal:
             raise OSError("the journal's disk is full")
         self._segment_bytes += written
         self.appended_bytes += written
+        self.appended += 1
 
     def read(self) -> tuple[list[Any], int]:
         """See `JournalReader.read`."""
         return self.reader.read()
 
-    def settle(self, nbytes: int) -> None:
-        """What was read last, of that size, is safe elsewhere."""
+    def settle(self, entries: int, nbytes: int) -> None:
+        """What was read last is safe elsewhere."""
+        self.settled += entries
         self.settled_bytes += nbytes
+        self.reader.advance()
         self.reader.discard()
 
     def sync(self) -> None:

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 def _everything(reader: JournalReader) -> list[Any]:
     found = []
     while nbytes := (told := reader.read())[1]:
+        assert reader.read() == told  # the same until it is told to go on
         assert nbytes > 0
         found += told[0]
+        reader.advance()
     return found
 
 
@@ -36,14 +38,15 @@ def test_entries_are_read_in_order_and_settled(tmp_path: Path, monkeypatch: pyte
         if number % 7 == 0:
             entries, nbytes = journal.read()
             read += entries
-            journal.settle(nbytes)
+            journal.settle(len(entries), nbytes)
             journal.sync()
     assert journal.pending_bytes > 0
     while (told := journal.read())[1]:
         read += told[0]
-        journal.settle(told[1])
+        journal.settle(len(told[0]), told[1])
     assert [entry["number"] for entry in read] == list(range(200))
     assert journal.pending_bytes == 0
+    assert journal.appended == journal.settled == 200
     assert len(list(tmp_path.rglob("*.log"))) == 1
     journal.close()
     journal.close()
