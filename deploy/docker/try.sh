@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build the CPU image and try it as a stranger would: as a user without rights, with a root that cannot be written.
 # Not part of `make test`: it downloads 3 GB, writes some 20 GB, and wants root.
-#   deploy/docker/try.sh [base | build | size | run | pod | test [pytest arguments] | all]
+#   deploy/docker/try.sh [base | build | size | run | pod | chart | test [pytest arguments] | all]
 #
 # BASE_IMAGE   the base to build on; default: a Debian made here by mmdebstrap
 # IMAGE        name of the image; default localhost/captioner:cpu
@@ -96,6 +96,13 @@ wait_ready() { # wait_ready PORT
   fail "not ready after 300 s"
 }
 
+wait_for() { # wait_for PORT: up to two minutes, for a pod
+  for _ in $(seq 60); do
+    ! curl --silent --fail --output /dev/null --max-time 5 "http://127.0.0.1:$1/readyz" || return 0
+    sleep 2
+  done
+}
+
 serve() { # serve TITLE PODMAN-ARGUMENTS… -- CAPTIONER-ARGUMENTS…: start, ask, look, stop
   local title=$1 options=() caption code
   shift
@@ -132,13 +139,30 @@ pod() {
   sed "s#localhost/captioner:cpu#$image#; s#hostPort: 8000#hostPort: $port#; s#name: captioner-pod#name: $name#" \
     deploy/docker/pod.yaml >"$cache/pod.yaml"
   podman play kube "$cache/pod.yaml" >/dev/null
-  for _ in $(seq 150); do
-    ! curl --silent --fail --output /dev/null --max-time 5 "http://127.0.0.1:$port/readyz" || break
-    sleep 2
-  done
-  request "$port" || { podman logs "$name-captioner" | tail -n 30; exit 1; }
+  wait_for "$port"
+  request "$port" || { podman logs --tail 5 "$name-captioner"; exit 1; }
   podman exec "$name-captioner" sh -c 'id; ! touch /root-is-written 2>/dev/null'
   podman play kube --down "$cache/pod.yaml" >/dev/null
+}
+
+chart() { # the chart's pod of a release without Ray, as rendered; needs helm, and .venv for PyYAML
+  need podman jq curl helm
+  local secret container key
+  say "the chart's Deployment by podman play kube"
+  helm template "$name" helm/captioner -f helm/captioner/profiles/cpu-embedded.yaml --set workload=deployment \
+    --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" >"$cache/chart.yaml"
+  secret=$(.venv/bin/python deploy/docker/playable.py "$port" "$cache/secret.json" <"$cache/chart.yaml" 2>&1 \
+    >"$cache/chart-pod.yaml")
+  podman secret create "$secret" "$cache/secret.json" >/dev/null
+  key=$(jq -r '."api-keys" | @base64d' "$cache/secret.json")
+  rm "$cache/secret.json"
+  podman play kube "$cache/chart-pod.yaml" >/dev/null
+  container=$(podman ps --format '{{.Names}}' | grep "^$name.*-captioner\$")
+  wait_for "$port"
+  request "$port" "$key" || { podman logs --tail 5 "$container"; exit 1; }
+  podman exec "$container" sh -c 'id; ! touch /root-is-written 2>/dev/null'
+  podman play kube --down "$cache/chart-pod.yaml" >/dev/null
+  podman secret rm "$secret" >/dev/null
 }
 
 tests() { # the project's own tests, inside
@@ -156,7 +180,7 @@ what=${1:-all}
 [ $# -eq 0 ] || shift
 mkdir -p "$cache"
 case $what in
-  base | build | size | run | pod) "$what" ;;
+  base | build | size | run | pod | chart) "$what" ;;
   test) tests "$@" ;;
   all) build; size; run; pod; tests ;;
   *) sed -n '2,4p' "$0" >&2; exit 2 ;;
