@@ -96,6 +96,8 @@ class CaptionEndpoint:
                 gone = asyncio.create_task(disconnected(receive))
                 try:
                     await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+                    if exchange.ended:
+                        await asyncio.wait((answer,))  # who has the whole answer may go
                 finally:
                     gone.cancel()
                     if not answer.done():
@@ -122,6 +124,8 @@ class _Exchange:
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
         self.admission: Admission | None = None
+        self.ended = False
+        """The last of the answer is on its way."""
         self.encode_s = 0.0
         self._send = send
         self._request_id = request_id
@@ -188,11 +192,13 @@ class _Exchange:
         async with self._writing:
             if not self._started:
                 await self._start(200, "text/event-stream", _STREAM_HEADERS)
+            self.ended = self.ended or not more
             await self._send({"type": "http.response.body", "body": frame, "more_body": more})
             self._written_at = asyncio.get_running_loop().time()
 
     async def _plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
         await self._start(status, content_type, {**headers, "content-length": str(len(body))})
+        self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:

@@ -1,0 +1,27 @@
+"""The ledger adds up, though processes are killed, clients leave and the database stops (a few hundred requests).
+
+`python benchmarks/ledger_chaos.py` is the same with ten thousand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from ledger_chaos import chaos
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.timeout(600)
+async def test_every_ending_is_in_the_ledger_once(tmp_path: Path) -> None:
+    """Each admitted request has one record with the engine's tokens and the right bill; nothing is left open."""
+    result = await chaos(tmp_path, requests=300, concurrency=24, kills=2, outages=1)
+    assert result["wrong"] == {}
+    assert result["requests"] == 300
+    assert result["kills"] == 2
+    assert result["database_outages"] == 1
+    assert result["endings"].keys() >= {"finished", "partial", "disconnected", "rejected", "failed_midstream", "lost"}
+    assert sum(result["endings"].values()) == result["records"]
+    assert result["output_tokens_of_all_but_lost"]["ledger"] > 1000
