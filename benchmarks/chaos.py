@@ -124,7 +124,8 @@ def main() -> None:
     given = arguments.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"logs in {directory}", flush=True)
-    command = [str(BIN / "captioner"), "cluster", f"--port={given.port}", f"--fake-tokens={TOKENS}", *FLAGS.split()]
+    command = [str(BIN / "captioner"), "cluster", "--no-auth", f"--port={given.port}"]
+    command += [f"--fake-tokens={TOKENS}", *FLAGS.split()]
     result: dict[str, Any] = {"settings": FLAGS, "users": USERS, "load_average": [os.getloadavg()]}
     with Cluster(command, directory, given.port, {}) as cluster:
         result["ready_s"] = round(cluster.wait_ready(), 1)

@@ -58,6 +58,7 @@ class Cluster:
         self.environment = os.environ | {
             name: value,
             "CAPTIONER_UPLOADS_DIR": str(directory / "uploads"),
+            "CAPTIONER_DATA_DIR": str(directory / "data"),
             "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(),

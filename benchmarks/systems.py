@@ -219,7 +219,9 @@ class Captioner(Server):
             f"--cpu-kv-cache-gib={setup.kv_cache_gib}",
             "--enforce-eager" if setup.enforce_eager else "--no-enforce-eager",
             "--allow-ignore-eos",
+            "--no-auth",
             f"--spool-dir={self._scratch}",
+            f"--data-dir={self._scratch / 'data'}",
             f"--uploads-dir={self._scratch / 'uploads'}",
         ]
 

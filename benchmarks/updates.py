@@ -30,6 +30,7 @@ DRAINING_S = 5
 """How long a front stays reachable once it is to go, at least: 30 s by default, made less so that it ends today."""
 
 SETTINGS = {
+    "auth": False,
     "engine": "fake",
     "fake_ttft_s": 0.3,
     "fake_tpot_s": 0.05,

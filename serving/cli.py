@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
+from sqlalchemy.exc import OperationalError
 
 from serving import logs
 from serving.app import create_app
 from serving.config import Settings
+from serving.tenancy.keys import development_key
+from serving.tenancy.secret_keys import Pepper
+from serving.tenancy.store import UnusableDatabase, migrate, open_database
 
 if TYPE_CHECKING:
     import socket
@@ -85,32 +89,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(argv: list[str]) -> int:
     try:
         settings = Settings.load(argv)
-    except (ValidationError, FileNotFoundError) as error:
+        logs.configure(settings.log_level, settings.log_format)
+        server = _Server(_with_development_key(settings))
+    except (ValidationError, FileNotFoundError, UnusableDatabase) as error:
         print(f"captioner: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    logs.configure(settings.log_level, settings.log_format)
-    return uvloop.run(_Server(settings).run())
+    return uvloop.run(server.run())
 
 
 def _cluster(argv: list[str]) -> int:
     try:
-        settings = Settings.load(argv)
-    except (ValidationError, FileNotFoundError) as error:
+        settings = _with_development_key(Settings.load(argv))
+    except (ValidationError, FileNotFoundError, UnusableDatabase) as error:
         print(f"captioner: {error}", file=sys.stderr)  # noqa: T201
         return 2
     # Ray reads these on import, and its processes inherit them: secrets among them, which do not go into Ray's store.
-    upload_secret = settings.upload_secret.get_secret_value() if settings.upload_secret else secrets.token_hex()
+    hidden = settings.secrets
     private = {
-        "CAPTIONER_UPLOAD_SECRET": upload_secret,
-        "CAPTIONER_API_KEYS": ",".join(key.get_secret_value() for key in settings.api_keys),
-    }
+        "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
+        "CAPTIONER_KEY_PEPPER": Pepper.of(settings).secret,
+    } | {f"CAPTIONER_{name.upper()}": value for name, value in hidden.items()}
     # Ray's parts ask each other for a token. The one that it would keep in the home directory is not made in time.
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
     os.environ.update(RAY_ENVIRONMENT | os.environ | private | token)
     logs.configure(settings.log_level, settings.log_format)
-    overrides = settings.model_dump(
-        mode="json", exclude_unset=True, exclude={"config", "host", "port", "upload_secret", "api_keys"}
-    )
+    overrides = settings.model_dump(mode="json", exclude_unset=True, exclude={"config", "host", "port", *hidden})
 
     def ready(origin: str) -> None:
         log.info("ready on %s", origin)
@@ -120,6 +123,21 @@ def _cluster(argv: list[str]) -> int:
     cluster = importlib.import_module("serving.cluster")  # takes seconds, which nobody else should wait
     cluster.up(settings, overrides, ready)
     return 0
+
+
+def _with_development_key(settings: Settings) -> Settings:
+    """Settings with a key to begin with, for a person at a terminal of a service whose database knows none."""
+    if settings.log_format != "text" or settings.development_key is not None:
+        return settings
+    database = open_database(settings)
+    try:
+        migrate(database)
+        key = development_key(settings, database)
+    except OperationalError:
+        return settings  # it is away; the service will wait for it
+    finally:
+        database.dispose()
+    return settings.model_copy(update={"development_key": SecretStr(key)}) if key else settings
 
 
 def _leave(argv: list[str]) -> int:
@@ -210,13 +228,14 @@ class _Server:
 
 
 def _first_request(origin: str, settings: Settings) -> str:
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.api_keys else ""
+    key = settings.development_key.get_secret_value() if settings.development_key else "YOUR_KEY"
+    header = f" -H 'Authorization: Bearer {key}'" if settings.auth else ""
     return f"""
 Try it:
 
   (printf '{{"model":"{settings.served_model_name}","messages":[{{"role":"user","content":[{{"type":"input_audio",'
    printf '"input_audio":{{"data":"data:;base64,%s"}}}}]}}]}}' "$(base64 -w0 {_shown(SAMPLE)})") |
-  curl {origin}/v1/chat/completions -H 'Content-Type: application/json'{key} -d @-
+  curl {origin}/v1/chat/completions -H 'Content-Type: application/json'{header} -d @-
 """
 
 

@@ -8,6 +8,7 @@ the directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -41,6 +42,14 @@ _FP8_BLOCK = 128
 def _state_dir() -> Path:
     """Where programs keep what they have learned, by the rules of freedesktop.org."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "captioner"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _split(value: object) -> object:
@@ -207,8 +216,23 @@ class Settings(BaseSettings):
     scale_down_after_s: float = Field(300, ge=0, description="Cluster: how long fewer replicas must be enough")
 
     # Callers
+    auth: bool = Field(default=True, description="Ask for keys; without, only on a loopback address")
+    region: Literal["beijing", "singapore"] = Field(
+        "beijing", description="The region that this service is; keys of the other's tenants are refused"
+    )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)] = Field(
-        (), description="Keys that are accepted; none: any key, or no key, is"
+        (), description="Keys that are accepted beside those in the database, of a tenant `default`"
+    )
+    development_key: SecretStr | None = Field(
+        None, description="Key of a tenant `development`; default: made at start if nobody has a key"
+    )
+    key_pepper: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Secret under which keys are hashed; must be equal on all replicas; default: a file in data_dir",
+    )
+    key_refresh_s: float = Field(
+        1, gt=0, le=60, description="How often keys and tenants are looked at for changes: a revoked key works so long"
     )
     data_dir: Path = Field(
         default_factory=_state_dir, description="Directory for what must outlive the service; default: below your home"
@@ -258,6 +282,12 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _strangers_stay_outside(self) -> Settings:
+        if not self.auth and not _is_loopback(self.host):
+            raise ValueError(f"auth can be switched off only on a loopback address, and host is {self.host}")
+        return self
+
+    @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Settings:
         if self.fronts > self.max_fronts or self.engines > self.max_engines:
             raise ValueError("max_fronts and max_engines must not be below fronts and engines")
@@ -272,6 +302,18 @@ class Settings(BaseSettings):
             )
             raise ValueError(msg)
         return self
+
+    @property
+    def secrets(self) -> dict[str, str]:
+        """Those settings that nobody should see, by name, as one writes them in a variable."""
+        found = {}
+        for name in type(self).model_fields:
+            match getattr(self, name):
+                case SecretStr() as secret:
+                    found[name] = secret.get_secret_value()
+                case (SecretStr(), *_) as several:
+                    found[name] = ",".join(secret.get_secret_value() for secret in several)
+        return found
 
     @property
     def is_embedded(self) -> bool:

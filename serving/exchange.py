@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from serving.protocols.base import Codec, Reply
     from serving.record import RequestRecord
     from serving.tenancy.admission import Admission, Admissions
-    from serving.tenancy.tenancy import StaticKeys
+    from serving.tenancy.keys import Keyring
     from serving.types import CaptionDelta
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class CaptionEndpoint:
 
     codec: Codec
     captioner: Captioner
-    keys: StaticKeys
+    keys: Keyring
     admissions: Admissions
     metrics: Metrics
     bodies: BodyBudget

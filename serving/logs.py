@@ -54,5 +54,5 @@ def configure(level: str, log_format: Literal["json", "text"]) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Their own lines repeat ours, or tell a request before it is finished.
-    for name in ("uvicorn.access", "uvicorn.error", "httpx"):
+    for name in ("uvicorn.access", "uvicorn.error", "httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from serving.protocols.base import Codec
     from serving.scraping import Target
     from serving.tenancy.admission import Admissions
-    from serving.tenancy.tenancy import StaticKeys
+    from serving.tenancy.keys import Keyring
     from serving.types import Caller
     from serving.uploads import UploadStore
 
@@ -66,7 +66,7 @@ class Service:
     workers: AudioWorkers
     captioner: Captioner
     uploads: UploadStore
-    keys: StaticKeys
+    keys: Keyring
     admissions: Admissions
     metrics: Metrics
     bodies: BodyBudget

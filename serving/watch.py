@@ -52,6 +52,8 @@ def watch_service(service: Service) -> None:
         cpu["engine"] = _engine_cpu(engine)
         taken |= _watch_engine(metrics, engine, settings)
     ledger = service.admissions.ledger
+    watch("captioner_keys_age_seconds", lambda: service.keys.age_s)
+    watch("captioner_database_up", lambda: float(ledger.database_up))
     watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)
     watch("captioner_ledger_pending", lambda: ledger.pending)
     watch("captioner_ledger_journal_bytes", lambda: ledger.journal_bytes)

@@ -14,7 +14,10 @@ import httpx
 
 
 class RunningService:
-    """`captioner serve …` on a free loopback port, with its log and its metrics. A context."""
+    """`captioner serve …` on a free loopback port, with its log and its metrics. A context.
+
+    It asks for keys if `--api-keys` or `--auth` is among the flags.
+    """
 
     def __init__(self, *flags: str, start_timeout_s: float = 60) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-")
@@ -22,7 +25,8 @@ class RunningService:
         self.spool, self.uploads, self.data = directory / "spool", directory / "uploads", directory / "data"
         self.spool.mkdir()
         self._log = (directory / "log").open("w+")
-        self._flags = flags
+        asks_for_keys = any(flag.startswith(("--api-keys", "--auth")) for flag in flags)
+        self._flags = flags if asks_for_keys else ("--no-auth", *flags)
         self._start_timeout_s = start_timeout_s
         self.url = ""
 

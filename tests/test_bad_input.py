@@ -388,10 +388,9 @@ def test_bad_policy_requests(service: RunningService, query: dict[str, str], cod
     assert (response.status_code, response.json()["code"]) == (400, code)
 
 
-def test_keys() -> None:
+def test_keys(service: RunningService) -> None:
     """With keys configured, a missing and a wrong key are refused in each dialect's words, an upload is its owner's."""
-    with RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-one,sk-two") as service:
-        one, two = ({"authorization": f"Bearer sk-{name}"} for name in ("one", "two"))
+    with RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-one,sk-two") as guarded:
         for headers, text in (
             ({}, "No API-key provided."),
             ({"authorization": "Bearer"}, "No API-key provided."),
@@ -401,17 +400,21 @@ def test_keys() -> None:
         ):
             for path in (NATIVE, "/api/v1/uploads?action=getPolicy", "/api/v1/models"):
                 method = "POST" if path == NATIVE else "GET"
-                native = httpx.request(method, service.url + path, headers=headers)
+                native = httpx.request(method, guarded.url + path, headers=headers)
                 assert (native.status_code, native.json()["code"]) == (401, "InvalidApiKey")
                 assert native.json()["message"] == text
             for path in (COMPATIBLE, "/v1/models"):
                 method = "POST" if path == COMPATIBLE else "GET"
-                compatible = httpx.request(method, service.url + path, headers=headers)
+                compatible = httpx.request(method, guarded.url + path, headers=headers)
                 assert (compatible.status_code, compatible.json()["error"]["code"]) == (401, "invalid_api_key")
-        address = upload(service.url, wav(1), headers=one)
-        assert ask_native(service.url, address, headers=one | RESOLVE).text
-        refused = httpx.post(service.url + NATIVE, json=native_body(address), headers=two | RESOLVE)
-        assert (refused.status_code, refused.json()["message"].startswith(UPLOAD_MISSING)) == (400, True)
+        one, two = ({"authorization": f"Bearer sk-{name}"} for name in ("one", "two"))
+        address = upload(guarded.url, wav(1), headers=one)
+        assert ask_native(guarded.url, address, headers=two | RESOLVE).text  # both are of one tenant
+    # Without keys to ask for, whoever sends another key is another tenant.
+    address = upload(service.url, wav(1), headers=one)
+    assert ask_native(service.url, address, headers=one | RESOLVE).text
+    refused = httpx.post(service.url + NATIVE, json=native_body(address), headers=two | RESOLVE)
+    assert (refused.status_code, refused.json()["message"].startswith(UPLOAD_MISSING)) == (400, True)
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"])

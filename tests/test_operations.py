@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 async def test_probes_follow_the_engine() -> None:
     """Loading: alive, not ready, captions refused with when to retry. Loaded: ready. Dead: neither."""
-    engine = FakeEngine(Settings(audio_workers=1))
-    app = create_app(Settings(audio_workers=1), engine)
+    engine = FakeEngine(Settings(auth=False, audio_workers=1))
+    app = create_app(Settings(auth=False, audio_workers=1), engine)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         # The lifespan, which would load the engine, is not run: it is loaded by hand.
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 503]
@@ -45,7 +45,7 @@ async def test_probes_follow_the_engine() -> None:
 
 async def test_a_stalled_engine_is_told() -> None:
     """An engine that stops in the middle ends its captions, and the probes say so."""
-    settings = Settings(audio_workers=1, stall_s=0.5)
+    settings = Settings(auth=False, audio_workers=1, stall_s=0.5)
     engine = GatedEngine(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
     app = create_app(settings, engine)
     transport = httpx.ASGITransport(app)

@@ -37,6 +37,8 @@ def served(checkpoint: Path, log: Path) -> Iterator[str]:
         str(Path(sys.executable).with_name("captioner")),
         "serve",
         "--port=0",
+        "--no-auth",
+        f"--data-dir={log.absolute().parent / 'data'}",
         f"--model={checkpoint.absolute()}",
     ]
     with log.open("w") as out:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from serving.record import RequestRecord
     from serving.tenancy.ledger import Ledger
     from serving.tenancy.limits import Lease, Limiter
-    from serving.tenancy.tenancy import Price
+    from serving.tenancy.prices import Price
     from serving.types import Caller, CaptionRequest, Region
 
 _FIRST_ESTIMATE_TOKENS = 450.0

@@ -1,43 +1,184 @@
-"""API keys: who is calling."""
+"""Who calls: keys against a snapshot of the database in memory, which a background task keeps fresh.
+
+A look-up is one HMAC and one dictionary access under its result: what is not a key takes as long as what is one, and
+the time tells nothing of how much of it was right. The database may be away: the last snapshot goes on to be used.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from typing import TYPE_CHECKING
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from serving.errors import InvalidApiKey, MissingApiKey
+import sqlalchemy as sa
+
+from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey
+from serving.tenancy import plans, prices, schema
+from serving.tenancy.plans import State
+from serving.tenancy.prices import Price, PriceList
+from serving.tenancy.secret_keys import Pepper, make_key
+from serving.tenancy.store import UnusableDatabase
+from serving.types import Caller, Region, Share
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
-    from pydantic import SecretStr
+    from serving.config import Settings
+
+log = logging.getLogger(__name__)
+
+STATIC_TENANT, DEVELOPMENT_TENANT, ANONYMOUS = "default", "development", "anonymous"
+"""Of keys in the settings; of the key that is made where nobody has one; of callers without keys."""
+
+_UNLIMITED = {"weight": 1.0, "priority": 0, "tenant_limits": {}, "key_limits": {}, "free_tokens": 0, "free_days": 0}
+_STATE = schema.store_state.c
+_KEYS = schema.keys.c
 
 
-class Keys:
-    """The accepted keys. With none configured any key, or none, is accepted (PROTOCOL 15, no. 13).
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    caller: Caller
+    state: State
+    expires_at: float
+    """Seconds since the epoch."""
 
-    Keys are kept and looked up as SHA-256 digests, so that neither memory nor timing tells one.
-    """
 
-    def __init__(self, keys: Sequence[SecretStr]) -> None:
-        self._digests = frozenset(_digest(key.get_secret_value()) for key in keys)
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    revision: int = -1
+    keys: Mapping[str, _Entry] = field(default_factory=dict)
+    prices: PriceList = field(default_factory=lambda: PriceList([]))
 
-    def authenticate(self, headers: Mapping[str, str]) -> str:
-        """Return the caller's id: stable for a key, and telling nothing of it.
 
-        Raises `MissingApiKey` or `InvalidApiKey`. `headers` has lower-case names.
+class Keyring:
+    """Tells callers by their keys, and what is charged."""
+
+    def __init__(self, settings: Settings, database: sa.Engine) -> None:
+        self._database = database
+        self._pepper = Pepper.of(settings)
+        self._region = Region(settings.region)
+        self._auth = settings.auth
+        self._refresh_s = settings.key_refresh_s
+        self._static = {key.get_secret_value(): STATIC_TENANT for key in settings.api_keys}
+        if settings.development_key is not None:
+            self._static[settings.development_key.get_secret_value()] = DEVELOPMENT_TENANT
+        self._snapshot = _Snapshot()
+        self._checked_s = time.monotonic()
+        self._refreshing: asyncio.Task[None] | None = None
+        self.failures = 0
+        """Times that the database did not answer."""
+
+    @property
+    def age_s(self) -> float:
+        """How long ago the snapshot was known to be what the database has."""
+        return time.monotonic() - self._checked_s
+
+    async def start(self) -> None:
+        """Read the tables, which must have been migrated; then read them again after each change.
+
+        Raises `UnusableDatabase` if keys were hashed under another pepper.
+        """
+        await asyncio.to_thread(self.refresh)
+        self._refreshing = asyncio.create_task(self._refresh_forever())
+
+    async def stop(self) -> None:
+        """End refreshing. Idempotent."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait((self._refreshing,))
+            self._refreshing = None
+
+    def authenticate(self, headers: Mapping[str, str]) -> Caller:
+        """Who calls, by the `authorization` header alone; nothing else that a client sends counts.
+
+        Raises `MissingApiKey`; `InvalidApiKey` for what is not a key of this region, expired or revoked;
+        `AccessDenied` for a suspended tenant, `Arrearage` for one that owes. `headers` has lower-case names.
         """
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
-            if self._digests:
-                raise MissingApiKey
-            return "anonymous"
-        digest = _digest(key)
-        if self._digests and digest not in self._digests:
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        if not self._auth:
+            return self._unknown(key)
+        if not key:
+            raise MissingApiKey
+        entry = self._snapshot.keys.get(self._pepper.digest(key))
+        if entry is None or entry.expires_at <= time.time() or entry.caller.region != self._region:
             raise InvalidApiKey
-        return digest[:16]
+        if entry.state is State.SUSPENDED:
+            raise AccessDenied
+        if entry.state is State.ARREARS:
+            raise Arrearage
+        return entry.caller
+
+    def price(self, region: Region, at_ms: int) -> Price:
+        """What a request costs that is opened then."""
+        return self._snapshot.prices.at(region, at_ms)
+
+    def refresh(self) -> None:
+        """Read the tables if they have changed. Blocks."""
+        with self._database.begin() as connection:
+            state = connection.execute(sa.select(_STATE.revision, _STATE.pepper_check)).one()
+            if state.pepper_check not in {None, self._pepper.check}:
+                raise UnusableDatabase(
+                    "key_pepper is not the one under which the keys in this database were hashed: all processes that "
+                    "share a database need the same, as the setting or as the file `pepper` in their data_dir"
+                )
+            if state.revision != self._snapshot.revision:
+                self._snapshot = self._read(connection, state.revision)
+        self._checked_s = time.monotonic()
+
+    async def _refresh_forever(self) -> None:
+        failing = False
+        while True:
+            await asyncio.sleep(self._refresh_s)
+            try:
+                await asyncio.to_thread(self.refresh)
+            except (sa.exc.SQLAlchemyError, UnusableDatabase) as error:
+                self.failures += 1
+                if not failing:
+                    log.warning("keys and tenants stay as they were last seen", extra={"error": type(error).__name__})
+                failing = True
+            else:
+                failing = False
+
+    def _read(self, connection: sa.Connection, revision: int) -> _Snapshot:
+        plan_of = {row["name"]: row for row in connection.execute(sa.select(schema.plans)).mappings()}
+        tenant_of = {row["id"]: row for row in connection.execute(sa.select(schema.tenants)).mappings()}
+        alive = sa.select(schema.keys).where(
+            _KEYS.revoked_at.is_(None), _KEYS.expires_at.is_(None) | (_KEYS.expires_at > int(time.time() * 1000))
+        )
+        found: dict[str, _Entry] = {}
+        for key, tenant_id in self._static.items():
+            digest = self._pepper.digest(key)
+            row: Mapping[Any, Any] = {"id": f"{tenant_id}-{digest[:8]}", "limits": {}, "expires_at": None}
+            # Who has a tenant of this name can limit or suspend it.
+            tenant = tenant_of.get(tenant_id) or self._tenant(tenant_id)
+            found[digest] = _entry(plan_of.get(tenant["plan"], _UNLIMITED), tenant, row)
+        for row in connection.execute(alive).mappings():
+            tenant = tenant_of[row["tenant_id"]]
+            found[row["digest"]] = _entry(plan_of[tenant["plan"]], tenant, row)
+        return _Snapshot(revision, found, prices.read(connection))
+
+    def _tenant(self, tenant_id: str) -> Mapping[Any, Any]:
+        """One that is not in the database."""
+        of = {"id": tenant_id, "region": self._region, "state": State.ACTIVE, "plan": "", "limits": {}}
+        return of | {"free_tokens": 0, "free_days": 0, "free_only": False, "activated_at": 0, "log_content": False}
+
+    def _unknown(self, key: str) -> Caller:
+        """A caller who need not tell who it is: told from others by whatever key it sends."""
+        tenant_id = f"{ANONYMOUS}-{self._pepper.digest(key)[:12]}" if key else ANONYMOUS
+        return Caller(tenant_id, ANONYMOUS, self._region, Share(tenant_id))
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
+def development_key(settings: Settings, database: sa.Engine) -> str | None:
+    """A key to begin with, if nobody has one: for this run alone, it is kept nowhere. The tables must be there."""
+    if not settings.auth or settings.api_keys:
+        return None
+    with database.connect() as connection:
+        return None if connection.scalar(sa.select(_KEYS.id).limit(1)) else make_key()
+
+
+def _entry(plan: Mapping[Any, Any], tenant: Mapping[Any, Any], key: Mapping[Any, Any]) -> _Entry:
+    expires_at = float("inf") if key["expires_at"] is None else key["expires_at"] / 1000
+    return _Entry(plans.caller(plan, tenant, key), State(tenant["state"]), expires_at)

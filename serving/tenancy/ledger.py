@@ -89,6 +89,11 @@ class Ledger:
         return len(self._open)
 
     @property
+    def database_up(self) -> bool:
+        """Whether its last use went well."""
+        return not self._failing
+
+    @property
     def pending(self) -> int:
         """Entries that the database has not got."""
         return self._journal.appended - self._journal.settled

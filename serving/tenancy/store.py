@@ -13,6 +13,8 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 
+from serving.tenancy import prices
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -66,6 +68,7 @@ def migrate(database: sa.Engine) -> None:
             command.upgrade(config, "head")
         except CommandError as error:
             raise UnusableDatabase(f"the database cannot be brought up to date: {error}") from error
+        prices.seed(connection)
 
 
 @contextmanager

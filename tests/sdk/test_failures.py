@@ -171,7 +171,9 @@ class Loading(FakeEngine):
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings for services in this process."""
     uploads, spool = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("spool")
-    return Settings(engine="fake", audio_workers=1, handover_interval_s=0, uploads_dir=uploads, spool_dir=spool)
+    return Settings(
+        engine="fake", auth=False, audio_workers=1, handover_interval_s=0, uploads_dir=uploads, spool_dir=spool
+    )
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,8 @@ every_uploader = pytest.mark.parametrize("client", UPLOADERS, ids=lambda client:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[RunningService]:
-    """The service with two keys."""
-    with RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-one,sk-two") as service:
+    """The service with a key."""
+    with RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-one") as service:
         yield service
 
 
@@ -56,15 +56,17 @@ def test_bare_path(client: Client, tap: Tap, fake_service: RunningService, tmp_p
 
 
 @every_uploader
-def test_upload_is_bound_to_its_key(client: Client, tap: Tap, guarded: RunningService, tmp_path: Path) -> None:
-    """What one key has uploaded, another cannot have described; with a wrong key nothing is uploaded."""
+def test_upload_is_bound_to_its_owner(
+    client: Client, tap: Tap, fake_service: RunningService, guarded: RunningService, tmp_path: Path
+) -> None:
+    """What one has uploaded, another cannot have described; with a wrong key nothing is uploaded."""
     (tmp_path / "clip.wav").write_bytes(wav(1))
     path = str(tmp_path / "clip.wav")
-    assert tap.perform(client, guarded, audio=path, api_key="sk-one").text
-    reference = _uploaded_reference(tap.relay(guarded).sent())
-    again = tap.perform(client, guarded, audio=reference, api_key="sk-one")
+    assert tap.perform(client, fake_service, audio=path, api_key="sk-one").text
+    reference = _uploaded_reference(tap.relay(fake_service).sent())
+    again = tap.perform(client, fake_service, audio=reference, api_key="sk-one")
     assert again.text, again.message
-    stolen = tap.perform(client, guarded, audio=reference, api_key="sk-two")
+    stolen = tap.perform(client, fake_service, audio=reference, api_key="sk-two")
     assert (stolen.status, stolen.text) == (400, "")
     assert "Failed to find the requested media resource" in (stolen.message or "")
     refused = tap.perform(client, guarded, audio=path, api_key="sk-wrong")

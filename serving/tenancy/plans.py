@@ -1,0 +1,57 @@
+"""Plans, tenants and keys, as the database has them, to what a caller may."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import TYPE_CHECKING, Any
+
+from serving.types import Caller, FreeQuota, Limits, Region, Share
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    Row = Mapping[Any, Any]
+
+DAY_MS = 24 * 3600 * 1000
+
+LIMIT_NAMES = tuple(field.name for field in dataclasses.fields(Limits))
+
+
+class State(enum.StrEnum):
+    """Of a tenant: served, locked out, or owing money."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"
+    ARREARS = "arrears"
+
+
+def limits(of_plan: Mapping[str, int | None], own: Mapping[str, int | None]) -> Limits:
+    """The plan's limits, with what is set for this tenant or key instead; `None` there lifts a limit.
+
+    Names that this version does not know are of a later one, whose limits it cannot keep.
+    """
+    return Limits(**{name: value for name, value in {**of_plan, **own}.items() if name in LIMIT_NAMES})
+
+
+def free_quota(plan: Row, tenant: Row) -> FreeQuota | None:
+    """The tenant's free tokens; `None` if it never has any and pays."""
+    tokens = plan["free_tokens"] if tenant["free_tokens"] is None else tenant["free_tokens"]
+    days = plan["free_days"] if tenant["free_days"] is None else tenant["free_days"]
+    if not tokens and not tenant["free_only"]:
+        return None
+    return FreeQuota(tokens, (tenant["activated_at"] + days * DAY_MS) / 1000, only=tenant["free_only"])
+
+
+def caller(plan: Row, tenant: Row, key: Row) -> Caller:
+    """Who calls with this key."""
+    return Caller(
+        tenant["id"],
+        key["id"],
+        Region(tenant["region"]),
+        Share(tenant["id"], plan["weight"], plan["priority"]),
+        limits(plan["tenant_limits"], tenant["limits"]),
+        limits(plan["key_limits"], key["limits"]),
+        free_quota(plan, tenant),
+        log_content=tenant["log_content"],
+    )
