@@ -1,0 +1,277 @@
+{{/* What the pods have in common. `root` is the chart's own context, `role` a section of the values. */}}
+
+{{- define "captioner.podSecurity" -}}
+{{- toYaml .Values.podSecurityContext }}
+{{- end -}}
+
+{{- define "captioner.containerSecurity" -}}
+{{- toYaml .Values.securityContext }}
+{{- end -}}
+
+{{/* Where a pod goes. dict: root, role, component. */}}
+{{- define "captioner.scheduling" -}}
+{{- $role := .role -}}
+{{- with default .root.Values.priorityClass.name $role.priorityClassName }}
+priorityClassName: {{ . }}
+{{- else }}
+{{- if .root.Values.priorityClass.create }}
+priorityClassName: {{ include "captioner.fullname" .root }}
+{{- end }}
+{{- end }}
+{{- with $role.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $role.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $role.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $role.schedulerName }}
+schedulerName: {{ . }}
+{{- end }}
+{{- with $role.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
+{{- if $role.topologySpreadConstraints }}
+topologySpreadConstraints: {{- toYaml $role.topologySpreadConstraints | nindent 2 }}
+{{- else if $role.spread }}
+topologySpreadConstraints:
+{{- range list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "captioner.selector" $.root | nindent 8 }}
+        app.kubernetes.io/component: {{ $.component }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Labels and annotations of a pod. dict: root, role, component. */}}
+{{- define "captioner.podMetadata" -}}
+labels:
+  {{- include "captioner.selector" .root | nindent 2 }}
+  app.kubernetes.io/component: {{ .component }}
+  {{- with .role.podLabels }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+annotations:
+  {{- if eq .root.Values.workload "rayservice" }}
+  ray.io/overwrite-container-cmd: "true"
+  {{- end }}
+  # Whoever changes these replaces the pods: they read them at start only.
+  checksum/config: {{ include "captioner.rayEnv" .root | sha256sum | trunc 16 }}
+  checksum/secrets: {{ list .root.Values.secrets.revision (include "captioner.secretName" .root) .root.Values.secrets.values | toJson | sha256sum | trunc 16 }}
+  {{- with .role.podAnnotations }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- end -}}
+
+{{/* Ray's environment, from the same file as `deploy/serve`: YAML of a ConfigMap's data. */}}
+{{- define "captioner.rayEnv" -}}
+{{- $times := include "captioner.times" . | fromJson -}}
+{{- $env := dict -}}
+{{- range .Files.Lines "files/ray.env" -}}
+{{- if and . (not (hasPrefix "#" .)) -}}
+{{- $pair := splitn "=" 2 . -}}
+{{- $_ := set $env $pair._0 ($pair._1 | trimAll "\"") -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $env "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (toString $times.grace) -}}
+{{- range $name, $value := .Values.ray.env -}}{{- $_ := set $env $name (toString $value) -}}{{- end -}}
+{{- toYaml $env -}}
+{{- end -}}
+
+{{/* Variables that every container of the service has: all that is written goes below /tmp. */}}
+{{- define "captioner.baseEnv" -}}
+- name: HOME
+  value: /tmp
+- name: XDG_CACHE_HOME
+  value: /tmp/cache
+- name: HF_HOME
+  value: /tmp/huggingface
+- name: CAPTIONER_UPLOAD_SECRET
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: upload-secret}
+{{- end -}}
+
+{{/* Variables of what knows the callers: fronts, administration, bootstrap. */}}
+{{- define "captioner.callersEnv" -}}
+- name: CAPTIONER_DATA_DIR
+  value: /var/lib/captioner/data
+- name: CAPTIONER_API_KEYS
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: api-keys, optional: true}
+- name: CAPTIONER_KEY_PEPPER
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: key-pepper}
+{{- with include "captioner.databaseAddress" . }}
+{{- $database := $.Values.postgresql }}
+{{- if $database.urlSecret.name }}
+- name: CAPTIONER_DATABASE_URL
+  valueFrom:
+    secretKeyRef: {name: {{ $database.urlSecret.name }}, key: {{ $database.urlSecret.key }}}
+{{- else }}
+- name: DATABASE_PASSWORD
+  valueFrom:
+    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $database.passwordSecret.name }}, key: {{ $database.passwordSecret.key }}}
+- name: CAPTIONER_DATABASE_URL
+  value: postgresql+psycopg://{{ $database.user }}:$(DATABASE_PASSWORD)@{{ . }}/{{ $database.database }}{{ with $database.parameters }}?{{ . }}{{ end }}
+{{- end }}
+{{- end }}
+{{- with include "captioner.redisAddress" . }}
+{{- $redis := $.Values.redis }}
+- name: REDIS_SECRET
+  valueFrom:
+    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $redis.passwordSecret.name }}, key: {{ $redis.passwordSecret.key }}}
+- name: CAPTIONER_REDIS_URL
+  value: {{ ternary "rediss" "redis" $redis.tls }}://:$(REDIS_SECRET)@{{ . }}/{{ $redis.index }}
+{{- end }}
+{{- end -}}
+
+{{/* An HTTP probe that gives up after `seconds`. dict: path, port, seconds. */}}
+{{- define "captioner.probe" -}}
+httpGet: {path: {{ .path }}, port: {{ .port }}}
+periodSeconds: 10
+timeoutSeconds: 5
+failureThreshold: {{ max 1 (div (add (int .seconds) 9) 10) }}
+{{- end -}}
+
+{{/* The checkpoint: its volume, as YAML of a volume's source. */}}
+{{- define "captioner.modelVolume" -}}
+{{- $model := .Values.model -}}
+{{- if eq $model.source "pvc" -}}
+persistentVolumeClaim:
+  claimName: {{ default (printf "%s-model" (include "captioner.fullname" .)) $model.pvc.existingClaim }}
+  readOnly: true
+{{- else if eq $model.source "hostPath" -}}
+hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
+{{- else if eq $model.source "objectStore" -}}
+emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
+{{- end -}}
+{{- end -}}
+
+{{/* Containers that run before an engine: they fetch the checkpoint, or wait for it, and check its sums. */}}
+{{- define "captioner.modelInit" -}}
+{{- $model := .Values.model -}}
+{{- if eq $model.source "objectStore" }}
+- name: fetch-model
+  image: {{ $model.objectStore.image }}
+  args: [copy, --config=, --transfers=8, "store:{{ $model.objectStore.path }}", {{ include "captioner.modelPath" . | quote }}]
+  envFrom:
+    - secretRef: {name: {{ required "model.objectStore.secret: a Secret with RCLONE_CONFIG_STORE_TYPE and the like" $model.objectStore.secret }}}
+  env:
+    - {name: XDG_CACHE_HOME, value: /tmp/cache}
+  securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml $model.resources | nindent 4 }}
+  volumeMounts:
+    - {name: model, mountPath: /models}
+    - {name: scratch, mountPath: /tmp}
+{{- end }}
+{{- if ne $model.source "embedded" }}
+- name: check-model
+  image: {{ include "captioner.image" . }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: [python, /etc/captioner/model.py, {{ ternary "wait" "verify" (and (eq $model.source "pvc") $model.download.enabled) }}, {{ include "captioner.modelPath" . | quote }}]
+  env:
+    - {name: HOME, value: /tmp}
+  securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml $model.resources | nindent 4 }}
+  volumeMounts:
+    - {name: model, mountPath: /models, readOnly: true}
+    - {name: model-files, mountPath: /etc/captioner, readOnly: true}
+    - {name: scratch, mountPath: /tmp}
+{{- end }}
+{{- end -}}
+
+{{- define "captioner.engineVolumes" -}}
+- name: shm
+  emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize }}}
+{{- if ne .Values.model.source "embedded" }}
+- name: model
+  {{- include "captioner.modelVolume" . | nindent 2 }}
+- name: model-files
+  configMap: {name: {{ include "captioner.fullname" . }}-model}
+{{- end }}
+{{- end -}}
+
+{{- define "captioner.engineMounts" -}}
+- {name: shm, mountPath: /dev/shm}
+{{- if ne .Values.model.source "embedded" }}
+- {name: model, mountPath: /models, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* Uploads that all fronts see, and the ledger's journal of this pod. */}}
+{{- define "captioner.frontVolumes" -}}
+- name: uploads
+  {{- if eq .Values.uploads.storage "pvc" }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-uploads" (include "captioner.fullname" .)) .Values.uploads.existingClaim }}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ .Values.uploads.size }}}
+  {{- end }}
+- name: data
+  emptyDir: {sizeLimit: {{ .Values.front.dataSize }}}
+{{- end -}}
+
+{{- define "captioner.frontMounts" -}}
+- {name: uploads, mountPath: /var/lib/captioner/uploads}
+- {name: data, mountPath: /var/lib/captioner/data}
+{{- end -}}
+
+{{/* The stores' images have a user of their own. */}}
+{{- define "captioner.storeSecurity" -}}
+{{- toYaml (merge (dict "runAsUser" 999 "runAsGroup" 999 "fsGroup" 999) (deepCopy .Values.podSecurityContext)) }}
+{{- end -}}
+
+{{/* A short-lived or small pod of the service's image. dict: root, role, component, and text: command, mounts, more. */}}
+{{- define "captioner.smallPod" -}}
+{{- $root := .root -}}
+serviceAccountName: {{ include "captioner.fullname" $root }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- include "captioner.podSecurity" $root | nindent 2 }}
+{{- with include "captioner.pullSecrets" $root | trim }}
+{{ . }}
+{{- end }}
+{{- with include "captioner.scheduling" . | trim }}
+{{ . }}
+{{- end }}
+containers:
+  - name: {{ .component }}
+    image: {{ include "captioner.image" $root }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+    command: {{- toYaml .command | nindent 6 }}
+    env:
+      {{- include "captioner.baseEnv" $root | nindent 6 }}
+      {{- if .callers }}
+      {{- include "captioner.callersEnv" $root | nindent 6 }}
+      {{- end }}
+      {{- with .env }}
+      {{- toYaml . | nindent 6 }}
+      {{- end }}
+    {{- with .ports }}
+    ports: {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with .probes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+    securityContext: {{- include "captioner.containerSecurity" $root | nindent 6 }}
+    resources: {{- toYaml .role.resources | nindent 6 }}
+    volumeMounts:
+      - {name: scratch, mountPath: /tmp}
+      - {name: scratch, mountPath: /var/lib/captioner/data, subPath: data}
+      {{- with .script }}
+      - {name: scripts, mountPath: /etc/captioner, readOnly: true}
+      {{- end }}
+volumes:
+  - name: scratch
+    emptyDir: {sizeLimit: 1Gi}
+  {{- with .script }}
+  - name: scripts
+    configMap: {name: {{ . }}}
+  {{- end }}
+{{- end -}}

@@ -1,0 +1,154 @@
+{{/* A Ray pod's template. dict: root, role, component, preStop and termination (s; no preStop: none). */}}
+{{- define "captioner.rayPod" -}}
+{{- $root := .root -}}
+{{- $times := include "captioner.times" $root | fromJson -}}
+{{- $front := eq .component "front" -}}
+{{- $engine := eq .component "engine" -}}
+metadata:
+  {{- include "captioner.podMetadata" . | nindent 2 }}
+spec:
+  {{- if ne .component "head" }}
+  serviceAccountName: {{ include "captioner.fullname" $root }}
+  {{- end }}
+  # The head's autoscaler has a token of its own, mounted by hand; nothing else has one.
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ .termination }}
+  securityContext: {{- include "captioner.podSecurity" $root | nindent 4 }}
+  {{- with include "captioner.pullSecrets" $root | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- with include "captioner.scheduling" . | trim }}
+  {{- . | nindent 2 }}
+  {{- end }}
+  {{- if $engine }}
+  {{- with include "captioner.modelInit" $root | trim }}
+  initContainers: {{- . | nindent 4 }}
+  {{- end }}
+  {{- end }}
+  containers:
+    - name: ray-{{ .component }}
+      image: {{ include "captioner.image" $root }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      # KubeRay's own command, as process 1: so that it gets the signal to stop.
+      command: [/bin/bash, -c, --]
+      args: ['ulimit -n 65536 || true; eval exec "$KUBERAY_GEN_RAY_START_CMD"']
+      env:
+        {{- include "captioner.baseEnv" $root | nindent 8 }}
+        {{- if $front }}
+        {{- include "captioner.callersEnv" $root | nindent 8 }}
+        {{- end }}
+        {{- if and $engine (ne $root.Values.model.source "embedded") }}
+        - {name: HF_HUB_OFFLINE, value: "1"}
+        {{- end }}
+        {{- with .role.env }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      envFrom:
+        - configMapRef: {name: {{ include "captioner.fullname" $root }}-ray}
+        {{- with .role.envFrom }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        {{- if eq .component "head" }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        {{- end }}
+        - {name: serve, containerPort: 8000}
+        - {name: metrics, containerPort: 8080}
+        {{- with include "captioner.metricsPort" $root }}
+        {{- if $front }}
+        - {name: captions, containerPort: {{ . }}}
+        {{- end }}
+        {{- end }}
+      # These ask Ray's own processes. A model that still loads, or an engine that is busy, does not fail them: the
+      # service's watchdog and Ray Serve see to engines, and neither restarts a pod for it.
+      startupProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" $times.load) | nindent 8 }}
+      livenessProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" 120) | nindent 8 }}
+      {{- if eq .component "head" }}
+      readinessProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" 60) | nindent 8 }}
+      {{- else }}
+      # Takes traffic as long as its proxy has fronts to pass it to. At once out of it when the node leaves the cluster.
+      readinessProbe:
+        httpGet: {path: /-/healthz, port: 8000}
+        periodSeconds: 5
+        timeoutSeconds: 5
+        failureThreshold: 1
+      {{- end }}
+      {{- with .preStop }}
+      lifecycle:
+        preStop:
+          exec:
+            command: [/bin/bash, -c, 'captioner leave --instance "$RAY_CLOUD_INSTANCE_ID" --within-s {{ . }}; true']
+      {{- end }}
+      securityContext: {{- include "captioner.containerSecurity" $root | nindent 8 }}
+      resources:
+        {{- $resources := deepCopy .role.resources }}
+        {{- if and $engine (gt (int .role.gpus) 0) }}
+        {{- $gpus := dict $root.Values.engine.gpuResource (int .role.gpus) }}
+        {{- $resources = dict "requests" (merge (default dict $resources.requests) $gpus) "limits" (merge (default dict $resources.limits) $gpus) }}
+        {{- end }}
+        {{- toYaml $resources | nindent 8 }}
+      volumeMounts:
+        - {name: scratch, mountPath: /tmp}
+        {{- if $engine }}
+        {{- include "captioner.engineMounts" $root | nindent 8 }}
+        {{- else }}
+        - {name: shm, mountPath: /dev/shm}
+        {{- end }}
+        {{- if $front }}
+        {{- include "captioner.frontMounts" $root | nindent 8 }}
+        {{- end }}
+        {{- with .role.volumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: scratch
+      emptyDir: {sizeLimit: {{ .role.scratchSize }}}
+    {{- if $engine }}
+    {{- include "captioner.engineVolumes" $root | nindent 4 }}
+    {{- else }}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ .role.shmSize }}}
+    {{- end }}
+    {{- if $front }}
+    {{- include "captioner.frontVolumes" $root | nindent 4 }}
+    {{- end }}
+    {{- if and (eq .component "head") $root.Values.ray.autoscaler.enabled }}
+    - name: kubernetes
+      projected:
+        sources:
+          - serviceAccountToken: {path: token, expirationSeconds: 3600}
+          - configMap:
+              name: kube-root-ca.crt
+              items: [{key: ca.crt, path: ca.crt}]
+          - downwardAPI:
+              items: [{path: namespace, fieldRef: {fieldPath: metadata.namespace}}]
+    {{- end }}
+    {{- with .role.volumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{/* A worker group. dict: root, role, component, preStop, termination. */}}
+{{- define "captioner.workerGroup" -}}
+{{- $auto := .root.Values.ray.autoscaler.enabled -}}
+groupName: {{ .component }}
+minReplicas: {{ .role.replicas.min }}
+maxReplicas: {{ .role.replicas.max }}
+replicas: {{ ternary (max 1 (int .role.replicas.min)) (int .role.replicas.max) $auto }}
+{{- if and $auto .role.idleTimeoutSeconds }}
+idleTimeoutSeconds: {{ .role.idleTimeoutSeconds }}
+{{- end }}
+# What Ray places by: one {{ .component }} a pod.
+resources:
+  CPU: {{ .role.cpus | quote }}
+  {{- if .role.gpus }}
+  GPU: {{ .role.gpus | quote }}
+  {{- end }}
+  {{ .component }}: "1"
+rayStartParams:
+  # Requests and tokens do not pass through Ray's object store.
+  object-store-memory: "268435456"
+template: {{- include "captioner.rayPod" . | nindent 2 }}
+{{- end -}}

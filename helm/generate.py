@@ -1,0 +1,234 @@
+"""What in the chart is made from something else: the README's table, `values.schema.json`, copies of files of `deploy/`.
+
+    python helm/generate.py           write all of it
+    python helm/generate.py --check   exit with 1 if something is not current
+
+Types and comments of `captioner/values.yaml` are the source of table and schema; what they do not tell stands in `MORE`.
+Helm reads only files inside the chart, so it has copies of the rules, the dashboards and Ray's environment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serving.config import Settings
+
+HERE = Path(__file__).parent
+CHART = HERE / "captioner"
+DEPLOY = HERE.parent / "deploy"
+
+COPIES = {
+    "serve/ray.env": "files",
+    "prometheus/rules/*.yml": "files/prometheus",
+    "grafana/dashboards/*.json": "files/dashboards",
+}
+
+ELSEWHERE = frozenset(
+    "config host port model tensor_parallel fronts max_fronts front_cpus engines max_engines engine_cpus engine_on_gpu "
+    "node_roles shutdown_grace_s deadline_s stream_deadline_s uploads_dir spool_dir data_dir admin_host admin_port "
+    "metrics_host metrics_port auth".split()
+)
+"""Settings that the chart sets itself; secrets are a further kind. In `settings` they are refused."""
+
+MAP: dict[str, Any] = {"type": "object"}
+WORDS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
+QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kKMGTPE]i?)?$"}
+RESOURCES = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        name: {"type": "object", "additionalProperties": {"type": ["string", "integer"]}}
+        for name in ("requests", "limits")
+    },
+}
+PEERS = {"type": "array", "items": {"type": "object", "minProperties": 1}}
+NETWORKS = {"type": "array", "items": {"type": "string", "pattern": "/[0-9]+$"}, "minItems": 1}
+POSITIVE = {"type": "integer", "minimum": 1}
+CHOICES = {
+    "workload": ["rayservice", "deployment"],
+    "image.variant": ["cuda", "cpu"],
+    "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
+    "model.source": ["embedded", "pvc", "hostPath", "objectStore"],
+    "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
+    "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
+    "uploads.storage": ["pvc", "emptyDir"],
+    "postgresql.mode": ["bundled", "external", "none"],
+    "redis.mode": ["bundled", "external", "none"],
+    "ingress.controller": ["nginx", "haproxy", "alb", "other"],
+    "priorityClass.preemptionPolicy": ["PreemptLowerPriority", "Never"],
+}
+SECRETS = ("upload-secret", "key-pepper", "admin-token", "database-password", "redis-password", "api-keys")
+MORE: dict[str, dict[str, Any]] = {
+    "global": MAP,
+    "commonLabels": WORDS,
+    "fullnameOverride": {"type": "string", "maxLength": 40},
+    "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+    "image.repository": {"type": "string", "minLength": 1},
+    "image.pullSecrets": {"type": "array", "items": {"type": "string"}},
+    "model.directory": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
+    "model.sizeGiB": POSITIVE,
+    "model.readMiBPerSecond": POSITIVE,
+    "model.checksums": {"type": "object", "additionalProperties": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$"}},
+    "model.pvc.accessModes": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    "uploads.accessModes": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    "drain.longestRequestSeconds": {"type": "integer", "minimum": 30, "maximum": 86400},
+    "drain.marginSeconds": {"type": "integer", "minimum": 5, "maximum": 600},
+    "ray.version": {"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+$"},
+    "ray.env": {"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}},
+    "ray.upgrade.incremental.stepSizePercent": {"type": "integer", "minimum": 0, "maximum": 100},
+    "ray.upgrade.incremental.maxSurgePercent": {"type": "integer", "minimum": 0, "maximum": 100},
+    "ray.upgrade.incremental.intervalSeconds": POSITIVE,
+    "front.replicas.min": POSITIVE,
+    "front.replicas.max": POSITIVE,
+    "front.cpus": POSITIVE,
+    "engine.replicas.max": POSITIVE,
+    "engine.cpus": POSITIVE,
+    "secrets.values": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": dict.fromkeys(SECRETS, {"type": "string"}),
+    },
+    "deployment.rollingUpdate": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": dict.fromkeys(("maxSurge", "maxUnavailable"), {"type": ["integer", "string"]}),
+    },
+    "tenants.list": {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]*$"},
+                "plan": {"type": "string"},
+                "region": {"enum": ["beijing", "singapore"]},
+            },
+        },
+    },
+    "ingress.paths": {"type": "array", "items": {"type": "string", "pattern": "^/"}, "minItems": 1},
+    "httpRoute.hostnames": {"type": "array", "items": {"type": "string"}},
+    "networkPolicy.fetch.ports": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+    "networkPolicy.fetch.exceptIPv4": NETWORKS,
+    "networkPolicy.fetch.exceptIPv6": NETWORKS,
+    "extraManifests": {"type": "array", "items": {"type": ["object", "string"]}},
+}
+BY_NAME: dict[str, dict[str, Any]] = {
+    "resources": RESOURCES,
+    **dict.fromkeys(("nodeSelector", "podLabels", "podAnnotations", "annotations", "labels"), WORDS),
+    **dict.fromkeys(("affinity", "podSecurityContext", "securityContext"), MAP),
+    **dict.fromkeys(
+        ("callers", "operator", "prometheus", "kubernetesApi", "modelSource", "networks", "from", "to"), PEERS
+    ),
+    **dict.fromkeys(("scratchSize", "shmSize", "dataSize", "size"), QUANTITY),
+    "port": {"type": "integer", "minimum": 1, "maximum": 65535},
+    "modelPort": {"type": "integer", "minimum": 1, "maximum": 65535},
+}
+
+
+def schema_of(value: Any, path: str = "") -> dict[str, Any]:
+    """What may stand in a value's place."""
+    name = path.rpartition(".")[2]
+    if path in CHOICES:
+        return {"enum": CHOICES[path]}
+    if path == "settings":
+        return settings_schema()
+    if known := MORE.get(path) or BY_NAME.get(name):
+        return known
+    match value:
+        case bool():
+            return {"type": "boolean"}
+        case int():
+            return {"type": "integer", "minimum": 0}
+        case str():
+            return {"type": "string"}
+        case list():
+            return {"type": "array", "items": {"type": "object"}}
+        case dict() if value:
+            inner = {key: schema_of(each, f"{path}.{key}".lstrip(".")) for key, each in value.items()}
+            return {"type": "object", "additionalProperties": False, "properties": inner}
+    raise SystemExit(f"values.yaml: what may stand in {path}? Say so in generate.py")
+
+
+def settings_schema() -> dict[str, Any]:
+    """The service's own settings, without those that follow from other values, and without secrets."""
+    whole = Settings.model_json_schema()
+    inner = {}
+    for name, each in whole["properties"].items():
+        if name in ELSEWHERE or "password" in json.dumps(each):
+            continue
+        inner[name] = {key: part for key, part in each.items() if key not in {"default", "title"}}
+    definitions = whole.get("$defs")
+    if definitions or "$ref" in json.dumps(inner):
+        raise SystemExit("settings that refer to definitions: generate.py does not know them")
+    return {"type": "object", "additionalProperties": False, "properties": inner}
+
+
+def table(text: str) -> str:
+    """The rows of the README's table: each described value, its default, and the description."""
+    values = yaml.safe_load(text)
+    rows, path, description, covered = [], [], None, []
+    for line in text.splitlines():
+        if told := re.match(r"\s*# -- (.*)", line):
+            description = told[1]
+        if not (key := re.match(r"(\s*)([A-Za-z][\w]*):", line)):
+            continue
+        path = [*path[: len(key[1]) // 2], key[2]]
+        name = ".".join(path)
+        value: Any = values
+        for part in path:
+            value = value[part] if isinstance(value, dict) and part in value else None
+        inside = any(name.startswith(f"{each}.") for each in covered)
+        if description is not None:
+            shown = json.dumps(value, ensure_ascii=False)
+            rows.append(f"| `{name}` | {description.replace('|', '&#124;')} | `{shown}` |")
+            covered.append(name)
+        elif not inside and not (isinstance(value, dict) and value):
+            raise SystemExit(f"values.yaml: {name} has no description")
+        description = None
+    return "\n".join(["| Value | | Default |", "|---|---|---|", *rows])
+
+
+def made() -> dict[Path, str]:
+    """Every file that is made, and what should stand in it."""
+    text = (CHART / "values.yaml").read_text()
+    schema = {"$schema": "http://json-schema.org/draft-07/schema#"} | schema_of(yaml.safe_load(text))
+    readme = HERE / "README.md"
+    begin, end = "<!-- values: made by generate.py -->\n", "\n<!-- /values -->"
+    before, _, rest = readme.read_text().partition(begin)
+    files = {
+        CHART / "values.schema.json": json.dumps(schema, indent=1) + "\n",
+        readme: before + begin + table(text) + end + rest.partition(end)[2],
+    }
+    for source, target in COPIES.items():
+        for file in sorted(DEPLOY.glob(source)):
+            files[CHART / target / file.name] = file.read_text()
+    return files
+
+
+def main() -> int:
+    """Write what is not current, or with `--check` tell of it."""
+    files = made()
+    kept = {path for target in COPIES.values() if target != "files" for path in (CHART / target).glob("*")}
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    left = sorted(kept - set(files))
+    if "--check" in sys.argv[1:]:
+        for path in [*stale, *left]:
+            print(f"{path.relative_to(HERE.parent)} is not current: run `make chart`", file=sys.stderr)
+        return 1 if stale or left else 0
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[path])
+    for path in left:
+        path.unlink()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Values that people set, each for itself or together: every one must render whole on every Helm and Kubernetes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXTERNAL = {
+    "postgresql": {
+        "mode": "external",
+        "host": "db.example.com",
+        "parameters": "sslmode=verify-full",
+        "passwordSecret": {"name": "db", "key": "password"},
+        "networks": [{"ipBlock": {"cidr": "10.3.0.0/16"}}],
+    },
+    "redis": {
+        "mode": "external",
+        "host": "cache.example.com",
+        "port": 6380,
+        "tls": True,
+        "passwordSecret": {"name": "cache", "key": "password"},
+        "networks": [{"ipBlock": {"cidr": "10.4.0.0/16"}}],
+    },
+}
+SOLO = {"workload": "deployment", "engine": {"replicas": {"min": 1, "max": 1}}}
+SCHEDULED = {
+    "nodeSelector": {"pool": "gpu"},
+    "tolerations": [{"key": "dedicated", "operator": "Equal", "value": "captions", "effect": "NoSchedule"}],
+    "affinity": {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {
+                "nodeSelectorTerms": [{"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["h100"]}]}]
+            }
+        }
+    },
+    "topologySpreadConstraints": [
+        {"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule", "labelSelector": {}}
+    ],
+    "priorityClassName": "high",
+    "podLabels": {"team": "audio"},
+    "podAnnotations": {"number": "1"},
+    "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+    "envFrom": [{"configMapRef": {"name": "more"}}],
+    "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+    "volumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
+}
+
+COMBINATIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "names": {"nameOverride": "cap", "fullnameOverride": "a" * 40, "commonLabels": {"team": "audio", "year": "2026"}},
+    "global": {"global": {"imageRegistry": "mirror.example.com", "imagePullSecrets": ["pull"], "other": {"a": 1}}},
+    "global pull secrets as maps": {"global": {"imagePullSecrets": [{"name": "pull"}]}},
+    "an image by digest": {
+        "image": {"registry": "r.example.com", "digest": "sha256:" + "0" * 64, "pullSecrets": ["a", "b"]}
+    },
+    "a tag like a number": {"image": {"tag": "1e10"}},
+    "big numbers": {
+        "settings": {"max_upload_bytes": 10485759, "max_url_bytes": 1073741824, "max_features_bytes": 536870912}
+    },
+    "settings of every kind": {
+        "settings": {
+            "quantization": "fp8_per_channel",
+            "gpu_memory_utilization": 0.87,
+            "enforce_eager": True,
+            "fetch_allow": ["media.internal:9000", "10.1.0.0/16"],
+            "model_aliases": ["captioner"],
+            "long_tokens_per_step": 1024,
+            "log_level": "debug",
+        },
+        "networkPolicy": {"extraEgress": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 9000}]}]},
+    },
+    "no autoscaler": {"ray": {"autoscaler": {"enabled": False}}},
+    "no token, no fault tolerance": {"ray": {"tokenAuth": False, "headFaultTolerance": False}},
+    "another Ray, other variables": {
+        "ray": {"version": "2.61.0", "env": {"RAY_BACKEND_LOG_LEVEL": "debug", "A": 1, "B": True}}
+    },
+    "no upgrades": {"ray": {"upgrade": {"type": "None"}}},
+    "incremental upgrades": {
+        "ray": {"upgrade": {"type": "NewClusterWithIncrementalUpgrade", "incremental": {"gatewayClassName": "istio"}}}
+    },
+    "incremental upgrades with little surge": {
+        "ray": {
+            "upgrade": {
+                "type": "NewClusterWithIncrementalUpgrade",
+                "incremental": {"gatewayClassName": "istio", "maxSurgePercent": 25, "stepSizePercent": 25},
+            }
+        }
+    },
+    "another worker group": {
+        "ray": {
+            "extraWorkerGroups": [
+                {
+                    "groupName": "more",
+                    "minReplicas": 0,
+                    "maxReplicas": 1,
+                    "rayStartParams": {},
+                    "template": {"spec": {"containers": [{"name": "ray", "image": "captioner:1"}]}},
+                }
+            ]
+        }
+    },
+    "from zero": {"engine": {"replicas": {"min": 0, "max": 4}, "idleTimeoutSeconds": 900}},
+    "many": {"engine": {"replicas": {"min": 8, "max": 64}, "gpus": 8}, "front": {"replicas": {"min": 16, "max": 128}}},
+    "another GPU": {"engine": {"gpuResource": "amd.com/gpu", "gpus": 2, "runtimeClassName": "amd"}},
+    "scheduling of all": {
+        "head": {k: v for k, v in SCHEDULED.items() if k != "topologySpreadConstraints"},
+        "front": SCHEDULED,
+        "engine": SCHEDULED,
+    },
+    "no spreading, own budgets": {
+        "front": {"spread": False, "minAvailable": 1},
+        "engine": {"spread": False, "minAvailable": 1, "replicas": {"min": 2}},
+    },
+    "a priority class": {"priorityClass": {"create": True, "value": 1000000, "preemptionPolicy": "Never"}},
+    "a priority class that is there": {"priorityClass": {"name": "system"}},
+    "model on a claim that is there": {"model": {"pvc": {"existingClaim": "weights"}, "download": {"enabled": False}}},
+    "model with sums, mirror and token": {
+        "model": {
+            "revision": "1" * 40,
+            "checksums": {"model-00001-of-00015.safetensors": "a" * 64, "config.json": "B" * 64},
+            "pvc": {"storageClass": "fast", "accessModes": ["ReadWriteOnce"]},
+            "download": {
+                "tokenSecret": {"name": "hub"},
+                "env": [{"name": "HF_ENDPOINT", "value": "https://hub.example.com"}],
+                "nodeSelector": {"pool": "cpu"},
+                "tolerations": [{"operator": "Exists"}],
+            },
+        }
+    },
+    "model on the host": {"model": {"source": "hostPath", "hostPath": {"path": "/data/models"}, "sizeGiB": 64}},
+    "model from an object store": {
+        "model": {"source": "objectStore", "objectStore": {"path": "bucket/captioner", "secret": "store"}},
+        "networkPolicy": {
+            "modelSource": [{"namespaceSelector": {"matchLabels": {"name": "minio"}}}],
+            "modelPort": 9000,
+        },
+    },
+    "external stores": EXTERNAL,
+    "a database by its URL": {
+        "postgresql": {"mode": "external", "host": "db", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
+    },
+    "no Redis": {"redis": {"mode": "none"}},
+    "secrets that are there": {"secrets": {"existingSecret": "mine", "revision": "2"}},
+    "secrets that are given": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},
+    "tenants": {"tenants": {"list": [{"name": "acme", "plan": "standard", "region": "singapore"}, {"name": "b"}]}},
+    "no tenants": {"tenants": {"enabled": False}},
+    "administration": {"admin": {"enabled": True, "from": [{"namespaceSelector": {"matchLabels": {"ops": "yes"}}}]}},
+    "administration for nobody": {"admin": {"enabled": True}},
+    "an Ingress": {
+        "ingress": {
+            "enabled": True,
+            "className": "nginx",
+            "host": "captions.example.com",
+            "tlsSecret": "tls",
+            "annotations": {"a": "b"},
+        }
+    },
+    "an Ingress of AWS": {"ingress": {"enabled": True, "controller": "alb", "host": "c.example.com"}},
+    "an Ingress of another": {
+        "ingress": {"enabled": True, "controller": "other", "host": "c.example.com", "paths": ["/v1"]}
+    },
+    "an HTTPRoute": {
+        "httpRoute": {
+            "enabled": True,
+            "parentRefs": [{"name": "gw", "namespace": "infra", "sectionName": "https"}],
+            "hostnames": ["c.example.com"],
+        }
+    },
+    "no network policies": {"networkPolicy": {"enabled": False}},
+    "no downloads": {"networkPolicy": {"fetch": {"enabled": False}}},
+    "monitoring": {
+        "monitoring": {
+            "labels": {"release": "prometheus"},
+            "podMonitor": {"enabled": True, "interval": "30s"},
+            "rules": {"enabled": True},
+            "dashboards": {"enabled": True, "annotations": {"grafana_folder": "captions"}},
+        }
+    },
+    "a short drain": {"drain": {"longestRequestSeconds": 60, "marginSeconds": 5}},
+    "a day": {"drain": {"longestRequestSeconds": 86400, "marginSeconds": 600}},
+    "more manifests": {
+        "extraManifests": [
+            {
+                "apiVersion": "v1",
+                "kind": "ConfigMap",
+                "metadata": {"name": "{{ .Release.Name }}-more"},
+                "data": {"n": "{{ .Values.front.cpus }}"},
+            },
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {}\n",
+        ]
+    },
+    "an identity of the cloud": {
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}}
+    },
+    "OpenShift's own users": {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}},
+    "the test elsewhere": {"test": {"url": "https://captions.example.com", "keySecret": {"name": "k", "key": "k"}}},
+    "without Ray": SOLO,
+    "without Ray, on the CPU": SOLO
+    | {
+        "image": {"variant": "cpu"},
+        "model": {"source": "embedded"},
+        "engine": {"gpus": 0, "replicas": {"min": 1, "max": 1}},
+        "postgresql": {"mode": "none"},
+        "redis": {"mode": "none"},
+        "uploads": {"storage": "emptyDir"},
+    },
+    "without Ray, with KEDA": {
+        "workload": "deployment",
+        "keda": {"enabled": True},
+        "engine": {"replicas": {"min": 2, "max": 9}},
+    },
+    "without Ray, all else": {
+        "workload": "deployment",
+        "engine": SCHEDULED,
+        "model": {"source": "hostPath"},
+        "deployment": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
+        "ingress": {"enabled": True, "host": "c.example.com"},
+        "monitoring": {"podMonitor": {"enabled": True}},
+        "admin": {"enabled": True},
+    }
+    | EXTERNAL,
+    "without Ray, from an object store": SOLO
+    | {"model": {"source": "objectStore", "objectStore": {"path": "b/p", "secret": "s"}}},
+}
