@@ -68,6 +68,10 @@ embedded-checkpoint: .venv/dev.stamp ## Make the embedded stand-in's corpus and 
 image-test: ## Build the CPU image and try it (as root, on Debian; writes some 20 GB; not part of `make test`)
 	deploy/docker/try.sh
 
+.PHONY: chart
+chart: .venv/dev.stamp ## Make anew what the chart takes from elsewhere: README table, schema, rules, dashboards
+	$(BIN)/python helm/generate.py
+
 .PHONY: lock
 lock: .venv/uv.stamp ## Resolve the requirements anew
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done

@@ -1,9 +1,9 @@
-"""What in the chart is made from something else: the README's table, `values.schema.json`, copies of files of `deploy/`.
+"""What in the chart is made from something else: README table, `values.schema.json`, copies of files of `deploy/`.
 
     python helm/generate.py           write all of it
     python helm/generate.py --check   exit with 1 if something is not current
 
-Types and comments of `captioner/values.yaml` are the source of table and schema; what they do not tell stands in `MORE`.
+Types and comments of `captioner/values.yaml` are the source of table and schema; the rest stands in `MORE`.
 Helm reads only files inside the chart, so it has copies of the rules, the dashboards and Ray's environment.
 """
 
@@ -25,20 +25,20 @@ DEPLOY = HERE.parent / "deploy"
 
 COPIES = {
     "serve/ray.env": "files",
-    "prometheus/rules/*.yml": "files/prometheus",
+    "prometheus/captioner.*.yml": "files/prometheus",
     "grafana/dashboards/*.json": "files/dashboards",
 }
 
-ELSEWHERE = frozenset(
-    "config host port model tensor_parallel fronts max_fronts front_cpus engines max_engines engine_cpus engine_on_gpu "
-    "node_roles shutdown_grace_s deadline_s stream_deadline_s uploads_dir spool_dir data_dir admin_host admin_port "
-    "metrics_host metrics_port auth".split()
-)
+ELSEWHERE = {
+    *("config", "host", "port", "model", "tensor_parallel", "shutdown_grace_s", "deadline_s", "stream_deadline_s"),
+    *("fronts", "max_fronts", "front_cpus", "engines", "max_engines", "engine_cpus", "engine_on_gpu", "node_roles"),
+    *("uploads_dir", "spool_dir", "data_dir", "admin_host", "admin_port", "metrics_port", "auth"),
+}
 """Settings that the chart sets itself; secrets are a further kind. In `settings` they are refused."""
 
 MAP: dict[str, Any] = {"type": "object"}
 WORDS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
-QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kKMGTPE]i?)?$"}
+QUANTITY = {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?$"}
 RESOURCES = {
     "type": "object",
     "additionalProperties": False,
@@ -49,6 +49,7 @@ RESOURCES = {
 }
 PEERS = {"type": "array", "items": {"type": "object", "minProperties": 1}}
 NETWORKS = {"type": "array", "items": {"type": "string", "pattern": "/[0-9]+$"}, "minItems": 1}
+IMAGE = r"^[a-z0-9][A-Za-z0-9./_-]*(:[0-9]+/[a-z0-9./_-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]*|@sha256:[0-9a-f]{64})$"
 POSITIVE = {"type": "integer", "minimum": 1}
 CHOICES = {
     "workload": ["rayservice", "deployment"],
@@ -92,12 +93,12 @@ MORE: dict[str, dict[str, Any]] = {
     "secrets.values": {
         "type": "object",
         "additionalProperties": False,
-        "properties": dict.fromkeys(SECRETS, {"type": "string"}),
+        "properties": {name: {"type": "string"} for name in SECRETS},
     },
     "deployment.rollingUpdate": {
         "type": "object",
         "additionalProperties": False,
-        "properties": dict.fromkeys(("maxSurge", "maxUnavailable"), {"type": ["integer", "string"]}),
+        "properties": {name: {"type": ["integer", "string"]} for name in ("maxSurge", "maxUnavailable")},
     },
     "tenants.list": {
         "type": "array",
@@ -127,6 +128,7 @@ BY_NAME: dict[str, dict[str, Any]] = {
         ("callers", "operator", "prometheus", "kubernetesApi", "modelSource", "networks", "from", "to"), PEERS
     ),
     **dict.fromkeys(("scratchSize", "shmSize", "dataSize", "size"), QUANTITY),
+    "image": {"type": "string", "pattern": IMAGE},
     "port": {"type": "integer", "minimum": 1, "maximum": 65535},
     "modelPort": {"type": "integer", "minimum": 1, "maximum": 65535},
 }
@@ -135,6 +137,8 @@ BY_NAME: dict[str, dict[str, Any]] = {
 def schema_of(value: Any, path: str = "") -> dict[str, Any]:
     """What may stand in a value's place."""
     name = path.rpartition(".")[2]
+    if path == "image":
+        name = ""  # the service's own, which is put together
     if path in CHOICES:
         return {"enum": CHOICES[path]}
     if path == "settings":
@@ -199,7 +203,7 @@ def made() -> dict[Path, str]:
     """Every file that is made, and what should stand in it."""
     text = (CHART / "values.yaml").read_text()
     schema = {"$schema": "http://json-schema.org/draft-07/schema#"} | schema_of(yaml.safe_load(text))
-    readme = HERE / "README.md"
+    readme = CHART / "README.md"
     begin, end = "<!-- values: made by generate.py -->\n", "\n<!-- /values -->"
     before, _, rest = readme.read_text().partition(begin)
     files = {

@@ -142,8 +142,10 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "secrets that are there": {"secrets": {"existingSecret": "mine", "revision": "2"}},
     "secrets that are given": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},
     "tenants": {"tenants": {"list": [{"name": "acme", "plan": "standard", "region": "singapore"}, {"name": "b"}]}},
-    "no tenants": {"tenants": {"enabled": False}},
-    "administration": {"admin": {"enabled": True, "from": [{"namespaceSelector": {"matchLabels": {"ops": "yes"}}}]}},
+    "administration": {
+        "tenants": {"list": [{"name": "a"}]},
+        "admin": {"enabled": True, "from": [{"namespaceSelector": {"matchLabels": {"ops": "yes"}}}]},
+    },
     "administration for nobody": {"admin": {"enabled": True}},
     "an Ingress": {
         "ingress": {

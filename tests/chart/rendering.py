@@ -22,7 +22,7 @@ CHART = ROOT / "helm" / "captioner"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 
 SHARED = Path(os.environ.get("CHART_SHARED", ROOT.parent / "shared"))
-"""Beside the checkout: `crds/`, definitions of the custom resources, and `tools/`, the in-memory API. Not ours to ship."""
+"""Beside the checkout: `crds/`, definitions of custom resources, and `tools/`, the API in memory. Not ours to ship."""
 
 KUBERNETES = ("1.30.0", "1.31.0", "1.32.0", "1.33.0", "1.34.0")
 
@@ -49,11 +49,23 @@ def template(
     helm: Path, values: Values | None = None, *profiles: str, name: str = "x", kubernetes: str = KUBERNETES[-1]
 ) -> list[Manifest]:
     """Every manifest of a release. Raises `Refused`."""
-    command = [helm, "template", name, CHART, "--namespace=captions", f"--kube-version={kubernetes}", "--include-crds"]
+    command = [
+        str(helm),
+        "template",
+        name,
+        str(CHART),
+        "--namespace=captions",
+        f"--kube-version={kubernetes}",
+        "--include-crds",
+    ]
     command += [f"--api-versions={each}" for each in ("ray.io/v1", "monitoring.coreos.com/v1")]
     command += [f"--values={CHART / 'profiles' / profile}.yaml" for profile in profiles]
     done = subprocess.run(
-        [*command, "--values=-"], input=yaml.safe_dump(values or {}), capture_output=True, text=True, check=False
+        [*command, "--values=-"],
+        input=json.dumps(values or {}, ensure_ascii=False),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise Refused(done.stderr)
@@ -102,7 +114,7 @@ def _crds() -> dict[tuple[str, str], Draft202012Validator]:
 
 
 def errors_of(manifest: Manifest, kubernetes: str = KUBERNETES[-1]) -> list[str]:
-    """What a server would refuse: unknown fields, wrong types, what is missing. Custom resources by their definitions."""
+    """What a server would refuse: unknown fields, wrong types, what is missing; custom resources, too."""
     return _errors_of(json.dumps(manifest), kubernetes)
 
 
@@ -125,9 +137,7 @@ def all_errors(manifests: list[Manifest], kubernetes: str = KUBERNETES[-1]) -> l
     found = [error for manifest in manifests for error in errors_of(manifest, kubernetes)]
     names = [(each["kind"], each["metadata"]["name"]) for each in manifests]
     found += [f"{kind} {name} twice" for kind, name in set(names) if names.count((kind, name)) > 1]
-    found += [
-        f"{kind} {name}: too long" for kind, name in names if len(name) > 63 or kind == "RayService" and len(name) > 47
-    ]
+    found += [f"{kind} {name}: too long" for kind, name in names if len(name) > (47 if kind == "RayService" else 63)]
     for who, spec in pods(manifests):
         # A custom resource's definition of a pod is looser than a pod's own.
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": who.lower().replace(" ", "-")}, "spec": spec}

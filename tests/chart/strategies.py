@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.chart.rendering import CHART
 
 QUANTITIES = st.sampled_from(["1", "500m", "2Gi", "1.5Gi", "100M"])
+ASCII = [chr(code) for code in range(32, 127)]
 WORDS = st.from_regex(re.compile(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", re.ASCII), fullmatch=True)
 
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
@@ -19,7 +20,7 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "tolerations": st.lists(st.fixed_dictionaries({"key": WORDS, "operator": st.just("Exists")}), max_size=2),
     "affinity": st.just({}),
     "topologySpreadConstraints": st.just([]),
-    "env": st.lists(st.fixed_dictionaries({"name": WORDS, "value": st.text(max_size=5)}), max_size=2),
+    "env": st.lists(st.fixed_dictionaries({"name": WORDS, "value": st.text(ASCII, max_size=5)}), max_size=2),
     "envFrom": st.just([]),
     "volumes": st.just([]),
     "volumeMounts": st.just([]),
@@ -65,15 +66,11 @@ def values_of_the_schema() -> st.SearchStrategy[dict[str, Any]]:
     return st.lists(st.sampled_from(sorted(properties)), max_size=5, unique=True).flatmap(some)
 
 
-def _drawn(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+def _drawn(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:  # noqa: C901, PLR0912 - a case each
     if name in PEERS:
         return SENSIBLE["peers"]
-    if name in SENSIBLE and not schema.get("properties", {}).keys() - {
-        "requests",
-        "limits",
-        "maxSurge",
-        "maxUnavailable",
-    }:
+    leaf = not schema.get("properties", {}).keys() - {"requests", "limits", "maxSurge", "maxUnavailable"}
+    if name in SENSIBLE and leaf and not (name == "env" and schema["type"] == "object"):
         return SENSIBLE[name]
     if choices := schema.get("enum"):
         return st.sampled_from(choices)
@@ -84,7 +81,7 @@ def _drawn(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
             return st.booleans()
         case "integer":
             low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
-            return st.integers(low, min(schema.get("maximum", 2**40), SMALL.get(name, 2**40 if low < 2**40 else low)))
+            return st.integers(low, min(schema.get("maximum", 2**40), SMALL.get(name, max(low, 2**40))))
         case "number":
             low = schema.get("exclusiveMinimum", schema.get("minimum", 0))
             return st.floats(low, schema.get("maximum", 1e6), exclude_min="exclusiveMinimum" in schema)

@@ -12,10 +12,10 @@
 {{- define "captioner.scheduling" -}}
 {{- $role := .role -}}
 {{- with default .root.Values.priorityClass.name $role.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- else }}
 {{- if .root.Values.priorityClass.create }}
-priorityClassName: {{ include "captioner.fullname" .root }}
+priorityClassName: {{ include "captioner.fullname" .root | quote }}
 {{- end }}
 {{- end }}
 {{- with $role.nodeSelector }}
@@ -28,10 +28,10 @@ tolerations: {{- toYaml . | nindent 2 }}
 affinity: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with $role.schedulerName }}
-schedulerName: {{ . }}
+schedulerName: {{ . | quote }}
 {{- end }}
 {{- with $role.runtimeClassName }}
-runtimeClassName: {{ . }}
+runtimeClassName: {{ . | quote }}
 {{- end }}
 {{- if $role.topologySpreadConstraints }}
 topologySpreadConstraints: {{- toYaml $role.topologySpreadConstraints | nindent 2 }}
@@ -62,8 +62,8 @@ annotations:
   ray.io/overwrite-container-cmd: "true"
   {{- end }}
   # Whoever changes these replaces the pods: they read them at start only.
-  checksum/config: {{ include "captioner.rayEnv" .root | sha256sum | trunc 16 }}
-  checksum/secrets: {{ list .root.Values.secrets.revision (include "captioner.secretName" .root) .root.Values.secrets.values | toJson | sha256sum | trunc 16 }}
+  checksum/config: {{ include "captioner.rayEnv" .root | sha256sum | trunc 16 | quote }}
+  checksum/secrets: {{ list .root.Values.secrets.revision (include "captioner.secretName" .root) .root.Values.secrets.values | toJson | sha256sum | trunc 16 | quote }}
   {{- with .role.podAnnotations }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -94,29 +94,27 @@ annotations:
   value: /tmp/huggingface
 - name: CAPTIONER_UPLOAD_SECRET
   valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: upload-secret}
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: upload-secret}
 {{- end -}}
 
 {{/* Variables of what knows the callers: fronts, administration, bootstrap. */}}
 {{- define "captioner.callersEnv" -}}
-- name: CAPTIONER_DATA_DIR
-  value: /var/lib/captioner/data
 - name: CAPTIONER_API_KEYS
   valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: api-keys, optional: true}
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: api-keys, optional: true}
 - name: CAPTIONER_KEY_PEPPER
   valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . }}, key: key-pepper}
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
 {{- with include "captioner.databaseAddress" . }}
 {{- $database := $.Values.postgresql }}
 {{- if $database.urlSecret.name }}
 - name: CAPTIONER_DATABASE_URL
   valueFrom:
-    secretKeyRef: {name: {{ $database.urlSecret.name }}, key: {{ $database.urlSecret.key }}}
+    secretKeyRef: {name: {{ $database.urlSecret.name | quote }}, key: {{ $database.urlSecret.key | quote }}}
 {{- else }}
 - name: DATABASE_PASSWORD
   valueFrom:
-    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $database.passwordSecret.name }}, key: {{ $database.passwordSecret.key }}}
+    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $database.passwordSecret.name | quote }}, key: {{ $database.passwordSecret.key | quote }}}
 - name: CAPTIONER_DATABASE_URL
   value: postgresql+psycopg://{{ $database.user }}:$(DATABASE_PASSWORD)@{{ . }}/{{ $database.database }}{{ with $database.parameters }}?{{ . }}{{ end }}
 {{- end }}
@@ -125,7 +123,7 @@ annotations:
 {{- $redis := $.Values.redis }}
 - name: REDIS_SECRET
   valueFrom:
-    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $redis.passwordSecret.name }}, key: {{ $redis.passwordSecret.key }}}
+    secretKeyRef: {name: {{ default (include "captioner.secretName" $) $redis.passwordSecret.name | quote }}, key: {{ $redis.passwordSecret.key | quote }}}
 - name: CAPTIONER_REDIS_URL
   value: {{ ternary "rediss" "redis" $redis.tls }}://:$(REDIS_SECRET)@{{ . }}/{{ $redis.index }}
 {{- end }}
@@ -144,7 +142,7 @@ failureThreshold: {{ max 1 (div (add (int .seconds) 9) 10) }}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "pvc" -}}
 persistentVolumeClaim:
-  claimName: {{ default (printf "%s-model" (include "captioner.fullname" .)) $model.pvc.existingClaim }}
+  claimName: {{ default (printf "%s-model" (include "captioner.fullname" .)) $model.pvc.existingClaim | quote }}
   readOnly: true
 {{- else if eq $model.source "hostPath" -}}
 hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
@@ -158,10 +156,10 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "objectStore" }}
 - name: fetch-model
-  image: {{ $model.objectStore.image }}
+  image: {{ $model.objectStore.image | quote }}
   args: [copy, --config=, --transfers=8, "store:{{ $model.objectStore.path }}", {{ include "captioner.modelPath" . | quote }}]
   envFrom:
-    - secretRef: {name: {{ required "model.objectStore.secret: a Secret with RCLONE_CONFIG_STORE_TYPE and the like" $model.objectStore.secret }}}
+    - secretRef: {name: {{ required "model.objectStore.secret: a Secret with RCLONE_CONFIG_STORE_TYPE and the like" $model.objectStore.secret | quote }}}
   env:
     - {name: XDG_CACHE_HOME, value: /tmp/cache}
   securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
@@ -172,8 +170,8 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- end }}
 {{- if ne $model.source "embedded" }}
 - name: check-model
-  image: {{ include "captioner.image" . }}
-  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  image: {{ include "captioner.image" . | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
   command: [python, /etc/captioner/model.py, {{ ternary "wait" "verify" (and (eq $model.source "pvc") $model.download.enabled) }}, {{ include "captioner.modelPath" . | quote }}]
   env:
     - {name: HOME, value: /tmp}
@@ -188,7 +186,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 
 {{- define "captioner.engineVolumes" -}}
 - name: shm
-  emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize }}}
+  emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize | quote }}}
 {{- if ne .Values.model.source "embedded" }}
 - name: model
   {{- include "captioner.modelVolume" . | nindent 2 }}
@@ -209,12 +207,12 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 - name: uploads
   {{- if eq .Values.uploads.storage "pvc" }}
   persistentVolumeClaim:
-    claimName: {{ default (printf "%s-uploads" (include "captioner.fullname" .)) .Values.uploads.existingClaim }}
+    claimName: {{ default (printf "%s-uploads" (include "captioner.fullname" .)) .Values.uploads.existingClaim | quote }}
   {{- else }}
-  emptyDir: {sizeLimit: {{ .Values.uploads.size }}}
+  emptyDir: {sizeLimit: {{ .Values.uploads.size | quote }}}
   {{- end }}
 - name: data
-  emptyDir: {sizeLimit: {{ .Values.front.dataSize }}}
+  emptyDir: {sizeLimit: {{ .Values.front.dataSize | quote }}}
 {{- end -}}
 
 {{- define "captioner.frontMounts" -}}
@@ -230,7 +228,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{/* A short-lived or small pod of the service's image. dict: root, role, component, and text: command, mounts, more. */}}
 {{- define "captioner.smallPod" -}}
 {{- $root := .root -}}
-serviceAccountName: {{ include "captioner.fullname" $root }}
+serviceAccountName: {{ include "captioner.fullname" $root | quote }}
 automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext: {{- include "captioner.podSecurity" $root | nindent 2 }}
@@ -241,9 +239,9 @@ securityContext: {{- include "captioner.podSecurity" $root | nindent 2 }}
 {{ . }}
 {{- end }}
 containers:
-  - name: {{ .component }}
-    image: {{ include "captioner.image" $root }}
-    imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  - name: {{ .component | quote }}
+    image: {{ include "captioner.image" $root | quote }}
+    imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
     command: {{- toYaml .command | nindent 6 }}
     env:
       {{- include "captioner.baseEnv" $root | nindent 6 }}
@@ -272,6 +270,6 @@ volumes:
     emptyDir: {sizeLimit: 1Gi}
   {{- with .script }}
   - name: scripts
-    configMap: {name: {{ . }}}
+    configMap: {name: {{ . | quote }}}
   {{- end }}
 {{- end -}}

@@ -8,7 +8,7 @@ metadata:
   {{- include "captioner.podMetadata" . | nindent 2 }}
 spec:
   {{- if ne .component "head" }}
-  serviceAccountName: {{ include "captioner.fullname" $root }}
+  serviceAccountName: {{ include "captioner.fullname" $root | quote }}
   {{- end }}
   # The head's autoscaler has a token of its own, mounted by hand; nothing else has one.
   automountServiceAccountToken: false
@@ -28,8 +28,8 @@ spec:
   {{- end }}
   containers:
     - name: ray-{{ .component }}
-      image: {{ include "captioner.image" $root }}
-      imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+      image: {{ include "captioner.image" $root | quote }}
+      imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       # KubeRay's own command, as process 1: so that it gets the signal to stop.
       command: [/bin/bash, -c, --]
       args: ['ulimit -n 65536 || true; eval exec "$KUBERAY_GEN_RAY_START_CMD"']
@@ -56,10 +56,8 @@ spec:
         {{- end }}
         - {name: serve, containerPort: 8000}
         - {name: metrics, containerPort: 8080}
-        {{- with include "captioner.metricsPort" $root }}
-        {{- if $front }}
-        - {name: captions, containerPort: {{ . }}}
-        {{- end }}
+        {{- if ne .component "head" }}
+        - {name: captions, containerPort: 9464}
         {{- end }}
       # These ask Ray's own processes. A model that still loads, or an engine that is busy, does not fail them: the
       # service's watchdog and Ray Serve see to engines, and neither restarts a pod for it.
@@ -104,12 +102,12 @@ spec:
         {{- end }}
   volumes:
     - name: scratch
-      emptyDir: {sizeLimit: {{ .role.scratchSize }}}
+      emptyDir: {sizeLimit: {{ .role.scratchSize | quote }}}
     {{- if $engine }}
     {{- include "captioner.engineVolumes" $root | nindent 4 }}
     {{- else }}
     - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ .role.shmSize }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ .role.shmSize | quote }}}
     {{- end }}
     {{- if $front }}
     {{- include "captioner.frontVolumes" $root | nindent 4 }}
@@ -133,7 +131,7 @@ spec:
 {{/* A worker group. dict: root, role, component, preStop, termination. */}}
 {{- define "captioner.workerGroup" -}}
 {{- $auto := .root.Values.ray.autoscaler.enabled -}}
-groupName: {{ .component }}
+groupName: {{ .component | quote }}
 minReplicas: {{ .role.replicas.min }}
 maxReplicas: {{ .role.replicas.max }}
 replicas: {{ ternary (max 1 (int .role.replicas.min)) (int .role.replicas.max) $auto }}

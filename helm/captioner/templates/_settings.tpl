@@ -53,6 +53,7 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
   "tensor_parallel" (max 1 (int .Values.engine.gpus))
   "uploads_dir" "/var/lib/captioner/uploads"
   "spool_dir" "/tmp"
+  "data_dir" "/var/lib/captioner/data"
   "log_format" "json"
 -}}
 {{- if $ray -}}
@@ -64,7 +65,8 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
   "max_engines" .Values.engine.replicas.max
   "engine_cpus" .Values.engine.cpus
   "engine_on_gpu" (gt (int .Values.engine.gpus) 0)
-  "node_roles" true) -}}
+  "node_roles" true
+  "metrics_port" 9464) -}}
 {{- else -}}
 {{- $_ := set $given "host" "0.0.0.0" -}}
 {{- $_ := set $given "port" 8000 -}}

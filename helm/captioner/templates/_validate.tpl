@@ -72,7 +72,3 @@
 {{- fail (printf "\n- %s" (join "\n- " $errors)) -}}
 {{- end -}}
 {{- end -}}
-
-{{/* The port of the fronts' own metrics; empty: they have none of their own. */}}
-{{- define "captioner.metricsPort" -}}
-{{- end -}}

@@ -1,0 +1,202 @@
+"""Who may reach whom, by what the policies mean."""
+
+from __future__ import annotations
+
+import ipaddress
+from itertools import product
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.chart.combinations import COMBINATIONS
+from tests.chart.network import End, Network
+from tests.chart.rendering import PROFILES, pod_templates, template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def pod(component: str, release: str = "x") -> End:
+    """One of the chart's pods."""
+    labels = {"app.kubernetes.io/name": "captioner", "app.kubernetes.io/instance": release}
+    return End(labels | {"app.kubernetes.io/component": component})
+
+
+RAY = ("head", "front", "engine")
+OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "test")
+CALLER = End({"app": "web"}, "shop")
+DNS = End({"k8s-app": "kube-dns"}, "kube-system")
+OPERATOR = End({"app.kubernetes.io/name": "kuberay-operator"}, "kuberay-system")
+PROMETHEUS = End({"app.kubernetes.io/name": "prometheus"}, "monitoring")
+API = End(address="10.96.0.1")
+WEB = End(address="93.184.216.34")
+WEB6 = End(address="2606:2800:220:1::1")
+METADATA = ("169.254.169.254", "169.254.170.2", "100.100.100.200", "168.63.129.16", "fd00:ec2::254", "192.0.0.192")
+PRIVATE = (
+    "10.0.0.1",
+    "172.20.0.1",
+    "192.168.1.1",
+    "100.64.0.1",
+    "127.0.0.1",
+    "0.0.0.1",
+    "224.0.0.1",
+    "fd12::1",
+    "fe80::1",
+    "::1",
+    "64:ff9b::a00:1",
+)
+
+
+@pytest.fixture(scope="module")
+def network(helm: Path) -> Network:
+    """Of a release with all that the chart can add."""
+    return Network(template(helm, COMBINATIONS["monitoring"] | COMBINATIONS["administration"]))
+
+
+def test_every_pod_is_denied_what_is_not_allowed(helm: Path) -> None:
+    """Each pod that the chart makes is under the policy that denies, by its labels; also on every profile."""
+    for values, profile in product([COMBINATIONS["administration"]], PROFILES):
+        manifests = template(helm, values, profile)
+        network = Network(manifests)
+        for who, each in pod_templates(manifests):
+            end = End(each["metadata"]["labels"])
+            assert not network.allows(end, End({"app": "other"}), 80), who
+            assert not network.allows(End({"app": "other"}), end, 22), who
+
+
+def test_callers_reach_the_service_and_nothing_else(network: Network) -> None:
+    """Port 8000 of what Ray's Service chooses; no other port, and no other pod."""
+    reached = {
+        (name, port)
+        for name in OURS
+        for port in (8000, 8265, 10001, 6379, 5432, 52365, 8100, 9464, 8080, 30000)
+        if network.allows(CALLER, pod(name), port)
+    }
+    assert reached == {("front", 8000), ("engine", 8000)}
+
+
+def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
+    """Every pod asks the cluster's DNS, and no other."""
+    for name, protocol in product(OURS, ("UDP", "TCP")):
+        assert network.allows(pod(name), DNS, 53, protocol)
+        assert not network.allows(pod(name), End(address="8.8.8.8"), 53, protocol)
+
+
+def test_fronts_download_from_public_addresses_only(network: Network) -> None:
+    """On the ports of downloads; no private range and no cloud's metadata, on any port."""
+    for web, port in product((WEB, WEB6), (80, 443, 8000, 8080, 8443)):
+        assert network.allows(pod("front"), web, port)
+    assert not network.allows(pod("front"), WEB, 22)
+    for address, port in product((*METADATA, *PRIVATE), (80, 443, 8000, 8080, 8443)):
+        assert not network.allows(pod("front"), End(address=address), port), address
+    for name in set(OURS) - {"front", "model"}:
+        assert not network.allows(pod(name), WEB, 443), name
+        assert not network.allows(pod(name), End(address="169.254.169.254"), 80), name
+
+
+def test_the_checkpoint_is_fetched_by_who_fetches_it(helm: Path, network: Network) -> None:
+    """The Job, or the engine from an object store; nowhere private unless it is named."""
+    assert network.allows(pod("model"), WEB, 443)
+    assert not network.allows(pod("model"), End(address="169.254.169.254"), 443)
+    store = Network(template(helm, COMBINATIONS["model from an object store"]))
+    assert store.allows(pod("engine"), End({}, "minio"), 9000) is False  # not by that label
+    named = {"networkPolicy": {"modelSource": [{"ipBlock": {"cidr": "10.9.0.0/16"}}], "modelPort": 9000}}
+    store = Network(template(helm, COMBINATIONS["model from an object store"] | named))
+    assert store.allows(pod("engine"), End(address="10.9.0.1"), 9000)
+    assert not store.allows(pod("engine"), WEB, 443)
+
+
+def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
+    """The database by fronts, administration and bootstrap; Redis by Ray's head too; engines use neither."""
+    users = {"postgresql": {"front", "admin", "tenants"}, "redis": {"front", "admin", "tenants", "head"}}
+    for store, port in (("postgresql", 5432), ("redis", 6379)):
+        assert {name for name in OURS if network.allows(pod(name), pod(store), port)} == users[store]
+        for stranger in (CALLER, PROMETHEUS, pod("front", release="other")):
+            assert not network.allows(stranger, pod(store), port)
+        assert not any(network.allows(pod(store), pod(name), 8000) for name in OURS)
+
+
+def test_external_stores_are_reached_where_they_are(helm: Path) -> None:
+    """In their networks, on their ports, and private addresses beside them stay closed."""
+    network = Network(template(helm, COMBINATIONS["external stores"]))
+    assert network.allows(pod("front"), End(address="10.3.0.9"), 5432)
+    assert network.allows(pod("head"), End(address="10.4.0.9"), 6380)
+    assert not network.allows(pod("front"), End(address="10.3.0.9"), 6380)
+    assert not network.allows(pod("front"), End(address="10.5.0.9"), 5432)
+    assert not network.allows(pod("engine"), End(address="10.3.0.9"), 5432)
+
+
+def test_rays_processes_reach_each_other_within_a_release(network: Network) -> None:
+    """On any port; of another release on none."""
+    for one, other, port in product(RAY, RAY, (6379, 10002, 30000, 65000)):
+        assert network.allows(pod(one), pod(other), port)
+        assert not network.allows(pod(one, release="other"), pod(other), port)
+
+
+def test_the_operator_and_the_autoscaler_work(network: Network) -> None:
+    """KubeRay asks the head's dashboard and proxy; the head asks Kubernetes; no one else does."""
+    assert all(network.allows(OPERATOR, pod("head"), port) for port in (8265, 52365, 8000))
+    assert not network.allows(OPERATOR, pod("engine"), 8265)
+    assert network.allows(pod("head"), API, 443)
+    assert network.allows(pod("head"), End(address="10.0.0.1"), 6443)
+    assert not any(network.allows(pod(name), API, 443) for name in set(OURS) - {"head"})
+
+
+def test_prometheus_scrapes_and_no_more(network: Network) -> None:
+    """Ray's metrics and those of fronts and engines."""
+    scraped = {(name, port) for name in RAY for port in (8080, 9464) if network.allows(PROMETHEUS, pod(name), port)}
+    assert scraped == set(product(RAY, (8080, 9464)))
+    assert not network.allows(PROMETHEUS, pod("head"), 8265)
+    assert not network.allows(CALLER, pod("front"), 9464)
+
+
+def test_the_administration_is_reached_by_those_that_are_named(helm: Path, network: Network) -> None:
+    """By default there is none; where there is one, nobody reaches it unless named."""
+    assert not any("admin" in each["metadata"]["name"] for each in template(helm))
+    assert not network.allows(CALLER, pod("admin"), 8100)
+    nobody = Network(template(helm, COMBINATIONS["administration for nobody"]))
+    ops = {"admin": {"enabled": True, "from": [{"podSelector": {"matchLabels": {"app": "ops"}}}]}}
+    named = Network(template(helm, ops))
+    assert named.allows(End({"app": "ops"}), pod("admin"), 8100)
+    for who in (CALLER, End({"app": "ops"}), PROMETHEUS, *map(pod, OURS)):
+        assert not nobody.allows(who, pod("admin"), 8100)
+        assert who == End({"app": "ops"}) or not named.allows(who, pod("admin"), 8100)
+    for manifest in template(helm, ops | COMBINATIONS["an Ingress"]):
+        if manifest["kind"] == "Ingress":
+            assert "admin" not in str(manifest)
+
+
+def test_an_empty_list_means_nobody(helm: Path) -> None:
+    """In a NetworkPolicy it would mean everybody."""
+    closed = {
+        "networkPolicy": {"callers": [], "operator": [], "prometheus": [], "kubernetesApi": [], "dns": {"to": []}}
+    }
+    network = Network(template(helm, closed | {"monitoring": {"podMonitor": {"enabled": True}}}))
+    for who, name, port in product((CALLER, OPERATOR, PROMETHEUS, WEB), OURS, (8000, 8265, 8080, 9464)):
+        assert not network.allows(who, pod(name), port)
+    assert network.allows(pod("test"), pod("front"), 8000)
+    assert not network.allows(pod("head"), API, 443)
+    assert not network.allows(pod("front"), DNS, 53, "UDP")
+
+
+def test_without_ray_the_same_holds(helm: Path) -> None:
+    """One kind of pod, which takes callers and downloads."""
+    network = Network(template(helm, COMBINATIONS["without Ray"]))
+    assert network.allows(CALLER, pod("front"), 8000)
+    assert network.allows(pod("front"), WEB, 443)
+    assert network.allows(pod("front"), pod("redis"), 6379)
+    assert not network.allows(pod("front"), End(address="169.254.169.254"), 80)
+    assert not network.allows(CALLER, pod("redis"), 6379)
+
+
+def test_networks_are_written_as_kubernetes_wants_them(helm: Path) -> None:
+    """No bits behind the mask, and exceptions inside of what they are from."""
+    for manifest in template(helm):
+        if manifest["kind"] != "NetworkPolicy":
+            continue
+        for rule in [*manifest["spec"].get("egress", []), *manifest["spec"].get("ingress", [])]:
+            for peer in [*rule.get("to", []), *rule.get("from", [])]:
+                if block := peer.get("ipBlock"):
+                    network = ipaddress.ip_network(block["cidr"])
+                    for each in block.get("except", []):
+                        assert ipaddress.ip_network(each).subnet_of(network)  # type: ignore[arg-type]
