@@ -192,14 +192,22 @@ class _Exchange:
         async with self._writing:
             if not self._started:
                 await self._start(200, "text/event-stream", _STREAM_HEADERS)
-            self.ended = self.ended or not more
+            if not more:
+                await self._end()
             await self._send({"type": "http.response.body", "body": frame, "more_body": more})
             self._written_at = asyncio.get_running_loop().time()
 
     async def _plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
         await self._start(status, content_type, {**headers, "content-length": str(len(body))})
-        self.ended = True
+        if status == _OK:
+            await self._end()
         await self._send({"type": "http.response.body", "body": body})
+
+    async def _end(self) -> None:
+        """Before the last byte: nobody has an answer that the ledger does not know."""
+        self.ended = True
+        if self.admission:
+            await self.admission.settle(None)
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self._started = True
@@ -209,4 +217,5 @@ class _Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": fields})
 
 
+_OK = 200
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}

@@ -70,8 +70,7 @@ class Admission:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._lease is not None:
-            await self._settle(self._lease, error)
+        await self.settle(error)
 
     async def admit(self) -> None:
         """Reserve and record. Raises `RateLimited`, `AccessDenied`, and `Overloaded` when the ledger is full."""
@@ -116,9 +115,15 @@ class Admission:
             reported_at=at,
         )
 
-    async def _settle(self, lease: Lease, error: BaseException | None) -> None:
-        """Give back what was reserved and not used, and close the record. Never waits, so nothing cancels it."""
-        request, record = self._request, self._record
+    async def settle(self, error: BaseException | None) -> None:
+        """Give back what was reserved and not used, and close the record, once.
+
+        `error` is what has ended the request. It never waits, so nothing can cancel it.
+        """
+        request, record, lease = self._request, self._record, self._lease
+        self._lease = None
+        if lease is None:
+            return
         if record is None:
             await lease.settle(tokens=0, nanos=0)
             return
