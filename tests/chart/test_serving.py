@@ -1,0 +1,93 @@
+"""The rendered Serve config and container command really start: Ray Serve, vLLM, the embedded stand-in, a caption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart.kuberay import start_command
+from tests.chart.rendering import CHART, group, only, serve_config, template
+from tests.cluster.running import BIN, PORTS, RunningCluster, free_port
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.cluster, pytest.mark.engine]
+
+START_S = 500
+
+
+def environment(manifests: list[dict[str, Any]], component: str, volumes: Path) -> dict[str, str]:
+    """A container's variables, with the Secret's values; what is in a volume goes below `volumes`."""
+    container = group(manifests, component)["template"]["spec"]["containers"][0]
+    found = dict(only(manifests, "ConfigMap", "x-captioner-ray")["data"])
+    secret = only(manifests, "Secret")["data"]
+    for each in container["env"]:
+        if "value" in each:
+            found[each["name"]] = placed(each["value"], volumes)
+        else:
+            found[each["name"]] = secret[each["valueFrom"]["secretKeyRef"]["key"]]  # base64, as good as any
+    return found
+
+
+def placed(value: str, volumes: Path) -> str:
+    """Where a volume of a pod is for this test."""
+    for mount in ("/tmp", "/var/lib/captioner"):  # noqa: S108 - the pod's
+        if value == mount or value.startswith(f"{mount}/"):
+            path = volumes / value.lstrip("/")
+            path.mkdir(parents=True, exist_ok=True)
+            return str(path)
+    return value
+
+
+@pytest.mark.timeout(900)
+def test_the_try_out_profile_starts_and_captions(helm: Path, tmp_path: Path) -> None:
+    """The three pods' parts on one node: the container's command with KubeRay's, Serve's config as KubeRay gives it.
+
+    Changed are ports, and the places of volumes. Then the chart's own test finds good captions.
+    """
+    manifests = template(helm, {}, "cpu-embedded")
+    head, front, engine = (group(manifests, each) for each in ("head", "front", "engine"))
+    containers = [each["template"]["spec"]["containers"][0] for each in (head, front, engine)]
+    assert len({json.dumps([each["command"], each["args"]]) for each in containers}) == 1
+    node = head | {
+        "resources": {
+            "CPU": "2",
+            **{name: each["resources"][name] for name, each in (("front", front), ("engine", engine))},
+        }
+    }
+
+    port, dashboard = free_port(), free_port()
+    ports = {name: free_port() for name in ("port", "dashboard_agent_listen_port", "metrics_export_port")}
+    variables = environment(manifests, "front", tmp_path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    variables["KUBERAY_GEN_RAY_START_CMD"] = start_command(node, head=True, dashboard_port=dashboard, **ports)
+    config = serve_config(manifests)
+    config["http_options"]["port"] = port
+    args = config["applications"][0]["args"]
+    args |= {name: placed(args[name], tmp_path) for name in ("uploads_dir", "data_dir", "spool_dir")}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+
+    command = [*containers[0]["command"], *containers[0]["args"]]
+    cluster = RunningCluster(command, port, **{key: value for key, value in variables.items() if key not in PORTS})
+    with cluster:
+
+        def deployed() -> bool:
+            serve = [BIN / "serve", "deploy", tmp_path / "serve.yaml", "--address", f"http://127.0.0.1:{dashboard}"]
+            done = subprocess.run(
+                [str(each) for each in serve], env=cluster.environment, capture_output=True, check=False
+            )
+            return done.returncode == 0
+
+        cluster.wait(deployed, START_S)
+        cluster.wait(cluster.ready, START_S)
+        keys = {"CAPTIONER_TEST_KEYS": variables["CAPTIONER_API_KEYS"]}
+        script = [sys.executable, str(CHART / "files" / "caption.py"), cluster.url, "60", "embedded"]
+        done = subprocess.run(script, env=os.environ | keys, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr + cluster.log()
+        assert len(done.stdout.splitlines()) == 4
