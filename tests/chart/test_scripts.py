@@ -23,7 +23,7 @@ FILES = CHART / "files"
 
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """One of the chart's scripts."""
-    command = [sys.executable, FILES / script, *map(str, arguments)]
+    command = [sys.executable, str(FILES / script), *map(str, arguments)]
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
     )
