@@ -132,7 +132,10 @@ class Captioner:
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)
                     record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
                     await held.aclose()  # the engine has consumed the features
-                usage = record.generated(piece.text, piece.tokens, piece.finish_reason)
+                usage = record.generated(
+                    piece.text, piece.tokens, piece.finish_reason, uncounted_tokens=piece.uncounted_tokens
+                )
+                record.engine_input_tokens = piece.input_tokens or record.engine_input_tokens
                 yield CaptionDelta(piece.text, usage, piece.finish_reason)
                 if piece.finish_reason is not None:
                     return

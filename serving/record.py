@@ -72,11 +72,11 @@ class RequestRecord:
         """How long it stood in queues."""
         return self.stages_s.get("audio_queue", 0.0) + self.stages_s.get("engine_queue", 0.0)
 
-    def generated(self, text: str, tokens: int, finish_reason: FinishReason | None) -> Usage:
+    def generated(self, text: str, tokens: int, finish_reason: FinishReason | None, *, uncounted_tokens: int) -> Usage:
         """Note the next piece of the caption; return what has been used with it."""
         before = self.usage or Usage(0)
         self.usage = Usage(before.audio_tokens, before.output_tokens + tokens)
-        self.engine_output_tokens += tokens
+        self.engine_output_tokens += tokens + uncounted_tokens
         self.finish_reason = finish_reason
         if self.caption is not None:
             self.caption.append(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +17,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from cache_timing import verdict
 from clips import CODECS, Clip, make_clip, mixed
 from load import BadAnswerError, _RawAnswer
 from processes import Family, Snapshot
@@ -158,3 +160,12 @@ def test_samples_count_for_what_the_innermost_known_frame_does() -> None:
         "main (serving/cli.py:1);strange (elsewhere.py:2) 1",
     ]
     assert seen(lines) == Counter({"decode": 4, "other": 1})
+
+
+def test_an_advantage_by_cache_is_told_from_chance() -> None:
+    """Clips that come sooner because somebody had sent them are found; the same times in another order are not."""
+    chance = random.Random(1)
+    slow = [1 + 0.1 * chance.random() for _ in range(40)]
+    fast = [0.8 + 0.1 * chance.random() for _ in range(40)]
+    assert verdict(fast, slow)["by_chance"] < 0.01
+    assert verdict(slow[:20], slow[20:])["by_chance"] > 0.01

@@ -26,6 +26,10 @@ class EngineDelta:
     tokens: int
     finish_reason: FinishReason | None = None
     queue_s: float = 0.0
+    input_tokens: int = 0
+    """What the engine itself counts as input; with the first delta."""
+    uncounted_tokens: int = 0
+    """Generated, but no part of the caption: the end of turn."""
 
 
 @dataclass(frozen=True, slots=True)

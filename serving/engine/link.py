@@ -6,7 +6,8 @@ A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The 
     ► generate {id, request_id, samples, frames, sampling,  ► features {id} + a piece of the log-mel, until all is there
                 share}
     ► abort {id}                                            ◄ deltas {deltas: [[id, text, tokens, finish_reason], …],
-                                                                     queue_s: [[id, seconds], …]}
+                                                                     queue_s: [[id, seconds], …],
+                                                                     own: [[id, input tokens, tokens not counted], …]}
                                                             ◄ error {id, error, message}: an exception of our tree
 
 `seen` is the last generation that had come when `load` was told. Why not Ray's own calls:

@@ -21,7 +21,7 @@ from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Ove
 from serving.types import ANYONE, FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
     from serving.types import Features, Sampling, Share
 
@@ -248,9 +248,10 @@ class _Replica:
                     del self._unseen_s[number]
             case "deltas":
                 waited = dict(header.get("queue_s", ()))
+                own = {number: counts for number, *counts in header.get("own", ())}
                 for number, text, tokens, finish_reason in header["deltas"]:
                     if mailbox := self._mailboxes.get(number):
-                        mailbox.put(text, tokens, finish_reason, waited.get(number, 0.0))
+                        mailbox.put(text, tokens, finish_reason, waited.get(number, 0.0), own.get(number, (0, 0)))
             case "error":
                 if mailbox := self._mailboxes.get(header["id"]):
                     mailbox.fail(_error(header))
@@ -264,15 +265,17 @@ class _Mailbox:
     def __init__(self) -> None:
         self._queue_s = 0.0
         self._text: list[str] = []
-        self._tokens = 0
+        self._tokens = self._input_tokens = self._uncounted_tokens = 0
         self._finish_reason: FinishReason | None = None
         self._error: CaptionerError | None = None
         self._come = asyncio.Event()
 
-    def put(self, text: str, tokens: int, finish_reason: str | None, queue_s: float) -> None:
+    def put(self, text: str, tokens: int, finish_reason: str | None, queue_s: float, own: Sequence[int]) -> None:
         self._queue_s = self._queue_s or queue_s
         self._text.append(text)
         self._tokens += tokens
+        self._input_tokens += own[0]
+        self._uncounted_tokens += own[1]
         self._finish_reason = FinishReason(finish_reason) if finish_reason else None
         self._come.set()
 
@@ -284,8 +287,16 @@ class _Mailbox:
         """Wait for something, and take it all. What came before a failure is taken before it raises."""
         await self._come.wait()
         if self._text:
-            delta = EngineDelta("".join(self._text), self._tokens, self._finish_reason, self._queue_s)
+            delta = EngineDelta(
+                "".join(self._text),
+                self._tokens,
+                self._finish_reason,
+                self._queue_s,
+                self._input_tokens,
+                self._uncounted_tokens,
+            )
             self._text, self._tokens, self._queue_s = [], 0, 0.0
+            self._input_tokens = self._uncounted_tokens = 0
             if self._error is None:
                 self._come.clear()
             return delta

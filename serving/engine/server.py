@@ -122,6 +122,7 @@ class _Connection:
         self._incoming: dict[int, _Incoming] = {}
         self._outbox: dict[int, list[Any]] = {}
         self._waited: list[tuple[int, float]] = []
+        self._own: dict[int, list[int]] = {}
         self._flushing = False
         self._seen = -1
         self._state_due = asyncio.Event()
@@ -253,6 +254,10 @@ class _Connection:
             self._outbox[number] = [delta.text, delta.tokens, delta.finish_reason]
         if delta.queue_s:
             self._waited.append((number, delta.queue_s))
+        if delta.input_tokens or delta.uncounted_tokens:
+            own = self._own.setdefault(number, [0, 0])
+            own[0] += delta.input_tokens
+            own[1] += delta.uncounted_tokens
         self._flush_soon()
 
     def _fail(self, number: int, error: CaptionerError) -> None:
@@ -278,9 +283,17 @@ class _Connection:
             asyncio.get_running_loop().call_later(0.05, self._flush)
             return
         deltas = [[number, *delta] for number, delta in self._outbox.items()]
-        self._write({"op": "deltas", "deltas": deltas, "queue_s": self._waited})
+        self._write(
+            {
+                "op": "deltas",
+                "deltas": deltas,
+                "queue_s": self._waited,
+                "own": [[number, *own] for number, own in self._own.items()],
+            }
+        )
         self._outbox.clear()
         self._waited.clear()
+        self._own.clear()
 
     def _write(self, header: dict[str, Any]) -> None:
         if not self._writer.is_closing():

@@ -144,6 +144,7 @@ class LoadedModel:
         own_id = f"{request_id}-{next(self._ids)}"
         params = self._params(sampling)
         engine_input = self._input(own_id, features)
+        input_tokens = len(engine_input["prompt_token_ids"])
         stops = StopSequences(sampling.stop_token_sequences, self._decode)
         finish_reason: FinishReason | None = None
         try:
@@ -162,7 +163,14 @@ class LoadedModel:
                 # A turn that ends by itself ends with a token that is no part of the caption.
                 ended = finish_reason is FinishReason.STOP and not sampling.ignore_eos
                 uncounted = ended and bool(tokens) and tokens[-1] in self._end_of_turn
-                yield EngineDelta(text, len(tokens) - uncounted, finish_reason)
+                yield EngineDelta(
+                    text,
+                    len(tokens) - uncounted,
+                    finish_reason,
+                    input_tokens=input_tokens,
+                    uncounted_tokens=int(uncounted),
+                )
+                input_tokens = 0
         except VLLMClientError as error:
             raise InvalidRequest(str(error)) from error
         except VLLMServerError as error:

@@ -188,6 +188,25 @@ async def test_compilation_is_for_whoever_asks_for_it(engine: VllmEngine, asked:
     assert module.engine_config(Settings(enforce_eager=asked)).model_config.enforce_eager is eager
 
 
+async def test_no_request_finds_what_another_left(engine: VllmEngine, clip: Features) -> None:
+    """No prefix and no prepared audio is cached, and the same clip has another key in each request."""
+    model = model_of(engine)
+    config = model._llm.vllm_config
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.model_config.multimodal_config.mm_processor_cache_gb == 0
+    keys = [set(model._input(own_id, clip)["mm_hashes"]["audio"]) for own_id in ("one", "two")]
+    assert all(keys)
+    assert keys[0].isdisjoint(keys[1])
+
+
+async def test_the_engines_own_counts(engine: VllmEngine, clip: Features, tokens: list[int]) -> None:
+    """Beside what is billed the engine tells what it counts itself: the whole prompt, and the end of turn."""
+    deltas = [delta async for delta in engine.generate("counted", clip, Sampling(temperature=0.0))]
+    assert sum(delta.input_tokens for delta in deltas) == len(model_of(engine)._input("id", clip)["prompt_token_ids"])
+    assert sum(delta.uncounted_tokens for delta in deltas) == 1
+    assert sum(delta.tokens for delta in deltas) == len(tokens)
+
+
 async def test_a_caption_ends_by_itself_and_its_last_token_is_not_counted(
     engine: VllmEngine, clip: Features, tokens: list[int], processor: Any
 ) -> None:
