@@ -240,6 +240,9 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None, description="Tenants, keys, prices, usage: `postgresql://user@host/name`; default: SQLite in data_dir"
     )
+    metering: bool = Field(
+        default=True, description="Limits and the ledger; without, nothing is billed: to measure what they take"
+    )
     max_journal_bytes: int = Field(
         256 * MIB, ge=MIB, description="Disk for usage that the database has not got; past it requests are refused"
     )

@@ -26,10 +26,13 @@ _FIRST_ESTIMATE_TOKENS = 450.0
 class Admissions:
     """Admits requests: one for all of a process, since it learns how long captions are."""
 
-    def __init__(self, limiter: Limiter, ledger: Ledger, prices: Callable[[Region, int], Price]) -> None:
+    def __init__(
+        self, limiter: Limiter, ledger: Ledger, prices: Callable[[Region, int], Price], *, metering: bool = True
+    ) -> None:
         self.limiter = limiter
         self.ledger = ledger
         self.prices = prices
+        self.metering = metering
         self._output_tokens = _FIRST_ESTIMATE_TOKENS
 
     def of(self, caller: Caller, record: RequestRecord, request: CaptionRequest) -> Admission:
@@ -74,6 +77,8 @@ class Admission:
 
     async def admit(self) -> None:
         """Reserve and record. Raises `RateLimited`, `AccessDenied`, and `Overloaded` when the ledger is full."""
+        if not self._admissions.metering:
+            return
         self._lease = await self._admissions.limiter.admit(self.caller, self._request.request_id)
         self.headers = self._lease.headers
         record = self._new_record()
@@ -83,6 +88,8 @@ class Admission:
     async def charge(self) -> None:
         """The audio is decoded; may it go to the engine? Raises `RateLimited`, `AccessDenied`."""
         request, record = self._request, self._record
+        if not self._admissions.metering:
+            return
         if self._lease is None or record is None or request.usage is None:
             raise RuntimeError("charged before it was admitted")
         output_tokens = self._admissions.expected_tokens(self._max_tokens)

@@ -31,7 +31,7 @@ class Tenancy:
         self.keys = Keyring(settings, self.database)
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
         self.limiter = Limiter(MemoryStore(), self.ledger.spent)
-        self.admissions = Admissions(self.limiter, self.ledger, self.keys.price)
+        self.admissions = Admissions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
 
     async def start(self) -> None:
         """Bring the tables up to date, waiting for the database if need be: without it nobody is known."""
