@@ -21,7 +21,8 @@ import uvloop
 from pydantic import SecretStr, ValidationError
 from sqlalchemy.exc import OperationalError
 
-from serving import logs
+from serving import admin_cli, logs
+from serving.admin_api import AdminServer
 from serving.app import create_app
 from serving.config import Settings
 from serving.tenancy.keys import development_key
@@ -30,7 +31,7 @@ from serving.tenancy.store import UnusableDatabase, migrate, open_database
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ USAGE = """usage: captioner serve [--config FILE] [settings …]   start the ser
        captioner cluster [--config FILE] [settings …] start it on Ray Serve, on this machine
        captioner leave --instance NAME --within-s SECONDS
                                                       take this node out of its Ray cluster, losing no request
+       captioner admin [settings …]                   the administration's HTTP API alone, for a cluster
+       captioner tenants|keys|plans|prices|usage|invoice|audit …
+                                                      administration; --help lists the verbs
        captioner version"""
 
 RAY_ENVIRONMENT = {
@@ -75,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _cluster(rest)
         case "leave":
             return _leave(rest)
+        case "admin":
+            return _admin(rest)
+        case _ if command in admin_cli.COMMANDS:
+            return admin_cli.main([command, *rest])
         case "version" | "--version":
             print(version("captioner"))  # noqa: T201
             return 0
@@ -140,6 +148,22 @@ def _with_development_key(settings: Settings) -> Settings:
     return settings.model_copy(update={"development_key": SecretStr(key)}) if key else settings
 
 
+def _admin(argv: list[str]) -> int:
+    try:
+        settings = Settings.load(argv)
+        logs.configure(settings.log_level, settings.log_format)
+        migrate(open_database(settings))
+        server = AdminServer(settings, alone=True)
+    except (ValueError, FileNotFoundError) as error:  # ValidationError and UnusableDatabase too
+        print(f"captioner: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except OperationalError as error:
+        print(f"captioner: the database does not answer: {type(error.orig).__name__}", file=sys.stderr)  # noqa: T201
+        return 3
+    asyncio.run(server.serve())
+    return 0 if server.started else 1
+
+
 def _leave(argv: list[str]) -> int:
     flags = argparse.ArgumentParser("captioner leave", allow_abbrev=False)
     flags.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="the cluster's head; RAY_ADDRESS")
@@ -199,10 +223,25 @@ class _Server:
             signal.signal(number, lambda *_: None)
         telling = asyncio.create_task(self._tell())
         try:
-            await self._server.serve()
+            async with self._administration():
+                await self._server.serve()
         finally:
             telling.cancel()
         return 1 if self._failed or not self._server.started else 0
+
+    @contextlib.asynccontextmanager
+    async def _administration(self) -> AsyncIterator[None]:
+        """The administration's API beside the service, if it is wanted."""
+        if self._settings.admin_port is None:
+            yield
+            return
+        server = AdminServer(self._settings, alone=False)
+        serving = asyncio.create_task(server.serve())
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.wait((serving,))
 
     async def _tell(self) -> None:
         """Say that it is loading, then that it is ready."""

@@ -258,6 +258,15 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for a terminal")
 
+    # Administration
+    admin_host: str = Field("127.0.0.1", description="Address of the administration's HTTP API")
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Its port, another one than clients reach; none: there is no such API"
+    )
+    admin_token: SecretStr | None = Field(
+        None, min_length=16, description="Bearer token that it asks for; needed with admin_port"
+    )
+
     # Metrics and traces
     metrics_token: SecretStr | None = Field(
         None, description="Bearer token that scrapes of /metrics need; without, only a loopback listener tells tenants"
@@ -288,6 +297,14 @@ class Settings(BaseSettings):
     def _strangers_stay_outside(self) -> Settings:
         if not self.auth and not _is_loopback(self.host):
             raise ValueError(f"auth can be switched off only on a loopback address, and host is {self.host}")
+        return self
+
+    @model_validator(mode="after")
+    def _administration_is_not_for_everyone(self) -> Settings:
+        if self.admin_port is not None and self.admin_token is None:
+            raise ValueError("admin_port needs admin_token: the administration is not for everyone")
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError("admin_port must be another one than port, which clients reach")
         return self
 
     @model_validator(mode="after")
