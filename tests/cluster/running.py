@@ -30,9 +30,6 @@ BIN = Path(sys.executable).parent
 ENGINE = "ray::ServeReplica:captioner:engine"
 FRONT = "ray::ServeReplica:captioner:front"
 
-ENGINE_KV_TOKENS = 1_000_000
-"""Of each fake engine: what the fronts tell of all, divided by it, is how many are ready."""
-
 
 def free_port() -> int:
     """A port that nobody listens on now."""
@@ -132,7 +129,7 @@ class RunningCluster:
 
     def engines(self, front: str) -> int:
         """How many engines are ready in the eyes of a front."""
-        return round(metric(front, "captioner_engine_kv_capacity_tokens") / ENGINE_KV_TOKENS)
+        return round(metric(front, "captioner_engine_replicas_ready"))
 
     def whole(self, fronts: int = 2, engines: int = 2) -> bool:
         """Whether so many fronts see so many engines."""
