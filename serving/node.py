@@ -58,7 +58,7 @@ async def leave(address: str, instance: str, within_s: float) -> bool:
 
 async def _node(client: Any, instance: str) -> str | None:
     """Return the id of the living node with this instance's name."""
-    nodes = await client.async_get_all_node_info(timeout=_ANSWER_S)
+    nodes = await asyncio.to_thread(client.get_all_node_info, timeout=_ANSWER_S)
     for node_id, node in nodes.items():
         if node.instance_id == instance and node.state == GcsNodeInfo.ALIVE:
             return str(node_id.hex())
