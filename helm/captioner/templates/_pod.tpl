@@ -246,6 +246,8 @@ containers:
     env:
       {{- include "captioner.baseEnv" $root | nindent 6 }}
       {{- if .callers }}
+      - name: CAPTIONER_DATA_DIR
+        value: /var/lib/captioner/data
       {{- include "captioner.callersEnv" $root | nindent 6 }}
       {{- end }}
       {{- with .env }}
