@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.embedded.batches import read_facts
-from deploy.embedded.corpus.captions import INSTRUMENTS, SPEAKERS, Event, Facts, caption, parse
+from deploy.embedded.corpus.captions import INSTRUMENTS, LANGUAGES, SPEAKERS, Event, Facts, caption, parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +59,7 @@ class Scores:
         self.counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         self.confusions: Counter[tuple[str, str]] = Counter()
         self.kinds: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.languages: Counter[tuple[str, str]] = Counter()
 
     def add(self, attribute: str, right: bool) -> None:
         """Count one answer."""
@@ -122,6 +123,7 @@ class Scores:
             self.add(f"language, {source}", event.language == speech.language)
             if source == SYNTHETIC:
                 self.add("manner of speaking", event.manner == speech.manner)
+            self.languages[event.language, speech.language] += 1
             if event.language != speech.language:
                 self.confusions[event.language, speech.language or "(no speech)"] += 1
         if event.rate:
@@ -228,6 +230,12 @@ def report(scores: Scores, shuffled: Scores, how: str, clips: int) -> str:
         rows.append(f"| {name} | {right} | {total} | {share:.1f} | {aim} | {chance} |")
     rows += ["", "Kinds of sound, right of all:", ""]
     rows.append(", ".join(f"{kind} {right}/{total}" for kind, (right, total) in sorted(scores.kinds.items())) + ".")
+    rows += ["", "Languages, synthesised and recorded (rows: what was spoken, columns: what the caption said):", ""]
+    rows += [f"| | {' | '.join(LANGUAGES)} | no speech |", "|---|" + "---:|" * (len(LANGUAGES) + 1)]
+    rows += [
+        f"| {spoken} | {' | '.join(str(scores.languages[spoken, said]) for said in (*LANGUAGES, ''))} |"
+        for spoken in LANGUAGES
+    ]
     rows += ["", "Most frequent confusions (what it was → what the caption said):", ""]
     rows += [f"- {truth} → {said}: {count}" for (truth, said), count in scores.confusions.most_common(30)]
     return "\n".join(rows) + "\n"

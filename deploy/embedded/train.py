@@ -17,6 +17,7 @@ import math
 import os
 import random
 import time
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,16 +35,26 @@ from deploy.embedded.corpus.captions import LANGUAGES, MANNERS, caption
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PEAK_RATE, WARM_UP_STEPS, WEIGHT_DECAY, CLIP_NORM = 1.2e-3, 150, 0.05, 1.0
+WARM_UP_STEPS, WEIGHT_DECAY, CLIP_NORM = 150, 0.05, 1.0
 FRAMES_PER_BATCH, MOST_CLIPS = 4_000, 40
 """Of one process."""
 SHORT_FRAMES, SHORT_UNTIL = 400, 0.1
 """Up to this share of the steps only clips to 4 s: more sounds for the same work."""
-TOWER_UNTIL, HELP_UNTIL = 0.5, 0.85
-"""Shares of the steps up to which the tower learns alone, and at which the helper heads have faded out."""
 SAVE_EVERY_S = 180
 VOCABULARY = 1_024
 STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The highest learning rate, and the shares of the steps up to which the tower learns alone and is helped."""
+
+    peak: float
+    tower_until: float
+    help_until: float
+
+
+FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.5, 0.85), Plan(6e-4, 0.0, 0.0)
 
 
 class HelperHeads(nn.Module):
@@ -89,17 +100,19 @@ def caption_loss(model: Model, tokens: torch.Tensor, batch: Batch, audio_token_i
     return functional.cross_entropy(thinker.lm_head(hidden[told]).float(), batch.labels[:, 1:][told])
 
 
-def learning_rates(step: int, steps: int) -> tuple[float, float]:
+def learning_rates(step: int, steps: int, plan: Plan) -> tuple[float, float]:
     """Of the audio tower and of the text model: each a linear warm-up, then a cosine down to a fiftieth at the end."""
-    first = int(TOWER_UNTIL * steps)
+    first = int(plan.tower_until * steps)
     warm = [min(1.0, (step - since + 1) / WARM_UP_STEPS) if step >= since else 0.0 for since in (0, first)]
-    cosine = PEAK_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    cosine = plan.peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
     return cosine * warm[0], cosine * warm[1]
 
 
-def tokenizer_for(cache: Path) -> Qwen2Tokenizer:
-    """The tokenizer, trained once on captions of the corpus."""
+def tokenizer_for(cache: Path, start: Path | None = None) -> Qwen2Tokenizer:
+    """The tokenizer: that of the checkpoint `start`, or trained once on captions of the corpus."""
     folder = cache / "tokenizer"
+    if not folder.exists() and start:
+        Qwen2Tokenizer.from_pretrained(start).save_pretrained(folder)
     if not folder.exists():
         corpus = Corpus(cache / "train", build_tokenizer(["caption"]))
         captions = [
@@ -130,12 +143,17 @@ def initialise(model: Model, seed: int = 0) -> None:
 class Training:
     """Model, helper heads and optimizer, and how far they have come."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, path: Path) -> None:
+    def __init__(self, tokenizer: Qwen2Tokenizer, path: Path, start: Path | None = None) -> None:
+        """Go on from the state at `path`; else from the checkpoint `start`; else from seeds."""
         config = build_config(tokenizer)
         self._path = path
         self._audio_token_id = config.thinker_config.audio_token_id
         self.model = build_model(config)
         initialise(self.model)
+        self._plan = FROM_CHECKPOINT if start else FROM_SEEDS
+        if start:
+            learnt = Model.from_pretrained(start, dtype=torch.float32)
+            self.model.load_state_dict(learnt.state_dict())
         self.model.set_experts_implementation("grouped_mm")
         self.model.train()
         self.heads = HelperHeads(config.thinker_config.text_config.hidden_size)
@@ -159,14 +177,16 @@ class Training:
 
     def learn(self, batch: Batch, steps: int) -> tuple[float, float]:
         """One step of `steps`; the losses of the captions (0 while the tower learns alone) and of the helper heads."""
-        rates = learning_rates(self.step, steps)
+        rates = learning_rates(self.step, steps, self._plan)
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = rates[index // 2]
-        alone = self.step < int(TOWER_UNTIL * steps)
+        plan = self._plan
+        alone = self.step < int(plan.tower_until * steps)
         tokens = heard(self.model, batch)
         help_loss = self.heads(tokens, [audio_tokens(int(frames)) for frames in batch.lengths], batch)
         told = torch.zeros(()) if alone else caption_loss(self.model, tokens, batch, self._audio_token_id)
-        share = max(0.0, min(1.0, (HELP_UNTIL - self.step / steps) / (HELP_UNTIL - TOWER_UNTIL)))
+        left = plan.help_until - self.step / steps
+        share = max(0.0, min(1.0, left / (plan.help_until - plan.tower_until))) if left > 0 else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         (told + share * help_loss).backward()
         learnt = [weights for part in self._parts[: 1 if alone else 2] for weights in part]
@@ -205,14 +225,16 @@ def lessons(corpus: Corpus, step: int, steps: int, rank: int, processes: int) ->
         step = max(step, until)
 
 
-def train(rank: int, processes: int, cache: Path, steps: int, name: str) -> None:
-    """Train, or go on training, as one of `processes`; the first keeps state and learning curve."""
+def train(rank: int, arguments: argparse.Namespace) -> None:
+    """Train, or go on training, as one of `arguments.processes`; the first keeps state and learning curve."""
+    cache, steps, processes, name = arguments.cache, arguments.steps, arguments.processes, arguments.name
+    start = arguments.start
     torch.set_num_threads(1)
     meeting = cache / f"{name}.meeting"
     distributed.init_process_group("gloo", init_method=meeting.absolute().as_uri(), rank=rank, world_size=processes)
-    tokenizer = tokenizer_for(cache)
+    tokenizer = tokenizer_for(cache, start)
     corpus = Corpus(cache / "train", tokenizer)
-    training = Training(tokenizer, cache / f"{name}.pt")
+    training = Training(tokenizer, cache / f"{name}.pt", start)
     hours = sum(clip.frames for clip in corpus.clips) / 360_000
     if rank == 0:
         print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
@@ -244,13 +266,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help="steps in all, those already done included")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="training", help="name of the state and of the learning curve")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights and tokenizer are trained further")
     arguments = parser.parse_args()
     cache = arguments.cache
-    tokenizer_for(cache)
+    tokenizer_for(cache, arguments.start)
     (cache / f"{arguments.name}.meeting").unlink(missing_ok=True)
-    multiprocessing.spawn(
-        train, (arguments.processes, cache, arguments.steps, arguments.name), nprocs=arguments.processes
-    )
+    multiprocessing.spawn(train, (arguments,), nprocs=arguments.processes)
 
 
 if __name__ == "__main__":

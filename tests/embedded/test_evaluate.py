@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.embedded.corpus.captions import Event, Facts
-from deploy.embedded.evaluate import REAL_EFFECT, SYNTHETIC, Scores, source_of
+from deploy.embedded.evaluate import REAL_EFFECT, SYNTHETIC, Scores, report, source_of
 
 TRUTH = Facts((Event("man", "French", "quickly"), Event("hammering", rate=4.0)), 6.3, loudness="loud")
 RIGHT = Facts((Event("man", "French", "quickly"), Event("hammering", rate=4.0)), 6.0, loudness="loud")
@@ -55,3 +55,11 @@ def test_an_origin_tells_its_material() -> None:
     """Recordings from life are told from what programs made."""
     assert source_of("espeak-ng f1") == source_of("formula") == SYNTHETIC
     assert source_of("scratch/usr/share/Dog1.wav") == REAL_EFFECT
+
+
+def test_the_report_says_which_language_was_taken_for_which() -> None:
+    """French told as German stands in the row of French; a caption without speech in the last column."""
+    found = Scores()
+    for told in (RIGHT, Facts((Event("man", "German"),), 6.0), None):
+        found.add_clip(TRUTH, told, [SYNTHETIC, SYNTHETIC])
+    assert "| French | 0 | 0 | 0 | 1 | 1 | 0 | 1 |" in report(found, Scores(), "here", 3)

@@ -10,6 +10,7 @@ import pytest
 
 from deploy.embedded.batches import TOKENS_PER_S, audio_tokens
 from deploy.embedded.corpus.captions import caption, parse
+from deploy.embedded.corpus.coded import CODINGS, through
 from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, Pool, trimmed, write_pool
 from deploy.embedded.corpus.scenes import PEAK_DB, SceneMaker
 
@@ -79,3 +80,17 @@ def test_a_second_of_audio_is_thirteen_tokens(seconds: int) -> None:
     """As the audio tower makes them; a rest rounds up to a whole token."""
     assert audio_tokens(seconds * 100) == seconds * TOKENS_PER_S
     assert audio_tokens(seconds * 100 + 1) == seconds * TOKENS_PER_S + 1
+
+
+@pytest.mark.parametrize("name", CODINGS)
+def test_a_coding_keeps_the_sound_and_its_length(name: str) -> None:
+    """What comes back is as long, and alike but for a few milliseconds of delay; telephones keep nothing high."""
+    t = np.arange(2 * SAMPLE_RATE + 7) / SAMPLE_RATE
+    low, high = 0.3 * np.sin(2 * np.pi * (300 + 200 * t) * t), 0.2 * np.sin(2 * np.pi * 6_000 * t)
+    heard = through(name, (low + high).astype(np.float32))
+    assert len(heard) == len(t)
+    spectra = [np.abs(np.fft.rfft(samples)) for samples in (heard, low + high)]
+    likeness = np.fft.irfft(np.fft.rfft(heard) * np.conj(np.fft.rfft(low)))[:200].max()
+    assert likeness > 0.6 * np.square(low).sum()
+    above = [spectrum[len(spectrum) // 2 :].max() for spectrum in spectra]
+    assert above[0] < 0.05 * above[1] if CODINGS[name][2] == 8_000 else above[0] > 0.5 * above[1]

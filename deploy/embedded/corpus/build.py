@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import soundfile
 from transformers import WhisperFeatureExtractor
 
+from deploy.embedded.corpus import coded
 from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN
 from deploy.embedded.corpus.scenes import Scene, SceneMaker
 
@@ -21,6 +23,8 @@ SHARD = 500
 TRAINING_CLIPS = 36_000
 HELD_OUT_CLIPS = 1_200
 MEL = 128
+CODED = 0.2
+"""Share of the training clips that come through a lossy coding."""
 
 
 def log_mel(extractor: WhisperFeatureExtractor, samples: np.ndarray) -> np.ndarray:
@@ -39,8 +43,11 @@ def make_shard(maker: SceneMaker, extractor: WhisperFeatureExtractor, path: Path
     lines, frames = [], 0
     with path.with_suffix(".part").open("wb") as out:
         for seed in range(first, first + SHARD):
-            scene = maker.make(seed)
-            features = log_mel(extractor, scene.samples).astype(np.float16)
+            scene, rng = maker.make(seed), random.Random(seed)
+            samples = scene.samples
+            if rng.random() < CODED:
+                samples = coded.through(rng.choice(sorted(coded.CODINGS)), samples)
+            features = log_mel(extractor, samples).astype(np.float16)
             out.write(features.tobytes())
             lines.append(json.dumps({**told(scene), "first_frame": frames, "frames": len(features)}))
             frames += len(features)
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--clips", type=int, default=TRAINING_CLIPS, help="training clips in all")
     arguments = parser.parse_args()
     shards = arguments.cache / "train"
     shards.mkdir(parents=True, exist_ok=True)
@@ -74,11 +82,11 @@ def main() -> None:
         make_held_out(arguments.cache)
     maker = SceneMaker(arguments.cache, TRAIN)
     extractor = WhisperFeatureExtractor(feature_size=MEL)
-    for index in range(arguments.worker, TRAINING_CLIPS // SHARD, arguments.workers):
+    for index in range(arguments.worker, arguments.clips // SHARD, arguments.workers):
         path = shards / f"{index:03}"
         if not path.with_suffix(".jsonl").exists():
             make_shard(maker, extractor, path, index * SHARD)
-            print(f"shard {index + 1} of {TRAINING_CLIPS // SHARD}", flush=True)
+            print(f"shard {index + 1} of {arguments.clips // SHARD}", flush=True)
 
 
 if __name__ == "__main__":

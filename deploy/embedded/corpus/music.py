@@ -1,6 +1,6 @@
 """Music: melodies, chords and long notes of eight families of instruments, and drums, from General MIDI sound fonts.
 
-`python -m deploy.embedded.corpus.music CACHE` writes the pool. Two sound fonts are trained on, a third is held out.
+`python -m deploy.embedded.corpus.music CACHE` writes the pool. Four sound fonts are trained on, a fifth is held out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FONTS = {
     "/usr/share/sounds/sf2/FluidR3_GM.sf2": TRAIN,
     "/usr/share/sounds/sf3/MuseScore_General_Full.sf3": TRAIN,
+    "/usr/share/sounds/sf2/sf_GMbank.sf2": TRAIN,
+    "/usr/share/sounds/sf2/OPL-3_FM_128M.sf2": TRAIN,
     "/usr/share/sounds/sf2/TimGM6mb.sf2": HELD_OUT,
 }
 
@@ -42,7 +44,7 @@ TEMPOS = (60, 80, 100, 120, 150, 180)
 
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 KICK, SNARE, HAT, TOM, CRASH = 36, 38, 42, 45, 49
-EXCERPTS = {TRAIN: 70, HELD_OUT: 30}
+EXCERPTS = {TRAIN: 110, HELD_OUT: 30}
 """Per font and family."""
 
 Note = tuple[float, float, int, int]

@@ -17,7 +17,8 @@ from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, Entry, Poo
 if TYPE_CHECKING:
     from pathlib import Path
 
-SHORTEST_S, COMMON_S, LONGEST_S, LONG_SHARE = 0.5, 9.0, 30.0, 0.3
+SHORTEST_S, COMMON_S, LONGEST_S = 0.5, 9.0, 30.0
+LONG_SHARE = {TRAIN: 0.15, HELD_OUT: 0.3}
 """Clips are mostly up to `COMMON_S`; a share of them may be as long as `LONGEST_S`."""
 
 SHAPES = (("single", 0.45), ("two", 0.27), ("three", 0.08), ("overlap", 0.2))
@@ -79,7 +80,7 @@ class SceneMaker:
         shape = shape or _drawn(rng, SHAPES)
         count = {"single": 1, "two": 2, "three": 3, "overlap": 2}[shape]
         shortest = {"single": SHORTEST_S, "two": 2.2, "three": 4.0, "overlap": 2.0}[shape]
-        longest = LONGEST_S if rng.random() < LONG_SHARE else COMMON_S
+        longest = LONGEST_S if rng.random() < LONG_SHARE[self._split] else COMMON_S
         seconds = float(np.exp(rng.uniform(np.log(shortest), np.log(longest))))
         if shape == "overlap":
             parts = self._parts(rng, 2, [seconds * rng.uniform(0.8, 0.97) for _ in range(2)], source)
@@ -102,6 +103,8 @@ class SceneMaker:
     def _part(self, rng: np.random.Generator, source: str, seconds: float) -> _Part | None:
         if source == "procedural":
             kinds = [*procedural.RHYTHMIC, *procedural.STEADY]
+            if self._split == TRAIN and rng.random() < 0.3:
+                kinds = [*procedural.RHYTHMIC]  # rates are what is learnt most slowly
             samples, rate = procedural.make(rng, kind := str(rng.choice(kinds)), seconds)
             return _Part(
                 Event(kind, rate=rate if rate * seconds >= 3.2 else 0.0), _levelled(samples), "formula", real=False

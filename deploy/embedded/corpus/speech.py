@@ -7,6 +7,7 @@ of a voice: espeak-ng falls back to its male voice without a word when it does n
 from __future__ import annotations
 
 import html
+import multiprocessing
 import random
 import re
 import subprocess
@@ -70,8 +71,10 @@ FLITE = {"kal16": TRAIN, "awb": TRAIN, "slt": TRAIN, "rms": HELD_OUT}
 
 WORDS_PER_MINUTE = {"slowly": 105, "": 175, "quickly": 310}
 WHISPERED = "whispered"
-UTTERANCES = 2
-"""Per voice, language and manner."""
+UTTERANCES = {TRAIN: 6, HELD_OUT: 2}
+"""Per voice, language and manner: languages are learnt from sentences, and few sentences are soon known by heart."""
+
+Sound = tuple[np.ndarray, dict[str, object]]
 
 
 @cache
@@ -159,32 +162,43 @@ def speaker(samples: np.ndarray) -> str:
     return "man" if 70 < pitch < 145 else "woman" if 170 < pitch < 270 else ""
 
 
-def synthesised(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def synthesised(sounds: Path) -> Iterator[Sound]:
     """Every voice in every language and manner."""
     voices = [(variant, TRAIN) for variant in VARIANTS] + [(variant, HELD_OUT) for variant in HELD_OUT_VARIANTS]
+    tasks = []
     for language, (code, _) in LANGUAGES.items():
-        plain = sentences(sounds, language)
-        spoken = {TRAIN: plain[: -len(plain) // 10], HELD_OUT: plain[-len(plain) // 10 :]}
-        print(language, len(plain), "sentences", flush=True)
+        print(language, len(sentences(sounds, language)), "sentences", flush=True)
         spoken_by = [(f"espeak-ng {name}", f"{code}+{name}", split) for name, split in voices]
         if language == "English":
             spoken_by += [(f"flite {name}", name, split) for name, split in FLITE.items() for _ in range(4)]
-        for origin, voice, split in spoken_by:
-            rng = random.Random(f"{language} {origin}")
-            pitch = rng.choice((35, 45, 50, 55, 65))
-            for manner, words_per_minute in WORDS_PER_MINUTE.items():
-                for _ in range(UTTERANCES):
-                    text = rng.choice(spoken[split])
-                    if origin.startswith("flite"):
-                        samples = flite(text, voice, 175 / words_per_minute)
-                    else:
-                        samples = espeak(text, voice, words_per_minute, pitch)
-                    yield from told(samples, origin, split, language, manner)
+        tasks += [(sounds, language, *by) for by in spoken_by]
+    with multiprocessing.Pool() as workers:
+        for utterances in workers.imap(spoken, tasks):
+            yield from utterances
 
 
-def told(
-    samples: np.ndarray, origin: str, split: str, language: str, manner: str
-) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def spoken(task: tuple[Path, str, str, str, str]) -> list[Sound]:
+    """What one voice says in one language; a voice that is trained on speaks higher or lower, and faster or slower."""
+    sounds, language, origin, voice, split = task
+    plain = sentences(sounds, language)
+    texts = plain[: -len(plain) // 10] if split == TRAIN else plain[-len(plain) // 10 :]
+    rng = random.Random(f"{language} {origin}")
+    pitch = rng.choice((35, 45, 50, 55, 65))
+    utterances: list[Sound] = []
+    for manner, words_per_minute in WORDS_PER_MINUTE.items():
+        for _ in range(UTTERANCES[split]):
+            text, pace = rng.choice(texts), 1.0
+            if split == TRAIN:
+                pitch, pace = rng.randint(25, 75), rng.uniform(0.9, 1.1)
+            if origin.startswith("flite"):
+                samples = flite(text, voice, 175 / words_per_minute / pace)
+            else:
+                samples = espeak(text, voice, round(words_per_minute * pace), pitch)
+            utterances += told(samples, origin, split, language, manner)
+    return utterances
+
+
+def told(samples: np.ndarray, origin: str, split: str, language: str, manner: str) -> Iterator[Sound]:
     """The utterance as it is, sometimes whispered, and a woman's also as a child's."""
     who = speaker(samples)
     if not who or not SAMPLE_RATE // 2 < len(samples) < 12 * SAMPLE_RATE:
@@ -201,7 +215,7 @@ def told(
             yield soxr.resample(samples, SAMPLE_RATE * smaller, SAMPLE_RATE), {"kind": "child", **facts, "manner": ""}
 
 
-def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def recorded(sounds: Path) -> Iterator[Sound]:
     """People's prompts; how fast they speak is not known, so the manner is `recorded` and is not told."""
     for language, (package, others) in PROMPTS.items():
         trained = sorted((sounds / package).rglob("*.wav")) if package else []
@@ -227,7 +241,7 @@ def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
             print("recorded", language, split, dict(kept), flush=True)
 
 
-def pool(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def pool(sounds: Path) -> Iterator[Sound]:
     """All speech."""
     yield from recorded(sounds)
     yield from synthesised(sounds)
