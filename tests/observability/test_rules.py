@@ -1,0 +1,288 @@
+"""The rules: committed as the code makes them, sound to Prometheus; each alert fires when it should, and only then.
+
+Each case is a promtool unit test: series, a time, and the labels with which the alert fires (or none).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from serving import metrics
+from tests.observability.programs import program
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+HERE = DEPLOY / "prometheus"
+
+
+def load(path: Path) -> ModuleType:
+    """A program of `deploy`, as a module."""
+    spec = importlib.util.spec_from_file_location(f"deploy_{path.parent.name}_{path.stem}", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+make = load(HERE / "make.py")
+ALERTS = {rule["alert"]: rule for rule in make.alerts(make.Pace())["groups"][0]["rules"]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What happens (`series`, by steps of a set time), and whether the alert fires `at` that time, and how labelled."""
+
+    alert: str
+    at: str
+    series: dict[str, str]
+    fires: list[dict[str, str]] = field(default_factory=list)
+    beside: tuple[str, ...] = ()
+    """Others that fire as well, and in the live chain are silenced or say the same."""
+
+    @property
+    def step(self) -> str:
+        """Time between two values, longer for what lasts long."""
+        hours = int(self.at.removesuffix("h")) if self.at.endswith("h") else 0
+        return "5m" if hours > 12 else "1m" if hours else "15s"
+
+
+EVALUATED = {"15s": "30s", "1m": "2m", "5m": "10m"}
+"""How often rules are evaluated, by step: as in production it would take minutes to go through days."""
+
+
+def requests(finished: str, failed: str) -> dict[str, str]:
+    """Requests of two fronts, so that sums matter."""
+    return {
+        'captioner_requests_total{instance="a",dialect="openai",outcome="finished",code="stop"}': finished,
+        'captioner_requests_total{instance="b",dialect="dashscope",outcome="finished",code="stop"}': finished,
+        'captioner_requests_total{instance="b",dialect="openai",outcome="server_error",code="engine_failed"}': failed,
+        # However many of these: they are the callers' own.
+        'captioner_requests_total{instance="a",dialect="openai",outcome="client_error",code="audio_empty"}': finished,
+        'captioner_requests_total{instance="a",dialect="openai",outcome="cancelled",code="disconnected"}': finished,
+    }
+
+
+def slow(metric: str, le: str, quick: str, every: str, *labels: str) -> dict[str, str]:
+    """Captions of which `quick` are in time."""
+    chosen = ",".join(labels)
+    return requests("0+20x1000", "0x1000") | {
+        f'{metric}_bucket{{{chosen},le="{le}"}}': quick,
+        f'{metric}_bucket{{{chosen},le="+Inf"}}': every,
+        f"{metric}_count{{{chosen}}}": every,
+    }
+
+
+TTFT, E2E, DONE = "captioner_time_to_first_token_seconds", "captioner_request_duration_seconds", 'outcome="finished"'
+BACKLOG = 'captioner_engine_waiting_audio_seconds{instance="a"}'
+AUDIO_QUEUE = 'captioner_audio_queue_audio_seconds{instance="a"}'
+CAPTIONED = 'captioner_audio_seconds_total{instance="a",dialect="openai"}'
+UP, READY = 'up{job="captioner",instance="a",role="server"}', 'captioner_ready{job="captioner",instance="a"}'
+A = [{"instance": "a"}]
+
+CASES = [
+    # 5 % of requests fail: the month's budget is gone in 15 hours.
+    Case("CaptionerErrors", "1h", requests("0+10x1000", "0+1x1000"), [{}], ("CaptionerErrorsSlowly",)),
+    # 0.5 %: a ticket, nobody is woken.
+    Case("CaptionerErrors", "3h", requests("0+100x1000", "0+1x1000"), beside=("CaptionerErrorsSlowly",)),
+    Case("CaptionerErrorsSlowly", "3h", requests("0+100x1000", "0+1x1000"), [{}]),
+    # 0.02 %: what the objective allows.
+    Case("CaptionerErrorsSlowly", "3h", requests("0+250x1000", "0+0.1x1000")),
+    # All failed, but they were three.
+    Case("CaptionerErrors", "1h", requests("0x1000", "0 0 0 3x1000")),
+    # It is over: the long window still sees it, the short one no more.
+    Case("CaptionerErrors", "2h", requests("0+10x1000", "0+1x80 80x900"), beside=("CaptionerErrorsSlowly",)),
+    Case("CaptionerFirstTokenSlow", "1h", slow(TTFT, "2.5", "0+1x1000", "0+10x1000", 'length="short"'),
+         [{"length": "short"}], ("CaptionerFirstTokenSlowSlowly",)),
+    Case("CaptionerFirstTokenSlow", "1h", slow(TTFT, "2.5", "0+97x1000", "0+100x1000", 'length="short"')),
+    Case("CaptionerFirstTokenSlowSlowly", "3h", slow(TTFT, "30.0", "0+80x1000", "0+100x1000", 'length="long"'),
+         [{"length": "long"}]),
+    Case("CaptionerFirstTokenSlowSlowly", "3h", slow(TTFT, "30.0", "0+96x1000", "0+100x1000", 'length="long"')),
+    Case("CaptionerCaptionSlow", "1h", slow(E2E, "60", "0+1x1000", "0+10x1000", 'length="medium"', DONE),
+         [{"length": "medium"}], ("CaptionerCaptionSlowSlowly",)),
+    Case("CaptionerCaptionSlow", "1h", slow(E2E, "60", "0+98x1000", "0+100x1000", 'length="medium"', DONE)),
+    Case("CaptionerCaptionSlowSlowly", "3h", slow(E2E, "30.0", "0+80x1000", "0+100x1000", 'length="short"', DONE),
+         [{"length": "short"}]),
+    Case("CaptionerCaptionSlowSlowly", "3h", slow(E2E, "30.0", "0+99x1000", "0+100x1000", 'length="short"', DONE)),
+    Case("CaptionerNothingScraped", "10m", {UP: "1x10 0x100"}, [{}]),
+    Case("CaptionerNothingScraped", "10m", {'up{job="captioner",instance="b"}': "0x100"},
+         beside=("CaptionerTargetDown",)),
+    Case("CaptionerNothingScraped", "10m", {UP: "0x100", 'up{job="captioner",instance="r",role="ray"}': "1x100"},
+         [{}]),
+    Case("CaptionerNotReady", "15m", {READY: "0x100"}, [{}]),
+    # It loads, which takes minutes.
+    Case("CaptionerNotReady", "8m", {READY: "0x100"}),
+    Case("CaptionerNotReady", "15m",
+         {READY: "0x100", 'captioner_ready{job="captioner",instance="b"}': "1x100"}),
+    Case("CaptionerEngineStalled", "3m", {'captioner_engine_silent_seconds{instance="a"}': "0 0 0 30 66x90"},
+         A),
+    Case("CaptionerEngineStalled", "20m", {'captioner_engine_silent_seconds{instance="a"}': "0 36 12x90"}),
+    Case("CaptionerReplicaCrashLoop", "10m",
+         {'captioner_replicas_lost_total{instance="a",role="engine"}': "0 1 1 2 2 2 3 3 4x90",
+          'captioner_replicas_lost_total{instance="a",role="front"}': "0x100"}, [{"role": "engine"}]),
+    Case("CaptionerReplicaCrashLoop", "10m",
+         {'captioner_replicas_lost_total{instance="a",role="engine"}': "0 0 1x90"}),
+    Case("CaptionerReplicaCrashLoop", "10m",
+         {'process_start_time_seconds{job="captioner",instance="a"}': "1 1 5 5 9 9 14x90"},
+         [{"job": "captioner", "instance": "a"}]),
+    Case("CaptionerReplicaCrashLoop", "10m",
+         {'process_start_time_seconds{job="captioner",instance="a"}': "1 1 5x90"}),
+    # It captions 10 audio-seconds a second, and 1,500 wait, ever more.
+    Case("CaptionerBacklogGrowing", "20m",
+         {BACKLOG: "0+100x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}, [{}]),
+    # So much waits, but it becomes less.
+    Case("CaptionerBacklogGrowing", "20m",
+         {BACKLOG: "9000-50x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
+    # Much waits, for half a minute.
+    Case("CaptionerBacklogGrowing", "20m",
+         {BACKLOG: "300x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
+    Case("CaptionerLedgerJournalFilling", "10m",
+         {'captioner_ledger_journal_bytes{instance="a"}': "600x100",
+          'captioner_ledger_journal_limit_bytes{instance="a"}': "1000x100"}, A),
+    Case("CaptionerLedgerJournalFilling", "10m",
+         {'captioner_ledger_journal_bytes{instance="a"}': "100x100",
+          'captioner_ledger_journal_limit_bytes{instance="a"}': "1000x100"}),
+    Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x100"},
+         [{"job": "captioner", "instance": "b"}]),
+    Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x10 1x90"}),
+    Case("CaptionerTargetDown", "10m", {UP: "0x100"}, beside=("CaptionerNothingScraped",)),
+    Case("CaptionerAudioWorkersDying", "10m",
+         {'captioner_audio_worker_deaths_total{instance="a"}': "0 1 1 2 3 4x90"}, A),
+    Case("CaptionerAudioWorkersDying", "10m", {'captioner_audio_worker_deaths_total{instance="a"}': "0 1x90"}),
+    Case("CaptionerDecodePoolSaturated", "20m",
+         {'captioner_audio_workers_busy_seconds_total{instance="a"}': "0+29x100",
+          'captioner_audio_workers{instance="a"}': "2x100", 'captioner_audio_queue_depth{instance="a"}': "3x100"}, A),
+    Case("CaptionerDecodePoolSaturated", "20m",
+         {'captioner_audio_workers_busy_seconds_total{instance="a"}': "0+20x100",
+          'captioner_audio_workers{instance="a"}': "2x100", 'captioner_audio_queue_depth{instance="a"}': "3x100"}),
+    Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "400x100"}, A),
+    Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "2x100"}),
+    Case("CaptionerLimitsStoreDown", "10m", {'captioner_limits_store_up{instance="a"}': "0x100"}, A),
+    Case("CaptionerLimitsStoreDown", "10m", {'captioner_limits_store_up{instance="a"}': "0 0 1x100"}),
+    Case("CaptionerKeysOutdated", "10m", {'captioner_keys_age_seconds{instance="a"}': "400x100"}, A),
+    Case("CaptionerKeysOutdated", "10m", {'captioner_keys_age_seconds{instance="a"}': "2x100"}),
+    Case("CaptionerSpendingUnusual", "27h",
+         {'captioner_tenant_tokens_total{tenant="t",kind="audio"}': "0+2000x300 600000+600000x50",
+          'captioner_tenant_tokens_total{tenant="u",kind="audio"}': "0+600000x400"}, [{"tenant": "t"}]),
+    # Ten times nearly nothing is nearly nothing; and a new tenant has no day before.
+    Case("CaptionerSpendingUnusual", "27h",
+         {'captioner_tenant_tokens_total{tenant="t",kind="audio"}': "0+20x300 6000+2000x50",
+          'captioner_tenant_tokens_total{tenant="new",kind="audio"}': "0x305 0+600000x50"}),
+    Case("CaptionerBudgetExhausted", "10m",
+         {'captioner_tenant_limited_total{tenant="t",limit="budget_exhausted"}': "0 0 0 1 2x90"},
+         [{"tenant": "t"}]),
+    Case("CaptionerBudgetExhausted", "10m",
+         {'captioner_tenant_limited_total{tenant="t",limit="requests_limited"}': "0+1x90"}),
+    Case("CaptionerBoundNear", "20m", {'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.95x100"},
+         [{"instance": "a", "resource": "uploads"}]),
+    # A full context is what an engine at work has.
+    Case("CaptionerBoundNear", "20m",
+         {'captioner_saturation_ratio{instance="a",resource="kv_cache"}': "0.99x100",
+          'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.8x100"}),
+]  # fmt: skip
+
+
+def test_what_is_committed_is_what_the_code_makes() -> None:
+    """Both rule files equal what `make.py` would write."""
+    assert (HERE / "captioner.records.yml").read_text() == make.text(make.records(make.Pace()))
+    assert (HERE / "captioner.alerts.yml").read_text() == make.text(make.alerts(make.Pace()))
+
+
+def test_files_are_sound() -> None:
+    """Prometheus and Alertmanager accept their configuration, rules included, at any pace."""
+    for command in (
+        [program("promtool"), "check", "config", str(HERE / "prometheus.yml")],
+        [program("amtool"), "check-config", str(DEPLOY / "alertmanager" / "alertmanager.yml")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_is_tested_to_fire_and_to_stay_quiet() -> None:
+    """No alert is without a case in which it fires, and one in which it does not; and none without its page."""
+    assert {case.alert for case in CASES if case.fires} == ALERTS.keys()
+    assert {case.alert for case in CASES if not case.fires} == ALERTS.keys()
+    for name, rule in ALERTS.items():
+        page = DEPLOY.parent / rule["annotations"]["runbook_url"]
+        text = page.read_text()
+        assert text.startswith(f"# {name}\n"), page
+        assert all(f"## {part}\n" in text for part in ("Symptoms", "Checks", "Actions")), page
+    assert {page.stem for page in (DEPLOY / "alerts").glob("*.md")} == ALERTS.keys()
+
+
+def test_alerts_fire_and_stay_quiet(tmp_path: Path) -> None:
+    """In each case the alert does what it should, and no other alert fires beside those that are named."""
+    rules = []
+    for name in ("captioner.records.yml", "captioner.alerts.yml"):
+        groups = yaml.safe_load((HERE / name).read_text())["groups"]
+        (tmp_path / name).write_text(
+            yaml.safe_dump({"groups": [{"name": group["name"], "rules": group["rules"]} for group in groups]})
+        )
+        rules.append(str(tmp_path / name))
+    for step, every in EVALUATED.items():
+        tests = [
+            {
+                "interval": step,
+                "name": f"{number}: {case.alert} at {case.at}",
+                "input_series": [{"series": name, "values": values} for name, values in _alive(case.series).items()],
+                "alert_rule_test": [
+                    {"alertname": name, "eval_time": case.at, "exp_alerts": _expected(case, name)}
+                    for name in ALERTS
+                    if name not in case.beside
+                ],
+            }
+            for number, case in enumerate(CASES)
+            if case.step == step
+        ]
+        file = tmp_path / f"{step}.test.yml"
+        file.write_text(yaml.safe_dump({"rule_files": rules, "evaluation_interval": every, "tests": tests}))
+    command = [program("promtool"), "test", "rules", *map(str, tmp_path.glob("*.test.yml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _alive(series: dict[str, str]) -> dict[str, str]:
+    """The case's series, with those of a service that is scraped and ready."""
+    return {UP: "1x1000", READY: "1x1000"} | series
+
+
+def _expected(case: Case, name: str) -> list[dict[str, Any]]:
+    if name != case.alert:
+        return []
+    rule = ALERTS[name]
+    expected = []
+    for labels in case.fires:
+        summary = rule["annotations"]["summary"]
+        for label, value in labels.items():
+            summary = summary.replace(f"{{{{ $labels.{label} }}}}", value)
+        annotations = rule["annotations"] | {"summary": summary}
+        expected.append({"exp_labels": rule["labels"] | labels, "exp_annotations": annotations})
+    return expected
+
+
+def test_objectives_are_bounds_of_buckets() -> None:
+    """A share below a time can only be read where the histogram has a bucket that ends there."""
+    assert set(make.TTFT_S.values()) <= set(metrics._TTFT_BUCKETS)
+    assert set(make.E2E_S.values()) <= set(metrics._E2E_BUCKETS)
+
+
+@pytest.mark.parametrize("factor", [1 / 60, 1 / 300])
+def test_a_quicker_pace_is_sound_too(factor: float, tmp_path: Path) -> None:
+    """The rules with shorter windows, which the live test runs, are rules all the same."""
+    pace = make.Pace(factor)
+    for name, rules in (("records", make.records(pace)), ("alerts", make.alerts(pace))):
+        (tmp_path / f"{name}.yml").write_text(make.text(rules))
+    command = [program("promtool"), "check", "rules", *map(str, tmp_path.glob("*.yml"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
