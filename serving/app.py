@@ -57,7 +57,9 @@ def create_app(
     cluster have their metrics.
     """
     engine = engine or make_engine(settings)
-    metrics = Metrics(tenants=settings.metrics_tenants if settings.tells_tenants else 0)
+    # Tenants are told apart only where strangers cannot read it.
+    private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
+    metrics = Metrics(tenants=settings.metrics_tenants if private else 0)
     workers = AudioWorkers(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import secrets
 import signal
 import socket
@@ -20,6 +22,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -33,11 +36,17 @@ from serving.app import create_app, make_engine
 from serving.config import Settings
 from serving.engine.remote import RemoteEngine
 from serving.engine.server import EngineServer
+from serving.metrics import Gauges
+from serving.scraping import MetricsListener, Presence, Register
+from serving.watch import watch_replica
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from serving.metrics import Metrics
+    from serving.scraping import Target
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +54,7 @@ EVERY_S = 1.0
 """How often engine replicas register and fronts ask."""
 
 _FORGET_AFTER_S = 5.0
+_NODES_EVERY_S = 30.0
 _METRICS_EVERY_S = 2.0
 _RAY_START_S = 300.0
 _RAY_TRIES = 4
@@ -75,6 +85,21 @@ class Directory:
         self._secret = secrets.token_hex()
         self._began = time.monotonic()
         self._seen: dict[str, float] = {}
+        self._register = Register()
+        self._ray: tuple[float, list[Target]] = (-math.inf, [])
+
+    async def observe(self, target: Target) -> tuple[list[Target], dict[str, int]]:
+        """Note where a process tells its metrics; return where all do, and how many were lost, by role."""
+        at, nodes = self._ray
+        if time.monotonic() - at > _NODES_EVERY_S:
+            self._ray = time.monotonic(), nodes  # whoever asks meanwhile need not
+            self._ray = time.monotonic(), await asyncio.to_thread(_ray_targets)
+        targets, lost = self._register.note(target)
+        return [*targets, *self._ray[1]], lost
+
+    async def unobserve(self, address: str) -> None:
+        """A process ends as it should."""
+        self._register.strike(address)
 
     async def register(self, address: str) -> str:
         """Note that a replica serves at `address`; return the secret."""
@@ -92,6 +117,31 @@ class Directory:
             return None
         self._seen = {address: seen for address, seen in self._seen.items() if now - seen < _FORGET_AFTER_S}
         return list(self._seen), self._secret
+
+
+def _presence(directory: DeploymentHandle[Any], settings: Settings, expose: Any) -> Presence:
+    """This process to Prometheus, by way of the directory."""
+    return Presence(
+        MetricsListener(expose, settings.metrics_token),
+        lambda target: _told(directory.observe.remote(target)),
+        lambda address: _told(directory.unobserve.remote(address)),
+    )
+
+
+def _ray_targets() -> list[Target]:
+    """Where Ray's nodes, and HAProxy on each, tell their own metrics."""
+    addresses = [
+        (node["NodeManagerAddress"], node["MetricsExportPort"])
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and node["MetricsExportPort"]
+    ]
+    haproxy_port = os.environ.get("RAY_SERVE_HAPROXY_METRICS_PORT", "9101")
+    roles = {"ray": addresses, "haproxy": [(host, haproxy_port) for host, _ in addresses]}
+    return [
+        {"targets": [f"{host}:{port}"], "labels": {"role": role}}
+        for role, addresses in roles.items()
+        for host, port in addresses
+    ]
 
 
 class EngineReplica:
@@ -113,6 +163,10 @@ class EngineReplica:
         await self._engine.start()
         await self._server.start(self._host)
         self._registering = asyncio.create_task(self._register())
+        metrics = Gauges()
+        watch_replica(metrics, self._engine, settings)
+        self._presence = _presence(directory, settings, partial(metrics.expose, self._engine.check_health))
+        await self._presence.start(self._host, settings.metrics_port, "engine")
         await self._known()
 
     async def check_health(self) -> None:
@@ -133,6 +187,7 @@ class EngineReplica:
         await _told(self._directory.forget.remote(self._address))
         await self._server.drain()
         await self._server.stop()
+        await self._presence.stop()
         await self._engine.stop()
 
     @property
@@ -213,8 +268,17 @@ class Front:
         settings = Settings(**overrides | {"handover_interval_s": 0})
         _configure_logs(settings)
         engine = ClusterEngine(directory, engines)
-        self._service = create_app(settings, engine, on_not_ready=engine.wake)
+        self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)
+        metrics: Metrics = self._service.state.service.metrics
+        self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
+        metrics.watch("captioner_replicas_lost_total", lambda: self._presence.lost)
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        await self._presence.start(host, settings.metrics_port, "front")
         await engine.start()
+
+    async def __del__(self) -> None:
+        """Prometheus need not ask any more."""
+        await self._presence.stop()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Hand Ray the application."""

@@ -341,9 +341,9 @@ class Settings(BaseSettings):
         return Path(self.model) == EMBEDDED_CHECKPOINT
 
     @property
-    def tells_tenants(self) -> bool:
-        """Whether metrics may tell one tenant from another: only where strangers cannot read them."""
-        return self.metrics_token is not None or self.host in ("127.0.0.1", "::1", "localhost")
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches the listener."""
+        return self.host in ("127.0.0.1", "::1", "localhost")
 
     @property
     def step_tokens(self) -> int:

@@ -6,7 +6,9 @@ to the service's port reaches any front; every front tells all of them (`/metric
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import time
 from typing import TYPE_CHECKING, TypedDict
 
 from aiohttp import web
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 PORTS = 32
 """So many ports from `metrics_port` are tried: processes that share a machine or a pod take one each."""
+
+TELL_EVERY_S = 2.0
+FORGET_AFTER_S = 15.0
+"""How often a process tells the directory that it is there, and after how long without a word it is taken for lost."""
 
 
 class Target(TypedDict):
@@ -71,3 +77,67 @@ class MetricsListener:
             return web.Response(status=401, headers={"www-authenticate": "Bearer"})
         body, content_type = await self._expose(request.headers.get("accept", ""))
         return web.Response(body=body, headers={"content-type": content_type})
+
+
+class Presence:
+    """One process of a cluster as Prometheus finds it: it listens, tells the directory so, and learns of the others.
+
+    `tell` hands the directory this process's target, and returns what it knows: all targets, and how many processes of
+    each role were lost. `leave` tells it that the process ends.
+    """
+
+    def __init__(
+        self,
+        listener: MetricsListener,
+        tell: Callable[[Target], Awaitable[tuple[list[Target], dict[str, int]] | None]],
+        leave: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self.targets: list[Target] = []
+        self.lost = {"front": 0, "engine": 0}
+        self._listener = listener
+        self._tell = tell
+        self._leave = leave
+        self._address = ""
+        self._telling: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, first_port: int, role: str) -> None:
+        """Listen, and tell from now on."""
+        self._address = await self._listener.start(host, first_port)
+        self._telling = asyncio.create_task(self._keep_telling({"targets": [self._address], "labels": {"role": role}}))
+
+    async def stop(self) -> None:
+        """Say farewell, and hang up. Idempotent."""
+        telling, self._telling = self._telling, None
+        if telling is not None:
+            telling.cancel()
+            await self._leave(self._address)
+            await self._listener.stop()
+
+    async def _keep_telling(self, target: Target) -> None:
+        while True:
+            if told := await self._tell(target):
+                self.targets, self.lost = told
+            await asyncio.sleep(TELL_EVERY_S)
+
+
+class Register:
+    """What the directory of a cluster knows of those that tell their metrics."""
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self._now_s = now_s
+        self._seen: dict[str, tuple[Target, float]] = {}
+        self._lost = {"front": 0, "engine": 0}
+
+    def note(self, target: Target) -> tuple[list[Target], dict[str, int]]:
+        """A process is there; return all that are, and how many were lost so far, by role."""
+        now = self._now_s()
+        self._seen[target["targets"][0]] = target, now
+        for address, (other, seen) in list(self._seen.items()):
+            if now - seen > FORGET_AFTER_S:
+                del self._seen[address]
+                self._lost[other["labels"]["role"]] += 1
+        return [target for target, _ in self._seen.values()], dict(self._lost)
+
+    def strike(self, address: str) -> None:
+        """A process ends as it should."""
+        self._seen.pop(address, None)
