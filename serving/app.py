@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import time
 import uuid
@@ -17,6 +18,7 @@ from serving.audio.fetch import Fetcher
 from serving.audio.workers import AudioWorkers
 from serving.body import BodyBudget
 from serving.captioner import Captioner
+from serving.context import REQUEST_ID, Untraced
 from serving.engine.fake import FakeEngine
 from serving.engine.gate import GatedEngine
 from serving.engine.vllm import VllmEngine
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serving.config import Settings
+    from serving.context import Tracer
     from serving.engine.base import Engine
     from serving.scraping import Target
 
@@ -59,7 +62,7 @@ def create_app(
     engine = engine or make_engine(settings)
     # Tenants are told apart only where strangers cannot read it.
     private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
-    metrics = Metrics(tenants=settings.metrics_tenants if private else 0)
+    metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
     workers = AudioWorkers(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)
@@ -84,6 +87,7 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, metrics.tracer.stop)
             for part in (workers, fetcher, uploads, tenancy):
                 stack.push_async_callback(part.stop)
                 await part.start()
@@ -100,6 +104,15 @@ def create_app(
     )
     app.state.service = service
     return app
+
+
+def _tracer(settings: Settings) -> Tracer:
+    if settings.otlp_endpoint is None:
+        return Untraced()
+    # OpenTelemetry is imported only where it is used.
+    tracing = importlib.import_module("serving.tracing")
+    tracer: Tracer = tracing.OpenTelemetry(settings.otlp_endpoint, settings.trace_ratio)
+    return tracer
 
 
 def make_engine(settings: Settings) -> GatedEngine:
@@ -139,6 +152,7 @@ class RequestId:
             return
         request_id = str(uuid.uuid4())
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -71,6 +71,7 @@ class CaptionEndpoint:
 
     async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        self.metrics.tracer.begin(record, headers)
         try:
             caller = self.keys.authenticate(headers)
         except CaptionerError:

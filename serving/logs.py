@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Literal
 
 import orjson
 
+from serving.context import REQUEST_ID
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
+_SECRET = re.compile(
+    r"""\bsk-[\w-]{4,}                                    # an API key
+    | (?i:\bbearer\s+)[^\s"'\\,]+                        # a token in a header
+    | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # who, and with which password
+    | (?<=[?&])(?i:[\w-]*(?:signature|token|key|secret|password|credential|policy|sig))=[^&\s"'\\]+
+    | \bdata:[^\s"',]{0,99},[^\s"'\\]{8,}               # audio in a URL
+    | [A-Za-z0-9+/_-]{256,}={0,2}                       # audio as it is
+    """,
+    re.VERBOSE,
+)
+
+
+def redact(text: str) -> str:
+    """The text without what must not be kept: keys, tokens, passwords, signatures of URLs, audio."""
+    return _SECRET.sub("[redacted]", text)
+
+
 def _extras(record: logging.LogRecord) -> dict[str, object]:
-    return {
+    request_id = REQUEST_ID.get()
+    return ({"request_id": request_id} if request_id else {}) | {
         key: value
         for key, value in vars(record).items()
         if key not in _STANDARD and not key.startswith("vllm_")  # vLLM puts its own into every record
@@ -21,7 +42,7 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever `extra` holds."""
+    """One JSON object a line: time, level, logger, message, the request's id, and whatever `extra` holds."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -33,7 +54,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return redact(orjson.dumps(line, default=str).decode())
 
 
 class TextFormatter(logging.Formatter):
@@ -45,7 +66,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         extras = " ".join(f"{key}={value}" for key, value in _extras(record).items() if value not in ("", {}))
         first, newline, rest = super().format(record).partition("\n")
-        return f"{first} {extras}".rstrip() + newline + rest
+        return redact(f"{first} {extras}".rstrip() + newline + rest)
 
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:

@@ -7,7 +7,6 @@ else keeps is read at each scrape (`Gauges.watch`); its name stands here all the
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from serving.context import Untraced
 from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected
 from serving.record import OUTCOMES, STAGES, RequestRecord, code_of
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from prometheus_client.core import Metric
+
+    from serving.context import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +138,11 @@ class Metrics(Gauges):
     Of at most `tenants` tenants each is told by its id; the rest are folded into one.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None, *, tenants: int = 100) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, tenants: int = 100, tracer: Tracer | None = None
+    ) -> None:
         super().__init__(registry)
+        self.tracer = tracer or Untraced()
         self._tenants, self._most_tenants = {NOBODY}, tenants + 1
         self._requests = self._counter(
             "captioner_requests",
@@ -249,24 +254,24 @@ class Metrics(Gauges):
         self._in_flight.inc()
         return RequestRecord(request_id, dialect)
 
-    def finish(self, record: RequestRecord, error: BaseException | None, *, trace_id: str | None = None) -> None:
-        """Tell the record in metrics and in one log line. `error`: what ended it, `None` if it was answered.
+    def finish(self, record: RequestRecord, error: BaseException | None) -> None:
+        """Tell the record in metrics, as a trace and in one log line. `error`: what ended it, `None`: it was answered.
 
-        `trace_id` of a sampled trace becomes the exemplar of what is told.
+        The id of a sampled trace becomes the exemplar of what is told.
         """
-        now = time.perf_counter()
-        exemplar = {"trace_id": trace_id} if trace_id else None
         self._in_flight.dec()
+        record.close()
         outcome, code = record.outcome(error)
+        trace_id = self.tracer.end(record, outcome, code)
+        exemplar = {"trace_id": trace_id} if trace_id else None
         tenant = self._tenant(record.caller)
         self._requests.labels(record.dialect, outcome, code).inc()
         self._tenant_requests.labels(tenant, outcome).inc()
         self._refuse(tenant, error)
-        duration_s, audio_s = now - record.started, record.audio_s
+        duration_s, audio_s = record.ended - record.started, record.audio_s
         self._e2e.labels(outcome, record.length).observe(duration_s, exemplar)
         if record.first_token is not None:
             self._ttft.labels(record.length).observe(record.first_token - record.started, exemplar)
-            record.stage("generate", now - record.first_token, ended=now)
         for stage, seconds in record.stages_s.items():
             self._stages.labels(stage).observe(seconds, exemplar)
         self._tenant_wait.labels(tenant).inc(record.waited_s)
@@ -279,7 +284,7 @@ class Metrics(Gauges):
                 self._tokens.labels(kind).inc(tokens)
                 self._tenant_tokens.labels(tenant, kind).inc(tokens)
             if record.first_token is not None and usage.output_tokens > 1:
-                self._tpot.observe((now - record.first_token) / (usage.output_tokens - 1), exemplar)
+                self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
         if outcome == "finished":
             self._audio.labels(record.dialect).inc(audio_s)
             self._tenant_audio.labels(tenant).inc(audio_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from serving.errors import CaptionerError, ClientError, Disconnected, ServerError
 from serving.types import SAMPLE_RATE, FinishReason, Usage
@@ -54,6 +55,9 @@ class RequestRecord:
     stages_s: dict[str, float] = field(default_factory=dict)
     began: dict[str, float] = field(default_factory=dict)
     """When each stage began, by the clock of `started`."""
+    ended: float = 0.0
+    span: Any = None
+    """Of the trace, if there is one."""
 
     @property
     def audio_s(self) -> float:
@@ -86,6 +90,12 @@ class RequestRecord:
         """Note that a stage took so long and has ended, at `ended` or now."""
         self.stages_s[name] = seconds
         self.began[name] = (time.perf_counter() if ended is None else ended) - seconds
+
+    def close(self) -> None:
+        """The request has ended, now."""
+        self.ended = time.perf_counter()
+        if self.first_token is not None:
+            self.stage("generate", self.ended - self.first_token, ended=self.ended)
 
     def outcome(self, error: BaseException | None) -> tuple[str, str]:
         """How the request ended, in two bounded words: outcome and code. `error`: what ended it, if anything did."""

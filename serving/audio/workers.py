@@ -18,13 +18,14 @@ import subprocess
 import sys
 import time
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from serving import errors
+from serving.context import REQUEST_ID
 from serving.cpu import CpuTime
 from serving.line import DrainRate, FairLine, Room, shortest_first
 from serving.types import ANYONE, SAMPLE_RATE, Features
@@ -89,6 +90,7 @@ class _Task:
     began: float = 0.0
     nbytes: int = 0
     """Memory of the features, from their arrival until the context is left."""
+    request_id: str = field(default_factory=REQUEST_ID.get)
 
 
 @dataclass(eq=False, slots=True)
@@ -229,7 +231,7 @@ class AudioWorkers:
                 # It died while idle, and the loop will learn it from the socket. The clip is not to blame.
                 continue
             except OSError:
-                log.exception("a clip could not be handed to an audio worker")
+                log.exception("a clip could not be handed to an audio worker", extra={"request_id": task.request_id})
                 self._idle.append(worker)
                 self._queue.discard(task)
                 _fail(task, errors.Overloaded())
@@ -281,7 +283,7 @@ class AudioWorkers:
             try:
                 self._deliver(task, json.loads(message), descriptors)
             except Exception:
-                log.exception("an audio worker's answer could not be taken")
+                log.exception("an audio worker's answer could not be taken", extra={"request_id": task.request_id})
                 _fail(task, errors.Internal())
         for descriptor in descriptors:
             os.close(descriptor)
@@ -295,7 +297,7 @@ class AudioWorkers:
 
     def _deliver(self, task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:
         if "traceback" in reply:
-            log.error("an audio worker failed\n%s", reply["traceback"])
+            log.error("an audio worker failed\n%s", reply["traceback"], extra={"request_id": task.request_id})
             _fail(task, errors.Internal())
         elif "error" in reply:
             _fail(task, _audio_error(reply["error"], reply["message"]))
@@ -346,7 +348,8 @@ class AudioWorkers:
         worker.process.kill()
         self._see_end(worker)
         status = worker.process.wait()
-        log.warning("an audio worker died", extra={"exit_status": status, "at_work": worker.task is not None})
+        whose = {"request_id": worker.task.request_id} if worker.task else {}
+        log.warning("an audio worker died", extra={"exit_status": status, "at_work": bool(whose), **whose})
         if worker.task:
             too_long = status == -signal.SIGPROF
             _fail(worker.task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from serving import errors
+from serving.context import TRACE
 from serving.engine.base import EngineDelta, Load
 from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
@@ -318,6 +319,8 @@ async def _send(  # noqa: PLR0917 - one call
     """Send a request. Pieces wait for the socket, so that those of several clips alternate."""
     header = {"op": "generate", "id": number, "request_id": request_id, "sampling": asdict(sampling)}
     header |= {"share": asdict(share), "samples": features.samples, "frames": features.log_mel.shape[1]}
+    if trace := TRACE.get():
+        header["trace"] = dict(trace)
     with suppress(OSError):  # whoever reads the answers learns of it
         writer.writelines(frame(header))
         log_mel = features.log_mel.data.cast("B")

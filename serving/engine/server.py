@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.context import REQUEST_ID, TRACE
 from serving.engine.link import STATE_EVERY_S, LinkError, frame, read_frame
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.line import Room
@@ -210,6 +211,8 @@ class _Connection:
         share, held = incoming.share, incoming.nbytes
         try:
             request_id, features, sampling = incoming.request()
+            REQUEST_ID.set(request_id)
+            TRACE.set(incoming.trace)
             del incoming
             async with aclosing(self._server.engine.generate(request_id, features, sampling, share)) as deltas:
                 del features
@@ -309,6 +312,11 @@ class _Incoming:
         self._header = header
         self.frames = frames
         self._filled = 0
+
+    @property
+    def trace(self) -> dict[str, str] | None:
+        """The trace that the front is in."""
+        return self._header.get("trace")
 
     def allocate(self) -> None:
         """Make room."""

@@ -134,6 +134,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
     }
     defaults = {
         "DO_NOT_TRACK": "1",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

@@ -42,6 +42,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from serving.context import TRACE
 from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
 from serving.engine.executor import SoloExecutor, TeamExecutor
 from serving.engine.scheduler import LongAudioYields, LongAudioYieldsAsync
@@ -150,7 +151,7 @@ class LoadedModel:
         try:
             # Not `generate`: it would keep the features until the last token; and cancelled while it hands the request
             # over, it would leave it running.
-            queue = await self._llm.add_request(own_id, engine_input, params)
+            queue = await self._llm.add_request(own_id, engine_input, params, trace_headers=TRACE.get())
             del engine_input, features
             while finish_reason is None:
                 output = (queue.get_nowait() or await queue.get()).outputs[0]
@@ -291,6 +292,7 @@ def engine_config(settings: Settings) -> VllmConfig:
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
         disable_log_stats=not settings.vllm_metrics,
+        otlp_traces_endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None,
         use_tqdm_on_load=False,
     ).create_engine_config()
     scheduler = config.scheduler_config

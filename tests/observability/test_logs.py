@@ -1,0 +1,129 @@
+"""Logs: one line for each request, its id in every line of it, and nothing in them that must not be kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from serving.context import REQUEST_ID
+from serving.logs import JsonFormatter, TextFormatter, redact
+from serving.record import STAGES
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
+
+if TYPE_CHECKING:
+    from tests.media import MediaServer
+
+AUDIO = data_url(wav(0.2), "audio/wav")
+
+SECRETS = [
+    "sk-0123456789abcdefghijklmnopqrstuv",
+    "Bearer abc.def.ghi",
+    "bearer sk-live_XYZ-123",
+    "https://user:hunter2@bucket.example/clip.mp3",
+    "postgresql+psycopg://ledger:s3cr3t@db/ledger",
+    "redis://:s3cr3t@cache:6379/0",
+    "https://bucket.example/clip.mp3?Expires=1&OSSAccessKeyId=LTAI5&Signature=vjbyPxybdZaNmGa%2ByT272YEAiv4%3D",
+    "https://s3.example/a?X-Amz-Credential=AKIA%2F1&X-Amz-Signature=deadbeef",
+    AUDIO,
+    AUDIO.partition(",")[2],
+]
+TELLTALE = ["0123456789ab", "abc.def", "XYZ-123", "hunter2", "s3cr3t", "LTAI5", "vjbyPx", "AKIA", "deadbeef", "UklGR"]
+
+
+@pytest.mark.parametrize("secret", SECRETS, ids=[str(number) for number in range(len(SECRETS))])
+@pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
+def test_secrets_are_redacted(secret: str, formatter: logging.Formatter) -> None:
+    """In the message, in what goes with it and in a traceback, keys, passwords, signatures and audio are not told."""
+    record = logging.makeLogRecord({"msg": "refused %s", "args": (secret,), "url": secret, "nested": {"a": [secret]}})
+    try:
+        raise ValueError(f"what about '{secret}'?")
+    except ValueError as error:
+        record.exc_info = (type(error), error, error.__traceback__)
+    line = formatter.format(record)
+    assert not [word for word in TELLTALE if word in line.split("raise ValueError")[0] + line.rpartition("about")[2]]
+    assert "[redacted]" in line
+    if isinstance(formatter, JsonFormatter):
+        assert json.loads(line)["nested"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "request 0af7651916cd43dd-8448 ended after 0.25 s",
+        "https://media.example:8443/a/b.mp3?page=2",
+        "postgresql://db.example/ledger",
+        "task-scheduler and disk-usage",
+    ],
+)
+def test_the_rest_stays(text: str) -> None:
+    """What is no secret is told as it is."""
+    assert redact(text) == text
+
+
+def test_lines_tell_the_request() -> None:
+    """A line that is written while a request is under way has its id, in both formats."""
+    record = logging.makeLogRecord({"msg": "something", "count": 3})
+    assert "request_id" not in JsonFormatter().format(record)
+    token = REQUEST_ID.set("id-1")
+    try:
+        assert json.loads(JsonFormatter().format(record))["request_id"] == "id-1"
+        assert "request_id=id-1" in TextFormatter().format(record)
+        own = logging.makeLogRecord({"msg": "of another", "request_id": "id-2"})
+        assert json.loads(JsonFormatter().format(own))["request_id"] == "id-2"
+    finally:
+        REQUEST_ID.reset(token)
+
+
+def test_each_request_is_told_once(media: MediaServer) -> None:
+    """Finished, refused or without a key, a request is one line; its stages add up to no more than its time."""
+    media.files["told.wav"] = wav(1)
+    secret = {"authorization": "Bearer sk-very-secret-key-of-mine"}
+    with RunningService("--engine=fake", "--audio-workers=1", "--fetch-allow=127.0.0.0/8") as service:
+        finished = ask_native(service.url, media.url("told.wav") + "?signature=of-the-url", headers=secret)
+        refused = httpx.post(service.url + COMPATIBLE, json=compatible_body("file:///etc/shadow"), headers=secret)
+        service.settle()
+        log = service.log()
+    lines = [json.loads(line) for line in log.splitlines()]
+    for headers, outcome in ((finished.headers, "finished"), (refused.headers, "client_error")):
+        (line,) = [line for line in lines if line.get("request_id") == headers["x-request-id"]]
+        assert line["outcome"] == outcome
+        assert line["stages_s"].keys() <= set(STAGES)
+        within = sum(seconds for stage, seconds in line["stages_s"].items() if stage != "encode")
+        assert within <= line["duration_s"] + 0.001
+    for word in ("very-secret", "of-the-url", "UklGR", finished.text[:20]):
+        assert word not in log, word
+
+
+async def test_a_lost_worker_names_its_request() -> None:
+    """The line about a worker that died at work has the id of the request whose clip it had; so has the answer."""
+    with RunningService("--engine=fake", "--audio-workers=1") as service:
+        (worker,) = (
+            int(pid)
+            for path in [f"/proc/{service.process.pid}/task/{service.process.pid}/children"]
+            for pid in open(path).read().split()  # noqa: ASYNC230, PTH123, SIM115 - a file of the kernel's
+        )
+        os.kill(worker, signal.SIGSTOP)
+        async with httpx.AsyncClient(timeout=60) as client:
+            asking = asyncio.create_task(client.post(service.url + NATIVE, json=native_body(data_url(wav(1)))))
+            async with asyncio.timeout(30):
+                while not await asyncio.to_thread(service.metric, "captioner_audio_workers_busy"):
+                    await asyncio.sleep(0.05)
+            before = await asyncio.to_thread(service.metric, "captioner_cpu_seconds_total", part="audio")
+            os.kill(worker, signal.SIGKILL)
+            answer = await asking
+        assert answer.status_code == 400
+        lines = [json.loads(line) for line in service.log().splitlines()]
+        (died,) = [line for line in lines if line["message"] == "an audio worker died"]
+        assert died["request_id"] == answer.headers["x-request-id"] == answer.json()["request_id"]
+        # What it had used is counted on, and its successor's beside it.
+        assert service.metric("captioner_audio_worker_deaths_total") == 1
+        assert service.metric("captioner_cpu_seconds_total", part="audio") >= before > 0
+        assert service.metric("captioner_requests_total", code="audio_unreadable") == 1

@@ -1,0 +1,152 @@
+"""Traces: off and free unless wanted; a span per stage in the caller's trace; the trace goes on to the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
+
+from serving.app import create_app
+from serving.config import Settings
+from serving.context import TRACE
+from serving.engine.fake import FakeEngine, Faults
+from serving.engine.remote import RemoteEngine
+from serving.engine.server import EngineServer
+from serving.record import STAGES
+from serving.tracing import OpenTelemetry
+from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, wav
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+
+    from serving.engine.base import Engine, EngineDelta
+
+SETTINGS = Settings(audio_workers=1, otlp_endpoint="http://127.0.0.1:9", engine="fake")
+TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+SAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01", "tracestate": "vendor=1"}
+UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-00"}
+
+
+class Listening(FakeEngine):
+    """A fake engine that notes which trace it works in."""
+
+    def __init__(self, settings: Settings, *, faults: Faults | None = None) -> None:
+        super().__init__(settings, faults=faults)
+        self.traces: list[Any] = []
+
+    async def generate(self, *arguments: Any) -> AsyncGenerator[EngineDelta]:
+        """See `Engine`."""
+        self.traces.append(TRACE.get())
+        async with aclosing(super().generate(*arguments)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+@asynccontextmanager
+async def service(
+    engine: Engine, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, ratio: float = 1.0
+) -> AsyncIterator[httpx.AsyncClient]:
+    """The application with traces that stay here."""
+    traces = OpenTelemetry("http://unused", ratio, exporter=exporter)
+    monkeypatch.setattr("serving.app._tracer", lambda _: traces)
+    app = create_app(SETTINGS, engine)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30) as client,
+    ):
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - no event tells it
+            await asyncio.sleep(0.01)
+        yield client
+
+
+async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request's span is a child of the caller's; its stages lie within it, one after the other."""
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
+    async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
+        answer = await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=SAMPLED)
+        assert answer.status_code == 200
+        metrics = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    root = spans.pop("caption")
+    assert spans.keys() == set(STAGES) - {"fetch", "encode"}
+    assert root.context
+    assert root.parent
+    assert (format_trace_id(root.context.trace_id), format_span_id(root.parent.span_id)) == (TRACE_ID, SPAN_ID)
+    assert root.attributes
+    assert root.attributes["captioner.request_id"] == answer.headers["x-request-id"]
+    assert root.attributes["captioner.code"] == "stop"
+    assert root.start_time
+    assert root.end_time
+    at = root.start_time
+    for stage in STAGES:
+        if stage not in spans:
+            continue
+        span = spans[stage]
+        assert span.parent == root.context
+        assert span.start_time
+        assert span.end_time
+        # By a microsecond: the durations of the worker are told in floats.
+        assert at - 1000 <= span.start_time <= span.end_time <= root.end_time + 1000, stage
+        at = span.end_time
+    (trace,) = engine.traces
+    assert trace["traceparent"] == f"00-{TRACE_ID}-{format_span_id(root.context.span_id)}-01"
+    assert trace["tracestate"] == "vendor=1"
+    assert f'# {{trace_id="{TRACE_ID}"}}' in metrics.text
+
+
+async def test_what_is_not_sampled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the ratio nor the caller samples: no span, no exemplar, and the engine is told not to trace either."""
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
+    async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
+        for headers in (UNSAMPLED, {}, {"traceparent": "nonsense"}):
+            assert (await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=headers)).status_code == 200
+        metrics = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    assert not exporter.get_finished_spans()
+    assert "trace_id" not in metrics.text
+    assert [trace["traceparent"][-3:] for trace in engine.traces] == ["-00"] * 3
+
+
+async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that fails by our fault has an error on its span; a caller's mistake has none."""
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS, faults=Faults(fail_after_tokens=3))
+    async with service(engine, exporter, monkeypatch) as client:
+        assert (await client.post(COMPATIBLE, json=compatible_body(data_url(wav(1))))).status_code == 500
+        assert (await client.post(COMPATIBLE, content=b"{")).status_code == 400
+    failed, wrong = (span for span in exporter.get_finished_spans() if span.name == "caption")
+    assert (failed.status.status_code, failed.status.description) == (StatusCode.ERROR, "engine_failed")
+    assert wrong.status.status_code is StatusCode.UNSET
+
+
+async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cluster the engine replica works in the front's trace."""
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
+    await engine.start()
+    server, remote = EngineServer(SETTINGS, engine, lambda: "secret"), RemoteEngine()
+    await server.start("127.0.0.1")
+    try:
+        async with service(remote, exporter, monkeypatch) as client:
+            remote.update([f"127.0.0.1:{server.port}"], "secret")
+            while not remote.replicas["ready"]:  # noqa: ASYNC110 - no event tells it
+                await asyncio.sleep(0.01)
+            answer = await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=SAMPLED)
+            assert answer.status_code == 200
+    finally:
+        await server.stop()
+    assert engine.traces[0]["traceparent"].startswith(f"00-{TRACE_ID}-")
+
+
+def test_off_it_is_not_even_imported() -> None:
+    """Without an endpoint the service does not load OpenTelemetry."""
+    code = (
+        "import sys; from serving.app import create_app; from serving.config import Settings;"
+        "app = create_app(Settings(engine='fake'));"
+        "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
