@@ -19,7 +19,7 @@ _SECRET = re.compile(
     r"""\bsk-[\w-]{4,}                                    # an API key
     | (?i:\bbearer\s+)[^\s"'\\,]+                        # a token in a header
     | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # who, and with which password
-    | (?<=[?&])(?i:[\w-]*(?:signature|token|key|secret|password|credential|policy|sig))=[^&\s"'\\]+
+    | (?<=[?&])(?i:[\w-]*(?:signature|token|key(?:_?id)?|secret|password|credential|policy|sig))=[^&\s"'\\]+
     | \bdata:[^\s"',]{0,99},[^\s"'\\]{8,}               # audio in a URL
     | [A-Za-z0-9+/_-]{256,}={0,2}                       # audio as it is
     """,
