@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 WINDOW_S = 61
 """Seconds, the current one included, that count as the last minute: any 60 s lie within so many."""
 
+_LONGEST_RETRY_S = 60
+"""Clients wait no longer by themselves; a second too early at worst."""
+
 _BURST_PART, _LEAST_BURST = 6, 10
 """Of a minute's requests, this part may come within a second (or two that touch), or so many if that is more."""
 
@@ -113,7 +116,7 @@ class Held:
     free_tokens: int = 0
     charged_s: int = 0
     """In which second (by the store's clock) its tokens were counted."""
-    pending: asyncio.Future[Answer] | None = None
+    pending: asyncio.Future[Answer | None] | None = None
     """A step whose outcome is not known yet."""
 
 
@@ -327,7 +330,7 @@ def _refusal(answer: Answer, headers: Mapping[str, str]) -> CaptionerError:
     reason = answer.reason
     if reason is Reason.FREE_TIER:
         return FreeTierExhausted()
-    retry_after_s = answer.retry_after_s
+    retry_after_s = min(answer.retry_after_s, _LONGEST_RETRY_S)
     if reason in _BUDGETS:
         retry_after_s = _until_next(month=reason in {Reason.TOKENS_PER_MONTH, Reason.NANOS_PER_MONTH})
     error = _KINDS[reason](limit=reason.name.lower(), retry_after_s=max(1, retry_after_s))

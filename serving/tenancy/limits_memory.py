@@ -77,6 +77,12 @@ class MemoryStore:
             if counters.free_used is not None and scope.free_tokens is not None:
                 counters.free_used += min(held.free_tokens, tokens)
 
+    def adopt(self, held: Held) -> None:
+        """Hold from now on what was taken elsewhere."""
+        for scope, counters in self._of(held.scopes, ("", "")):
+            counters.running += 1
+            counters.hold(scope, held.audio_ms, held.tokens, held.nanos, held.free_tokens)
+
     async def seed(self, scope: Scope, periods: tuple[str, str], sums: Sums, free_tokens: int) -> None:
         """See `Store`."""
         [(_, counters)] = self._of([scope], periods)
