@@ -243,6 +243,11 @@ class Settings(BaseSettings):
     metering: bool = Field(
         default=True, description="Limits and the ledger; without, nothing is billed: to measure what they take"
     )
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Limits of tenants, counted for all replicas together: `redis://host:6379/0`; none: each process "
+        "counts by itself",
+    )
     max_journal_bytes: int = Field(
         256 * MIB, ge=MIB, description="Disk for usage that the database has not got; past it requests are refused"
     )

@@ -51,6 +51,9 @@ def watch_service(service: Service) -> None:
     else:
         cpu["engine"] = _engine_cpu(engine)
         taken |= _watch_engine(metrics, engine, settings)
+    limits = service.admissions.limiter.store
+    watch("captioner_limits_store_up", lambda: float(not limits.degraded))
+    watch("captioner_limits_fallbacks_total", lambda: limits.fallbacks)
     ledger = service.admissions.ledger
     watch("captioner_keys_age_seconds", lambda: service.keys.age_s)
     watch("captioner_database_up", lambda: float(ledger.database_up))

@@ -153,6 +153,16 @@ class Store(Protocol):
     A step that is cancelled is taken or not; `settle` gives back what was. `periods` names the current day and month.
     """
 
+    @property
+    def degraded(self) -> bool:
+        """Whether limits hold per process now, since what all share does not answer."""
+        ...
+
+    @property
+    def fallbacks(self) -> int:
+        """Steps that were taken without it."""
+        ...
+
     async def start(self) -> None:
         """Get ready; it is none of its failures that it cannot be reached."""
         ...

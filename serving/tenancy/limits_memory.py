@@ -21,6 +21,8 @@ _BURST_S = 2
 class MemoryStore:
     """A `Store` without I/O: its steps never wait, so nothing comes between."""
 
+    degraded, fallbacks = False, 0
+
     def __init__(self, now_s: Callable[[], float] = time.time) -> None:
         self._now_s = now_s
         self._counters: dict[str, _Counters] = {}

@@ -13,6 +13,7 @@ from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger import Ledger
 from serving.tenancy.limits import Limiter
 from serving.tenancy.limits_memory import MemoryStore
+from serving.tenancy.limits_redis import RedisStore
 from serving.tenancy.store import migrate, open_database
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Tenancy:
         self.database = open_database(settings)
         self.keys = Keyring(settings, self.database)
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
-        self.limiter = Limiter(MemoryStore(), self.ledger.spent)
+        redis_url = settings.redis_url
+        store = MemoryStore() if redis_url is None else RedisStore(redis_url.get_secret_value())
+        self.limiter = Limiter(store, self.ledger.spent)
         self.admissions = Admissions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
 
     async def start(self) -> None:

@@ -178,7 +178,7 @@ async def test_the_free_quota(store: Store) -> None:
 async def test_a_step_that_is_cancelled_is_given_back(store: Store) -> None:
     """Wherever a request is cut, nothing of it is held."""
     async with limiter(store) as limits:
-        who = caller(Limits(concurrent_requests=5, concurrent_audio_seconds=100))
+        who = caller(Limits(concurrent_requests=50, concurrent_audio_seconds=500))
 
         async def one() -> None:
             lease = await limits.admit(who, "r")
@@ -294,8 +294,7 @@ async def test_redis_that_is_lost_and_found(redis_server: Redis) -> None:
         try:
             second = await limits.admit(who, "r")
             third = await limits.admit(who, "r")
-            assert store.degraded
-            assert store.fallbacks
+            assert (store.degraded, store.fallbacks > 0) == (True, True)
             with pytest.raises(ConcurrencyLimited):
                 await limits.admit(who, "r")
             await first.settle(tokens=10, nanos=0)
