@@ -104,7 +104,8 @@ class FairLine(Generic[W]):
     Each flow has a virtual time at which its next turn begins; the least goes first. A turn moves it on by the cost
     over the weight. A flow that comes anew begins where the others are: what it left idle before is not saved up, and
     what it took while nobody else wanted it is not held against it. So among flows that always have something waiting,
-    each gets its share within one item, whatever the others have waiting.
+    each gets its share within one item, whatever the others have waiting. Once nothing waits all is forgotten: whoever
+    had something waiting has got it.
 
     Flows of a higher priority go before those of a lower one. But what has waited for `patience_s` counts as of the
     highest: all of it together takes turns there like one flow of weight 1, in order of arrival.
@@ -186,20 +187,27 @@ class FairLine(Generic[W]):
         self._count -= 1
         if not flow.line:
             del self._waiting[item.share.flow]
+        if not self._count:
+            self._forget()
         return True
 
     def clear(self) -> list[W]:
         """Take everything out."""
         items = list(self)
-        self._flows.clear()
         self._waiting.clear()
         self._count = 0
+        self._forget()
         return items
 
     def fits(self, item: W, size: int) -> bool:
         """Whether it may wait, of so many at most: flows share them as they share a `Room`."""
         own = len(self._waiting[item.share.flow].line) - 1
         return _may_take(item.share, own, size - (self._count - 1))
+
+    def _forget(self) -> None:
+        self._flows.clear()
+        self._at.clear()
+        self._aged_begin = 0.0
 
     def _highest(self) -> int:
         return max((flow.priority for flow in self._waiting.values()), default=0)
