@@ -131,6 +131,14 @@ class RunningCluster:
         """How many engines are ready in the eyes of a front."""
         return round(metric(front, "captioner_engine_replicas_ready"))
 
+    def engine_running(self) -> float:
+        """Captions in the engines, as their replicas tell where `/metrics/targets` says."""
+        targets = httpx.get(f"{self.url}/metrics/targets", timeout=5).json()
+        engines = [address for each in targets if each["labels"]["role"] == "engine" for address in each["targets"]]
+        if not engines:
+            raise KeyError("captioner_engine_running")
+        return sum(metric(f"http://{address}", "captioner_engine_running") for address in engines)
+
     def whole(self, fronts: int = 2, engines: int = 2) -> bool:
         """Whether so many fronts see so many engines."""
         with suppress(httpx.TransportError, OSError, KeyError, ValueError):
@@ -148,7 +156,7 @@ class RunningCluster:
 
 
 def metric(url: str, name: str) -> float:
-    """A gauge of one front. Raises `KeyError`."""
+    """A gauge of one process. Raises `KeyError`."""
     for line in httpx.get(f"{url}/metrics", timeout=5).text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.split()[1])

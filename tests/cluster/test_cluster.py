@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from serving.engine.link import SILENCE_S
-from tests.cluster.running import ENGINE, FRONT, RunningCluster, metric, until
+from tests.cluster.running import ENGINE, FRONT, RunningCluster, until
 from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, events, native_body, upload_fields, wav
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def test_paths_that_nobody_knows_and_operators_own(cluster: RunningCluster) -> N
     assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "Not found!")
     assert httpx.get(f"{cluster.url}/v1/models", headers=KEY).json()["data"][0]["id"] == MODEL
     assert httpx.get(f"{cluster.url}/readyz").json() == {"ready": True}
-    assert "captioner_engine_running" in httpx.get(f"{cluster.url}/metrics").text
+    assert "captioner_engine_replicas_ready 2.0" in httpx.get(f"{cluster.url}/metrics").text
 
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
@@ -151,7 +151,7 @@ def test_too_much_at_once_is_refused_with_when_to_come_again(cluster: RunningClu
         assert int(answer.headers["retry-after"]) >= 1
         assert code(answer)
     assert {caption(answer)[1] for answer in answers if answer.status_code == 200} == {24}
-    until(lambda: sum(metric(front, "captioner_engine_running") for front in cluster.fronts()) == 0)
+    until(lambda: cluster.engine_running() == 0)
 
 
 def test_an_upload_through_one_front_is_found_by_the_other(cluster: RunningCluster) -> None:
@@ -170,11 +170,10 @@ def test_an_upload_through_one_front_is_found_by_the_other(cluster: RunningClust
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
 def test_a_client_that_leaves_stops_its_generation(cluster: RunningCluster, dialect: str) -> None:
     """In the engine replica, long before it would have ended."""
-    front = cluster.fronts()[0]
     with stream(cluster.url, dialect, **LONG):
-        until(lambda: metric(front, "captioner_engine_running") == 1, 5)
+        until(lambda: cluster.engine_running() == 1, 5)
     began = time.monotonic()
-    until(lambda: metric(front, "captioner_engine_running") == 0, 10)
+    until(lambda: cluster.engine_running() == 0, 10)
     assert time.monotonic() - began < 5
 
 
