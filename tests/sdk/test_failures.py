@@ -33,10 +33,14 @@ CLIP = data_url(wav(1))
 OPENAI_CLASS = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
+    429: "RateLimitError",
     500: "InternalServerError",
     503: "InternalServerError",
 }
+CLIENT_CLASS_OF_CODE = {"Arrearage": "PermissionDeniedError"}
+"""`dashscope.Client` looks at some codes first."""
 CLIENT_CLASS = OPENAI_CLASS | {413: "RequestTooLargeError", 503: "ServiceUnavailableError"}
 
 
@@ -90,8 +94,9 @@ FAILURES: dict[str, tuple[dict[str, Any], Failure]] = {
 def assert_failed(outcome: Outcome, client: Client, failure: Failure) -> None:
     """The client tells this failure, in its own way."""
     status, code, message = failure.native if client.dialect == NATIVE else failure.compatible
-    classes = CLIENT_CLASS if client.driver == "dashscope_client" else OPENAI_CLASS
-    error = None if client.is_1x else classes[status]
+    error = None if client.is_1x else OPENAI_CLASS.get(status)
+    if client.driver == "dashscope_client":
+        error = CLIENT_CLASS_OF_CODE.get(code, CLIENT_CLASS[status])
     assert (outcome.error, outcome.status, outcome.code) == (error, status, code), outcome.message
     assert message in (outcome.message or "")
     assert len(outcome.request_id or "") == 36
