@@ -275,6 +275,8 @@ class Metrics(Gauges):
         for stage, seconds in record.stages_s.items():
             self._stages.labels(stage).observe(seconds, exemplar)
         self._tenant_wait.labels(tenant).inc(record.waited_s)
+        if record.billed_nanos:
+            self._tenant_cost.labels(tenant, record.currency).inc(record.billed_nanos / 1e9)
         if record.samples:
             self._durations.observe(audio_s)
             self._audio_in.labels(record.dialect).inc(audio_s)
@@ -303,10 +305,6 @@ class Metrics(Gauges):
     def upload(self, code: str) -> None:
         """Count an upload that has ended: `stored`, or the error's name."""
         self._uploads.labels(code).inc()
-
-    def bill(self, tenant_id: str, currency: str, nanos: int) -> None:
-        """Count what a request was billed."""
-        self._tenant_cost.labels(self._tenant(tenant_id), currency).inc(nanos / 1e9)
 
     def _tenant(self, tenant_id: str) -> str:
         """The label of a tenant: its id for the first so many, lest their number makes the metrics grow."""

@@ -56,6 +56,8 @@ class RequestRecord:
     began: dict[str, float] = field(default_factory=dict)
     """When each stage began, by the clock of `started`."""
     ended: float = 0.0
+    billed_nanos: int = 0
+    currency: str = ""
     span: Any = None
     """Of the trace, if there is one."""
 

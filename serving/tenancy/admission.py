@@ -147,5 +147,6 @@ class Admission:
             record.free_tokens = await lease.settle(tokens=tokens, nanos=nanos)
             if record.billed:
                 record.amount_nanos = not_free(nanos, record.free_tokens, tokens)
+                request.billed_nanos, request.currency = record.amount_nanos, record.currency
         finally:
             self._admissions.ledger.close(record, ending)

@@ -1,0 +1,265 @@
+"""The service under a real Prometheus and Alertmanager: exact figures, dashboards with data, faults that are told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+
+from serving.metrics import WATCHED, Metrics
+from tests.observability.chain import Chain
+from tests.observability.programs import program
+from tests.observability.test_rules import ALERTS, DEPLOY, load
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, events, native_body, upload, wav
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+grafana = load(DEPLOY / "grafana" / "make.py")
+
+ONLY_IN_A_CLUSTER = {
+    "captioner_engine_replicas",
+    "captioner_engine_replicas_ready",
+    "captioner_engine_retries_total",
+    "captioner_replicas_lost_total",
+}
+ONLY_WITH_EVENTS = {"captioner_tenant_limited_total"}
+"""Labelled by tenant, so it appears with the first refusal."""
+ONLY_WITH_A_STORE = {"captioner_limits_store_up", "captioner_limits_fallbacks_total"}
+ONLY_WITH_GPUS = {"captioner:gpu_seconds_per_audio_hour"}
+
+CLIPS = {seconds: data_url(wav(seconds)) for seconds in (0.5, 2.0, 31.0)}
+
+
+class Live:
+    """A service, the chain over it, and what a client has counted."""
+
+    def __init__(self, service: RunningService, chain: Chain, stall: Path) -> None:
+        self.service = service
+        self.chain = chain
+        self.stall = stall
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """Both, once for all tests of this file."""
+    directory = tmp_path_factory.mktemp("chain")
+    stall = directory / "stall"
+    flags = ["--engine=fake", "--audio-workers=2", "--max-num-seqs=2", "--stall-s=40", f"--fake-stall-file={stall}"]
+    flags += ["--fake-tpot-s=0.005", "--fake-ttft-s=0.02", "--allow-ignore-eos"]
+    with RunningService(*flags) as service, Chain(service.url, directory) as chain:
+        yield Live(service, chain, stall)
+
+
+def ask(url: str, number: int) -> tuple[str, float, int]:
+    """One request of either dialect, whole or streamed: its dialect, its audio, its output tokens."""
+    seconds = list(CLIPS)[number % len(CLIPS)]
+    stream = number % 4 > 1
+    if number % 2:
+        headers = {"x-dashscope-sse": "enable"} if stream else {}
+        answer = httpx.post(url + NATIVE, json=native_body(CLIPS[seconds]), headers=headers, timeout=120)
+        body = events(answer.text)[-1] if stream else answer.json()
+        return "dashscope", seconds, body["usage"]["output_tokens"]
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = httpx.post(url + COMPATIBLE, json=compatible_body(CLIPS[seconds], **options), timeout=120)
+    body = events(answer.text)[-1] if stream else answer.json()
+    return "openai", seconds, body["usage"]["completion_tokens"]
+
+
+def test_sums_are_what_a_client_counted(live: Live) -> None:
+    """Requests, audio-seconds and tokens in Prometheus equal those of the client, exactly; every metric is there."""
+    url, chain = live.service.url, live.chain
+    with ThreadPoolExecutor(6) as pool:
+        told = list(pool.map(lambda number: ask(url, number), range(48)))
+    for _ in range(3):
+        assert httpx.post(url + NATIVE, json=native_body("file:///etc/passwd")).status_code == 400
+    stored = upload(url, wav(2))
+    headers = {"x-dashscope-ossresourceresolve": "enable"}
+    answer = httpx.post(url + NATIVE, json=native_body(stored), headers=headers, timeout=120).json()
+    told.append(("dashscope", 2.0, answer["usage"]["output_tokens"]))
+    live.service.settle()
+    finished = 'captioner_requests_total{outcome="finished"}'
+    chain.until(lambda: chain.value(f"sum({finished})") == len(told))
+    time.sleep(2.5)  # nothing may come after
+    for dialect in ("openai", "dashscope"):
+        mine = [entry for entry in told if entry[0] == dialect]
+        assert chain.value(f'sum(captioner_requests_total{{outcome="finished",dialect="{dialect}"}})') == len(mine)
+        heard_s = sum(seconds for _, seconds, _ in mine)
+        assert chain.value(f'captioner_audio_seconds_total{{dialect="{dialect}"}}') == heard_s
+        assert chain.value(f'captioner_audio_in_seconds_total{{dialect="{dialect}"}}') == heard_s
+    output = sum(tokens for _, _, tokens in told)
+    assert chain.value('captioner_tokens_total{kind="output"}') == output
+    assert chain.value('sum(captioner_tenant_tokens_total{kind="output"})') == output
+    assert chain.value('sum(captioner_requests_total{outcome="client_error",code="invalid_audio_url"})') == 3
+    assert chain.value("sum(captioner_tenant_requests_total)") == len(told) + 3
+    assert chain.value("sum(captioner_time_to_first_token_seconds_count)") == len(told)
+    assert chain.value('captioner_uploads_total{code="stored"}') == 1
+    assert chain.value("sum(captioner_ledger_records_total)") >= len(told)
+    billed = chain.value('sum(captioner_tenant_cost_total{currency="CNY"})')
+    assert billed == pytest.approx(ledger_nanos(live.service) / 1e9)
+    assert billed > 0
+    missing = documented() - chain.names() - ONLY_IN_A_CLUSTER - ONLY_WITH_EVENTS - ONLY_WITH_A_STORE
+    assert not missing
+
+
+def ledger_nanos(service: RunningService) -> int:
+    """What the ledger has billed, exactly."""
+    database = sqlite3.connect(service.data / "captioner.db")
+    (nanos,) = database.execute("SELECT sum(amount_nanos) FROM usage_records").fetchone()
+    database.close()
+    return int(nanos)
+
+
+def documented() -> set[str]:
+    """Every metric of ours, as series are named."""
+    names = set(WATCHED)
+    for family in Metrics().registry.collect():
+        suffix = {"counter": "_total", "histogram": "_count"}.get(family.type, "")
+        names.add(family.name + suffix)
+    return names
+
+
+def test_the_exposition_is_clean(live: Live) -> None:
+    """`promtool check metrics` has nothing to say about a loaded service."""
+    text = httpx.get(f"{live.service.url}/metrics", timeout=30).text
+    done = subprocess.run(
+        [program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_documented_table_is_the_code() -> None:
+    """The table of metrics in the documentation names each metric with what the code says of it."""
+    told = re.findall(r"^\| `(\w+)` \| \w+ \| (.*) \|$", (DEPLOY / "observability.md").read_text(), re.MULTILINE)
+    meanings = {family.name: family.documentation for family in Metrics().registry.collect()}
+    meanings = {name: text for name, text in meanings.items() if not name.startswith("process_")} | {
+        name.removesuffix("_total"): text for name, text in WATCHED.items()
+    }
+    assert {name.removesuffix("_total"): text for name, text in told} == meanings
+
+
+@pytest.mark.parametrize("board", grafana.BOARDS, ids=lambda board: str(board.uid))
+def test_committed_dashboards_are_what_the_code_makes(board: Any) -> None:
+    """Each JSON equals what `make.py` would write, and no panel of it is without an expression."""
+    text = (DEPLOY / "grafana" / "dashboards" / f"{board.uid}.json").read_text()
+    assert text == grafana.make(board)
+    panels = [panel for panel in json.loads(text)["panels"] if panel["type"] != "row"]
+    assert all(panel["targets"] for panel in panels)
+
+
+def test_every_dashboard_expression_returns_data(live: Live) -> None:
+    """On a loaded service each panel has something to show, but for those of a cluster, of vLLM, and of events."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: ask(live.service.url, number), range(24)))
+    exprs = {expr for expr in all_expressions() if shows_here(expr)}
+    assert len(exprs) > 50
+    empty = exprs
+    deadline = time.monotonic() + 15  # rules are evaluated one after the other
+    while empty and time.monotonic() < deadline:
+        empty = {expr for expr in empty if not live.chain.query(expr.replace("$__rate_interval", "20s"))}
+    assert not empty
+
+
+def all_expressions() -> Iterator[str]:
+    """Of every panel of every dashboard."""
+    for board in grafana.BOARDS:
+        for panels in board.rows.values():
+            for panel in panels:
+                yield from panel.exprs.values()
+
+
+def shows_here(expr: str) -> bool:
+    """Whether one process with the fake engine has something to show for it."""
+    names = set(re.findall(r"(?:captioner|vllm|ray)[_:][a-zA-Z0-9_:]+", expr))
+    failed = 'captioner_tenant_requests_total{outcome="server_error"}' in expr  # none of this run has
+    elsewhere = names & (ONLY_IN_A_CLUSTER | ONLY_WITH_EVENTS | ONLY_WITH_GPUS)
+    return not failed and not elsewhere and not any(name.startswith(("vllm:", "ray_")) for name in names)
+
+
+@contextmanager
+def only(live: Live, receiver: str, alert: str) -> Iterator[None]:
+    """Within, a fault; this alert is told to this receiver, no other one, and after it that it is over."""
+    chain = live.chain
+    chain.until(lambda: not chain.firing())
+    chain.told.clear()
+    with_page = ALERTS[alert]["labels"]["severity"] == receiver.removesuffix("s")
+    assert with_page
+    yield
+    chain.until(lambda: (receiver, alert, "resolved") in chain.told)
+    assert set(chain.told) == {(receiver, alert, "firing"), (receiver, alert, "resolved")}
+
+
+def test_a_stalled_engine_is_told(live: Live) -> None:
+    """The engine stands still while it owes tokens: one page, and it is over when the engine goes on."""
+    with ThreadPoolExecutor(2) as pool, only(live, "pages", "CaptionerEngineStalled"):
+        body = compatible_body(CLIPS[2.0], stream=True)
+        running = [
+            pool.submit(httpx.post, live.service.url + COMPATIBLE, json=body | {"max_tokens": 24}, timeout=120)
+            for _ in range(2)
+        ]
+        time.sleep(0.06)
+        live.stall.touch()
+        live.chain.until(lambda: ("pages", "CaptionerEngineStalled", "firing") in live.chain.told)
+        live.stall.unlink()
+        assert all(each.result().text.endswith("data: [DONE]\n\n") for each in running)
+
+
+def test_dying_workers_are_told(live: Live) -> None:
+    """Audio workers that are killed one after the other: one ticket, and it is over when they live."""
+    with only(live, "tickets", "CaptionerAudioWorkersDying"):
+        for _ in range(4):
+            before = live.service.metric("captioner_audio_worker_deaths_total")
+            os.kill(psutil.Process(live.service.process.pid).children()[0].pid, signal.SIGKILL)
+            live.chain.until(lambda: live.service.metric("captioner_audio_worker_deaths_total") > before)  # noqa: B023
+            time.sleep(1)
+        live.chain.until(lambda: ("tickets", "CaptionerAudioWorkersDying", "firing") in live.chain.told)
+    assert ask(live.service.url, 0)[1]
+
+
+def test_a_growing_backlog_is_told(live: Live) -> None:
+    """Much more comes than is captioned: one page, and it is over when the queue is empty."""
+    body = native_body(CLIPS[31.0], max_tokens=200, ignore_eos=True)
+
+    def send(_: int) -> int:
+        return httpx.post(live.service.url + NATIVE, json=body, timeout=240).status_code
+
+    with only(live, "pages", "CaptionerBacklogGrowing"), ThreadPoolExecutor(40) as pool:
+        answers = pool.map(send, range(120))
+        live.chain.until(lambda: ("pages", "CaptionerBacklogGrowing", "firing") in live.chain.told)
+        assert set(answers) == {200}
+
+
+def test_a_database_that_does_not_answer_is_told(live: Live) -> None:
+    """The ledger's database takes no writes: one ticket; captions go on, and all is written when it is back."""
+    database = sqlite3.connect(live.service.data / "captioner.db", isolation_level=None, timeout=30)
+    with only(live, "tickets", "CaptionerLedgerLagging"):
+        database.execute("BEGIN IMMEDIATE")
+        assert ask(live.service.url, 0)[2] == 24
+        live.chain.until(lambda: ("tickets", "CaptionerLedgerLagging", "firing") in live.chain.told)
+        assert ask(live.service.url, 1)[2] == 24
+        database.execute("ROLLBACK")
+    database.close()
+    live.chain.until(lambda: live.chain.value("captioner_ledger_pending") == 0)
+
+
+def test_a_service_that_is_gone_is_told(live: Live) -> None:
+    """Nothing is scraped: one page. It is the last test of this file, since it ends the service."""
+    live.chain.until(lambda: not live.chain.firing())
+    live.chain.told.clear()
+    live.service.stop()
+    live.chain.until(lambda: ("pages", "CaptionerNothingScraped", "firing") in live.chain.told)
+    time.sleep(3)
+    assert set(live.chain.told) == {("pages", "CaptionerNothingScraped", "firing")}
