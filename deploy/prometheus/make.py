@@ -196,7 +196,7 @@ def _causes(made: _Alerts) -> None:
     made.add(
         "CaptionerBacklogGrowing",
         f"captioner:backlog_audio_seconds > {pace.seconds(MINUTE)} * captioner:audio_seconds:rate5m "
-        f"and captioner:backlog_audio_seconds >= captioner:backlog_audio_seconds offset {pace(5 * MINUTE)} "
+        f"and captioner:backlog_audio_seconds > 0.8 * captioner:backlog_audio_seconds offset {pace(5 * MINUTE)} "
         "and captioner:backlog_audio_seconds > 60",
         "More audio waits than is captioned in a minute, and it does not get less.",
         severity="page",

@@ -143,7 +143,7 @@ CASES = [
          {BACKLOG: "0+100x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}, [{}]),
     # So much waits, but it becomes less.
     Case("CaptionerBacklogGrowing", "20m",
-         {BACKLOG: "9000-50x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
+         {BACKLOG: "9000-100x90", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
     # Much waits, for half a minute.
     Case("CaptionerBacklogGrowing", "20m",
          {BACKLOG: "300x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
