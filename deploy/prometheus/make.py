@@ -117,10 +117,22 @@ class _Alerts:
         self.rules: list[dict[str, Any]] = []
         self._runbooks = runbooks
 
-    def add(self, name: str, expr: str, summary: str, *, severity: str, kind: str = "cause", lasting: int = 0) -> None:
+    def add(
+        self,
+        name: str,
+        expr: str,
+        summary: str,
+        *,
+        severity: str,
+        kind: str = "cause",
+        lasting: int = 0,
+        lingering: int = 0,
+    ) -> None:
         rule = {"alert": name, "expr": expr}
         if lasting:
             rule["for"] = self.pace(lasting)
+        if lingering:  # as long as the short windows of what it silences
+            rule["keep_firing_for"] = self.pace(lingering)
         self.rules.append(
             rule
             | {
@@ -185,6 +197,7 @@ def _causes(made: _Alerts) -> None:
         "The engine at {{ $labels.instance }} owes tokens and takes no step.",
         severity="page",
         lasting=15,
+        lingering=6 * MINUTE,
     )
     made.add(
         "CaptionerReplicaCrashLoop",
@@ -201,6 +214,7 @@ def _causes(made: _Alerts) -> None:
         "More audio waits than is captioned in a minute, and it does not get less.",
         severity="page",
         lasting=3 * MINUTE,
+        lingering=6 * MINUTE,
     )
     made.add(
         "CaptionerLedgerJournalFilling",
