@@ -190,7 +190,7 @@ def shows_here(expr: str) -> bool:
 
 
 @contextmanager
-def only(live: Live, receiver: str, alert: str) -> Iterator[None]:
+def only(live: Live, receiver: str, alert: str, *beside: tuple[str, str, str]) -> Iterator[None]:
     """Within, a fault; this alert is told to this receiver, no other one, and after it that it is over."""
     chain = live.chain
     chain.until(lambda: not chain.firing())
@@ -199,7 +199,9 @@ def only(live: Live, receiver: str, alert: str) -> Iterator[None]:
     assert with_page
     yield
     chain.until(lambda: (receiver, alert, "resolved") in chain.told)
-    assert set(chain.told) == {(receiver, alert, "firing"), (receiver, alert, "resolved")}
+    # Once it is over, the budget that it has burnt may be told as well: that is true, too.
+    told = chain.told[: chain.told.index((receiver, alert, "resolved"))]
+    assert [entry for entry in told if entry not in beside] == [(receiver, alert, "firing")]
 
 
 def test_a_stalled_engine_is_told(live: Live) -> None:
@@ -230,13 +232,17 @@ def test_dying_workers_are_told(live: Live) -> None:
 
 
 def test_a_growing_backlog_is_told(live: Live) -> None:
-    """Much more comes than is captioned: one page, and it is over when the queue is empty."""
+    """Much more comes than is captioned: a page, and it is over when the queue is empty.
+
+    Callers wait too long meanwhile, which is a page of its own if it is noticed before the cause is.
+    """
+    slow = [("pages", "CaptionerFirstTokenSlow", status) for status in ("firing", "resolved")]
     body = native_body(CLIPS[31.0], max_tokens=200, ignore_eos=True)
 
     def send(_: int) -> int:
         return httpx.post(live.service.url + NATIVE, json=body, timeout=240).status_code
 
-    with only(live, "pages", "CaptionerBacklogGrowing"), ThreadPoolExecutor(40) as pool:
+    with only(live, "pages", "CaptionerBacklogGrowing", *slow), ThreadPoolExecutor(40) as pool:
         answers = pool.map(send, range(120))
         live.chain.until(lambda: ("pages", "CaptionerBacklogGrowing", "firing") in live.chain.told)
         assert set(answers) == {200}
