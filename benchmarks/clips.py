@@ -1,10 +1,13 @@
 """Clips for load tests: filtered noise and wavering tones, each from its own seed, so that no two are alike.
 
-They are kept in a directory and made only once: about a CPU-second per half minute of sound.
+Made in two ways. `make` encodes whole files and keeps them: about a CPU-second per half minute of sound. `Bank` splices
+packets of a few such files in an order of its own for every seed: a new clip of any length in milliseconds, for load
+generators. No two have the same bytes, samples or features, so that no cache of audio, features or prefixes can help.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -36,7 +39,7 @@ class Codec(NamedTuple):
 
 
 CODECS = {
-    "mp3": Codec("mp3", "libmp3lame", 48_000, "stereo", 128_000, {"compression_level": "7"}),
+    "mp3": Codec("mp3", "libmp3lame", 48_000, "stereo", 128_000, {"compression_level": "7", "reservoir": "0"}),
     "m4a": Codec("ipod", "aac", 48_000, "stereo", 96_000),
     "opus": Codec("ogg", "libopus", 48_000, "stereo", 64_000),
     "amr": Codec("amr", "libopencore_amrnb", 8_000, "mono", 12_200),
@@ -46,6 +49,12 @@ CODECS = {
 LOSSLESS = ("wav", "flac")
 LOSSLESS_MAX_S = 30
 """Longer ones would not fit into a request (10 MiB of base64)."""
+BANK_FILES, BANK_S = 4, 30
+SPLICE_S = 2
+"""Length of the pieces that a spliced clip is made of."""
+
+LENGTHS_S = {"effects": (1, 10), "speech": (5, 30), "podcasts": (300, 2400)}
+"""Least and greatest length of the clips of one sort; equal odds for every doubling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +133,53 @@ def sound(seed: int, count: int) -> npt.NDArray[np.float32]:
         samples += 0.05 * np.sin(2 * np.pi * pitch_hz * time_s) * (1 + np.sin(2 * np.pi * sway_hz * time_s))
     bounded: npt.NDArray[np.float32] = samples.clip(-1, 1).astype(np.float32)
     return bounded
+
+
+class Bank:
+    """Sounds of each kind, encoded once, from which any number of clips is spliced."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._loaded: dict[str, tuple[Any, float, list[list[bytes]]]] = {}
+
+    def clip(self, kind: str, duration_s: float, seed: int) -> tuple[bytes, float]:
+        """A file, and its length: a whole number of packets, so not quite what was asked for."""
+        like, packet_s, bases = self._load(kind)
+        count, piece = max(1, round(duration_s / packet_s)), round(SPLICE_S / packet_s)
+        random = np.random.default_rng((seed, 7))
+        packets: list[bytes] = []
+        while len(packets) < count:
+            base = bases[random.integers(len(bases))]
+            first = int(random.integers(len(base)))
+            packets += base[first : first + piece]
+        return _mux(like, CODECS[kind].container, packets[:count], packet_s), count * packet_s
+
+    def _load(self, kind: str) -> tuple[Any, float, list[list[bytes]]]:
+        """A file's stream, seconds of a packet, and the packets of each file."""
+        if kind not in self._loaded:
+            clips = [Clip(self._directory / f"bank-{seed}.{kind}", BANK_S) for seed in range(BANK_FILES)]
+            make(clips)
+            found: list[list[bytes]] = []
+            for clip in clips:
+                file = av.open(clip.path)
+                like = file.streams.audio[0]
+                # The first and the last may be of other length.
+                packets = [packet for packet in file.demux(like) if packet.size][1:-1]
+                found.append([bytes(packet) for packet in packets])
+            self._loaded[kind] = like, float(packets[0].duration * packets[0].time_base), found
+        return self._loaded[kind]
+
+
+def _mux(like: Any, container: str, packets: Sequence[bytes], packet_s: float) -> bytes:
+    """A file of these packets, with the headers of another's stream."""
+    target = io.BytesIO()
+    with av.open(target, "w", format=container) as file:
+        stream = file.add_stream_from_template(like)
+        ticks = packet_s / float(like.time_base)
+        for number, data in enumerate(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, like.time_base
+            packet.pts = packet.dts = round(number * ticks)
+            packet.duration = round(ticks)
+            file.mux(packet)
+    return target.getvalue()
