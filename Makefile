@@ -56,8 +56,13 @@ format: .venv/dev.stamp ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+URL ?= http://127.0.0.1:8000
 .PHONY: bench
-bench: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side
+bench: .venv/dev.stamp ## Load what serves at URL at several loads, and print figures (minutes; benchmarks/README.md)
+	$(BIN)/python benchmarks/suite.py sweep --url $(URL)
+
+.PHONY: bench-compare
+bench-compare: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side
 	$(BIN)/python benchmarks/compare.py
 
 .PHONY: embedded-checkpoint
