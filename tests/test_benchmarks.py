@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -22,7 +23,7 @@ from clips import CODECS, Clip, make_clip, mixed
 from load import BadAnswerError, _RawAnswer
 from processes import Family, Snapshot
 from profiles import seen
-from report import figures, ratios, to_markdown
+from report import figures, interval, ratios, to_markdown
 
 from serving.audio.decode import decode
 
@@ -103,7 +104,15 @@ def test_ratios_are_of_the_same_round() -> None:
         "conditions": {"commands": {"captioner": "captioner serve"}},
         "workloads": [{"name": "W", "rounds": {"captioner": above, "vllm serve": below}}],
     }
-    assert "| requests/s | 2.00 (2.00 to 2.00) |" in to_markdown([run])
+    assert "| requests/s | 2.00 (2.00 to 2.00) [2.00 to 2.00] |" in to_markdown([run])
+
+
+def test_an_interval_of_ratios_covers_what_is_behind_them() -> None:
+    """Of a hundred runs of twelve noisy rounds around 1.5, nearly all intervals hold it."""
+    chance = random.Random(3)
+    found = [interval([1.5 * math.exp(chance.gauss(0, 0.2)) for _ in range(12)]) for _ in range(100)]
+    assert sum(low <= 1.5 <= high for low, high in found) >= 85
+    assert all(high / low < 1.5 for low, high in found)
 
 
 def test_mixed_clips_are_the_same_mix_every_round(tmp_path: Path) -> None:
