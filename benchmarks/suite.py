@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 EVERYTHING_REFUSED = 4
 CEILING_CALLERS = 8
+LATENCIES = ("ttft_s", "e2e_s")
 NO_MARK = "CAPTIONER_BENCHMARK_MEMBER=of-nobody"
 """Only the process and its children count."""
 
@@ -48,6 +49,34 @@ def main() -> None:
     else:
         found = ceiling(options)
     print(json.dumps(found, indent=1))
+    if options.check and (broken := breaches(found, json.loads(options.check.read_text()), options.tolerance)):
+        sys.exit("\n".join(broken))
+
+
+def breaches(found: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
+    """Where a sweep is worse than a kept one, in ratios at the same load. Raises `ValueError` if they share none."""
+    before = {one["load"]: one for one in kept}
+    if not any(one["load"] in before for one in found):
+        raise ValueError("the baseline has none of these loads")
+    told = []
+    for one in found:
+        if not (base := before.get(one["load"])):
+            continue
+        if base["meets_slo"] and not one["meets_slo"]:
+            told.append(f"load {one['load']}: the SLO is not met any more")
+        if base["right"] and not one["right"]:
+            told.append(f"load {one['load']}: no right answer any more")
+            continue
+        if not base["right"]:
+            continue
+        ratios = {"audio_s_per_s": base["audio_s_per_s"] / one["audio_s_per_s"]}
+        ratios |= {f"{name} p95": one[name]["p95"] / base[name]["p95"] for name in LATENCIES if name in base}
+        told += [
+            f"load {one['load']}: {name} is {ratio:.2f} times worse"
+            for name, ratio in ratios.items()
+            if ratio > 1 + tolerance
+        ]
+    return told
 
 
 def run(options: argparse.Namespace, load: float) -> dict[str, Any]:
@@ -166,8 +195,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--high", type=float, default=64)
     parser.add_argument("--within", type=float, default=0.1, help="how near `saturate` comes: 0.1 is 10 %%")
     parser.add_argument("--pid", type=int, help="the server's process, if it runs here: its CPU and memory are told")
+    parser.add_argument("--check", type=Path, help="a kept sweep's JSON: exit with a status other than 0 if worse")
+    parser.add_argument("--tolerance", type=float, default=0.25, help="how much worse is let pass: 0.25 is 25 %%")
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     options = parser.parse_args(own)
+    if options.check and options.what != "sweep":
+        parser.error("--check is for sweep")
     options.more = sys.argv[len(own) + 2 :]
     return options
 

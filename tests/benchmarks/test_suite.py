@@ -30,6 +30,19 @@ def test_figures_are_of_right_answers_after_the_warm_up() -> None:
     assert not suite.summary([line(3.0)] * 4, 2.0)["meets_slo"]
 
 
+def test_a_sweep_that_is_worse_than_the_kept_one_is_a_breach() -> None:
+    """Slower answers, less audio and an SLO that is missed are told; noise within the tolerance is not."""
+    kept = {"load": 4.0, **suite.summary([line(1.0)] * 4, 2.0)}
+    assert suite.breaches([kept], [kept], 0.25) == []
+    assert suite.breaches([{"load": 4.0, **suite.summary([line(1.2)] * 4, 2.0)}], [kept], 0.25) == []
+    assert suite.breaches([{"load": 4.0, **suite.summary([line(1.5)] * 4, 2.0)}], [kept], 0.25) == [
+        "load 4.0: ttft_s p95 is 1.50 times worse"
+    ]
+    assert len(suite.breaches([{"load": 4.0, **suite.summary([line(3.0)] * 2, 2.0)}], [kept], 0.25)) == 3
+    with pytest.raises(ValueError, match="none of these loads"):
+        suite.breaches([kept | {"load": 5.0}], [kept], 0.25)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(10.0, 10.0), (0.5, None), (1000.0, 64.0)])
 def test_saturation_finds_the_highest_load(
     monkeypatch: pytest.MonkeyPatch, limit: float, expected: float | None
