@@ -1,0 +1,57 @@
+"""Reading 10 s of each kind of file: this service's decoder beside the bare library, to samples at 16 kHz.
+
+pytest benchmarks/micro --benchmark-group-by=param:kind
+"""
+
+from __future__ import annotations
+
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import pytest
+
+from serving.audio.decode import decode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from clips import CODECS, Clip, make_clip
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DURATION_S = 10
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """One kind of file."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def data(kind: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Make such a file."""
+    clip = Clip(tmp_path_factory.mktemp("clips") / f"clip.{kind}", DURATION_S)
+    make_clip(clip, 1)
+    return clip.path.read_bytes()
+
+
+def bare(data: bytes) -> int:
+    """Decode and resample by PyAV alone, without a limit or a check. Returns how many samples came."""
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=16_000)
+    with av.open(BytesIO(data)) as container:
+        frames: list[Any] = list(container.decode(audio=0))
+        return sum(made.samples for frame in [*frames, None] for made in resampler.resample(frame))
+
+
+def test_service(benchmark: Callable[..., Any], data: bytes) -> None:
+    """What the service does."""
+    samples = benchmark(decode, data, max_duration_s=60)
+    assert len(samples) / 16_000 == pytest.approx(DURATION_S, abs=0.2)
+
+
+def test_library(benchmark: Callable[..., Any], data: bytes) -> None:
+    """What PyAV does."""
+    assert benchmark(bare, data) / 16_000 == pytest.approx(DURATION_S, abs=0.2)
