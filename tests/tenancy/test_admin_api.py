@@ -105,7 +105,11 @@ def test_a_key_works_as_soon_as_it_is_made_and_not_when_revoked(service: Running
     """Within seconds, on a service that runs; the clients' port knows no administration."""
     found = re.search(r"administration on (http://[^\s\"]+)", service.log())
     assert found
-    admin = httpx.Client(base_url=found[1], headers=BEARER)
+    with httpx.Client(base_url=found[1], headers=BEARER) as admin:
+        _a_key_comes_and_goes(admin, service)
+
+
+def _a_key_comes_and_goes(admin: httpx.Client, service: RunningService) -> None:
     admin.post("/v1/tenants", json={"id": "acme"}).raise_for_status()
     key = admin.post("/v1/tenants/acme/keys").json()
     headers = {"authorization": f"Bearer {key['key']}"}
