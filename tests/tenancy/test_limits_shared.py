@@ -1,0 +1,64 @@
+"""Limits that several services keep together, over HTTP, with one database and one Redis."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import httpx
+
+from serving.tenancy.admin import Administration
+from serving.tenancy.limits import WINDOW_S
+from serving.tenancy.secret_keys import Pepper
+from serving.tenancy.store import connect, migrate
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, compatible_body, data_url, wav
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stores import Redis
+
+PEPPER = "a pepper of three services"
+CLIP = data_url(wav(1))
+LIMIT, EACH = 40, 60
+
+
+def test_several_processes_let_in_no_more_than_one_would(redis_server: Redis, tmp_path: Path) -> None:
+    """Three services are asked 180 times within a minute for what is allowed 40 times: 40 are served, no more."""
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    database = connect(url)
+    migrate(database)
+    admin = Administration(database, Pepper(PEPPER.encode()), "test")
+    admin.create_tenant("acme", plan="unlimited", limits={"requests_per_minute": LIMIT})
+    _, key = admin.create_key("acme")
+    database.dispose()
+    headers = {"authorization": f"Bearer {key}"}
+    flags = ("--engine=fake", "--audio-workers=1", "--auth", f"--database-url={url}", f"--key-pepper={PEPPER}")
+    with ExitStack() as stack:
+        services = [
+            stack.enter_context(RunningService(*flags, f"--redis-url={redis_server.url}", start_timeout_s=120))
+            for _ in range(3)
+        ]
+        pool = stack.enter_context(ThreadPoolExecutor(24))
+
+        began = time.time()
+
+        def ask(number: int) -> tuple[float, int, str]:
+            # Evenly, so that it is not a burst.
+            time.sleep(max(0.0, began + number / 15 - time.time()))
+            service = services[number % 3]
+            answer = httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP), headers=headers, timeout=60)
+            return time.time(), answer.status_code, answer.headers.get("x-ratelimit-remaining-requests", "")
+
+        answers = list(pool.map(ask, range(3 * EACH)))
+        assert all(service.metric("captioner_limits_store_up") == 1 for service in services)
+    within = [answer for answer in answers if answer[0] < began + WINDOW_S - 1]
+    assert len(within) > 2 * LIMIT
+    statuses = Counter(status for _, status, _ in within)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] == LIMIT
+    assert {remaining for _, status, remaining in within if status == 429} <= {"0"} | set(map(str, range(LIMIT)))
