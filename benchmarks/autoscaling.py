@@ -45,17 +45,12 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Until it is told to end."""
         while not self._ended.wait(1):
-            with suppress(OSError, KeyError):
-                values = self._metrics()
+            with suppress(OSError):  # Ray's proxy is busy, or the front
                 self.samples.append(
                     {
                         "at": time.time(),
                         "engines": len(self._cluster.processes()["engine"]),
-                        "ready": round(values["captioner_engine_kv_capacity_tokens"] / 1_000_000),
-                        "running": values["captioner_engine_running"],
-                        "waiting": values["captioner_engine_waiting"],
-                        "audio_s": values["captioner_engine_running_audio_seconds"]
-                        + values["captioner_engine_waiting_audio_seconds"],
+                        "ready": int(self._metrics()["captioner_engine_replicas_ready"]),
                     }
                 )
 
@@ -77,8 +72,7 @@ def main() -> None:
     given = arguments.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="autoscaling-"))
     print(f"logs in {directory}", flush=True)
-    command = [str(BIN / "captioner"), "cluster", "--no-auth", f"--port={given.port}"]
-    command += [f"--fake-tokens={TOKENS}", *FLAGS.split()]
+    command = [str(BIN / "captioner"), "cluster", f"--port={given.port}", f"--fake-tokens={TOKENS}", *FLAGS.split()]
     result: dict[str, Any] = {"settings": FLAGS, "load_average": [os.getloadavg()], "phases": []}
     with Cluster(command, directory, given.port, {}) as cluster:
         result["ready_s"] = round(cluster.wait_ready(), 1)
@@ -91,6 +85,8 @@ def main() -> None:
                 ended = time.time()
             account = callers.account()
             samples = [sample for sample in watch.samples if began <= sample["at"] < ended]
+            if not samples:
+                raise RuntimeError("nothing was seen of the engines: does /metrics answer?")
             waits_s = [ending["seconds"] for ending in callers.endings() if ending["outcome"] == "answered"]
             result["phases"].append(
                 {
@@ -98,7 +94,7 @@ def main() -> None:
                     "users": users,
                     "began": began,
                     "seconds": round(ended - began),
-                    "engines_at_the_end": samples[-1]["ready"] if samples else None,
+                    "engines_at_the_end": samples[-1]["ready"],
                     "first_new_process_s": rise(samples, "engines", began),
                     "first_new_ready_s": rise(samples, "ready", began),
                     "answer_s_median": statistics.median(waits_s) if waits_s else None,

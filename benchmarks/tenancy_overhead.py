@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 CAPTIONER = Path(sys.executable).with_name("captioner")
 KEY = "sk-of-the-benchmark"
 ON = [f"--api-keys={KEY}"]
+LIMITS = (
+    "requests_per_minute",
+    "tokens_per_minute",
+    "audio_seconds_per_minute",
+    "concurrent_requests",
+    "tokens_per_day",
+)
+"""Of the tenant of the settings' keys: each is counted, none is reached."""
 OFF = ["--no-auth", "--no-metering"]
 CALLERS = 16
 
@@ -57,6 +65,14 @@ def served(*flags: str) -> Iterator[str]:
     """A service; yields where its captions are asked for."""
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         log = Path(name, "log")
+        if flags[0] == ON[0]:
+            limits = [f"--limit={limit}=1000000000" for limit in LIMITS]
+            subprocess.run(
+                [CAPTIONER, "tenants", "create", "default", "--plan=unlimited", *limits],
+                env=os.environ | {"CAPTIONER_DATA_DIR": name},
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
         command = [str(CAPTIONER), "serve", "--port=0", "--engine=fake", "--audio-workers=1", f"--data-dir={name}"]
         with log.open("w") as out:
             service = subprocess.Popen([*command, f"--spool-dir={name}", *flags], stdout=out, stderr=out)
