@@ -37,7 +37,7 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
     return ({"request_id": request_id} if request_id else {}) | {
         key: value
         for key, value in vars(record).items()
-        if key not in _STANDARD and not key.startswith("vllm_")  # vLLM puts its own into every record
+        if key not in _STANDARD and not key.startswith(("vllm_", "_ray_"))  # they put their own into every record
     }
 
 
