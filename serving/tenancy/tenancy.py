@@ -13,11 +13,11 @@ from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger import Ledger
 from serving.tenancy.limits import Limiter
 from serving.tenancy.limits_memory import MemoryStore
-from serving.tenancy.limits_redis import RedisStore
 from serving.tenancy.store import migrate, open_database
 
 if TYPE_CHECKING:
     from serving.config import Settings
+    from serving.tenancy.limits import Store
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,7 @@ class Tenancy:
         self.database = open_database(settings)
         self.keys = Keyring(settings, self.database)
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
-        redis_url = settings.redis_url
-        store = MemoryStore() if redis_url is None else RedisStore(redis_url.get_secret_value())
-        self.limiter = Limiter(store, self.ledger.spent)
+        self.limiter = Limiter(_store(settings), self.ledger.spent)
         self.admissions = Admissions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
 
     async def start(self) -> None:
@@ -62,3 +60,13 @@ class Tenancy:
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
+
+
+def _store(settings: Settings) -> Store:
+    """Where limits are counted."""
+    if settings.redis_url is None:
+        return MemoryStore()
+    # Redis' client brings OpenTelemetry with it, which nobody needs who does not trace.
+    from serving.tenancy.limits_redis import RedisStore  # noqa: PLC0415
+
+    return RedisStore(settings.redis_url.get_secret_value())
