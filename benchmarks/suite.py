@@ -1,31 +1,43 @@
-"""Load by Locust, at several loads, against any URL: throughput, latencies, goodput, CPU and memory.
+"""Load by Locust, at several loads, against any URL: throughput, latencies, goodput, stages, CPU and memory.
 
-    python benchmarks/suite.py sweep --url URL --loads 1 2 4 8 [--pid PID] [-- OPTIONS OF locustfile.py]
-    python benchmarks/suite.py saturate --url URL --low 1 --high 64 --slo-ttft-s 2 [-- …]
-    python benchmarks/suite.py ceiling [-- …]
+    python benchmarks/suite.py all [--url URL] [--out .cache/bench] [-- OPTIONS OF locustfile.py]
+    python benchmarks/suite.py sweep --loads 1 2 4 8 --rounds 2 …
+    python benchmarks/suite.py saturate --low 1 --high 64 --slo-ttft-s 2 …
+    python benchmarks/suite.py ceiling …
 
-`saturate` bisects for the highest load whose p95 of TTFT meets the SLO with nothing refused. `ceiling` measures what
-the generator can do against a server that answers at once. Each writes JSON to standard output. A run with one wrong
-answer ends with its exit status and without figures.
+Without `--url` it starts this service with the embedded checkpoint, and ends it. `saturate` bisects for the highest
+load whose p95 of TTFT meets the SLO with nothing refused. `ceiling` measures what the load generator can do against a
+server that answers at once: a run that came nearer to it than a fifth says so. `all` is the three of them.
+
+A run is JSON, on standard output or in OUT.json, and then with a page in OUT.html. A run with one wrong answer ends
+with its exit status and without figures.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
+import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 from aiohttp import web
+from baseline import breaches
+from conditions import conditions, shown
+from page import page
 from processes import Family, Snapshot, memory_mib
+from stages import stage_sums
+from systems import Captioner, Setup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,69 +45,115 @@ if TYPE_CHECKING:
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 EVERYTHING_REFUSED = 4
 CEILING_CALLERS = 8
-LATENCIES = ("ttft_s", "e2e_s")
+LEAST_CEILING = 5
+"""A generator that could do less than so many times what it applied may be what was measured."""
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "serving/embedded/checkpoint"
 NO_MARK = "CAPTIONER_BENCHMARK_MEMBER=of-nobody"
 """Only the process and its children count."""
 
+_RUNS = itertools.count()
+
 
 def main() -> None:
-    """Measure, and print what was found."""
+    """Measure, and tell what was found."""
     options = _options()
-    found: Any
-    if options.what == "sweep":
-        found = [run(options, load) for load in options.loads]
-    elif options.what == "saturate":
-        found = saturation(options)
+    with ExitStack() as stack:
+        commands = {}
+        if not options.url and options.what != "ceiling":
+            service = stack.enter_context(Captioner(Setup(MODEL, 0, 64)))
+            options.url, options.family = service.url, service.family
+            commands = {service.name: shown(service.command, ROOT)}
+            run(options, options.loads[0])  # nobody is to pay for the first requests of a fresh process
+        found = _measured(options, commands)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        options.out.with_suffix(".html").write_text(page([found], found["title"]))
+        print(f"{options.out}.json and {options.out}.html", *found["warnings"], sep="\n")
     else:
-        found = ceiling(options)
-    print(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1))
     if options.check and (broken := breaches(found, json.loads(options.check.read_text()), options.tolerance)):
         sys.exit("\n".join(broken))
 
 
-def breaches(found: Sequence[dict[str, Any]], kept: Sequence[dict[str, Any]], tolerance: float) -> list[str]:
-    """Where a sweep is worse than a kept one, in ratios at the same load. Raises `ValueError` if they share none."""
-    before = {one["load"]: one for one in kept}
-    if not any(one["load"] in before for one in found):
-        raise ValueError("the baseline has none of these loads")
-    told = []
-    for one in found:
-        if not (base := before.get(one["load"])):
-            continue
-        if base["meets_slo"] and not one["meets_slo"]:
-            told.append(f"load {one['load']}: the SLO is not met any more")
-        if base["right"] and not one["right"]:
-            told.append(f"load {one['load']}: no right answer any more")
-            continue
-        if not base["right"]:
-            continue
-        ratios = {"audio_s_per_s": base["audio_s_per_s"] / one["audio_s_per_s"]}
-        ratios |= {f"{name} p95": one[name]["p95"] / base[name]["p95"] for name in LATENCIES if name in base}
-        told += [
-            f"load {one['load']}: {name} is {ratio:.2f} times worse"
-            for name, ratio in ratios.items()
-            if ratio > 1 + tolerance
-        ]
-    return told
+def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str, Any]:
+    """The whole run, in the shape of which `page.py` makes a page."""
+    began = os.getloadavg()[0]
+    closed = not any(of.startswith("--arrivals") for of in options.more)
+    found: dict[str, Any] = {
+        "kind": "suite",
+        "title": options.title,
+        "conditions": conditions(ROOT),
+        "load_unit": "callers at a time" if closed else "requests per second offered",
+        "slo_ttft_s": options.slo_ttft_s,
+        "warnings": [],
+    }
+    wants = ("sweep", "saturate", "ceiling") if options.what == "all" else (options.what,)
+    if "sweep" in wants:
+        found["sweep"] = sweep(options)
+    if "saturate" in wants:
+        found["saturation"] = saturation(options)
+    if "ceiling" in wants:
+        found["ceiling"] = ceiling(options)
+        if applied := max((of.get("requests_per_s", 0.0) for of in found.get("sweep", [])), default=0.0):
+            found["ceiling"]["times"] = times = round(found["ceiling"]["requests_per_s"] / applied, 2)
+            if times < LEAST_CEILING:
+                found["warnings"].append(
+                    f"The load generator could do only {times} times what it applied: it may be what was measured."
+                )
+    found["conditions"] |= {
+        "machine load": f"{began:.1f} before, {os.getloadavg()[0]:.1f} after",
+        "seconds of each run": f"{options.seconds:g}",
+        "options of the load": " ".join(options.more) or "the locustfile's own",
+        "commands": commands,
+    }
+    return found
 
 
-def run(options: argparse.Namespace, load: float) -> dict[str, Any]:
-    """Figures at one load. Exits if an answer was wrong."""
-    family = Family(psutil.Process(options.pid), NO_MARK) if options.pid else None
+def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every load in turn, `--rounds` times: figures of all rounds of a load together, and of each."""
+    rounds: dict[float, list[dict[str, Any]]] = {load: [] for load in options.loads}
+    lines: dict[float, list[dict[str, Any]]] = {load: [] for load in options.loads}
+    for _ in range(options.rounds):
+        for load in options.loads:
+            rounds[load].append(run(options, load, lines[load]))
+    found = []
+    for load, of in rounds.items():
+        together = summary(lines[load], options.slo_ttft_s, spans=len(of))
+        for name in ("cpu_s_per_audio_hour", "memory_mib", "stages_s"):
+            if told := [one[name] for one in of if name in one]:
+                parts = dict.fromkeys(part for one in told for part in one)
+                together[name] = {part: round(float(np.mean([one.get(part, 0) for one in told])), 5) for part in parts}
+        found.append({"load": load, **together, "rounds": of})
+    return found
+
+
+def run(options: argparse.Namespace, load: float, kept: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Figures at one load. Exits if an answer was wrong. The journal's lines are added to `kept`."""
+    family = options.family
+    number = next(_RUNS)
     with tempfile.TemporaryDirectory() as directory:
         journal = Path(directory, "journal")
         command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "-f", str(LOCUSTFILE)]
         command += [f"--host={options.url}", f"--load={load}", f"--seconds={options.seconds}", f"--journal={journal}"]
         command += [f"--run-seed={time.time_ns() % 1_000_000}", *options.more]
+        stages = stage_sums(options.url)
         before = Snapshot.of(family) if family else None
         ended = subprocess.run(command, check=False, capture_output=True, text=True)
         use = before.until(Snapshot.of(family)) if family and before else None
         if ended.returncode not in (0, EVERYTHING_REFUSED):
             print(ended.stdout[-3000:], ended.stderr[-3000:], file=sys.stderr)
             sys.exit(ended.returncode)
-        told = [json.loads(line) for line in journal.read_text().splitlines()]
+        told = [json.loads(line) | {"run": number} for line in journal.read_text().splitlines()]
+        after = stage_sums(options.url)
+    if kept is not None:
+        kept += told
     found = {"load": load, **summary(told, options.slo_ttft_s)}
-    if family and use:
+    if asked := sum(one["outcome"] == "right" for one in told):
+        spent = {stage: (seconds - stages.get(stage, 0.0)) / asked for stage, seconds in after.items()}
+        found["stages_s"] = {stage: round(seconds, 5) for stage, seconds in spent.items() if seconds > 0}
+    if family and use and asked:
         # Both are of the whole run, warm-up included.
         hours = sum(one["audio_s"] for one in told if one["outcome"] == "right") / 3600
         found["cpu_s_per_audio_hour"] = {part: round(spent / hours, 1) for part, spent in use.cpu_s.items()}
@@ -103,13 +161,19 @@ def run(options: argparse.Namespace, load: float) -> dict[str, Any]:
     return found
 
 
-def summary(told: Sequence[dict[str, Any]], slo_ttft_s: float) -> dict[str, Any]:
-    """What the lines of a journal come to, warm-up apart. Time is from the first request to the last answer."""
+def summary(told: Sequence[dict[str, Any]], slo_ttft_s: float, spans: int = 1) -> dict[str, Any]:
+    """What the lines of journals come to, warm-up apart; `spans` is how many runs they are of.
+
+    Time is from the first request of a run to its last answer.
+    """
     measured = [one for one in told if not one["warm_up"]]
     right = [one for one in measured if one["outcome"] == "right"]
     if not right:
         return {"requests": len(measured), "right": 0, "meets_slo": False}
-    wall_s = max(one["ended"] for one in measured) - min(one["due"] for one in measured)
+    runs = [[one for one in measured if one.get("run") == number] for number in {one.get("run") for one in measured}]
+    if len(runs) > spans:
+        raise ValueError(f"lines of {len(runs)} runs")
+    wall_s = sum(max(one["ended"] for one in of) - min(one["due"] for one in of) for of in runs)
     # Where nothing is streamed, the first text is there with the last.
     first_s = [one.get("ttft_s", one["e2e_s"]) for one in right]
     within = sum(of <= slo_ttft_s for of in first_s)
@@ -156,10 +220,11 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-    options.url, options.pid = f"http://127.0.0.1:{port}", None
-    options.more = [*options.more, "--usage-rule=any", "--probe-share=0"]
+    own = argparse.Namespace(**vars(options))
+    own.url, own.family = f"http://127.0.0.1:{port}", None
+    own.more = [*options.more, "--usage-rule=any", "--probe-share=0", "--arrivals=closed", "--curve=constant"]
     try:
-        return run(options, CEILING_CALLERS)
+        return run(own, CEILING_CALLERS)
     finally:
         server.terminate()
         server.join()
@@ -186,22 +251,26 @@ def instant(port: int) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "saturate", "ceiling"))
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--loads", type=float, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--seconds", type=float, default=30)
+    parser.add_argument("what", choices=("all", "sweep", "saturate", "ceiling"))
+    parser.add_argument("--url", default="", help="what serves already; without it this service is started")
+    parser.add_argument("--loads", type=float, nargs="+", default=[1, 4, 16, 32])
+    parser.add_argument("--rounds", type=int, default=2, help="how often `sweep` has each load")
+    parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--slo-ttft-s", type=float, default=2.0, help="p95 of the time to the first text")
-    parser.add_argument("--low", type=float, default=1)
+    parser.add_argument("--low", type=float, default=2)
     parser.add_argument("--high", type=float, default=64)
-    parser.add_argument("--within", type=float, default=0.1, help="how near `saturate` comes: 0.1 is 10 %%")
+    parser.add_argument("--within", type=float, default=0.2, help="how near `saturate` comes: 0.2 is 20 %%")
     parser.add_argument("--pid", type=int, help="the server's process, if it runs here: its CPU and memory are told")
-    parser.add_argument("--check", type=Path, help="a kept sweep's JSON: exit with a status other than 0 if worse")
+    parser.add_argument("--out", type=Path, help="where JSON and page go, without suffix")
+    parser.add_argument("--title", default="One service at several loads")
+    parser.add_argument("--check", type=Path, help="a kept run's JSON: exit with a status other than 0 if worse")
     parser.add_argument("--tolerance", type=float, default=0.25, help="how much worse is let pass: 0.25 is 25 %%")
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     options = parser.parse_args(own)
-    if options.check and options.what != "sweep":
-        parser.error("--check is for sweep")
+    if options.check and options.what not in ("all", "sweep"):
+        parser.error("--check is for a sweep")
     options.more = sys.argv[len(own) + 2 :]
+    options.family = Family(psutil.Process(options.pid), NO_MARK) if options.pid else None
     return options
 
 

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import suite
+from baseline import breaches
 
 
 def line(ttft_s: float, *, outcome: str = "right", warm_up: bool = False) -> dict[str, Any]:
@@ -30,17 +31,55 @@ def test_figures_are_of_right_answers_after_the_warm_up() -> None:
     assert not suite.summary([line(3.0)] * 4, 2.0)["meets_slo"]
 
 
-def test_a_sweep_that_is_worse_than_the_kept_one_is_a_breach() -> None:
-    """Slower answers, less audio and an SLO that is missed are told; noise within the tolerance is not."""
-    kept = {"load": 4.0, **suite.summary([line(1.0)] * 4, 2.0)}
-    assert suite.breaches([kept], [kept], 0.25) == []
-    assert suite.breaches([{"load": 4.0, **suite.summary([line(1.2)] * 4, 2.0)}], [kept], 0.25) == []
-    assert suite.breaches([{"load": 4.0, **suite.summary([line(1.5)] * 4, 2.0)}], [kept], 0.25) == [
-        "load 4.0: ttft_s p95 is 1.50 times worse"
+def a_point(load: float, *ttft_s: float, front_s: float = 10.0) -> dict[str, Any]:
+    """Make a load with a round for each time to the first text."""
+    cpu = {"front": front_s, "engine core": 40.0}
+    rounds = [{"load": load, **suite.summary([line(of)] * 4, 2.0), "cpu_s_per_audio_hour": cpu} for of in ttft_s]
+    told = [line(of) | {"run": number} for number, of in enumerate(ttft_s) for _ in range(4)]
+    return {"load": load, **suite.summary(told, 2.0, spans=len(ttft_s)), "cpu_s_per_audio_hour": cpu, "rounds": rounds}
+
+
+def a_run(*points: dict[str, Any], machine: str = "this one") -> dict[str, Any]:
+    """Make a run of the suite."""
+    return {"conditions": {"machine": machine}, "sweep": list(points)}
+
+
+def test_rounds_are_put_together() -> None:
+    """Time is what the rounds took, and not what lay between them."""
+    told = [line(1.0) | {"run": 0}, line(3.0) | {"run": 1, "due": 500.0, "ended": 510.0}]
+    assert suite.summary(told, 2.0, spans=2)["audio_s_per_s"] == 3.0
+    with pytest.raises(ValueError, match="2 runs"):
+        suite.summary(told, 2.0)
+
+
+def test_a_run_that_is_worse_than_the_kept_one_is_a_breach() -> None:
+    """Slower answers and an SLO that is missed are told; noise between the rounds, or within the tolerance, is not."""
+    kept = a_run(a_point(4, 1.0, 1.4))
+    assert breaches(kept, kept, 0.25) == []
+    assert breaches(a_run(a_point(4, 1.2, 1.3)), kept, 0.25) == []
+    assert breaches(a_run(a_point(4, 1.3, 1.9)), kept, 0.25) == [], "one round is as good as before"
+    assert breaches(a_run(a_point(4, 1.8, 1.9)), kept, 0.25) == ["load 4: p95 of TTFT is 1.36 times what it was"]
+    told = breaches(a_run(a_point(4, 3.0, 3.0, front_s=20.0)), kept, 0.25)
+    assert [of.partition(" is ")[0] for of in told] == [
+        "load 4: the SLO",
+        "load 4: p95 of TTFT",
+        "load 4: CPU of all but the engine beside the engine's",
     ]
-    assert len(suite.breaches([{"load": 4.0, **suite.summary([line(3.0)] * 2, 2.0)}], [kept], 0.25)) == 3
+    assert breaches(a_run(a_point(4, 1.0)), a_run(a_point(4, 1.0), a_point(8, 1.0)), 0.25) == [
+        "load 8: was not measured"
+    ]
     with pytest.raises(ValueError, match="none of these loads"):
-        suite.breaches([kept | {"load": 5.0}], [kept], 0.25)
+        breaches(a_run(a_point(5, 1.0)), kept, 0.25)
+
+
+def test_another_machine_is_compared_only_in_what_its_speed_does_not_matter_for() -> None:
+    """All twice as slow is no breach; what grows faster with the load is, and a front that costs more."""
+    kept = a_run(a_point(1, 0.5), a_point(4, 1.0), machine="another")
+    assert breaches(a_run(a_point(1, 1.0), a_point(4, 2.0)), kept, 0.25) == []
+    told = breaches(a_run(a_point(1, 0.5), a_point(4, 2.0)), kept, 0.25)
+    assert told == ["load 4: p95 of TTFT beside the least load's is 2.00 times what it was"]
+    assert len(breaches(a_run(a_point(1, 0.5, front_s=20), a_point(4, 1.0, front_s=20)), kept, 0.25)) == 2
+    assert breaches(a_run(a_point(4, 9.0)), a_run(a_point(4, 1.0), machine="another"), 0.25)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10.0, 10.0), (0.5, None), (1000.0, 64.0)])

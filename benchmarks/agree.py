@@ -1,0 +1,61 @@
+"""Whether two runs of the same comparison agree: the same ranking, and ratios within each other's intervals.
+
+    python benchmarks/agree.py FIRST.json SECOND.json
+
+Writes a table of every ratio that both runs have, and ends with status 1 if one of those it judges disagrees. A ratio
+agrees if the intervals of both runs overlap, and neither run is sure of the opposite of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
+
+from report import PAIRS, interval, ratios
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    Runs = Sequence[Mapping[str, Any]]
+
+
+def compared(first: Runs, second: Runs) -> Iterator[tuple[str, str, str, str, bool]]:
+    """Workload and pair, figure, each run's ratio in words, and whether they agree."""
+    ours, theirs = (
+        {workload["name"]: workload["rounds"] for run in runs for workload in run["workloads"]}
+        for runs in (first, second)
+    )
+    for name in ours:
+        for above, below in PAIRS:
+            if not all(of in rounds for of in (above, below) for rounds in (ours[name], theirs.get(name, {}))):
+                continue
+            found = [ratios(rounds[name][above], rounds[name][below]) for rounds in (ours, theirs)]
+            for figure in found[0]:
+                spans = [interval(of[figure]) for of in found]
+                first_told, second_told = (
+                    f"{geometric_mean(of[figure]):.2f} ({low:.2f} to {high:.2f})"
+                    for of, (low, high) in zip(found, spans, strict=True)
+                )
+                overlap = max(low for low, _ in spans) <= min(high for _, high in spans)
+                opposite = any(spans[i][0] > 1 > spans[1 - i][1] for i in (0, 1))
+                yield f"{name}: {above} ÷ {below}", figure, first_told, second_told, overlap and not opposite
+
+
+def main() -> None:
+    """Write the table."""
+    rows = list(compared(*(json.loads(Path(path).read_text()) for path in sys.argv[1:3])))
+    if not rows:
+        sys.exit("the two have no ratio in common")
+    print("| | | first | second | |\n| --- | --- | --- | --- | --- |")
+    for pair, figure, first, second, agree in rows:
+        print(f"| {pair} | {figure} | {first} | {second} | {'agree' if agree else '**disagree**'} |")
+    apart = sum(not agree for *_, agree in rows)
+    print(f"\n{len(rows) - apart} of {len(rows)} agree.")
+    sys.exit(apart > 0)
+
+
+if __name__ == "__main__":
+    main()
