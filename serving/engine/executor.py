@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 
+from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -36,6 +37,13 @@ class SoloExecutor(_EndsWithService, UniProcExecutor):  # type: ignore[misc]
 
     vLLM would give the CPU a further process even for one worker: seconds more to start, and a hop per token.
     """
+
+    def _init_executor(self) -> None:
+        super()._init_executor()
+        if current_platform.is_cpu():
+            from serving.engine.cpu_layers import lighten  # noqa: PLC0415 - it is for the CPU's kernels alone
+
+            lighten(self.driver_worker.worker.model_runner)
 
 
 class TeamExecutor(_EndsWithService, MultiprocExecutor):  # type: ignore[misc]

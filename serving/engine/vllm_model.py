@@ -1,6 +1,6 @@
 """vLLM 0.32 with the captioner loaded, fed with log-mel features.
 
-Only this, `executor.py`, `scheduler.py` and `thinker.py` import vLLM; the last three also in its own processes.
+Only this, `executor.py`, `scheduler.py`, `thinker.py` and `cpu_layers.py` import vLLM, the others in its processes too.
 
 vLLM turns a waveform into features on one thread of this process, under this process's GIL. Our audio workers have made
 them already, so a request is handed over as vLLM's own preprocessing would have left it (its "engine input": expanded
