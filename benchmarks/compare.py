@@ -26,7 +26,7 @@ from load import BadAnswerError
 from page import page
 from ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
 from report import to_markdown
-from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, VllmServe
+from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, StockOfflineEngine, VllmServe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,7 +37,16 @@ ROOT = Path(__file__).parents[1]
 CLIPS = ROOT / ".cache/benchmark-clips"
 WARM_UP = 16
 
-KINDS = (Captioner, CaptionerCluster, VllmServe, DefaultVllmServe, RayServeLlm, RayServeLlmTuned, OfflineEngine)
+KINDS = (
+    Captioner,
+    CaptionerCluster,
+    VllmServe,
+    DefaultVllmServe,
+    RayServeLlm,
+    RayServeLlmTuned,
+    OfflineEngine,
+    StockOfflineEngine,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ def main() -> None:
             began = os.getloadavg()[0]
             # The offline engine runs `max_num_seqs` at a time, whatever the clients would do.
             compared = [
-                of for of in systems if of.name != OfflineEngine.name or workload.concurrency >= setup.max_num_seqs
+                of for of in systems if not isinstance(of, OfflineEngine) or workload.concurrency >= setup.max_num_seqs
             ]
             workloads.append(measured := {"name": workload.name, "rounds": {}})
             for rounds in _measure(workload, compared, left_out):
@@ -172,7 +181,9 @@ def _write(out: Path, run: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     kinds = {kind.name: kind for kind in KINDS}
-    usual = [name for name in kinds if name not in (DefaultVllmServe.name, RayServeLlmTuned.name)]
+    usual = [
+        name for name in kinds if name not in (DefaultVllmServe.name, RayServeLlmTuned.name, StockOfflineEngine.name)
+    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=kinds, default=usual)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))

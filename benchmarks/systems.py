@@ -39,6 +39,8 @@ START_TIMEOUT_S = 1800
 MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
 LIMITS = {"audio": 1, "image": 0, "video": 0}
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+OUR_EXECUTOR = "serving.engine.executor.SoloExecutor"
+KEEPING_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -274,10 +276,15 @@ class DefaultVllmServe(VllmServe):
 
 
 class OfflineEngine(System):
-    """`LLM.generate`: the engine with nothing around it, on clips that are decoded beforehand."""
+    """`LLM.generate`: the service's engine with nothing around it, on clips that are decoded beforehand.
+
+    The same engine: with the model as the service runs it on the CPU, and its allocator.
+    """
 
     name = "offline engine"
     stdout_is_log = False
+    executor = OUR_EXECUTOR
+    allocator: ClassVar = KEEPING_MEMORY
 
     @property
     def command(self) -> list[str]:
@@ -285,13 +292,13 @@ class OfflineEngine(System):
         settings = {
             "model": str(setup.model),
             "max_tokens": setup.max_tokens,
-            "engine": setup.engine | {"distributed_executor_backend": EXECUTOR},
+            "engine": setup.engine | {"distributed_executor_backend": self.executor},
         }
         return [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(settings)]
 
     @property
     def environment(self) -> dict[str, str]:
-        return super().environment | ONE_THREAD
+        return super().environment | ONE_THREAD | self.allocator
 
     def _is_ready(self) -> bool:
         # Its first line is {"ready": true}; a line that is there is whole.
@@ -316,6 +323,14 @@ class OfflineEngine(System):
         if line := self._pipes[1].readline():
             return json.loads(line)
         raise RuntimeError(f"the offline engine has ended:\n{self._log.read_text()[-5000:]}")
+
+
+class StockOfflineEngine(OfflineEngine):
+    """The same with vLLM as it is."""
+
+    name = "offline engine, stock"
+    executor = EXECUTOR
+    allocator: ClassVar = {}
 
 
 class _Batch:

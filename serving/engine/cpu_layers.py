@@ -36,8 +36,12 @@ def lighten(runner: Any) -> int:
     sampler = runner.sampler
     if sampler.logprobs_mode == "raw_logprobs" and not sampler.use_fp64_gumbel:
         sampler.topk_topp_sampler.forward = candidates_first(sampler.topk_topp_sampler.forward)
+    model = runner.get_model()
+    if not any(config.model_config.get_multimodal_config().get_limit_per_prompt(of) for of in ("image", "video")):
+        # What images would add to the first layers; vLLM adds zeros for tokens of other kinds.
+        model.deepstack_input_embeds = None
     alone = config.parallel_config.world_size == 1
-    layers = [layer for layer in runner.get_model().language_model.model.layers if alone and _is_plain(layer)]
+    layers = [layer for layer in model.language_model.model.layers if alone and _is_plain(layer)]
     for layer in layers:
         layer.forward = Layer(layer)
     return len(layers)
