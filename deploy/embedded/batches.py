@@ -55,8 +55,9 @@ class Batch:
     """Inputs of one step.
 
     `features` [128, frames of all clips], `lengths` frames of each; `input_ids` and `labels` [clips, tokens]; for
-    each audio token of all clips `kinds` [tokens, kinds] multi-hot and `language`, `manner`, `rate` class numbers or
-    -100; for each clip `whole` [clips, 4]: loudness, noise, room, clipping.
+    each audio token of all clips `kinds` [tokens, kinds] multi-hot, `language`, `manner`, `rate` class numbers or -100,
+    and `beating` the number of the event with a rate that it belongs to, or -100; for each of these events its rate per
+    second in `beats`; for each clip `whole` [clips, 4]: loudness, noise, room, clipping.
     """
 
     features: torch.Tensor
@@ -67,6 +68,8 @@ class Batch:
     language: torch.Tensor
     manner: torch.Tensor
     rate: torch.Tensor
+    beating: torch.Tensor
+    beats: torch.Tensor
     whole: torch.Tensor
 
 
@@ -123,6 +126,7 @@ class Corpus:
     def batch(self, clips: list[Clip], rng: np.random.Generator) -> Batch:
         """The tensors of `clips`, each a little different at every visit (`varied`)."""
         features, rows, labels, kinds, pieces, lengths = [], [], [], [], [], []
+        beats: list[float] = []
         for original in clips:
             first = original.first_frame
             mel, clip = varied(
@@ -135,7 +139,7 @@ class Corpus:
             answer = [*self.tokenizer.encode(caption(clip.facts)), *self._end]
             rows.append(prompt + answer)
             labels.append([IGNORED] * len(prompt) + answer)
-            hot, classes = _per_token(clip, tokens)
+            hot, classes = _per_token(clip, tokens, beats)
             kinds.append(hot)
             pieces.append(classes)
         width = max(map(len, rows))
@@ -147,7 +151,8 @@ class Corpus:
             torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
             torch.tensor([label + [IGNORED] * (width - len(label)) for label in labels]),
             torch.from_numpy(np.concatenate(kinds)),
-            *(torch.from_numpy(classes[:, column].copy()) for column in range(3)),
+            *(torch.from_numpy(classes[:, column].copy()) for column in range(4)),
+            torch.tensor(beats),
             torch.tensor([_whole(clip.facts) for clip in clips]),
         )
 
@@ -226,9 +231,10 @@ def _read(rows: np.ndarray, at: np.ndarray, beyond: float | None = None) -> np.n
     return read
 
 
-def _per_token(clip: Clip, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def _per_token(clip: Clip, tokens: int, beats: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Kinds and classes of the clip's audio tokens; the rates of its events are added to `beats`."""
     hot = np.zeros((tokens, len(KINDS)), np.float32)
-    classes = np.full((tokens, 3), IGNORED, np.int64)
+    classes = np.full((tokens, 4), IGNORED, np.int64)
     for event, (start_s, end_s) in zip(clip.facts.events, clip.spans_s, strict=True):
         span = slice(int(start_s * TOKENS_PER_S), max(int(end_s * TOKENS_PER_S), int(start_s * TOKENS_PER_S) + 1))
         hot[span, KINDS.index(event.kind)] = 1
@@ -238,6 +244,8 @@ def _per_token(clip: Clip, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         if event.rate:
             rate = said_rate(event)
             classes[span, 2] = min(range(len(RATES)), key=lambda i: abs(RATES[i] - rate))
+            classes[span, 3] = len(beats)
+            beats.append(event.rate)
     return hot, classes
 
 

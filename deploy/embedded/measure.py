@@ -61,8 +61,11 @@ def curve(path: Path) -> str:
         rows = [row for row in csv.reader(lines) if row[0].isdecimal()]
     chosen = rows[:: max(1, len(rows) // CURVE_ROWS)]
     chosen += [rows[-1]] if rows[-1] not in chosen else []
-    table = ["| Step | loss of the captions | loss of the helper heads |", "|---:|---:|---:|"]
-    table += [f"| {step} | {told if float(told) else 'not yet learnt'} | {heads} |" for step, told, heads, _ in chosen]
+    table = ["| Step | loss of the captions | of the helper heads | of the beats |", "|---:|---:|---:|---:|"]
+    table += [
+        f"| {step} | {' | '.join(loss if float(loss) else 'not learnt' for loss in losses)} |"
+        for step, *losses, _ in chosen
+    ]
     return "\n".join(table) + "\n"
 
 

@@ -29,7 +29,18 @@ from torch.nn import functional
 from transformers import Qwen2Tokenizer
 
 from deploy.embedded.architecture import Model, build_config, build_model, build_tokenizer, save_checkpoint
-from deploy.embedded.batches import IGNORED, KINDS, LEVELS, NOISES, RATES, Batch, Clip, Corpus, audio_tokens
+from deploy.embedded.batches import (
+    IGNORED,
+    KINDS,
+    LEVELS,
+    NOISES,
+    RATES,
+    TOKENS_PER_S,
+    Batch,
+    Clip,
+    Corpus,
+    audio_tokens,
+)
 from deploy.embedded.corpus.captions import LANGUAGES, MANNERS, caption
 
 if TYPE_CHECKING:
@@ -38,23 +49,27 @@ if TYPE_CHECKING:
 WARM_UP_STEPS, WEIGHT_DECAY, CLIP_NORM = 150, 0.05, 1.0
 FRAMES_PER_BATCH, MOST_CLIPS = 4_000, 40
 """Of one process."""
-SHORT_FRAMES, SHORT_UNTIL = 400, 0.1
-"""Up to this share of the steps only clips to 4 s: more sounds for the same work."""
+SHORT_FRAMES = 400
 SAVE_EVERY_S = 180
+BEATS_WEIGHT = 0.3
 VOCABULARY = 1_024
 STEPS = 10_000
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The highest learning rate, and the shares of the steps up to which the tower learns alone and is helped."""
+    """The highest learning rate, and the shares of the steps up to which something holds.
+
+    Only clips to 4 s come, which are more sounds for the same work; the tower learns alone; it is helped.
+    """
 
     peak: float
+    short_until: float
     tower_until: float
     help_until: float
 
 
-FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.5, 0.85), Plan(6e-4, 0.0, 0.0)
+FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.1, 0.5, 0.85), Plan(6e-4, 0.0, 0.0, 0.0)
 
 
 class HelperHeads(nn.Module):
@@ -65,6 +80,7 @@ class HelperHeads(nn.Module):
         self.kinds = nn.Linear(width, len(KINDS) + 1)
         self.classes = nn.ModuleList(nn.Linear(width, n) for n in (len(LANGUAGES), len(MANNERS), len(RATES)))
         self.whole = nn.ModuleList(nn.Linear(width, n) for n in (len(LEVELS), len(NOISES), 2, 2))
+        self.beats = nn.Linear(width, 1)
 
     def forward(self, tokens: torch.Tensor, counts: list[int], batch: Batch) -> torch.Tensor:
         """The sum of the heads' losses; `tokens` [tokens of all clips, width]."""
@@ -78,6 +94,22 @@ class HelperHeads(nn.Module):
         for index, head in enumerate(self.whole):
             loss = loss + 0.3 * functional.cross_entropy(head(means), batch.whole[:, index])
         return loss
+
+    def beats_loss(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """How far the beats counted in each event with a rate are from those it has: squared difference of logarithms.
+
+        A share of a beat is read from each audio token, so that what is learnt is to hear where a beat begins.
+        """
+        if not len(batch.beats):
+            return tokens.new_zeros(())
+        at = batch.beating != IGNORED
+        event = batch.beating[at]
+        shares = torch.sigmoid(self.beats(tokens[at]).squeeze(1) / 4 - 1.5)
+        counted = tokens.new_zeros(len(batch.beats)).index_add(0, event, shares)
+        long = torch.bincount(event, minlength=len(batch.beats))
+        beats = batch.beats * long / TOKENS_PER_S
+        apart = torch.log(counted + 0.1) - torch.log(beats + 0.1)
+        return torch.square(apart[long > 0]).mean()
 
 
 def heard(model: Model, batch: Batch) -> torch.Tensor:
@@ -150,7 +182,7 @@ class Training:
         self._audio_token_id = config.thinker_config.audio_token_id
         self.model = build_model(config)
         initialise(self.model)
-        self._plan = FROM_CHECKPOINT if start else FROM_SEEDS
+        self.plan = FROM_CHECKPOINT if start else FROM_SEEDS
         if start:
             learnt = Model.from_pretrained(start, dtype=torch.float32)
             self.model.load_state_dict(learnt.state_dict())
@@ -175,12 +207,12 @@ class Training:
             self.heads.load_state_dict(state["heads"])
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def learn(self, batch: Batch, steps: int) -> tuple[float, float]:
-        """One step of `steps`; the losses of the captions (0 while the tower learns alone) and of the helper heads."""
-        rates = learning_rates(self.step, steps, self._plan)
+    def learn(self, batch: Batch, steps: int) -> tuple[float, float, float]:
+        """One step of `steps`; the losses of captions, helper heads and beats; 0 if not learnt now."""
+        rates = learning_rates(self.step, steps, self.plan)
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = rates[index // 2]
-        plan = self._plan
+        plan = self.plan
         alone = self.step < int(plan.tower_until * steps)
         tokens = heard(self.model, batch)
         help_loss = self.heads(tokens, [audio_tokens(int(frames)) for frames in batch.lengths], batch)
@@ -188,13 +220,14 @@ class Training:
         left = plan.help_until - self.step / steps
         share = max(0.0, min(1.0, left / (plan.help_until - plan.tower_until))) if left > 0 else 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        (told + share * help_loss).backward()
+        beats_loss = self.heads.beats_loss(tokens, batch)
+        (told + share * help_loss + BEATS_WEIGHT * beats_loss).backward()
         learnt = [weights for part in self._parts[: 1 if alone else 2] for weights in part]
         _average(learnt)
         nn.utils.clip_grad_norm_(learnt, CLIP_NORM)
         self.optimizer.step()
         self.step += 1
-        return told.item(), help_loss.item()
+        return told.item(), help_loss.item() if share else 0.0, beats_loss.item()
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
@@ -217,9 +250,15 @@ def _average(learnt: list[nn.Parameter]) -> None:
         weights.grad = mean.view_as(weights)
 
 
-def lessons(corpus: Corpus, step: int, steps: int, rank: int, processes: int) -> Iterator[list[Clip]]:
-    """The clips of each step from `step` on for one of the processes: short ones at first, then all."""
-    for longest, until in ((SHORT_FRAMES, int(SHORT_UNTIL * steps)), (None, steps)):
+def lessons(
+    corpus: Corpus, step: int, steps: int, turn: tuple[int, int], short_until: float = FROM_SEEDS.short_until
+) -> Iterator[list[Clip]]:
+    """The clips of each step from `step` on, short ones at first, then all, for one of several processes.
+
+    `turn` is the number of the process, and how many there are.
+    """
+    rank, processes = turn
+    for longest, until in ((SHORT_FRAMES, int(short_until * steps)), (None, steps)):
         batches = corpus.epochs(step + until, FRAMES_PER_BATCH, MOST_CLIPS, longest)
         yield from islice(batches, rank, processes * max(0, until - step), processes)
         step = max(step, until)
@@ -240,7 +279,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
     began = saved = time.monotonic()
     seen = []
-    for clips in lessons(corpus, training.step, steps, rank, processes):
+    for clips in lessons(corpus, training.step, steps, (rank, processes), training.plan.short_until):
         batch = corpus.batch(clips, np.random.default_rng([training.step, rank]))
         seen.append(training.learn(batch, steps))
         now = time.monotonic()
@@ -248,7 +287,10 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             row = (training.step, *(f"{loss:.4f}" for loss in np.mean(seen, axis=0)), f"{(now - began) / 20:.3f}")
             with (cache / f"{name}.csv").open("a", newline="") as out:
                 csv.writer(out).writerow(row)
-            print(f"step {row[0]} of {steps}: caption {row[1]}, helpers {row[2]}, {row[3]} s a step", flush=True)
+            print(
+                f"step {row[0]} of {steps}: caption {row[1]}, helpers {row[2]}, beats {row[3]}, {row[4]} s a step",
+                flush=True,
+            )
             began, seen = now, []
         if rank == 0 and now - saved > SAVE_EVERY_S:
             training.save()

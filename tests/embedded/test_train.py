@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 
 from deploy.embedded.architecture import build_tokenizer
 from deploy.embedded.batches import IGNORED, KINDS, MEL, Clip, Corpus, audio_tokens, varied
 from deploy.embedded.corpus.captions import Event, Facts, caption
-from deploy.embedded.train import SHORT_FRAMES, Training, lessons
+from deploy.embedded.train import SHORT_FRAMES, HelperHeads, Training, lessons
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +51,29 @@ def test_a_batch_says_what_is_heard_when(corpus: Corpus) -> None:
     assert batch.kinds[4].argmax() == KINDS.index("man")
     assert batch.language[4] != IGNORED
     assert batch.language[0] == IGNORED
+
+
+def test_beats_are_counted_per_event(tmp_path: Path) -> None:
+    """Each event with a rate has a number of its own in the batch, and its loss is that of the beats in its span."""
+    facts = Facts((Event("clock", rate=2.0), Event("rain"), Event("beeping", rate=4.0)), 6.0)
+    line = {**asdict(facts), "spans_s": [[0, 2], [2, 4], [4, 6]], "first_frame": 0, "frames": 600}
+    (tmp_path / "000.jsonl").write_text("\n".join([json.dumps(line)] * 2))
+    (tmp_path / "000.f16").write_bytes(
+        np.random.default_rng(0).standard_normal((600, MEL)).astype(np.float16).tobytes()
+    )
+    corpus = Corpus(tmp_path, build_tokenizer([caption(facts)] * 10))
+    batch = corpus.batch(corpus.clips, np.random.default_rng(1))
+    assert sorted(set(batch.beating.tolist())) == [IGNORED, 0, 1, 2, 3]
+    assert batch.beats[1] / batch.beats[0] == pytest.approx(2)
+    heads = HelperHeads(192)
+    tokens = torch.zeros(len(batch.beating), 192)
+    with torch.no_grad():
+        heads.beats.weight.zero_()
+        heads.beats.bias.fill_(4 * (1.5 + math.log(2 / 11)))  # a share of 2/13 of a beat in every token
+    apart = torch.log(2.0 / batch.beats)  # but for the tenth of a beat that keeps logarithms finite
+    assert heads.beats_loss(tokens, batch).item() == pytest.approx(torch.square(apart).mean().item(), rel=0.1)
+    none = corpus.batch([replace(corpus.clips[0], facts=FACTS, spans_s=((0, 3), (3, 6)))], np.random.default_rng(1))
+    assert heads.beats_loss(torch.zeros(len(none.beating), 192), none) == 0
 
 
 def test_a_clip_is_another_one_at_each_visit_and_its_facts_follow() -> None:
@@ -87,7 +112,7 @@ def test_some_visits_lack_what_codings_cut_off() -> None:
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
     """The first tenth holds short clips only; a run that is taken up again holds the rest of the steps."""
-    first, second = list(lessons(corpus, 0, 80, 0, 1)), list(lessons(corpus, 60, 80, 0, 1))
+    first, second = list(lessons(corpus, 0, 80, (0, 1))), list(lessons(corpus, 60, 80, (0, 1)))
     assert len(first) == 80
     assert len(second) == 20
     assert all(clip.frames <= SHORT_FRAMES for clips in first[:8] for clip in clips)
@@ -96,8 +121,8 @@ def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
 
 def test_processes_share_each_step(corpus: Corpus) -> None:
     """Two processes take turns in one and the same order of batches."""
-    whole = list(lessons(corpus, 60, 80, 0, 1))
-    halves = [list(lessons(corpus, 60, 80, rank, 2)) for rank in (0, 1)]
+    whole = list(lessons(corpus, 60, 80, (0, 1)))
+    halves = [list(lessons(corpus, 60, 80, (rank, 2))) for rank in (0, 1)]
     assert [len(half) for half in halves] == [20, 20]
     taken_in_turn = [clips for pair in zip(*halves, strict=True) for clips in pair]
     assert taken_in_turn[: len(whole)] == whole
@@ -106,10 +131,10 @@ def test_processes_share_each_step(corpus: Corpus) -> None:
 def test_training_learns_and_goes_on(corpus: Corpus, tmp_path: Path) -> None:
     """The loss falls, and a state that was saved is taken up where it was left."""
     training = Training(corpus.tokenizer, tmp_path / "state.pt")
-    batch = corpus.batch(next(islice(lessons(corpus, 0, 80, 0, 1), 1)), np.random.default_rng(0))
+    batch = corpus.batch(next(islice(lessons(corpus, 0, 80, (0, 1)), 1)), np.random.default_rng(0))
     losses = [training.learn(batch, 12) for _ in range(10)]
     assert losses[5][1] < losses[0][1], "the audio tower learns, alone"
-    assert all(told == 0 for told, _ in losses[:6])
+    assert all(told == 0 for told, *_ in losses[:6])
     assert losses[-1][0] < losses[6][0], "then the captions"
     training.save()
     again = Training(corpus.tokenizer, tmp_path / "state.pt")
