@@ -1,0 +1,56 @@
+"""A table of the microbenchmarks: each beside its reference, as a ratio of medians.
+
+pytest benchmarks/micro --benchmark-json .cache/micro.json
+python benchmarks/micro/ratios.py .cache/micro.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+REFERENCES = {
+    "test_decode.py::test_service": "test_decode.py::test_library",
+    "test_features.py::test_service": "test_features.py::test_extractor",
+    "test_wire.py::test_read_service": "test_wire.py::test_read_library",
+    "test_wire.py::test_write_service": "test_wire.py::test_write_library",
+    "test_admission.py::test_limits": "test_admission.py::test_limits_reference",
+    "test_admission.py::test_key": "test_admission.py::test_key_reference",
+    "test_admission.py::test_line": "test_admission.py::test_line_reference",
+    "test_ledger.py::test_append": "test_ledger.py::test_append_reference",
+    "test_ledger.py::test_append_and_sync": "",
+    "test_ledger.py::test_write": "test_ledger.py::test_write_reference",
+}
+"""What each is read beside; nothing where there is none."""
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    times = {one["fullname"].removeprefix("benchmarks/micro/"): one["stats"] for one in found}
+    lines = ["| | median, µs | reference, µs | ratio |", "| --- | ---: | ---: | ---: |"]
+    for name, stats in times.items():
+        test, _, case = name.partition("[")
+        if test not in REFERENCES:
+            continue
+        of = {other: times[other] for other in times if re.split(r"\[", other)[0] == REFERENCES[test]}
+        # A reference of the same case, of several ways of the same case, or of none.
+        fitting = [other for other in of if "[" not in other or set(_cases(case)) <= set(_cases(other))]
+        own = stats["median"] * 1e6
+        for other in fitting or [""]:
+            if not other:
+                lines.append(f"| {name} | {own:.1f} | | |")
+                continue
+            theirs = of[other]["median"] * 1e6
+            lines.append(f"| {name} | {own:.1f} | {theirs:.1f} ({other.partition('::')[2]}) | {own / theirs:.2f} |")
+    return lines
+
+
+def _cases(name: str) -> list[str]:
+    return [part for part in name.rpartition("[")[2].removesuffix("]").split("-") if part]
+
+
+if __name__ == "__main__":
+    print("\n".join(table(json.loads(Path(sys.argv[1]).read_text())["benchmarks"])))

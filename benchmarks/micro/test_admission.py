@@ -1,0 +1,140 @@
+"""The way in: whose key it is, whether its limits let it in, and whose turn it is among many tenants.
+
+pytest benchmarks/micro/test_admission.py --benchmark-sort=name
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import itertools
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from serving.config import Settings
+from serving.line import FairLine, Line
+from serving.tenancy.keys import Keyring
+from serving.tenancy.limits import Limiter, Spent
+from serving.tenancy.limits_memory import MemoryStore
+from serving.tenancy.limits_redis import RedisStore
+from serving.tenancy.store import connect, migrate
+from serving.types import Caller, Limits, Share
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stores import Redis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LIMITS = Limits(requests_per_minute=10**9, tokens_per_minute=10**12)
+CALLER = Caller("acme", "k1", tenant_limits=LIMITS, key_limits=LIMITS)
+KEY = "sk-0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    """A Redis of one's own."""
+    with Redis() as server:
+        yield server.url
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+def test_limits(benchmark: Callable[..., Any], kind: str, request: pytest.FixtureRequest) -> None:
+    """One request let in, charged and settled, under limits of its tenant and of its key."""
+    numbers = itertools.count()
+
+    async def spent(_: Caller) -> Spent:
+        return Spent()
+
+    async def one(limiter: Limiter) -> None:
+        lease = await limiter.admit(CALLER, f"r{next(numbers)}")
+        await lease.charge(audio_s=30.0, input_tokens=383, output_tokens=450, nanos=0)
+        await lease.settle(tokens=700, nanos=0)
+
+    with asyncio.Runner() as runner:
+        store = MemoryStore() if kind == "memory" else RedisStore(request.getfixturevalue("redis_url"))
+        limiter = Limiter(store, spent)
+        runner.run(limiter.start())
+        benchmark(lambda: runner.run(one(limiter)))
+        runner.run(limiter.stop())
+    assert next(numbers) > 0
+
+
+def test_limits_reference(benchmark: Callable[..., Any]) -> None:
+    """What running a coroutine that does nothing costs; no more than that is not the limits'."""
+
+    async def nothing() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    with asyncio.Runner() as runner:
+        benchmark(lambda: runner.run(nothing()))
+
+
+def test_key(benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    """Whose key a header holds."""
+    database = connect(f"sqlite:///{tmp_path / 'keys.db'}")
+    migrate(database)
+    keyring = Keyring(Settings(api_keys=[KEY], data_dir=tmp_path), database)
+    keyring.refresh()
+    assert benchmark(keyring.authenticate, {"authorization": f"Bearer {KEY}"}).tenant_id == "default"
+
+
+def test_key_reference(benchmark: Callable[..., Any]) -> None:
+    """One keyed hash of it."""
+    assert benchmark(lambda: hmac.digest(b"pepper", KEY.encode(), hashlib.sha256))
+
+
+@dataclass(eq=False, slots=True)
+class _Item:
+    share: Share
+    arrived_s: float
+    cost: float = 100.0
+    tags: list[float] = field(default_factory=list)
+
+
+def _arrived(item: _Item) -> float:
+    return item.arrived_s
+
+
+@pytest.mark.parametrize("tenants", [1, 10, 1000])
+def test_line(benchmark: Callable[..., Any], tenants: int) -> None:
+    """One comes and the next goes, while 1,000 of so many tenants wait."""
+    line = FairLine(_arrived, patience_s=1e9, now_s=lambda: 0.0)
+    numbers = itertools.count()
+    shares = [Share(f"tenant {number}") for number in range(tenants)]
+
+    def come() -> None:
+        number = next(numbers)
+        line.add(_Item(shares[number % tenants], float(number)))
+
+    def one() -> None:
+        come()
+        line.take(next(line.turns()))
+
+    for _ in range(1000):
+        come()
+    benchmark(one)
+    assert len(line) == 1000
+
+
+def test_line_reference(benchmark: Callable[..., Any]) -> None:
+    """The same in one line for all, without turns."""
+    line: Line[_Item] = Line(_arrived)
+    numbers = itertools.count()
+    add = partial(_Item, Share())
+
+    def one() -> None:
+        line.add(add(float(next(numbers))))
+        line.discard(next(iter(line)))
+
+    for _ in range(1000):
+        line.add(add(float(next(numbers))))
+    benchmark(one)
+    assert len(line) == 1000

@@ -1,0 +1,124 @@
+"""The ledger: a record's way into the journal, to the disk, and into the database.
+
+pytest benchmarks/micro/test_ledger.py --benchmark-sort=name
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+import sqlalchemy as sa
+
+from serving.tenancy import ledger_store
+from serving.tenancy.journal import Journal
+from serving.tenancy.schema import usage_records
+from serving.tenancy.store import connect, migrate
+from serving.tenancy.usage_record import UsageRecord
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stores import Postgres
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BATCH = 100
+_numbers = itertools.count()
+
+
+def entry() -> dict[str, Any]:
+    """Make a record that was just opened, as the journal takes it."""
+    record = UsageRecord(
+        request_id=f"r{next(_numbers)}",
+        tenant_id="acme",
+        key_id="k1",
+        region="beijing",
+        dialect="openai",
+        model="captioner",
+        stream=True,
+        audio_form="inline",
+        replica="here",
+        currency="CNY",
+        input_price="0.0158",
+        output_price="0.0127",
+    )
+    return record.row()
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    """A process's own."""
+    with_lock = Journal(tmp_path, "here").open()
+    yield with_lock
+    with_lock.close()
+
+
+def test_append(benchmark: Callable[..., Any], journal: Journal) -> None:
+    """What a request waits for, twice: its record is in the journal, safe from the end of the process."""
+    benchmark(journal.append, entry())
+    assert journal.appended_bytes > 0
+
+
+def test_append_reference(benchmark: Callable[..., Any], tmp_path: Path) -> None:
+    """The same record as JSON, written to a file."""
+    file = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    record = entry()
+    benchmark(lambda: os.write(file, orjson.dumps(record)))
+    os.close(file)
+    assert (tmp_path / "file").stat().st_size > 0
+
+
+def test_append_and_sync(benchmark: Callable[..., Any], journal: Journal) -> None:
+    """A batch on the disk: what a thread does besides, so that no request waits for it."""
+
+    def batch() -> None:
+        for record in records:
+            journal.append(record)
+        journal.sync()
+
+    records = [entry() for _ in range(BATCH)]
+    benchmark(batch)
+    assert journal.appended >= BATCH
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+    """An empty one of each kind; PostgreSQL without waiting for its disk."""
+    if request.param == "sqlite":
+        engine = connect(f"sqlite:///{tmp_path / 'ledger.db'}")
+        migrate(engine)
+        yield engine
+        engine.dispose()
+        return
+    with Postgres() as server:
+        engine = connect(server.url)
+        migrate(engine)
+        yield engine
+        engine.dispose()
+
+
+def test_write(benchmark: Callable[..., Any], database: sa.Engine) -> None:
+    """A batch of records into the database, as the ledger's thread brings them."""
+    benchmark.pedantic(  # type: ignore[attr-defined]
+        ledger_store.write, setup=lambda: ((database, [entry() for _ in range(BATCH)]), {}), rounds=30
+    )
+    with database.connect() as connection:
+        assert len(connection.execute(sa.select(usage_records.c.request_id)).all()) >= BATCH
+
+
+def test_write_reference(benchmark: Callable[..., Any], database: sa.Engine) -> None:
+    """The same number of plain rows, each there only once, by one statement."""
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        with database.begin() as connection:
+            connection.execute(sa.insert(usage_records), rows)
+
+    def rows() -> tuple[tuple[list[dict[str, Any]]], dict[str, Any]]:
+        return ([ledger_store._columns(entry()) for _ in range(BATCH)],), {}  # noqa: SLF001 - how a row is told
+
+    benchmark.pedantic(write, setup=rows, rounds=30)  # type: ignore[attr-defined]
