@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from clips import Clip, alike, make, mixed
 from conditions import conditions, shown
-from load import BadAnswerError
 from page import page
 from ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
 from report import to_markdown
 from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, StockOfflineEngine, VllmServe
+from wire import BadAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -167,7 +167,7 @@ def _round(one: Round) -> dict[str, Any]:
         "machine_cpu_s": round(one.use.machine_cpu_s, 2),
         "load_generator_cpu_s": round(one.load_generator_cpu_s, 2),
         "memory_mib": {part: round(mib) for part, mib in one.memory_mib.items()},
-        "ttft_s": [round(answer.ttft_s, 3) for answer in one.answers],
+        "ttft_s": [round(ttft_s, 3) for answer in one.answers if (ttft_s := answer.ttft_s) is not None],
         "e2e_s": [round(answer.e2e_s, 3) for answer in one.answers],
     }
 

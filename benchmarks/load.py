@@ -1,39 +1,25 @@
 """A closed-loop load generator for OpenAI-compatible chat completions with streamed answers.
 
 It must not become what is measured: bodies are made beforehand, and what arrives is only stamped and kept; it is parsed
-and checked when the round is over.
+and checked (wire.py) when the round is over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
-import json
 import time
-from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import aiohttp
+from wire import Answer, Asked, call, read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
-"""The model card's, sent explicitly so that no server's own defaults count."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One checked answer. Times count from just before the request is sent; TTFT is to the first text."""
-
-    ttft_s: float
-    e2e_s: float
-    events: int
-    prompt_tokens: int
-    completion_tokens: int
+    from wire import Pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +30,10 @@ class Target:
     model: str
     max_tokens: int
 
-
-class BadAnswerError(Exception):
-    """An answer that is not what every request of a benchmark must get."""
+    @property
+    def asked(self) -> Asked:
+        """The same in the words of the checks. Servers that are compared count input by rules of their own."""
+        return Asked(self.model, self.max_tokens, "any")
 
 
 class Load:
@@ -63,8 +50,8 @@ class Load:
         asyncio.run(self._run())
 
     def answers(self) -> list[Answer]:
-        """What came. Raises `BadAnswerError` unless each is a 200 with text, the asked number of tokens, and usage."""
-        return [raw.check(self._target.max_tokens) for raw in self._raw]
+        """What came. Raises `BadAnswerError` unless each is right."""
+        return [raw.checked(self._target.asked) for raw in self._raw]
 
     async def _run(self) -> None:
         waiting = iter(self._bodies)
@@ -86,58 +73,27 @@ class Load:
 
 
 def _body(target: Target, clip: Path) -> bytes:
-    audio = {"data": base64.b64encode(clip.read_bytes()).decode(), "format": clip.suffix.removeprefix(".")}
-    return json.dumps(
-        {
-            "model": target.model,
-            "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": audio}]}],
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            "max_tokens": target.max_tokens,
-            "ignore_eos": True,
-            **SAMPLING,
-        }
-    ).encode()
+    audio = base64.b64encode(clip.read_bytes())
+    return call(target.asked, "openai", audio, stream=True, bare=clip.suffix.removeprefix(".")).body
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes) -> _RawAnswer:
     began = time.perf_counter()
     async with session.post(url, data=aiohttp.BytesPayload(body)) as response:
         pieces = [(time.perf_counter() - began, piece) async for piece in response.content.iter_any()]
-        return _RawAnswer(response.status, pieces, time.perf_counter() - began)
+        headers = {name.lower(): value for name, value in response.headers.items()}
+        return _RawAnswer(response.status, headers, pieces, time.perf_counter() - began)
 
 
 @dataclass(frozen=True, slots=True)
 class _RawAnswer:
     status: int
-    pieces: list[tuple[float, bytes]]
+    headers: Mapping[str, str]
+    pieces: Pieces
     e2e_s: float
 
-    def check(self, max_tokens: int) -> Answer:
+    def checked(self, asked: Asked) -> Answer:
         """The figures of this answer. Raises `BadAnswerError`."""
-        body = b"".join(piece for _, piece in self.pieces)
-        if self.status != 200:
-            raise BadAnswerError(f"HTTP {self.status}: {body[:500]!r}")
-        if not body.endswith(b"data: [DONE]\n\n"):
-            raise BadAnswerError(f"the stream does not end as it should: {body[-500:]!r}")
-        events = list(_events(body))
-        choices = [(end, choice) for end, event in events for choice in event["choices"]]
-        text_ends = [end for end, choice in choices if choice["delta"].get("content")]
-        usage = events[-1][1]["usage"]
-        if not text_ends or choices[-1][1]["finish_reason"] != "length" or usage["completion_tokens"] != max_tokens:
-            raise BadAnswerError(f"expected text of {max_tokens} tokens: {body[-1000:]!r}")
-        arrived = list(itertools.accumulate(len(piece) for _, piece in self.pieces))
-        ttft_s, _ = self.pieces[bisect_left(arrived, text_ends[0])]
-        return Answer(ttft_s, self.e2e_s, len(events), usage["prompt_tokens"], usage["completion_tokens"])
-
-
-def _events(body: bytes) -> Iterator[tuple[int, Any]]:
-    """Each event's JSON with the position where it ends."""
-    end = 0
-    for frame in body.split(b"\n\n"):
-        end += len(frame) + 2
-        if frame.startswith(b"data: {"):
-            event = json.loads(frame.removeprefix(b"data: "))
-            if "error" in event:
-                raise BadAnswerError(f"in-stream error: {event}")
-            yield end, event
+        answer = read(self.status, self.headers, self.pieces, self.e2e_s, stream=True)
+        answer.check(asked, 0.0)
+        return answer

@@ -7,6 +7,9 @@ each figure as an entry of its own: `E2E`, `TTFT` and `ITL` (mean time between t
 `audio`, where "ms" is the audio of a right answer: its sum over time is audio-seconds per second. `--journal` gets a
 line of JSON for each request, which is what a report is made of.
 
+In an open loop each request is due at a moment that is set beforehand, and every figure counts from then: a server that
+is slow, or a generator that is late, cannot put off what it would be measured by.
+
 The exit status is 3 if an answer was wrong or an error came that is not a clear "too much", 4 if none was right.
 """
 
@@ -34,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # Locust does not, in its worker
 
 from clips import CODECS, LENGTHS_S, Bank
 from shapes import CURVES, Shape
-from wire import COMPATIBLE, FAILED, WRONG, Asked, BadAnswerError, Call, Seen, call, read
+from wire import BASES, FAILED, WRONG, Asked, BadAnswerError, Call, Seen, call, read
 
 if TYPE_CHECKING:
     import argparse
@@ -63,7 +66,9 @@ def _options(parser: Any) -> None:
     add("--ways", default="openai-stream", help=f"of {','.join(WAYS)}: each as often as the others")
     add("--tokens", type=int, default=0, help="length of every caption by ignore_eos; 0: as it comes")
     add("--usage-rule", choices=("manual", "model", "any"), default="manual", help="what input tokens must be")
-    add("--compatible-path", default=COMPATIBLE)
+    add("--openai-base-url", default=BASES["openai"], help="a whole URL, or a path at the host")
+    add("--dashscope-base-url", default=BASES["dashscope"], help="a whole URL, or a path at the host")
+    add("--least-s", type=float, default=0, help="an answer that comes sooner is taken for a cache's")
     add("--mix", default="30=1", help=f"lengths=weight,…: a sort of {','.join(LENGTHS_S)}, or seconds")
     add("--codecs", default="mp3", help=f"of {','.join(CODECS)}")
     add("--forms", default="data", help=f"of {','.join(FORMS)}")
@@ -88,23 +93,23 @@ class _Run:
         options: argparse.Namespace = environment.parsed_options
         self.events = environment.events
         self.options = options
-        self.asked = Asked(options.model, options.tokens or None, options.usage_rule, options.compatible_path)
+        self.asked = Asked(options.model, options.tokens or None, options.usage_rule, options.least_s)
         self.bank = _bank(options.clips_dir, options.codecs)
         self.seen = Seen()
-        self.bad = self.right = 0
         self.under_way = Pool()
         self.measured_from = time.time() + options.warm_up
-        url = urlsplit(environment.host)
-        self.prefix = url.path.rstrip("/")
-        self.client = HTTPClient.from_url(
-            environment.host, concurrency=100_000, connection_timeout=30, network_timeout=TIMEOUT_S
-        )
+        host = environment.host.rstrip("/")
+        bases: dict[Dialect, str] = {"openai": options.openai_base_url, "dashscope": options.dashscope_base_url}
+        self.servers = {
+            dialect: Server(base if base.startswith("http") else host + base) for dialect, base in bases.items()
+        }
         self.journal = Path(options.journal or os.devnull).open("a", buffering=1)  # noqa: SIM115 - until the process ends
         # Each worker has clips of its own.
         worker = max(0, getattr(environment.runner, "worker_index", 0))
         self.random = random.Random(f"{options.run_seed}.{worker}")
         self._seed = (options.run_seed * 1000 + worker) * 1_000_000
         self.keys = weights(os.environ.get("BENCHMARK_KEYS", ""))
+        self.unreported: list[tuple[str, int, str]] = []
 
     def make_clip(self) -> Clip:
         """One that nobody has had."""
@@ -121,6 +126,32 @@ class _Run:
 
     def note(self, **values: Any) -> None:
         self.journal.write(json.dumps(values) + "\n")
+
+
+class Server:
+    """Where one dialect is spoken."""
+
+    def __init__(self, base: str) -> None:
+        self.base = base.rstrip("/")
+        self._path = urlsplit(self.base).path
+        self._client = HTTPClient.from_url(
+            self.base, concurrency=100_000, connection_timeout=30, network_timeout=TIMEOUT_S
+        )
+
+    def send(self, request: Call, *, stream: bool) -> Answer:
+        """Send a request and read its answer. Raises `BadAnswerError`."""
+        began = time.perf_counter()
+        try:
+            response = self._client.request("POST", self._path + request.path, request.body, request.headers)
+            pieces = []
+            while stream and (event := response.readline(b"\n\n")):
+                pieces.append((time.perf_counter() - began, bytes(event)))
+            if rest := response.read():
+                pieces.append((time.perf_counter() - began, bytes(rest)))
+        except (OSError, ValueError) as error:  # the client's own errors among them
+            raise BadAnswerError(FAILED, f"connection: {error!r}") from error
+        headers = {name.lower(): str(value) for name, value in response.items()}
+        return read(response.status_code, headers, pieces, time.perf_counter() - began, stream=stream)
 
 
 class Clip:
@@ -141,13 +172,17 @@ class Clip:
         prefix = f"data:audio/{self.codec};base64," if form == "data" else ""
         return prefix.encode() + base64.b64encode(self.data)
 
+    def drop(self) -> None:
+        """Take it from where it was served."""
+        if self.served:
+            self.served.unlink(missing_ok=True)
+
     def _upload(self, run: _Run, key: str) -> bytes:
         """The way of DashScope's SDKs: ask for a policy, post the file."""
         began = time.perf_counter()
         asked = {"action": "getPolicy", "model": run.options.model}
-        url = f"{run.client.host}:{run.client.port}{run.prefix}/api/v1/uploads"
-        scheme = "https" if run.client.ssl else "http"
-        told = requests.get(f"{scheme}://{url}", asked, headers={"authorization": f"Bearer {key}"}, timeout=60)
+        url = f"{run.servers['dashscope'].base}/uploads"
+        told = requests.get(url, asked, headers={"authorization": f"Bearer {key}"}, timeout=60)
         policy = told.json()["data"]
         name = f"{policy['upload_dir']}/{self.seed}.{self.codec}"
         fields = {
@@ -170,98 +205,107 @@ class Caller(User):  # type: ignore[misc]
     def on_start(self) -> None:
         """Begin anywhere in the time between two requests, so that all together ask evenly."""
         self.run_ = _running()
-        if self.run_.options.arrivals != "closed":
-            gevent.sleep(self.run_.random.random() / self.run_.options.user_rate)
+        self.closed = self.run_.options.arrivals == "closed"
+        self.due = 0.0 if self.closed else time.time() + self.run_.random.random() / self.run_.options.user_rate
+        self.next: Request | None = None
 
     def wait_time(self) -> float:
-        """Time from one request to the next."""
-        options = self.run_.options
-        if options.arrivals == "closed":
-            return 0.0
-        even = options.arrivals == "even"
-        return 1 / options.user_rate if even else self.run_.random.expovariate(options.user_rate)
+        """Time until the next request is due."""
+        return max(0.0, self.due - time.time())
 
     @task  # type: ignore[untyped-decorator]
     def ask(self) -> None:
-        """Ask for one caption, and in an open loop do not wait for it."""
-        if self.run_.options.arrivals == "closed":
-            self._ask(time.time())
-        else:
-            self.run_.under_way.spawn(self._ask, time.time())
-
-    def _ask(self, due: float) -> None:
+        """Ask for one caption. In an open loop do not wait for it, but make the next request until that one is due."""
         run = self.run_
-        way = run.random.choice(run.options.ways.split(","))
-        dialect, stream = WAYS[way]
+        if self.closed:
+            _ask(run, Request(run), time.time())
+            return
+        if self.next:
+            run.under_way.spawn(_ask, run, self.next, self.due)
+            rate = run.options.user_rate
+            self.due += 1 / rate if run.options.arrivals == "even" else run.random.expovariate(rate)
+        self.next = Request(run)
+
+    def on_stop(self) -> None:
+        """Leave nothing behind of a request that was never due."""
+        if self.next:
+            self.next.clip.drop()
+
+
+class Request:
+    """One that is ready to be sent, or could not be made."""
+
+    def __init__(self, run: _Run) -> None:
+        self.way = run.random.choice(run.options.ways.split(","))
+        dialect, self.stream = WAYS[self.way]
+        self.server = run.servers[dialect]
         form = run.random.choice(run.options.forms.split(","))
         key = _draw(run.random, run.keys)
-        clip = run.make_clip()
-        about = {"way": way, "sort": clip.sort, "codec": clip.codec, "form": form, "audio_s": round(clip.audio_s, 3)}
-        about |= {"tenant": list(run.keys).index(key), "due": round(due, 4), "warm_up": due < run.measured_from}
+        self.clip = clip = run.make_clip()
+        self.about = {"way": self.way, "sort": clip.sort, "codec": clip.codec, "form": form, "clip": clip.seed}
+        self.about |= {"audio_s": round(clip.audio_s, 3), "tenant": list(run.keys).index(key)}
+        self.call: Call | None = None
+        self.failure = ""
         try:
             audio = clip.given(form, run, key)
-            request = call(run.asked, dialect, audio, stream=stream, bare=clip.codec if form == "base64" else "")
-            if key:
-                request.headers["authorization"] = f"Bearer {key}"
-            sent = time.time()
-            answer = self._judged(request, clip, way)
-        except (BadAnswerError, requests.RequestException, KeyError) as error:
-            bad = error if isinstance(error, BadAnswerError) else BadAnswerError(FAILED, f"upload: {error!r}")
-            run.bad += bad.kind in (*WRONG, FAILED)
-            run.note(**about, outcome=bad.kind, detail=bad.detail[:300], ended=round(time.time(), 4))
-            _fire(run, "E2E", way, time.time() - due, bad)
-        else:
-            run.right += 1
-            run.note(
-                **about,
-                outcome="right",
-                sent=round(sent, 4),
-                ended=round(time.time(), 4),
-                text=blake2b(answer.text.encode(), digest_size=8).hexdigest(),
-                tokens=answer.output_tokens,
-                **{name: round(value, 4) for name in TIMES if (value := getattr(answer, name)) is not None},
-            )
-            if not about["warm_up"]:
-                _fire(run, "E2E", way, answer.e2e_s)
-                _fire(run, "audio", way, clip.audio_s)
-                if answer.ttft_s is not None:
-                    _fire(run, "TTFT", way, answer.ttft_s)
-                if answer.itl_s is not None:
-                    _fire(run, "ITL", way, answer.itl_s)
-        finally:
-            if clip.served:
-                clip.served.unlink(missing_ok=True)
+        except (requests.RequestException, KeyError, ValueError) as error:
+            self.failure = f"upload: {error!r}"
+            return
+        self.call = call(run.asked, dialect, audio, stream=self.stream, bare=clip.codec if form == "base64" else "")
+        if key:
+            self.call.headers["authorization"] = f"Bearer {key}"
 
-    def _judged(self, request: Call, clip: Clip, way: str) -> Answer:
-        """The answer, if it is right. Raises `BadAnswerError`."""
-        run, stream = self.run_, WAYS[way][1]
-        answer = send(run.client, run.prefix, request, stream=stream)
-        answer.check(run.asked, clip.audio_s)
-        run.seen.check(answer.text, clip.seed)
+    def answer(self, run: _Run) -> Answer:
+        """Send it. The answer, if it is right. Raises `BadAnswerError`."""
+        if not self.call:
+            raise BadAnswerError(FAILED, self.failure)
+        answer = self.server.send(self.call, stream=self.stream)
+        answer.check(run.asked, self.clip.audio_s)
+        caption = _digest(answer.text)
+        run.unreported.append((caption, self.clip.seed, answer.id))
+        run.seen.check(caption, self.clip.seed, answer.id)
         if run.random.random() < run.options.probe_share:
-            again = [send(run.client, run.prefix, request, stream=stream) for _ in range(2)]
+            again = [self.server.send(self.call, stream=self.stream) for _ in range(2)]
             if all(one.text == answer.text and one.e2e_s < answer.e2e_s / 2 for one in again):
                 raise BadAnswerError("cached", "a clip that was sent again got the same words, much faster, twice")
         return answer
 
 
-TIMES = ("ttft_s", "itl_s", "stall_s", "e2e_s")
-
-
-def send(client: HTTPClient, prefix: str, request: Call, *, stream: bool) -> Answer:
-    """Send a request and read its answer. Raises `BadAnswerError`."""
-    began = time.perf_counter()
+def _ask(run: _Run, request: Request, due: float) -> None:
+    """Send a request and note what came of it. Times count from when it was due."""
+    way, sent = request.way, time.time()
+    late_s = sent - due
+    about = request.about | {"due": round(due, 4), "late_s": round(late_s, 4), "warm_up": due < run.measured_from}
     try:
-        response = client.request("POST", prefix + request.path, request.body, request.headers)
-        pieces = []
-        while stream and (event := response.readline(b"\n\n")):
-            pieces.append((time.perf_counter() - began, bytes(event)))
-        if rest := response.read():
-            pieces.append((time.perf_counter() - began, bytes(rest)))
-    except (OSError, ValueError) as error:  # the client's own errors among them
-        raise BadAnswerError(FAILED, f"connection: {error!r}") from error
-    headers = {name.lower(): str(value) for name, value in response.items()}
-    return read(response.status_code, headers, pieces, time.perf_counter() - began, stream=stream)
+        answer = request.answer(run)
+    except BadAnswerError as bad:
+        run.note(**about, outcome=bad.kind, detail=bad.detail[:300], ended=round(time.time(), 4))
+        _fire(run, "E2E", way, time.time() - due, bad)
+        return
+    finally:
+        request.clip.drop()
+    times = {name: value for name in ("itl_s", "stall_s") if (value := getattr(answer, name)) is not None}
+    times["e2e_s"] = late_s + answer.e2e_s
+    if answer.ttft_s is not None:
+        times["ttft_s"] = late_s + answer.ttft_s
+    run.note(
+        **about,
+        outcome="right",
+        sent=round(sent, 4),
+        ended=round(time.time(), 4),
+        text=_digest(answer.text),
+        tokens=answer.output_tokens,
+        **{name: round(value, 4) for name, value in times.items()},
+    )
+    if not about["warm_up"]:
+        _fire(run, "audio", way, request.clip.audio_s)
+        for entry, name in (("E2E", "e2e_s"), ("TTFT", "ttft_s"), ("ITL", "itl_s")):
+            if name in times:
+                _fire(run, entry, way, times[name])
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def weights(text: str) -> dict[str, float]:
@@ -316,10 +360,36 @@ def _begin(environment: Any, **_: Any) -> None:
     _run = _Run(environment)
 
 
-@events.quitting.add_listener  # type: ignore[untyped-decorator]
-def _end(environment: Any, **_: Any) -> None:
+@events.test_stop.add_listener  # type: ignore[untyped-decorator]
+def _wait_for_the_last(environment: Any, **_: Any) -> None:
+    """In an open loop answers still come when no user is left; a worker tells of them before it ends."""
     if _run is not None:
         _run.under_way.join(TIMEOUT_S)
+    environment.stop_timeout = 0.0  # which a worker would sleep
+
+
+@events.report_to_master.add_listener  # type: ignore[untyped-decorator]
+def _report(data: dict[str, Any], **_: Any) -> None:
+    """Tell what was captioned, so that the master notices what no worker can: repeats among them."""
+    if _run is not None:
+        data["captioned"], _run.unreported = _run.unreported, []
+
+
+@events.worker_report.add_listener  # type: ignore[untyped-decorator]
+def _compare(data: dict[str, Any], **_: Any) -> None:
+    run = _running()
+    for caption, clip, id_ in data.get("captioned", ()):
+        try:
+            run.seen.check(caption, clip, id_)
+        except BadAnswerError as bad:
+            now = round(time.time(), 4)
+            about = {"way": "all workers", "clip": clip, "audio_s": 0.0, "due": now, "ended": now, "warm_up": True}
+            run.note(**about, outcome=bad.kind, detail=bad.detail)
+            _fire(run, "E2E", "all workers", 0.0, bad)
+
+
+@events.quitting.add_listener  # type: ignore[untyped-decorator]
+def _end(environment: Any, **_: Any) -> None:
     kinds = [str(entry.error) for entry in environment.stats.errors.values()]
     if any(kind in error for error in kinds for kind in (*WRONG, FAILED)):
         environment.process_exit_code = 3

@@ -27,8 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # the other modules are written to be started by their path
 
-from load import SAMPLING
 from systems import MODEL_NAME, Captioner, Setup
+from wire import SAMPLING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

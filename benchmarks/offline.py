@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import soundfile
 import soxr
-from load import SAMPLING
 from vllm import LLM, SamplingParams
+from wire import SAMPLING
 
 if TYPE_CHECKING:
     import numpy as np

@@ -236,12 +236,13 @@ def instant(port: int) -> None:
 
     async def answer(request: web.Request) -> web.Response:
         await request.read()
-        words = ["A bell rings ", str(next(number)), *(f" and {of}" for of in "abcdefghijklmn")]
+        id_ = str(next(number))
+        words = ["A bell rings ", id_, *(f" and {of}" for of in "abcdefghijklmn")]
         events: list[Any] = [{"choices": [{"delta": {"content": word}, "finish_reason": None}]} for word in words]
         events.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
         usage = {"prompt_tokens": 33, "completion_tokens": 16, "total_tokens": 49}
         events.append({"choices": [], "usage": usage})
-        body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        body = "".join(f"data: {json.dumps({'id': id_} | event)}\n\n" for event in events) + "data: [DONE]\n\n"
         return web.Response(text=body, content_type="text/event-stream")
 
     app = web.Application(client_max_size=1 << 26)

@@ -25,15 +25,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import psutil
-from load import BadAnswerError, Load, Target
+from load import Load, Target
 from processes import Family, Snapshot, memory_mib
+from wire import BadAnswerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clips import Clip
-    from load import Answer
     from processes import Use
+    from wire import Answer
 
 START_TIMEOUT_S = 1800
 MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
@@ -349,5 +350,5 @@ class _Batch:
 
     def answers(self) -> list[Answer]:
         if self._tokens != [self._max_tokens] * self._count:
-            raise BadAnswerError(f"{self._tokens=}, expected {self._count} times {self._max_tokens}")
+            raise BadAnswerError("cut", f"{self._tokens=}, expected {self._count} times {self._max_tokens}")
         return []

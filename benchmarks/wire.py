@@ -1,8 +1,8 @@
 """What is asked, and what a right answer is, in both dialects: for every load generator here.
 
 A fast answer that is wrong is no figure. `Answer.check` demands of each: an end as it was asked for, as many tokens as
-were asked for, text that fits them, usage by the rule, nothing that came from a cache. `Seen` demands that no two clips
-get the same caption.
+were asked for, text that fits them, usage by the rule, one id, nothing that came from a cache. `Seen` demands that no
+two clips get the same caption, and no two answers the same id.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 """The model card's, sent explicitly so that no server's own defaults count."""
 
-NATIVE = "/api/v1/services/aigc/multimodal-generation/generation"
-COMPATIBLE = "/compatible-mode/v1/chat/completions"
 Dialect = Literal["dashscope", "openai"]
+BASES: dict[Dialect, str] = {"dashscope": "/api/v1", "openai": "/compatible-mode/v1"}
+"""Where this service and the hosted API have the dialects; others have OpenAI's at `/v1`."""
+PATHS: dict[Dialect, str] = {
+    "dashscope": "/services/aigc/multimodal-generation/generation",
+    "openai": "/chat/completions",
+}
+"""Below that."""
 
 PADDING_S = 0.15
 """What a codec may add to a clip, or take from it."""
@@ -33,7 +38,7 @@ CHARACTERS_PER_TOKEN = (1.2, 16.0)
 MOST_REPETITION = 12
 """Text that packs better than this says the same over and over; a caption packs to a half or a third."""
 
-WRONG = ("broken", "cut", "empty", "repeated", "usage", "cached")
+WRONG = ("broken", "cut", "empty", "repeated", "usage", "cached", "id")
 """Kinds of wrong answers. One of them, and the run is wrong."""
 REFUSED, FAILED = "refused", "failed"
 """A clear no (429, 503), which a server past its limit may say; and any other error, which it may not."""
@@ -57,8 +62,8 @@ class Asked:
     """Length of every caption, by `ignore_eos`; without one it ends by itself."""
     usage: Literal["manual", "model", "any"] = "manual"
     """Rule for input tokens: 12.5 of a second as billed by the manual, about 13 as other servers count, or none."""
-    compatible: str = COMPATIBLE
-    """Path of the OpenAI dialect; others have `/v1/chat/completions`."""
+    least_s: float = 0.0
+    """No answer can be there sooner; one that is comes from a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,7 @@ class Call:
     """A request, ready to be sent."""
 
     path: str
+    """Below the dialect's base."""
     headers: dict[str, str]
     body: bytes
 
@@ -87,14 +93,14 @@ def call(asked: Asked, dialect: Dialect, audio: bytes, *, stream: bool, bare: st
         body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     # The audio, up to 10 MB, is put in as it is: taking it through a JSON library would cost more than all the rest.
     before, after = json.dumps({"model": asked.model, **body}).split('"@"')
-    path = NATIVE if dialect == "dashscope" else asked.compatible
-    return Call(path, headers, b'%s"%s"%s' % (before.encode(), audio, after.encode()))
+    return Call(PATHS[dialect], headers, b'%s"%s"%s' % (before.encode(), audio, after.encode()))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
     """An answer that is complete. Times count from just before the request is sent; TTFT is to the first text."""
 
+    id: str
     text: str
     finish_reason: str
     input_tokens: int
@@ -122,26 +128,28 @@ class Answer:
         per_token = len(self.text) / self.output_tokens if self.output_tokens else float("inf")
         if self.output_tokens < 1 or self.text_events > self.output_tokens:
             raise BadAnswerError("usage", f"{self.output_tokens} tokens in {self.text_events} pieces of text")
-        if self.output_tokens >= 16 and per_token < CHARACTERS_PER_TOKEN[0]:
+        # A model that may not end says in the end what is not text, or the same again.
+        if not asked.tokens and self.output_tokens >= 16 and per_token < CHARACTERS_PER_TOKEN[0]:
             raise BadAnswerError("cut", f"{len(self.text)} characters of {self.output_tokens} tokens")
         if per_token > CHARACTERS_PER_TOKEN[1]:
             raise BadAnswerError("usage", f"{len(self.text)} characters in {self.output_tokens} tokens")
-        self._check_repetition(asked)
+        if not asked.tokens:
+            self._check_repetition()
+        if self.e2e_s < asked.least_s:
+            raise BadAnswerError("cached", f"after {self.e2e_s:.4f} s, sooner than a model can answer")
         self._check_usage(asked, audio_s)
 
-    def _check_repetition(self, asked: Asked) -> None:
+    def _check_repetition(self) -> None:
         half = len(self.text) // 2
         doubled = half >= 32 and self.text[:half].strip() == self.text[-half:].strip()
-        # A model that may not end loops in the end; one that ends by itself must not.
-        looping = not asked.tokens and len(self.text) / len(zlib.compress(self.text.encode())) > MOST_REPETITION
-        if doubled or looping:
+        if doubled or len(self.text) / len(zlib.compress(self.text.encode())) > MOST_REPETITION:
             raise BadAnswerError("repeated", f"the text repeats itself: {self.text[:100]!r}")
 
     def _check_usage(self, asked: Asked, audio_s: float) -> None:
-        if asked.usage == "any":
-            return
         if self.total_tokens != self.input_tokens + self.output_tokens:
             raise BadAnswerError("usage", f"{self.total_tokens} is not {self.input_tokens} + {self.output_tokens}")
+        if asked.usage == "any":
+            return
         if asked.usage == "model":
             low, high = 12.4 * audio_s - 13, 13.1 * (audio_s + PADDING_S) + 40  # with its scaffold
             if not low <= self.input_tokens <= high:
@@ -156,16 +164,24 @@ class Answer:
 
 
 class Seen:
-    """Captions so far. As sampling is random, two clips that get the same words were not listened to."""
+    """Clips, captions and ids so far. As sampling is random, two clips that get the same words were not listened to."""
 
     def __init__(self) -> None:
-        self._clips: dict[str, object] = {}
+        self._clips: dict[str, int] = {}
+        self._ids: set[str] = set()
+        self._captioned: set[int] = set()
 
-    def check(self, text: str, clip: object) -> None:
-        """Raise `BadAnswerError` if this was said of another clip."""
-        first = self._clips.setdefault(text, clip)
+    def check(self, caption: str, clip: int, id_: str) -> None:
+        """Raise `BadAnswerError` if this was said of another clip, or in an answer of this id."""
+        if clip in self._captioned:
+            raise BadAnswerError("repeated", f"clip {clip} was sent twice")
+        self._captioned.add(clip)
+        if id_ in self._ids:
+            raise BadAnswerError("id", f"two answers are {id_!r}")
+        self._ids.add(id_)
+        first = self._clips.setdefault(caption, clip)
         if first != clip:
-            raise BadAnswerError("repeated", f"clips {first} and {clip} got the same caption: {text[:100]!r}")
+            raise BadAnswerError("repeated", f"clips {first} and {clip} got the same caption: {caption[:100]!r}")
 
 
 Pieces = list[tuple[float, bytes]]
@@ -181,17 +197,20 @@ def read(status: int, headers: Mapping[str, str], pieces: Pieces, e2e_s: float, 
         raise BadAnswerError("cached", "by its headers")
     try:
         return _streamed(pieces, e2e_s) if stream else _whole(json.loads(body), e2e_s)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise BadAnswerError("broken", f"{error!r}: {body[-300:]!r}") from error
 
 
 def _whole(body: Mapping[str, Any], e2e_s: float) -> Answer:
+    if "error" in body or body.get("code"):
+        raise BadAnswerError(FAILED, f"an error with HTTP 200: {body}")
     text, finish_reason = _said(body)
-    return Answer(text, finish_reason, **_counted(body["usage"]), text_events=1, e2e_s=e2e_s)
+    return Answer(_id(body), text, finish_reason, **_counted(body["usage"]), text_events=1, e2e_s=e2e_s)
 
 
 def _streamed(pieces: Pieces, e2e_s: float) -> Answer:
     texts, times, usage, finish_reason, last = [], [], None, "", b""
+    ids = set()
     for at_s, data in _events(pieces):
         last = data
         if data == b"[DONE]":
@@ -199,6 +218,7 @@ def _streamed(pieces: Pieces, e2e_s: float) -> Answer:
         event = json.loads(data)
         if "error" in event or event.get("code"):
             raise BadAnswerError(FAILED, f"in the stream: {data[:300]!r}")
+        ids.add(_id(event))
         usage = event.get("usage") or usage
         if event.get("output") or event["choices"]:
             text, reason = _said(event)
@@ -208,9 +228,12 @@ def _streamed(pieces: Pieces, e2e_s: float) -> Answer:
                 times.append(at_s)
     if not finish_reason or usage is None or (b'"choices":' in last and b'"output"' not in last):
         raise BadAnswerError("cut", f"the stream does not end as it should: {last[-300:]!r}")
+    if len(ids) > 1:
+        raise BadAnswerError("id", f"one answer has several: {sorted(ids)[:3]}")
     counted = _counted(usage)
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Answer(
+        ids.pop(),
         "".join(texts),
         finish_reason,
         **counted,
@@ -235,6 +258,14 @@ def _events(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
                     yield at_s, line[5:].strip()
     if rest.strip():
         raise BadAnswerError("cut", f"the stream ends within an event: {rest[-300:]!r}")
+
+
+def _id(body: Mapping[str, Any]) -> str:
+    """By which the answer can be asked after."""
+    id_ = body.get("id") or body.get("request_id")
+    if not isinstance(id_, str):
+        raise BadAnswerError("id", f"there is none: {str(body)[:300]}")
+    return id_
 
 
 def _said(body: Mapping[str, Any]) -> tuple[str, str]:

@@ -20,10 +20,10 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from cache_timing import verdict
 from clips import CODECS, Clip, make_clip, mixed
-from load import BadAnswerError, _RawAnswer
 from processes import Family, Snapshot
 from profiles import seen
 from report import figures, interval, ratios, to_markdown
+from wire import Asked, BadAnswerError, read
 
 from serving.audio.decode import decode
 
@@ -37,9 +37,12 @@ def events(text: str = "a dog", finish_reason: str = "length", tokens: int = 3) 
         {"choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]},
         {"choices": [{"delta": {"content": text}, "finish_reason": None}]},
         {"choices": [{"delta": {}, "finish_reason": finish_reason}]},
-        {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": tokens}},
+        {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": tokens, "total_tokens": 9 + tokens}},
     ]
-    return b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in said) + b"data: [DONE]\n\n"
+    return (
+        b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in ({"id": "one"} | of for of in said))
+        + b"data: [DONE]\n\n"
+    )
 
 
 def test_ttft_is_when_the_first_text_has_arrived() -> None:
@@ -48,8 +51,9 @@ def test_ttft_is_when_the_first_text_has_arrived() -> None:
     first_text_ends = body.index(b"\n\n", body.index(b"a dog")) + 2
     cuts = (0, 20, first_text_ends - 1, first_text_ends, len(body))
     pieces = [(float(number), body[a:b]) for number, (a, b) in enumerate(itertools.pairwise(cuts))]
-    answer = _RawAnswer(200, pieces, 9.0).check(3)
-    assert (answer.ttft_s, answer.e2e_s, answer.completion_tokens) == (2.0, 9.0, 3)
+    answer = read(200, {}, pieces, 9.0, stream=True)
+    answer.check(Asked("m", 3, "any"), 0)
+    assert (answer.ttft_s, answer.e2e_s, answer.output_tokens) == (2.0, 9.0, 3)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +70,7 @@ def test_ttft_is_when_the_first_text_has_arrived() -> None:
 def test_a_wrong_answer_is_no_figure(status: int, body: bytes) -> None:
     """Another status, no text, another end, other tokens, a cut stream, an error within it."""
     with pytest.raises(BadAnswerError):
-        _RawAnswer(status, [(1.0, body)], 1.0).check(3)
+        read(status, {}, [(1.0, body)], 1.0, stream=True).check(Asked("m", 3, "any"), 0)
 
 
 def a_round(wall_s: float, front_s: float) -> dict[str, Any]:

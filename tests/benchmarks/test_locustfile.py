@@ -11,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 
@@ -57,14 +58,24 @@ class _Answers(BaseHTTPRequestHandler):
         if fault == "refused":
             self._send(429, b"{}", "application/json")
             return
-        answer = (_native if native else _openai)(text, fault, stream=stream)
+        name = "the-same" if fault == "same-id" else uuid4().hex
+        of = {} if fault == "no-id" else {"request_id" if native else "id": name}
+        answer = [of | event for event in (_native if native else _openai)(text, fault, stream=stream)]
+        if fault == "changing-id":
+            answer = [
+                event | {name: f"{value}{number}" for name, value in of.items()} for number, event in enumerate(answer)
+            ]
+        if fault == "error-200":
+            answer = [of | ({"code": "InternalError", "message": "x"} if native else {"error": {"message": "x"}})]
         if not stream:
             self._send(200, json.dumps(answer[0]).encode(), "application/json", fault)
             return
         frames = [f"data: {json.dumps(event)}\n\n".encode() for event in answer]
         frames += [] if native else [b"data: [DONE]\n\n"]
-        if fault == "breaks off":
+        if fault == "breaks-off":
             frames = frames[:1]
+        if fault == "no-done":
+            frames = frames[:-1]
         self._send(200, b"".join(frames), "text/event-stream", fault)
 
     def _send(self, status: int, body: bytes, kind: str, fault: str = "") -> None:
@@ -161,16 +172,33 @@ def test_an_honest_server_passes_in_all_ways(lying: str, clips: Path, tmp_path: 
         ("same", "repeated"),
         ("doubled", "repeated"),
         ("truncates", "cut"),
+        ("breaks-off", "cut"),
+        ("no-done", "cut"),
         ("cached", "cached"),
+        ("x-cache", "cached"),
+        ("cached-tokens", "cached"),
         ("bills-more", "usage"),
+        ("bad-sum", "usage"),
+        ("few-tokens", "usage"),
+        ("same-id", "id"),
+        ("changing-id", "id"),
+        ("no-id", "id"),
+        ("error-200", "failed"),
     ],
 )
 def test_a_planted_fault_makes_the_run_fail(lying: str, clips: Path, tmp_path: Path, fault: str, kind: str) -> None:
     """The exit status says that the run is wrong, and the journal which answers and why."""
-    flags = ("--ways=openai-stream,dashscope", "--probe-share=1")
+    # Only OpenAI's dialect tells of cached tokens, and ends with a word of its own.
+    ways = "openai-stream" if fault in ("cached-tokens", "no-done") else "openai-stream,dashscope-stream"
+    flags = (f"--ways={ways}", f"--probe-share={int(fault == 'cached')}", "--seconds=1")
     status, told, printed = run(f"{lying}/{fault}", clips, tmp_path / "journal", *flags)
     assert status == 3, printed
-    assert kind in {one["outcome"] for one in told}
+    wrong = [one for one in told if one["outcome"] != "right"]
+    assert {one["outcome"] for one in wrong} == {kind}
+    assert all(one["detail"] for one in wrong)
+    # Of those that are wrong only beside another one, the first is right.
+    if fault not in ("same", "same-id", "cached"):
+        assert {one["way"] for one in wrong} == set(ways.split(",")) == {one["way"] for one in told}
 
 
 def test_a_run_without_a_right_answer_is_no_figure(lying: str, clips: Path, tmp_path: Path) -> None:
