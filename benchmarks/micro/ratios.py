@@ -1,7 +1,7 @@
 """A table of the microbenchmarks: each beside its reference, as a ratio of medians.
 
-pytest benchmarks/micro --benchmark-json .cache/micro.json
-python benchmarks/micro/ratios.py .cache/micro.json
+pytest benchmarks/micro --benchmark-json benchmarks/results/micro.json
+python benchmarks/micro/ratios.py benchmarks/results/micro.json > benchmarks/results/micro.md
 """
 
 from __future__ import annotations
@@ -48,9 +48,35 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def conditions(told: dict[str, Any]) -> str:
+    """One sentence on when, of what and where it was measured, as pytest-benchmark has noted it."""
+    commit, machine = told["commit_info"], told["machine_info"]
+    changed = " with local changes" if commit.get("dirty") else ""
+    cpu = machine["cpu"]
+    return (
+        f"Measured {told['datetime'][:16]} UTC at commit {commit['id'][:10]}{changed}, "
+        f"{cpu.get('count', '?')} cores of {cpu.get('brand_raw', 'an unknown CPU')}, "
+        f"Python {machine['python_version']}, pytest-benchmark {told['version']}."
+    )
+
+
+def page(told: dict[str, Any]) -> str:
+    """The whole page."""
+    lines = [
+        "# Microbenchmarks",
+        "",
+        conditions(told),
+        "Medians of many rounds of one call; a ratio above 1 is what the service takes longer than its reference.",
+        "How long rounds differ, and all else, is in `micro.json`.",
+        "",
+        *table(told["benchmarks"]),
+    ]
+    return "\n".join(lines)
+
+
 def _cases(name: str) -> list[str]:
     return [part for part in name.rpartition("[")[2].removesuffix("]").split("-") if part]
 
 
 if __name__ == "__main__":
-    print("\n".join(table(json.loads(Path(sys.argv[1]).read_text())["benchmarks"])))
+    print(page(json.loads(Path(sys.argv[1]).read_text())))
