@@ -53,8 +53,8 @@ class Cluster:
         self.url = f"http://127.0.0.1:{port}"
         self.directory = directory
         self._command = command
-        self._mark = f"BENCHMARK_CLUSTER={secrets.token_hex(8)}"
-        name, _, value = self._mark.partition("=")
+        self.mark = f"BENCHMARK_CLUSTER={secrets.token_hex(8)}"
+        name, _, value = self.mark.partition("=")
         self.environment = os.environ | {
             name: value,
             "CAPTIONER_UPLOADS_DIR": str(directory / "uploads"),
@@ -93,7 +93,7 @@ class Cluster:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if self._mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
+                if self.mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
                     found.append(process)
         return found
 

@@ -1,27 +1,24 @@
 """The service on Ray Serve: fronts, engine replicas, and the directory by which they find each other.
 
     client ─► HAProxy ─► Front (HTTP, fetch, decode, log-mel) ═ a socket each ═► EngineReplica (vLLM)
-                              └─ every second ─► Directory ◄─ every second ─┘
+                              └─ every 2 s ────► Directory ◄──── every 2 s ─┘
 
 A front is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
 the processes, replaces them, scales them and updates them; requests and tokens do not pass through it, so they go on
-while Ray's own parts restart. Beside `node.py` the only file that imports ray.
+while Ray's own parts restart. The only file of the application that imports ray (`node.py` does to leave a cluster).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import secrets
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,44 +26,29 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves annotations
-from starlette.middleware import Middleware
 
 from serving import logs, scaling
 from serving.app import create_app, make_engine
 from serving.config import Settings
-from serving.engine.remote import RemoteEngine
+from serving.directory import EVERY_S, ClusterEngine, Directory, told
 from serving.engine.server import EngineServer
+from serving.head import start_head
 from serving.metrics import Gauges
-from serving.scraping import MetricsListener, Presence, Register
+from serving.scraping import MetricsListener, Presence
 from serving.watch import watch_replica
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
-
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serving.metrics import Metrics
     from serving.scraping import Target
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 1.0
-"""How often engine replicas register and fronts ask."""
-
-_FORGET_AFTER_S = 5.0
-_NODES_EVERY_S = 30.0
 _METRICS_EVERY_S = 2.0
 _RAY_START_S = 300.0
 _RAY_TRIES = 4
-_RAY_PORTS = (
-    "port",
-    "ray-client-server-port",
-    "dashboard-agent-grpc-port",
-    "dashboard-agent-listen-port",
-    "runtime-env-agent-port",
-    "metrics-export-port",
-)
-_FIND_ENGINES_S = 20.0
 
 _NO_LIMIT = 1_000_000
 """Ray is not to refuse requests: it would in no dialect. The service's own bounds come first."""
@@ -75,56 +57,12 @@ Overrides = dict[str, Any]
 """Settings by name, as in a file. What they leave out each process takes from its environment: secrets, above all."""
 
 
-class Directory:
-    """Knows where the engine replicas are, and the secret by which they know their fronts.
-
-    It keeps nothing: started anew it has learnt all again after a second, and makes itself unknown until then.
-    """
-
-    def __init__(self) -> None:
-        self._secret = secrets.token_hex()
-        self._began = time.monotonic()
-        self._seen: dict[str, float] = {}
-        self._register = Register()
-        self._ray: tuple[float, list[Target]] = (-math.inf, [])
-
-    async def observe(self, target: Target) -> tuple[list[Target], dict[str, int]]:
-        """Note where a process tells its metrics; return where all do, and how many were lost, by role."""
-        at, nodes = self._ray
-        if time.monotonic() - at > _NODES_EVERY_S:
-            self._ray = time.monotonic(), nodes  # whoever asks meanwhile need not
-            self._ray = time.monotonic(), await asyncio.to_thread(_ray_targets)
-        targets, lost = self._register.note(target)
-        return [*targets, *self._ray[1]], lost
-
-    async def unobserve(self, address: str) -> None:
-        """A process ends as it should."""
-        self._register.strike(address)
-
-    async def register(self, address: str) -> str:
-        """Note that a replica serves at `address`; return the secret."""
-        self._seen[address] = time.monotonic()
-        return self._secret
-
-    async def forget(self, address: str) -> None:
-        """A replica takes no more."""
-        self._seen.pop(address, None)
-
-    async def replicas(self) -> tuple[list[str], str] | None:
-        """Return the addresses and the secret; `None` as long as it may not have heard of all."""
-        now = time.monotonic()
-        if now - self._began < 3 * EVERY_S:
-            return None
-        self._seen = {address: seen for address, seen in self._seen.items() if now - seen < _FORGET_AFTER_S}
-        return list(self._seen), self._secret
-
-
 def _presence(directory: DeploymentHandle[Any], settings: Settings, expose: Any) -> Presence:
     """This process to Prometheus, by way of the directory."""
     return Presence(
         MetricsListener(expose, settings.metrics_token),
-        lambda target: _told(directory.observe.remote(target)),
-        lambda address: _told(directory.unobserve.remote(address)),
+        lambda target: told(directory.observe.remote(target)),
+        lambda address: told(directory.unobserve.remote(address)),
     )
 
 
@@ -184,7 +122,7 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Take no more, let what runs end, then end the engine."""
         self._registering.cancel()
-        await _told(self._directory.forget.remote(self._address))
+        await told(self._directory.forget.remote(self._address))
         await self._server.drain()
         await self._server.stop()
         await self._presence.stop()
@@ -196,7 +134,7 @@ class EngineReplica:
 
     async def _register(self) -> None:
         while True:
-            self._secret = await _told(self._directory.register.remote(self._address)) or self._secret
+            self._secret = await told(self._directory.register.remote(self._address)) or self._secret
             await asyncio.sleep(EVERY_S)
 
     async def _known(self) -> None:
@@ -206,53 +144,10 @@ class EngineReplica:
         """
         known = False
         while not known:
-            await asyncio.sleep(EVERY_S)
-            told = await _told(self._directory.replicas.remote())
-            known = told is not None and self._address in told[0]
+            await asyncio.sleep(EVERY_S / 10)
+            answer = await told(self._directory.replicas.remote())
+            known = answer is not None and self._address in answer[0]
         await asyncio.sleep(2 * EVERY_S)
-
-
-class ClusterEngine(RemoteEngine):
-    """The engine replicas that the directory knows."""
-
-    def __init__(self, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]) -> None:
-        super().__init__()
-        self._directory = directory
-        self._engines = engines
-        self._waking: Any = None
-        self._following: asyncio.Task[None] | None = None
-        self._told_once = asyncio.Event()
-
-    async def start(self) -> None:
-        """See `Engine`. Returns when the engines that there are can be used; also if there is none."""
-        if self._following is None:
-            self._following = asyncio.create_task(self._follow())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FIND_ENGINES_S):
-                await self._told_once.wait()
-                while self.replicas["not_ready"] and not self.replicas["ready"]:  # noqa: ASYNC110 - once in a front's life
-                    await asyncio.sleep(EVERY_S / 10)
-
-    async def stop(self) -> None:
-        """See `Engine`."""
-        if self._following is not None:
-            self._following.cancel()
-        await super().stop()
-
-    async def _follow(self) -> None:
-        while True:
-            if told := await _told(self._directory.replicas.remote()):
-                self.update(*told)
-                self._told_once.set()
-            await asyncio.sleep(EVERY_S)
-
-    def wake(self) -> None:
-        """Ask for a replica where there is none.
-
-        The call waits at Ray until there is one, and that it waits is what Ray scales by.
-        """
-        if self._waking is None or self._waking.done():
-            self._waking = asyncio.ensure_future(_told(self._engines.wake.remote(), timeout_s=60))
 
 
 @serve.ingress()
@@ -290,35 +185,6 @@ class Front:
         return {"work": float(workers.busy + workers.queued), "wait_s": workers.longest_wait_s}
 
 
-class Edge:
-    """Outermost in each front: what clients send does not steer Ray, and an answer has one request id, ours."""
-
-    _STEERING = frozenset(
-        (b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
-    )
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request without Ray's headers, and its answer with the first of two request ids: Ray adds its."""
-        scope["headers"] = [header for header in scope["headers"] if header[0] not in self._STEERING]
-
-        async def send_one_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                ids = [header for header in message["headers"] if header[0].lower() == b"x-request-id"]
-                others = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
-                message["headers"] = [*others, *ids[:1]]
-            await send(message)
-
-        await self._app(scope, receive, send_one_id)
-
-
-def middlewares() -> list[Middleware]:
-    """What Ray puts around each front (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
-    return [Middleware(Edge)]
-
-
 class ByWork:
     """`scaling.replicas` as a policy of Ray Serve's."""
 
@@ -349,7 +215,7 @@ def build(overrides: Overrides) -> serve.Application:
         raise ValueError("several fronts need one CAPTIONER_UPLOAD_SECRET in the environment of all")
     directory = serve.deployment(name="directory", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_NO_LIMIT)(
         Directory
-    ).bind()
+    ).bind(_ray_targets)
     gpus = settings.tensor_parallel if settings.engine_on_gpu else 0
     front_place, engine_place = ({"front": 1}, {"engine": 1}) if settings.node_roles else ({}, {})
     engines = serve.deployment(
@@ -358,7 +224,7 @@ def build(overrides: Overrides) -> serve.Application:
         placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {}) | engine_place],
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus, "resources": engine_place},
-        autoscaling_config=_autoscaling(settings, settings.engines, settings.max_engines, settings.engine_audio_s),
+        **_replicas(settings, settings.engines, settings.max_engines, settings.engine_audio_s),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
         health_check_period_s=_METRICS_EVERY_S,
@@ -366,7 +232,7 @@ def build(overrides: Overrides) -> serve.Application:
     return serve.deployment(
         name="front",
         ray_actor_options={"num_cpus": settings.front_cpus, "resources": front_place},
-        autoscaling_config=_autoscaling(
+        **_replicas(
             settings, settings.fronts, settings.max_fronts, settings.front_busy_workers * settings.audio_workers
         ),
         max_ongoing_requests=_NO_LIMIT,
@@ -374,14 +240,17 @@ def build(overrides: Overrides) -> serve.Application:
     )(Front).bind(overrides, directory, engines)
 
 
-def _autoscaling(settings: Settings, least: int, most: int, work_per_replica: float) -> AutoscalingConfig:
+def _replicas(settings: Settings, least: int, most: int, work_per_replica: float) -> dict[str, Any]:
+    """How many replicas a deployment has; where the number is fixed nobody measures what it should be."""
+    if least == most:
+        return {"num_replicas": least}
     rule = {
         "least": least,
         "most": most,
         "work_per_replica": work_per_replica,
         "down_after_s": settings.scale_down_after_s,
     }
-    return AutoscalingConfig(
+    config = AutoscalingConfig(
         min_replicas=least,
         initial_replicas=max(least, 1),
         max_replicas=most,
@@ -391,6 +260,7 @@ def _autoscaling(settings: Settings, least: int, most: int, work_per_replica: fl
             policy_function="serving.cluster:ByWork", policy_kwargs=rule
         ),
     )
+    return {"autoscaling_config": config}
 
 
 def _configure_logs(settings: Settings) -> None:
@@ -399,22 +269,12 @@ def _configure_logs(settings: Settings) -> None:
     logs.configure(settings.log_level, settings.log_format)
 
 
-async def _told(call: Any, timeout_s: float = 5 * EVERY_S) -> Any:
-    """The answer to a call through Ray, or `None` if there is none: whoever asks will ask again."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await call
-    except Exception as error:  # noqa: BLE001 - of any kind, while Ray replaces what was called
-        log.warning("no answer through Ray: %s", type(error).__name__)
-        return None
-
-
 @contextmanager
 def _ray() -> Iterator[None]:
     """Ray on this machine, connected to."""
     with ExitStack() as stack:
         for left in reversed(range(_RAY_TRIES)):
-            head, address = _start_head()
+            head, address = start_head(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
             stack.callback(head.terminate)
             if _connect(address, head):
                 break
@@ -423,15 +283,6 @@ def _ray() -> Iterator[None]:
             log.warning("Ray did not start in its time; trying again")
         stack.callback(ray.shutdown)
         yield
-
-
-def _start_head() -> tuple[subprocess.Popen[bytes], str]:
-    """Start Ray's processes, and tell where they will be. Set ports save most of what they wait for, 15 s at most."""
-    ports = dict(zip(_RAY_PORTS, _free_ports(len(_RAY_PORTS)), strict=True))
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
-    return head, f"{ray.util.get_node_ip_address()}:{ports['port']}"  # type: ignore[no-untyped-call]
 
 
 def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
@@ -445,14 +296,6 @@ def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
         else:
             return True
     return False
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:

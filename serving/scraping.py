@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PORTS = 32
 """So many ports from `metrics_port` are tried: processes that share a machine or a pod take one each."""
 
-TELL_EVERY_S = 2.0
+TELL_EVERY_S = 4.0
 FORGET_AFTER_S = 15.0
 """How often a process tells the directory that it is there, and after how long without a word it is taken for lost."""
 
