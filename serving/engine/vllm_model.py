@@ -144,7 +144,11 @@ class LoadedModel:
         """See `Engine`."""
         own_id = f"{request_id}-{next(self._ids)}"
         params = self._params(sampling)
-        engine_input = self._input(own_id, features)
+        if features.log_mel.shape[1] > LONG_FRAMES:
+            # Copies of up to 123 MB, for which the event loop, and so every caption, would wait.
+            engine_input = await asyncio.to_thread(self._input, own_id, features)
+        else:
+            engine_input = self._input(own_id, features)
         input_tokens = len(engine_input["prompt_token_ids"])
         stops = StopSequences(sampling.stop_token_sequences, self._decode)
         finish_reason: FinishReason | None = None
@@ -218,7 +222,10 @@ class LoadedModel:
             raise InvalidRequest(str(error)) from error
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
-        """What vLLM's own preprocessing would make of the clip, without copying the features. Raises `AudioTooLong`."""
+        """What vLLM's own preprocessing would make of the clip. Raises `AudioTooLong`.
+
+        Only features that are handed over in pieces are copied.
+        """
         frames = features.log_mel.shape[1]
         tokens = audio_tokens(frames)
         if len(self._head) + tokens + len(self._tail) > self._max_input_tokens:
@@ -230,7 +237,8 @@ class LoadedModel:
         items, ids, ranges, offset = [], [], [], self._audio_offset
         for start, end in itertools.pairwise((0, *ends)):
             length = audio_tokens(end - start)
-            items.append(_item(log_mel[:, start:end]))
+            # In one piece of memory, which vLLM hands over as it is; anything else it would copy on the event loop.
+            items.append(_item(log_mel[:, start:end].contiguous()))
             # The key of the encoder's cache: no two requests share it.
             ids.append(f"{own_id}@{start}")
             ranges.append(PlaceholderRange(offset=offset, length=length))
@@ -301,7 +309,7 @@ def engine_config(settings: Settings) -> VllmConfig:
 
 
 def _long_tokens_per_step(settings: Settings) -> int:
-    return settings.long_tokens_per_step or (160 if current_platform.is_cpu() else 2048)
+    return settings.long_tokens_per_step or (80 if current_platform.is_cpu() else 2048)
 
 
 def _piece_frames(settings: Settings) -> int:

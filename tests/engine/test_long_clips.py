@@ -162,12 +162,12 @@ async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> N
         others.append(computed.get("two", 0))
         shares.append(computed["one"])
         encoded_tokens.append(encoded.get("one", 0))
-    assert shares[0] == 160
+    assert shares[0] == 80
     # The second starts at once, and then gets what is too little for the first, until that is done.
     assert others[0] == 1
     assert max(others[:-1]) <= 4
     assert shares[:-1] == sorted(shares[:-1], reverse=True)
-    assert 30 <= shares[-2] <= 40
+    assert 15 <= shares[-2] <= 20
     assert max(encoded_tokens) <= 2 * 104
     assert sum(encoded_tokens) == 31_200
 
@@ -183,7 +183,7 @@ async def test_a_short_clip_starts_before_a_long_one_goes_on(steps: Steps) -> No
     assert computed == {"later": 1, "short": 65 + 10}
     computed, _ = steps.run()
     assert computed["short"] == 1
-    assert computed["long"] > 100
+    assert computed["long"] > 60
 
 
 async def test_a_long_clip_proceeds_under_any_load(steps: Steps) -> None:
