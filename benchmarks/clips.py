@@ -104,7 +104,7 @@ def make_clip(clip: Clip, seed: int) -> None:
     codec = CODECS[clip.path.suffix.removeprefix(".")]
     frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
     frame.sample_rate = SAMPLE_RATE
-    unfinished = clip.path.with_name(f"unfinished-{clip.path.name}")
+    unfinished = clip.path.with_name(f"unfinished-{os.getpid()}-{clip.path.name}")
     with av.open(unfinished, "w", format=codec.container) as file:
         stream: Any = file.add_stream(
             codec.encoder, rate=codec.sample_rate, layout=codec.layout, options=codec.options or {}
@@ -145,7 +145,9 @@ class Bank:
     def clip(self, kind: str, duration_s: float, seed: int) -> tuple[bytes, float]:
         """A file, and its length: a whole number of packets, so not quite what was asked for."""
         like, packet_s, bases = self._load(kind)
-        count, piece = max(1, round(duration_s / packet_s)), round(SPLICE_S / packet_s)
+        count = max(1, round(duration_s / packet_s))
+        # Of one piece there are but some thousand; of four nobody will see one twice.
+        piece = max(1, min(round(SPLICE_S / packet_s), count // 4))
         random = np.random.default_rng((seed, 7))
         packets: list[bytes] = []
         while len(packets) < count:

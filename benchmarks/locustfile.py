@@ -80,6 +80,7 @@ def _options(parser: Any) -> None:
     add("--curve", choices=CURVES, default="constant", help="how the load changes over time")
     add("--load", type=float, default=4, help="callers of a closed loop, or requests per second of an open one")
     add("--levels", default="1,2,4,8", help="loads of --curve steps")
+    add("--burst-s", type=float, default=5, help="how long each burst of --curve bursts is, and each pause")
     add("--seconds", type=float, default=60)
     add("--warm-up", type=float, default=5, help="seconds before that, which count only if an answer is wrong")
     add("--probe-share", type=float, default=0.02, help="share of clips that are sent again, to find caches")
@@ -203,10 +204,10 @@ class Caller(User):  # type: ignore[misc]
     """In a closed loop asks for one caption after another; in an open one asks at its rate, whatever comes back."""
 
     def on_start(self) -> None:
-        """Begin anywhere in the time between two requests, so that all together ask evenly."""
+        """Begin anywhere in the time between two requests, so that all together ask at their rate from the start."""
         self.run_ = _running()
         self.closed = self.run_.options.arrivals == "closed"
-        self.due = 0.0 if self.closed else time.time() + self.run_.random.random() / self.run_.options.user_rate
+        self.due = 0.0 if self.closed else time.time() + self._gap(self.run_.random.random())
         self.next: Request | None = None
 
     def wait_time(self) -> float:
@@ -222,9 +223,13 @@ class Caller(User):  # type: ignore[misc]
             return
         if self.next:
             run.under_way.spawn(_ask, run, self.next, self.due)
-            rate = run.options.user_rate
-            self.due += 1 / rate if run.options.arrivals == "even" else run.random.expovariate(rate)
+            self.due += self._gap(1)
         self.next = Request(run)
+
+    def _gap(self, even: float) -> float:
+        """Seconds until one more is due; how long it was since the last one tells nothing in Poisson's process."""
+        rate = self.run_.options.user_rate
+        return even / rate if self.run_.options.arrivals == "even" else self.run_.random.expovariate(rate)
 
     def on_stop(self) -> None:
         """Leave nothing behind of a request that was never due."""
@@ -240,6 +245,8 @@ class Request:
         dialect, self.stream = WAYS[self.way]
         self.server = run.servers[dialect]
         form = run.random.choice(run.options.forms.split(","))
+        if form == "base64" and dialect == "dashscope":
+            form = "data"  # there nothing else would tell the format
         key = _draw(run.random, run.keys)
         self.clip = clip = run.make_clip()
         self.about = {"way": self.way, "sort": clip.sort, "codec": clip.codec, "form": form, "clip": clip.seed}

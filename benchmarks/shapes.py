@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
 
-BURST_S = 5
 SPIKE = 4
 """How much higher than before and after it."""
 
@@ -32,7 +31,7 @@ CURVES: dict[str, Callable[[float, argparse.Namespace], float]] = {
     "steps": _steps,
     "spike": lambda at, options: options.load * (SPIKE if 0.4 <= at < 0.6 else 1),
     # On and off every few seconds, twice the load and none
-    "bursts": lambda at, options: 2.0 * options.load * (int(at * options.seconds / BURST_S) % 2 == 0),
+    "bursts": lambda at, options: 2.0 * options.load * (int(at * options.seconds / options.burst_s) % 2 == 0),
     # A day in the run's time, from night to night: a tenth of the load at its least
     "diurnal": lambda at, options: options.load * (0.55 - 0.45 * math.cos(2 * math.pi * at)),
 }

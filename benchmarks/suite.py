@@ -96,7 +96,11 @@ def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str
         found["saturation"] = saturation(options)
     if "ceiling" in wants:
         found["ceiling"] = ceiling(options)
-        if applied := max((of.get("requests_per_s", 0.0) for of in found.get("sweep", [])), default=0.0):
+        measured = (*found.get("sweep", ()), *found.get("saturation", {}).get("tried", ()))
+        if applied := max((of.get("requests_per_s", 0.0) for of in measured), default=0.0):
+            for of in measured:
+                most = found["ceiling"]["requests_per_s"] / LEAST_CEILING
+                of["generator_bound"] = of.get("requests_per_s", 0.0) > most
             found["ceiling"]["times"] = times = round(found["ceiling"]["requests_per_s"] / applied, 2)
             if times < LEAST_CEILING:
                 found["warnings"].append(
@@ -184,7 +188,7 @@ def summary(told: Sequence[dict[str, Any]], slo_ttft_s: float, spans: int = 1) -
         "goodput": round(within / len(measured), 4),
         "meets_slo": len(right) == len(measured) and float(np.percentile(first_s, 95)) <= slo_ttft_s,
     }
-    for name in ("ttft_s", "itl_s", "e2e_s"):
+    for name in ("ttft_s", "itl_s", "e2e_s", "late_s"):
         if values := [one[name] for one in right if name in one]:
             found[name] = {f"p{at}": round(float(np.percentile(values, at)), 4) for at in (50, 90, 95, 99)}
     return found

@@ -19,7 +19,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from cache_timing import verdict
-from clips import CODECS, Clip, make_clip, mixed
+from clips import CODECS, Bank, Clip, make_clip, mixed
 from processes import Family, Snapshot
 from profiles import seen
 from report import figures, interval, ratios, to_markdown
@@ -137,6 +137,12 @@ def test_clips_have_the_length_that_is_told(kind: str, tmp_path: Path) -> None:
     clip = Clip(tmp_path / f"clip.{kind}", 1.5)
     make_clip(clip, 7)
     assert len(decode(clip.path, max_duration_s=60)) / 16_000 == pytest.approx(1.5, abs=0.15)
+
+
+def test_spliced_clips_are_all_distinct(tmp_path: Path) -> None:
+    """Also the shortest ones, of which a run has thousands."""
+    bank = Bank(tmp_path)
+    assert len({bank.clip("mp3", 1.0, seed)[0] for seed in range(500)}) == 500
 
 
 @pytest.fixture

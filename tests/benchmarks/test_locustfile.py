@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -35,6 +36,9 @@ class Lying(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Answers)
         self.numbers = itertools.count()
         self.kept: dict[bytes, str] = {}
+        self.asked: list[tuple[str, str, Any]] = []
+        """Path, key and body of each request."""
+        self.one_at_a_time = threading.Lock()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of callers that have hung up."""
@@ -43,11 +47,14 @@ class Lying(ThreadingHTTPServer):
 class _Answers(BaseHTTPRequestHandler):
     server: Lying
     protocol_version = "HTTP/1.1"
+    answered = 0
+    """On this connection."""
 
     def do_POST(self) -> None:
         fault = self.path.split("/")[1]
         body = self.rfile.read(int(self.headers["content-length"]))
         native = "aigc" in self.path
+        self.server.asked.append((self.path, self.headers.get("authorization", ""), json.loads(body)))
         stream = (self.headers.get("x-dashscope-sse") == "enable") if native else b'"stream": true' in body
         text = f"A bell rings {next(self.server.numbers)} times, and rain falls on a roof somewhere far away."
         if fault == "cached":
@@ -55,6 +62,12 @@ class _Answers(BaseHTTPRequestHandler):
             text = self.server.kept.setdefault(body, text)
         texts = {"empty": "", "same": "A bell rings, and rain falls on a roof.", "doubled": f"{text} {text}"}
         text = texts.get(fault, text)
+        self.answered += 1
+        if fault == "same-on-each-connection":
+            text = f"A bell rings {self.answered} times, and rain falls on a roof somewhere far away."
+        if fault == "slow":
+            with self.server.one_at_a_time:
+                time.sleep(0.7)
         if fault == "refused":
             self._send(429, b"{}", "application/json")
             return
@@ -126,15 +139,22 @@ def _native(text: str, fault: str, *, stream: bool) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def lying() -> Iterator[str]:
-    """URL of a server that lies as it is told."""
+def liar() -> Iterator[Lying]:
+    """Serve lies, each as it is told."""
     server = Lying()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield server
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def lying(liar: Lying) -> str:
+    """URL of a server that lies."""
+    liar.asked.clear()
+    return f"http://127.0.0.1:{liar.server_port}"
 
 
 @pytest.fixture(scope="module")
@@ -143,14 +163,30 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("clips")
 
 
-def run(host: str, clips: Path, journal: Path, *flags: str) -> tuple[int, list[dict[str, Any]], str]:
-    """Two callers for a moment: exit status, journal, and what was printed."""
-    command = [sys.executable, "-m", "locust", "--headless", "-f", str(ROOT / "benchmarks/locustfile.py")]
-    command += ["--host", host, "--load=2", "--seconds=1.5", "--warm-up=0", f"--mix={CLIP_S}"]
-    command += [f"--clips-dir={clips}", f"--journal={journal}", *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, cwd=clips)
-    told = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    return ended.returncode, told, ended.stdout + ended.stderr
+def command(host: str, clips: Path, journal: Path, *flags: str) -> list[str]:
+    """How two callers ask for a moment."""
+    locust = [sys.executable, "-m", "locust", "--headless", "-f", str(ROOT / "benchmarks/locustfile.py")]
+    own = ["--host", host, "--load=2", "--seconds=1.5", "--warm-up=0", f"--mix={CLIP_S}"]
+    return [*locust, *own, f"--clips-dir={clips}", f"--journal={journal}", *flags]
+
+
+def run(host: str, clips: Path, journal: Path, *flags: str, keys: str = "") -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, journal, and what was printed."""
+    ended = subprocess.run(
+        command(host, clips, journal, *flags),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=clips,
+        env=os.environ | {"BENCHMARK_KEYS": keys},
+    )
+    return ended.returncode, read(journal), ended.stdout + ended.stderr
+
+
+def read(journal: Path) -> list[dict[str, Any]]:
+    """The lines of a journal."""
+    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
 
 
 def test_an_honest_server_passes_in_all_ways(lying: str, clips: Path, tmp_path: Path) -> None:
@@ -206,3 +242,84 @@ def test_a_run_without_a_right_answer_is_no_figure(lying: str, clips: Path, tmp_
     status, told, printed = run(f"{lying}/refused", clips, tmp_path / "journal")
     assert status == 4, printed
     assert {one["outcome"] for one in told} == {"refused"}
+
+
+def test_latency_counts_from_when_a_request_was_due(lying: str, clips: Path, tmp_path: Path) -> None:
+    """An open loop goes on asking at its rate while a server is slow, and what waits for it is late by that."""
+    flags = ("--arrivals=even", "--load=4", "--user-rate=1", "--seconds=3")
+    status, told, printed = run(f"{lying}/slow", clips, tmp_path / "journal", *flags)
+    assert status == 0, printed
+    assert len(told) >= 9
+    assert all(one["e2e_s"] == pytest.approx(one["ended"] - one["due"], abs=0.2) for one in told)
+    # One after another takes it 0.7 s for each, and it gets a request every quarter second.
+    assert max(one["e2e_s"] for one in told) > 2.5
+    assert max(one["due"] for one in told) - min(one["due"] for one in told) < 4
+
+
+def test_workers_share_no_clip(liar: Lying, lying: str, clips: Path, tmp_path: Path) -> None:
+    """Each worker process has clips of its own; together they are one run with one journal."""
+    status, told, printed = run(f"{lying}/honest", clips, tmp_path / "journal", "--processes=2", "--probe-share=0")
+    assert status == 0, printed
+    sent = [str(body["messages"]) for _, _, body in liar.asked]
+    assert len(sent) == len(set(sent)) == len(told) == len({one["clip"] for one in told})
+    assert len({one["clip"] // 1_000_000 for one in told}) == 2
+
+
+def test_repeats_over_workers_are_noticed(lying: str, clips: Path, tmp_path: Path) -> None:
+    """What no worker can see by itself the master does, and the run fails."""
+    flags = ("--processes=2", "--probe-share=0", "--seconds=2")
+    status, told, printed = run(f"{lying}/same-on-each-connection", clips, tmp_path / "journal", *flags)
+    assert status == 3, printed
+    wrong = [one for one in told if one["outcome"] != "right"]
+    assert {(one["outcome"], one["way"]) for one in wrong} == {("repeated", "all workers")}
+
+
+def test_configuration_reaches_the_wire(liar: Lying, lying: str, clips: Path, tmp_path: Path) -> None:
+    """Another API needs a key, a model's name, and where it has each dialect, be it on other hosts."""
+    flags = (
+        "--ways=openai-stream,dashscope",
+        "--model=another-captioner",
+        f"--openai-base-url={lying}/honest/openai/v9",
+        "--dashscope-base-url=/native/v9",
+    )
+    status, told, printed = run(f"{lying}/honest/else", clips, tmp_path / "journal", *flags, keys="sk-a=3,sk-b")
+    assert status == 0, printed
+    paths = {
+        "/honest/openai/v9/chat/completions",
+        "/honest/else/native/v9/services/aigc/multimodal-generation/generation",
+    }
+    assert {path for path, _, _ in liar.asked} == paths
+    assert {key for _, key, _ in liar.asked} == {"Bearer sk-a", "Bearer sk-b"}
+    assert {body["model"] for _, _, body in liar.asked} == {"another-captioner"}
+    tenants = [one["tenant"] for one in told]
+    assert tenants.count(0) > tenants.count(1) > 0
+
+
+CURVE_S = 10
+BEFORE_AND_AFTER = {
+    "constant": ("poisson", (0.1, 0.5), (0.5, 0.9), 0.5, 1.7),
+    "ramp": ("even", (0.0, 0.4), (0.6, 1.0), 0, 0.6),
+    "steps": ("poisson", (0.0, 0.4), (0.6, 1.0), 0, 0.6),
+    "spike": ("even", (0.0, 0.3), (0.5, 0.6), 0, 0.5),
+    "bursts": ("even", (0.65, 0.8), (0.45, 0.6), 0, 0.6),
+    "diurnal": ("even", (0.0, 0.2), (0.4, 0.6), 0, 0.6),
+}
+"""For each curve arrivals, two parts of the run, and between which bounds the first's rate is, in the second's."""
+
+
+def test_load_follows_its_curve(lying: str, clips: Path, tmp_path: Path) -> None:
+    """Requests are due as often as the curve says, be they even or by chance."""
+    flags = ("--load=12", "--user-rate=2", f"--seconds={CURVE_S}", "--levels=4,16", "--burst-s=2")
+    began = {}
+    for curve, (arrivals, *_) in BEFORE_AND_AFTER.items():
+        with (tmp_path / f"{curve}.log").open("w") as log:
+            asked = command(
+                f"{lying}/honest", clips, tmp_path / curve, *flags, f"--curve={curve}", f"--arrivals={arrivals}"
+            )
+            began[curve] = subprocess.Popen(asked, stdout=log, stderr=log, cwd=clips)
+    for curve, (_, first, second, low, high) in BEFORE_AND_AFTER.items():
+        assert began[curve].wait(300) == 0, (tmp_path / f"{curve}.log").read_text()
+        due = [one["due"] for one in read(tmp_path / curve)]
+        at = [(moment - min(due)) / CURVE_S for moment in due]
+        rates = [sum(start <= of < end for of in at) / (end - start) for start, end in (first, second)]
+        assert low <= rates[0] / rates[1] <= high, curve

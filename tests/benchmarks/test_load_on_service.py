@@ -1,0 +1,85 @@
+"""Load on this service itself, with the fake engine: every way, form, codec and length, by two tenants."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.benchmarks.test_locustfile import run
+from tests.service import RunningService
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KEYS = ("sk-benchmark-one", "sk-benchmark-two")
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where clips behind URLs are, too."""
+    return tmp_path_factory.mktemp("clips")
+
+
+@pytest.fixture(scope="module")
+def clips_url(clips: Path) -> Iterator[str]:
+    """Serve them."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(clips)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[str]:
+    """The service's URL."""
+    flags = ("--engine=fake", "--audio-workers=1", "--fetch-allow=127.0.0.0/8", "--allow-ignore-eos")
+    with RunningService(*flags, f"--api-keys={','.join(KEYS)}") as running:
+        yield running.url
+
+
+def test_every_way_form_and_codec_by_two_tenants(service: str, clips: Path, clips_url: str, tmp_path: Path) -> None:
+    """What the options promise is right by every check, usage among them."""
+    ways, forms = "openai-stream,openai,dashscope-stream,dashscope", "data,base64,url,upload"
+    codecs = "mp3,m4a,opus,amr,wav,flac"
+    flags = (f"--ways={ways}", f"--forms={forms}", f"--codecs={codecs}", f"--clips-url={clips_url}", "--mix=effects")
+    more = ("--seconds=8", "--load=3", "--probe-share=0")
+    status, told, printed = run(service, clips, tmp_path / "journal", *flags, *more, keys=f"{KEYS[0]}=2,{KEYS[1]}=1")
+    assert status == 0, printed + str([one for one in told if one["outcome"] != "right"][:3])
+    for name, wanted in (("way", ways), ("form", forms), ("codec", codecs)):
+        assert {one[name] for one in told} == set(wanted.split(","))
+    assert {one["tenant"] for one in told} == {0, 1}
+    assert not list(clips.glob("served-*"))
+
+
+def test_a_set_length_and_a_key_that_is_not_known(service: str, clips: Path, tmp_path: Path) -> None:
+    """Every caption has the tokens that were asked for; without a right key nothing is right."""
+    status, told, printed = run(
+        service, clips, tmp_path / "set", "--tokens=40", "--ways=openai,dashscope", keys=KEYS[0]
+    )
+    assert status == 0, printed
+    assert {one["tokens"] for one in told} == {40}
+    status, told, _ = run(service, clips, tmp_path / "unknown", keys="sk-nobody")
+    assert status == 3
+    assert {one["outcome"] for one in told} == {"failed"}
+
+
+def test_podcasts(service: str, clips: Path, clips_url: str, tmp_path: Path) -> None:
+    """Up to 40 minutes, which do not fit into a request but behind a URL."""
+    flags = ("--mix=podcasts,2390", "--forms=url", f"--clips-url={clips_url}", "--load=1", "--seconds=4")
+    more = ("--codecs=opus", "--probe-share=0", "--arrivals=even", "--user-rate=1")
+    status, told, printed = run(service, clips, tmp_path / "journal", *flags, *more, keys=KEYS[0])
+    assert status == 0, printed
+    assert min(one["audio_s"] for one in told) >= 299
