@@ -30,7 +30,10 @@ _PAD = _WINDOW // 2
 _BINS = _WINDOW // 2 + 1
 _BLOCK_FRAMES = 512
 _BAND_MELS = 16
-_FLOOR = np.float32(1e-10)
+_GAIN = 1e4
+"""Of the filters, so that a quarter of the logarithm is the feature and nothing is left to add."""
+
+_FLOOR = np.float32(1e-10 * _GAIN)
 _RANGE_DECADES = 8
 """What is quieter than the loudest by more decades of power is raised to that."""
 
@@ -65,12 +68,9 @@ def log_mel(samples: Floats, out: Floats | None = None) -> Floats:
             np.matmul(weights, power[:frames, bins].T, out=block[mels])
         np.maximum(block, _FLOOR, out=block)
         np.log(block, out=block)  # vectorised, unlike log10
+        np.multiply(block, _QUARTER_DECADE, out=block)
         loudest = max(loudest, block.max())
-    quietest = np.float32(loudest - _RANGE_DECADES * np.log(10))
-    for mel in out:  # row by row, for the cache
-        np.maximum(mel, quietest, out=mel)
-        np.multiply(mel, _QUARTER_DECADE, out=mel)
-        np.add(mel, np.float32(1), out=mel)
+    np.maximum(out, np.float32(loudest - _RANGE_DECADES / 4), out=out)
     return out
 
 
@@ -112,5 +112,5 @@ def _bands(filters: Floats) -> list[tuple[slice, slice, Floats]]:
 
 
 _HANN = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)).astype(np.float32)
-_BANDS = _bands(_mel_filters())
+_BANDS = _bands(_mel_filters() * np.float32(_GAIN))
 _QUARTER_DECADE = np.float32(1 / (4 * np.log(10)))
