@@ -117,6 +117,7 @@ def _key_verbs(verb: _AddVerb, group: Any) -> None:
     rotated = verb(group, "rotate", _rotate_key, "put a new key in a key's place; it is shown this once", "KEY_ID")
     rotated.add_argument("--overlap-hours", type=float, default=24, help="how long the old one is valid still (24)")
     verb(group, "revoke", lambda admin, given: admin.revoke_key(given.id), "end a key now", "KEY_ID")
+    verb(group, "revoke-all", lambda admin, _: admin.revoke_all_keys(), "end all keys now, before a change of pepper")
 
 
 def _plan_verbs(verb: _AddVerb, group: Any) -> None:

@@ -166,6 +166,15 @@ class Administration:
             told.before, told.after = shown_key(row), shown_key({**row, **ended})
         return told.after
 
+    def revoke_all_keys(self) -> Shown:
+        """End every key now, for good; the next key may then be made under another pepper."""
+        keys = schema.keys
+        with self._change("keys.revoke-all", "all") as (connection, told):
+            valid = keys.update().where(keys.c.revoked_at.is_(None))
+            told.after = {"revoked": connection.execute(valid, {"revoked_at": now_ms()}).rowcount}
+            connection.execute(schema.store_state.update(), {"pepper_check": None})
+        return told.after
+
     def _new_key(
         self,
         connection: sa.Connection,

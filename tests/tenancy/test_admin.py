@@ -144,6 +144,18 @@ def test_keys_are_made_under_one_pepper(admin: Administration) -> None:
         other.create_key("acme")
 
 
+def test_another_pepper_needs_all_keys_revoked(admin: Administration) -> None:
+    """Then keys are made under it, and none from before is valid."""
+    admin.create_tenant("acme")
+    old, _ = admin.create_key("acme")
+    assert admin.revoke_all_keys() == {"revoked": 1}
+    other = Administration(admin.database, Pepper(b"another pepper of a test"), "test")
+    new, _ = other.create_key("acme")
+    states = {key["id"]: key["state"] for key in other.keys("acme")}
+    assert states == {old["id"]: "revoked", new["id"]: "valid"}
+    assert admin.audit(subject="all")[0]["after"] == {"revoked": 1}
+
+
 def test_plans_are_made_and_changed(admin: Administration) -> None:
     """One that is not there is made; the published one is there from the start."""
     assert {plan["name"] for plan in admin.plans()} == {"standard", "unlimited"}

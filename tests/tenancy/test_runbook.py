@@ -1,0 +1,216 @@
+"""The runbook's commands for keys, passwords and backups, word for word, against a real PostgreSQL and a service.
+
+No containers are needed: a `docker` and a `kubectl` of the test's own run what these would run in a container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from stores import Postgres
+
+from tests.service import RunningService
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "deploy" / "runbook.md").read_text()
+
+DOCKER = r"""#!/usr/bin/env bash
+# docker compose exec -T SERVICE COMMAND…; up and stop are the test's own business.
+set -euo pipefail
+shift
+case $1 in
+exec)
+  shift 3
+  exec "$@" ;;
+up)
+  sed -i "s|@postgres:5432|@127.0.0.1:$PGPORT|" "$CAPTIONER_SECRETS_DIR/captioner_database_url" ;;
+*) exit 64 ;;
+esac
+"""
+
+KUBECTL = r"""#!/usr/bin/env bash
+# kubectl --namespace captioner exec -i POD -- COMMAND…; nothing is there to be waited for.
+set -euo pipefail
+case $3 in
+exec)
+  shift 6
+  exec "$@" ;;
+wait) ;;
+*) exit 64 ;;
+esac
+"""
+
+
+def blocks(heading: str) -> list[str]:
+    """The shell blocks below a heading, without their indentation."""
+    section = re.split(rf"^#+ {re.escape(heading)}\n", TEXT, flags=re.MULTILINE)[1]
+    section = re.split(r"^#+ ", re.sub(r"```sh\n(.*?)```", _hidden, section, flags=re.DOTALL), flags=re.MULTILINE)[0]
+    found = re.findall(r"^( *)```sh\n(.*?)^ *```", section.replace("\0", "#"), re.MULTILINE | re.DOTALL)
+    return [re.sub(rf"^{indent}", "", block, flags=re.MULTILINE) for indent, block in found]
+
+
+def _hidden(block: re.Match[str]) -> str:
+    """A block, whose comments are no headings."""
+    return block[0].replace("#", "\0")
+
+
+def preamble() -> str:
+    """What the runbook's head defines; of the two `captioner` the later one, Compose's, holds."""
+    shells = re.findall(r"```sh\n(.*?)```", TEXT.partition("\n## ")[0], re.DOTALL)
+    return "\n".join((f"cd '{ROOT}'", *shells))
+
+
+class Operator:
+    """A shell beside Compose's file, with its secrets, on a PostgreSQL of its own."""
+
+    def __init__(self, server: Postgres, directory: Path) -> None:
+        self.directory, self.server = directory, server
+        shutil.copy(ROOT / "deploy" / "compose" / "secrets.sh", directory)
+        (directory / "bin").mkdir()
+        for name, program in (("docker", DOCKER), ("kubectl", KUBECTL)):
+            (directory / "bin" / name).write_text(program)
+            (directory / "bin" / name).chmod(0o755)
+        path = f"{directory / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.environment = os.environ | {
+            "PATH": path,
+            "PGHOST": self.ask("SHOW unix_socket_directories"),
+            "PGPORT": str(server.port),
+            "CAPTIONER_SECRETS_DIR": str(directory / "secrets"),
+        }
+        self.run("./secrets.sh; rm secrets/captioner_redis_url; docker compose up")
+
+    def ask(self, statement: str) -> str:
+        """What the server tells its administrator."""
+        with psycopg.connect(self.server.url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            row = cursor.fetchone() if cursor.description else None
+            return str(row[0]) if row else ""
+
+    def run(self, command: str, *, fails: bool = False, **variables: str) -> str:
+        """Run a piece of shell after the runbook's head; return what it printed."""
+        script = f"set -euo pipefail\n{preamble()}\ncd '{self.directory}'\n{command}"
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=self.directory,
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        return done.stdout
+
+    def told(self, command: str) -> Any:
+        """What `captioner …` tells as JSON."""
+        return json.loads(self.run(f"captioner {command} --format=json"))
+
+    def service(self) -> RunningService:
+        """The service with these secrets."""
+        return RunningService("--auth", "--engine=fake", "--audio-workers=1")
+
+    def billed(self, requests: int) -> Any:
+        """The usage, once it has so many requests."""
+        deadline = time.monotonic() + 30
+        while True:
+            usage = self.told("usage")
+            if sum(row["requests"] for row in usage) == requests:
+                return usage
+            assert time.monotonic() < deadline, usage
+            time.sleep(0.5)
+
+
+@pytest.fixture
+def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
+    """With an empty database `captioner`, whose role of the same name must tell its password over the network."""
+    with Postgres() as server:
+        operator = Operator(server, tmp_path)
+        monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path / "secrets"))
+        hba = Path(operator.ask("SHOW hba_file"))
+        operator.ask("CREATE DATABASE captioner")
+        operator.ask("CREATE ROLE boss SUPERUSER LOGIN")
+        operator.ask(f"ALTER ROLE captioner PASSWORD '{(tmp_path / 'secrets/postgres_password').read_text().strip()}'")
+        hba.write_text("local all all trust\nhost all boss all trust\nhost all all all scram-sha-256\n")
+        operator.ask("SELECT pg_reload_conf()")
+        server.url = server.url.replace("captioner@", "boss@")
+        yield operator
+
+
+def shown(told: str) -> dict[str, str]:
+    """A table of one thing: names and values."""
+    return dict(line.split(maxsplit=1) for line in told.splitlines() if len(line.split(maxsplit=1)) == 2)
+
+
+def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) -> None:
+    """Each command does what the text says of it, and what was billed and valid before a loss is so after it."""
+    old = shown(operator.run(blocks("Install")[-1]))["key"]
+    key_id = operator.told("keys list acme")[0]["id"]
+    with operator.service() as service:
+        assert '"content"' in operator.run("sample", URL=service.url, KEY=old)
+
+        # A tenant's API key: both are valid meanwhile, and one of them no longer within two seconds.
+        *turn, revoke = blocks("A tenant's API key")[0].replace("KEY_ID", key_id).splitlines()
+        new = shown(operator.run("\n".join(turn)))["key"]
+        time.sleep(2)
+        for key in (old, new):
+            assert '"content"' in operator.run("sample", URL=service.url, KEY=key)
+        operator.run(revoke)
+        time.sleep(2)
+        assert '"invalid_api_key"' in operator.run("sample", fails=True, URL=service.url, KEY=old)
+
+    # A password, while the service is down for the change of its address.
+    before = (operator.directory / "secrets" / "captioner_database_url").read_text()
+    operator.run(blocks("The upload secret, the admin token, passwords")[1])
+    after = (operator.directory / "secrets" / "captioner_database_url").read_text()
+    for address, valid in ((before, False), (after, True)):
+        done = operator.run(
+            "captioner tenants list >/dev/null 2>&1 && echo fine || echo refused",
+            CAPTIONER_DATABASE_URL=address.strip(),
+        )
+        assert done.strip() == ("fine" if valid else "refused")
+
+    # A backup while the service runs; then all is lost.
+    backups = blocks("Back up the ledger")[0].partition("# Anywhere else")[0]
+    with operator.service() as service:
+        operator.run(backups)
+        dump = next(operator.directory.glob("captioner-*.dump"))
+        listed = operator.run(f"pg_restore --list {dump} | grep 'TABLE DATA'")
+        assert {"usage_records", "tenants", "keys"} <= set(listed.split())
+        was = operator.billed(3)
+    lost = shown(operator.run("captioner keys create acme"))["key"]
+    for block in blocks("Restore the ledger")[1:]:  # as on Kubernetes, and as with Compose
+        operator.run(block.replace("captioner-2026-11-25.dump", dump.name))
+        assert operator.billed(3) == was
+    with operator.service() as service:
+        assert '"content"' in operator.run("sample", URL=service.url, KEY=new)
+        for key in (old, lost):
+            assert '"invalid_api_key"' in operator.run("sample", fails=True, URL=service.url, KEY=key)
+    operator.billed(4)
+
+    # The same for a server of one's own, where the service's role is none of the administrators.
+    operator.ask("ALTER ROLE captioner RENAME TO chief")
+    operator.ask("ALTER DATABASE captioner RENAME TO old")
+    password = (operator.directory / "secrets" / "postgres_password").read_text().strip()
+    operator.ask(f"CREATE ROLE captioner LOGIN PASSWORD '{password}'")
+    first, second = blocks("Restore the ledger")[0].replace("captioner-2026-11-25.dump", dump.name).splitlines()
+    operator.run(f"{first}\n{second}", PGUSER="boss", PGDATABASE="postgres")
+    assert operator.billed(3) == was
+    address = (operator.directory / "secrets" / "captioner_database_url").read_text().strip()
+    elsewhere = blocks("Back up the ledger")[0].partition("# Anywhere else")[2].partition("\n")[2]
+    operator.run(elsewhere, DATABASE_URL=address)
+    assert "usage_records" in operator.run(f"pg_restore --list {dump}")
