@@ -38,6 +38,7 @@ from page import page
 from processes import Family, Snapshot, memory_mib
 from stages import stage_sums
 from systems import Captioner, Setup
+from wire import BASES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 EVERYTHING_REFUSED = 4
 CEILING_CALLERS = 8
+INSTANT = (
+    *("--ways=openai-stream", f"--openai-base-url={BASES['openai']}", "--forms=data", "--tokens=0", "--least-s=0"),
+    *("--usage-rule=any", "--probe-share=0", "--arrivals=closed", "--curve=constant"),
+)
+"""Options that stand against those of the run where the load is for the instant server."""
 LEAST_CEILING = 5
 """A generator that could do less than so many times what it applied may be what was measured."""
 ROOT = Path(__file__).parents[1]
@@ -148,6 +154,8 @@ def run(options: argparse.Namespace, load: float, kept: list[dict[str, Any]] | N
         use = before.until(Snapshot.of(family)) if family and before else None
         if ended.returncode not in (0, EVERYTHING_REFUSED):
             print(ended.stdout[-3000:], ended.stderr[-3000:], file=sys.stderr)
+            lines = journal.read_text().splitlines() if journal.exists() else []
+            print(*[line for line in lines if '"outcome": "right"' not in line][:10], sep="\n", file=sys.stderr)
             sys.exit(ended.returncode)
         told = [json.loads(line) | {"run": number} for line in journal.read_text().splitlines()]
         after = stage_sums(options.url)
@@ -226,7 +234,7 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
             time.sleep(0.1)
     own = argparse.Namespace(**vars(options))
     own.url, own.family = f"http://127.0.0.1:{port}", None
-    own.more = [*options.more, "--usage-rule=any", "--probe-share=0", "--arrivals=closed", "--curve=constant"]
+    own.more = [*options.more, *INSTANT]
     try:
         return run(own, CEILING_CALLERS)
     finally:

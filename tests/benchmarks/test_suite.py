@@ -97,6 +97,6 @@ def test_saturation_finds_the_highest_load(
 
 def test_the_ceiling_is_measured(tmp_path: Path) -> None:
     """An instant server's answers pass every check but the one of usage, which it cannot know."""
-    more = [f"--clips-dir={tmp_path}", "--warm-up=0", "--mix=2"]
+    more = [f"--clips-dir={tmp_path}", "--warm-up=0", "--mix=2", "--ways=dashscope", "--tokens=9"]
     found = suite.ceiling(argparse.Namespace(seconds=1, slo_ttft_s=2.0, more=more))
     assert found["right"] == found["requests"] > 20
