@@ -125,11 +125,11 @@ def _cluster(argv: list[str]) -> int:
     } | {f"CAPTIONER_{name.upper()}": value for name, value in hidden.items()}
     # Ray's parts ask each other for a token. The one that it would keep in the home directory is not made in time.
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
-    haproxy = {
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.py")),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # it wants the Python that has Ray
-    }
-    os.environ.update(RAY_ENVIRONMENT | haproxy | os.environ | private | token | {"PATH": haproxy["PATH"]})
+    # It wants the Python that has Ray. An installer may have made it a file that cannot be run.
+    program = Path(__file__).with_name("haproxy.py")
+    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(program)} if os.access(program, os.X_OK) else {}
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    os.environ.update(RAY_ENVIRONMENT | haproxy | os.environ | private | token | path)
     logs.configure(settings.log_level, settings.log_format)
     overrides = settings.model_dump(mode="json", exclude_unset=True, exclude={"config", "host", "port", *hidden})
 
