@@ -27,10 +27,11 @@ PACE = make.Pace(1 / 60)
 
 
 class Chain:
-    """Prometheus and Alertmanager over the service at `url`. A context."""
+    """Prometheus and Alertmanager over the service at `url`, which is scraped so often. A context."""
 
-    def __init__(self, url: str, directory: Path) -> None:
+    def __init__(self, url: str, directory: Path, every: str = "1s") -> None:
         self._directory = directory
+        self._every = every
         self._processes: list[subprocess.Popen[bytes]] = []
         self._receiver = ThreadingHTTPServer(("127.0.0.1", 0), _receiver(self))
         self.url = f"http://127.0.0.1:{(port := free_port())}"
@@ -115,7 +116,11 @@ class Chain:
 
     def _prometheus(self, url: str) -> Any:
         config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config["global"] = {
+            "scrape_interval": self._every,
+            "scrape_timeout": self._every,
+            "evaluation_interval": self._every,
+        }
         config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [self._alertmanager]
         job = next(job for job in config["scrape_configs"] if job["job_name"] == "captioner")
         job["http_sd_configs"][0] |= {"url": f"{url}/metrics/targets", "refresh_interval": "1s"}
@@ -124,7 +129,8 @@ class Chain:
     def _alerting(self) -> Any:
         config = yaml.safe_load((DEPLOY / "alertmanager" / "alertmanager.yml").read_text())
         for route in (config["route"], *config["route"]["routes"]):
-            route |= {"group_wait": "2s", "group_interval": "1s", "repeat_interval": "1h"}
+            wait = "5s" if "group_wait" in route and route is not config["route"] else "2s"
+            route |= {"group_wait": wait, "group_interval": "1s", "repeat_interval": "1h"}
         for receiver in config["receivers"]:
             hook = receiver["webhook_configs"][0]
             hook["url"] = f"http://127.0.0.1:{self._receiver.server_port}/{receiver['name']}"

@@ -1,0 +1,162 @@
+"""A real Prometheus over the cluster: sums over its processes are what a client counted, also when some have died."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from tests.cluster.running import FRONT, RunningCluster
+from tests.cluster.test_cluster import KEY, ask, caption
+from tests.observability.chain import Chain
+from tests.observability.programs import program
+from tests.observability.test_live import all_expressions, documented
+from tests.wire import data_url, wav
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.cluster
+
+CLIPS = {seconds: data_url(wav(seconds)) for seconds in (0.5, 1.0, 2.25)}
+
+NOT_HERE = {"captioner_tenant_limited_total"}
+"""Appears with the first refusal by a limit of a tenant's: `tests/observability` makes one."""
+
+FIGURES = {
+    "requests": 'captioner_requests_total{outcome="finished"}',
+    "native requests": 'captioner_requests_total{outcome="finished",dialect="dashscope"}',
+    "refused": 'captioner_requests_total{outcome="client_error"}',
+    "audio": "captioner_audio_seconds_total",
+    "decoded": "captioner_audio_in_seconds_total",
+    "output tokens": 'captioner_tokens_total{kind="output"}',
+    "audio tokens": 'captioner_tokens_total{kind="audio"}',
+    "first tokens": "captioner_time_to_first_token_seconds_count",
+    "durations": 'captioner_request_duration_seconds_count{outcome="finished"}',
+    "ledger": "captioner_ledger_records_total",
+}
+
+
+class Counted:
+    """A cluster under the chain, and what a client has counted since."""
+
+    def __init__(self, cluster: RunningCluster, chain: Chain) -> None:
+        self.cluster = cluster
+        self.chain = chain
+        self.client = dict.fromkeys(FIGURES, 0.0)
+        self._before = {name: chain.value(f"sum({figure})") for name, figure in FIGURES.items()}
+
+    def told(self) -> dict[str, float]:
+        """The same in Prometheus: the last that each process has told, of those that have ended as well."""
+        return {
+            name: self.chain.value(f"sum(max_over_time({figure}[1h]))") - self._before[name]
+            for name, figure in FIGURES.items()
+        }
+
+    def load(self, requests: int) -> None:
+        """Ask in both dialects, whole and streamed; wait until Prometheus has counted the same, and nothing more."""
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(self._ask, range(requests)))
+        for front in self.cluster.fronts():
+            refused = ask(front, "native", audio="file:///etc/passwd")
+            assert refused.status_code == 400
+            self.client["refused"] += 1
+        try:
+            self.chain.until(lambda: self.told() == self.client)
+        except TimeoutError:
+            assert self.told() == self.client
+        time.sleep(3)
+        assert self.told() == self.client
+
+    def _ask(self, number: int) -> None:
+        dialect = ("native", "compatible")[number % 2]
+        seconds = list(CLIPS)[number % len(CLIPS)]
+        answer = ask(self.cluster.url, dialect, audio=CLIPS[seconds], stream=number % 4 > 1)
+        _, tokens = caption(answer)
+        counted = {
+            "requests": 1,
+            "native requests": dialect == "native",
+            "audio": seconds,
+            "decoded": seconds,
+            "output tokens": tokens,
+            "audio tokens": audio_tokens(answer),
+            "first tokens": 1,
+            "durations": 1,
+            "ledger": 1,
+        }
+        for name, value in counted.items():
+            self.client[name] += value
+
+
+def audio_tokens(answer: httpx.Response) -> int:
+    """What the answer says that its audio was billed as; each dialect has it once, at the end."""
+    return int(re.findall(r'"audio_tokens": ?(\d+)', answer.text)[-1])
+
+
+@pytest.fixture(scope="module")
+def counted(running_cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
+    """The session's cluster, whole; Prometheus has seen all of it before the first request is counted."""
+    running_cluster.wait(running_cluster.whole)
+    with Chain(running_cluster.url, tmp_path_factory.mktemp("chain"), every="2s") as chain:
+        roles = 'count by (role) (up{job="captioner"} == 1)'
+
+        def seen() -> bool:
+            up = {each["metric"]["role"]: int(each["value"][1]) for each in chain.query(roles)}
+            return {role: up.get(role) for role in ("front", "engine")} == {"front": 2, "engine": 2}
+
+        chain.until(seen)
+        yield Counted(running_cluster, chain)
+
+
+def test_sums_over_fronts_are_what_a_client_counted(counted: Counted) -> None:
+    """Requests, audio-seconds and tokens, exactly; both fronts have had some; every documented metric is there."""
+    counted.load(24)
+    assert len(counted.chain.query(f"sum by (instance) ({FIGURES['requests']}) > 0")) == 2
+    assert not documented() - counted.chain.names() - NOT_HERE
+
+
+def test_a_killed_front_leaves_its_counts_behind(counted: Counted) -> None:
+    """What it had counted stays in sums over time, its successor begins at zero; that it was lost is told."""
+    lost = counted.chain.value('max(captioner_replicas_lost_total{role="front"})')
+    victim = min(counted.cluster.pids(FRONT))
+    os.kill(victim, signal.SIGKILL)
+    counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONT) and counted.cluster.whole())
+    counted.load(12)
+    counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{role="front"})') > lost)
+
+
+def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
+    """`promtool check metrics` has nothing to say of any front or engine replica."""
+    targets = httpx.get(f"{counted.cluster.url}/metrics/targets", headers=KEY, timeout=30).json()
+    ours = [each["targets"][0] for each in targets if each["labels"]["role"] in ("front", "engine")]
+    assert len(ours) >= 4
+    command = [program("promtool"), "check", "metrics"]
+    for target in ours:
+        try:
+            text = httpx.get(f"http://{target}/metrics", timeout=30).text
+        except httpx.ConnectError:  # of the killed one, until it is forgotten
+            continue
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+        assert (target, done.returncode, done.stdout + done.stderr) == (target, 0, "")
+
+
+def test_dashboards_of_a_cluster_have_data(counted: Counted) -> None:
+    """Every panel that needs a cluster shows something: replicas, what was lost, Ray Serve's own."""
+    exprs = {expr for expr in all_expressions() if re.search(r"ray_|replicas|retries", expr)}
+    assert len(exprs) >= 6
+    chain = counted.chain
+
+    def empty() -> set[str]:
+        return {expr for expr in exprs if not chain.query(expr.replace("$__rate_interval", "30s"))}
+
+    try:
+        chain.until(lambda: not empty(), 60)
+    except TimeoutError:
+        assert not empty()
