@@ -74,6 +74,7 @@ def _options(parser: Any) -> None:
     add("--forms", default="data", help=f"of {','.join(FORMS)}")
     add("--clips-dir", default=".cache/benchmark-clips", help="for what clips are made of, and clips behind URLs")
     add("--clips-url", default="http://127.0.0.1:9999", help="where the server reaches --clips-dir")
+    add("--same-pairs", type=float, default=0, help="share of pairs of clips that may get the same caption")
     add("--run-seed", type=int, default=0, help="runs of different seeds have different clips")
     add("--arrivals", choices=("closed", "even", "poisson"), default="closed")
     add("--user-rate", type=float, default=0.1, help="requests per second of each user of an open loop")
@@ -96,7 +97,7 @@ class _Run:
         self.options = options
         self.asked = Asked(options.model, options.tokens or None, options.usage_rule, options.least_s)
         self.bank = _bank(options.clips_dir, options.codecs)
-        self.seen = Seen()
+        self.seen = Seen(options.same_pairs)
         self.under_way = Pool()
         self.measured_from = time.time() + options.warm_up
         host = environment.host.rstrip("/")

@@ -38,6 +38,9 @@ CHARACTERS_PER_TOKEN = (1.2, 16.0)
 MOST_REPETITION = 12
 """Text that packs better than this says the same over and over; a caption packs to a half or a third."""
 
+FEW_PAIRS = 3
+"""So many that are alike are chance, where some may be."""
+
 WRONG = ("broken", "cut", "empty", "repeated", "usage", "cached", "id")
 """Kinds of wrong answers. One of them, and the run is wrong."""
 REFUSED, FAILED = "refused", "failed"
@@ -164,10 +167,16 @@ class Answer:
 
 
 class Seen:
-    """Clips, captions and ids so far. As sampling is random, two clips that get the same words were not listened to."""
+    """Clips, captions and ids so far. As sampling is random, two clips that get the same words were not listened to.
 
-    def __init__(self) -> None:
-        self._clips: dict[str, int] = {}
+    A small model has not that much to say: there `same_pairs` is the share of pairs of clips that may get the same
+    words. Unlike the share of clips it does not grow with the run.
+    """
+
+    def __init__(self, same_pairs: float = 0.0) -> None:
+        self._same_pairs = same_pairs
+        self._same = 0
+        self._clips: dict[str, list[int]] = {}
         self._ids: set[str] = set()
         self._captioned: set[int] = set()
 
@@ -179,9 +188,13 @@ class Seen:
         if id_ in self._ids:
             raise BadAnswerError("id", f"two answers are {id_!r}")
         self._ids.add(id_)
-        first = self._clips.setdefault(caption, clip)
-        if first != clip:
-            raise BadAnswerError("repeated", f"clips {first} and {clip} got the same caption: {caption[:100]!r}")
+        others = self._clips.setdefault(caption, [])
+        self._same += len(others)
+        others.append(clip)
+        pairs = len(self._captioned) * (len(self._captioned) - 1) / 2
+        if len(others) > 1 and self._same > (self._same_pairs and max(FEW_PAIRS, self._same_pairs * pairs)):
+            detail = f"clips {others[0]} and {clip} got the same caption {caption}"
+            raise BadAnswerError("repeated", f"{detail}, as did {self._same} of {pairs:.0f} pairs")
 
 
 Pieces = list[tuple[float, bytes]]

@@ -23,12 +23,12 @@ from clips import CODECS, Bank, Clip, make_clip, mixed
 from processes import Family, Snapshot
 from profiles import seen
 from report import figures, interval, ratios, to_markdown
-from wire import Asked, BadAnswerError, read
+from wire import Asked, BadAnswerError, Seen, read
 
 from serving.audio.decode import decode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 def events(text: str = "a dog", finish_reason: str = "length", tokens: int = 3) -> bytes:
@@ -143,6 +143,35 @@ def test_spliced_clips_are_all_distinct(tmp_path: Path) -> None:
     """Also the shortest ones, of which a run has thousands."""
     bank = Bank(tmp_path)
     assert len({bank.clip("mp3", 1.0, seed)[0] for seed in range(500)}) == 500
+
+
+def told_as_repeats(captions: Iterable[str], same_pairs: float) -> bool:
+    """Whether these, each of a clip of its own, are not let pass."""
+    seen = Seen(same_pairs)
+    try:
+        for number, caption in enumerate(captions):
+            seen.check(caption, number, str(number))
+    except BadAnswerError as error:
+        return error.kind == "repeated"
+    return False
+
+
+def test_captions_that_are_alike_by_chance_are_told_from_repeats() -> None:
+    """None may be, but of a small model some, however long the run is. All the same, or ten in turn, are no chance."""
+    chance = random.Random(5)
+    alike = [str(chance.randrange(100)) for _ in range(2000)]
+    assert told_as_repeats(alike, 0)
+    assert not told_as_repeats(alike, 0.05)
+    assert told_as_repeats(["1"] * 10, 0.05)
+    assert told_as_repeats([str(number % 10) for number in range(200)], 0.05)
+
+
+def test_a_clip_that_is_sent_twice_is_told() -> None:
+    """Whatever is said of it."""
+    seen = Seen(0.05)
+    seen.check("a dog", 7, "a")
+    with pytest.raises(BadAnswerError, match="sent twice"):
+        seen.check("a cat", 7, "b")
 
 
 @pytest.fixture
