@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from serving.context import Untraced
@@ -60,7 +62,7 @@ WATCHED = {
     "captioner_features_bytes": "Memory of features that wait for the engine.",
     "captioner_body_bytes": "Memory of request bodies under way.",
     "captioner_saturation_ratio": "How much of a bound is taken, by resource: inflight, bodies, spool, audio_queue, "
-    "features, engine_queue, kv_cache, uploads.",
+    "features, engine_queue, kv_cache, uploads, journal.",
     # The engine, told where it runs
     "captioner_engine_running": "Captions in the engine.",
     "captioner_engine_waiting": "Captions that wait for the engine.",
@@ -85,7 +87,7 @@ WATCHED = {
     "captioner_limits_fallbacks_total": "Decisions by this process's own memory because the store did not answer.",
     "captioner_keys_age_seconds": "Age of the snapshot of keys and tenants that callers are checked against.",
     # The ledger
-    "captioner_database_up": "Whether the last use of the database went well.",
+    "captioner_database_up": "Whether the last use of the database went well, by the ledger and to read keys.",
     "captioner_ledger_lag_seconds": "Age of the oldest entry that is not in the database yet; 0 if all are.",
     "captioner_ledger_pending": "Entries that are not in the database yet.",
     "captioner_ledger_journal_bytes": "Disk that the local journal takes.",
@@ -129,6 +131,9 @@ class Gauges:
         except CaptionerError:
             self._ready = False
         encode, content_type = choose_encoder(accept)
+        if isinstance(encode, partial):
+            # By default it makes `_` of the colon in vLLM's names, which is as good a character as any.
+            encode = partial(encode, escaping=ALLOWUTF8)
         return encode(self.registry), content_type
 
 

@@ -56,7 +56,7 @@ def watch_service(service: Service) -> None:
     watch("captioner_limits_fallbacks_total", lambda: limits.fallbacks)
     ledger = service.admissions.ledger
     watch("captioner_keys_age_seconds", lambda: service.keys.age_s)
-    watch("captioner_database_up", lambda: float(ledger.database_up))
+    watch("captioner_database_up", lambda: float(ledger.database_up and not service.keys.failing))
     watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)
     watch("captioner_ledger_pending", lambda: ledger.pending)
     watch("captioner_ledger_journal_bytes", lambda: ledger.journal_bytes)

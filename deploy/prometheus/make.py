@@ -214,7 +214,7 @@ def _causes(made: _Alerts) -> None:
         "More audio waits than is captioned in a minute, and it does not get less.",
         severity="page",
         lasting=3 * MINUTE,
-        lingering=6 * MINUTE,
+        lingering=15 * MINUTE,
     )
     made.add(
         "CaptionerLedgerJournalFilling",
@@ -247,6 +247,14 @@ def _tickets(made: _Alerts) -> None:
         "All audio workers of {{ $labels.instance }} are at work, and clips wait for one.",
         severity="ticket",
         lasting=10 * MINUTE,
+    )
+    made.add(
+        "CaptionerDatabaseDown",
+        "captioner_database_up == 0",
+        "{{ $labels.instance }} cannot use the database: keys stay as they were, and the ledger waits.",
+        severity="ticket",
+        lasting=2 * MINUTE,
+        lingering=3 * MINUTE,
     )
     made.add(
         "CaptionerLedgerLagging",

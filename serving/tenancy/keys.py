@@ -69,6 +69,8 @@ class Keyring:
         self._refreshing: asyncio.Task[None] | None = None
         self.failures = 0
         """Times that the database did not answer."""
+        self.failing = False
+        """Whether it did not the last time."""
 
     @property
     def age_s(self) -> float:
@@ -129,18 +131,17 @@ class Keyring:
         self._checked_s = time.monotonic()
 
     async def _refresh_forever(self) -> None:
-        failing = False
         while True:
             await asyncio.sleep(self._refresh_s)
             try:
                 await asyncio.to_thread(self.refresh)
             except (sa.exc.SQLAlchemyError, UnusableDatabase) as error:
                 self.failures += 1
-                if not failing:
+                if not self.failing:
                     log.warning("keys and tenants stay as they were last seen", extra={"error": type(error).__name__})
-                failing = True
+                self.failing = True
             else:
-                failing = False
+                self.failing = False
 
     def _read(self, connection: sa.Connection, revision: int) -> _Snapshot:
         plan_of = {row["name"]: row for row in connection.execute(sa.select(schema.plans)).mappings()}

@@ -166,6 +166,9 @@ CASES = [
     Case("CaptionerDecodePoolSaturated", "20m",
          {'captioner_audio_workers_busy_seconds_total{instance="a"}': "0+20x100",
           'captioner_audio_workers{instance="a"}': "2x100", 'captioner_audio_queue_depth{instance="a"}': "3x100"}),
+    Case("CaptionerDatabaseDown", "10m", {'captioner_database_up{instance="a"}': "1 0x100"}, A),
+    # One use that failed is no outage.
+    Case("CaptionerDatabaseDown", "10m", {'captioner_database_up{instance="a"}': "1 0 0 1x100"}),
     Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "400x100"}, A),
     Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "2x100"}),
     Case("CaptionerLimitsStoreDown", "10m", {'captioner_limits_store_up{instance="a"}': "0x100"}, A),
