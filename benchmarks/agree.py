@@ -2,8 +2,9 @@
 
     python benchmarks/agree.py FIRST.json SECOND.json
 
-Writes a table of every ratio that both runs have, and ends with status 1 if one of those it judges disagrees. A ratio
-agrees if the intervals of both runs overlap, and neither run is sure of the opposite of the other.
+Writes a table of every ratio, and ends with status 1 if one of those it judges disagrees. A ratio
+agrees if the intervals of both runs overlap, and neither run is sure of the opposite of the other. What only one of
+them has, does not agree.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ def compared(first: Runs, second: Runs) -> Iterator[tuple[str, str, str, str, bo
         {workload["name"]: workload["rounds"] for run in runs for workload in run["workloads"]}
         for runs in (first, second)
     )
-    for name in ours:
+    for name in ours | theirs:
         for above, below in PAIRS:
-            if not all(of in rounds for of in (above, below) for rounds in (ours[name], theirs.get(name, {}))):
-                continue
-            found = [ratios(rounds[name][above], rounds[name][below]) for rounds in (ours, theirs)]
-            for figure in found[0]:
+            found = [
+                ratios(of[above], of[below]) if of.get(above) and of.get(below) else {}
+                for of in (ours.get(name, {}), theirs.get(name, {}))
+            ]
+            for figure in found[0] | found[1]:
+                if not all(figure in of for of in found):
+                    in_first, in_second = ("there" if figure in of else "not measured" for of in found)
+                    yield f"{name}: {above} ÷ {below}", figure, in_first, in_second, False
+                    continue
                 spans = [interval(of[figure]) for of in found]
                 first_told, second_told = (
                     f"{geometric_mean(of[figure]):.2f} ({low:.2f} to {high:.2f})"
@@ -46,9 +52,12 @@ def compared(first: Runs, second: Runs) -> Iterator[tuple[str, str, str, str, bo
 
 def main() -> None:
     """Write the table."""
-    rows = list(compared(*(json.loads(Path(path).read_text()) for path in sys.argv[1:3])))
+    runs = [json.loads(Path(path).read_text()) for path in sys.argv[1:3]]
+    if len(runs) < 2 or not all(isinstance(of, list) and all("workloads" in run for run in of) for of in runs):
+        sys.exit("needs two files that compare.py wrote")
+    rows = list(compared(*runs))
     if not rows:
-        sys.exit("the two have no ratio in common")
+        sys.exit("the two have no ratios")
     print("| | | first | second | |\n| --- | --- | --- | --- | --- |")
     for pair, figure, first, second, agree in rows:
         print(f"| {pair} | {figure} | {first} | {second} | {'agree' if agree else '**disagree**'} |")

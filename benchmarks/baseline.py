@@ -24,6 +24,16 @@ FIGURES: dict[str, Callable[[Point], float | None]] = {
 """Of all of them less is better."""
 
 
+SETTINGS = ("machine", "software", "seconds of each run", "options of the load", "commands")
+
+
+def differences(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
+    """What was otherwise in the kept run, in words: a reader must know before trusting a comparison."""
+    pairs = {name: [run["conditions"].get(name) for run in (kept, found)] for name in SETTINGS}
+    pairs["the SLO's TTFT, s"] = [run.get("slo_ttft_s") for run in (kept, found)]
+    return [f"not as in the kept run: {name} was {was}, is {now}" for name, (was, now) in pairs.items() if was != now]
+
+
 def breaches(found: Mapping[str, Any], kept: Mapping[str, Any], tolerance: float) -> list[str]:
     """What is worse than in the kept run by more than `tolerance` (0.25 is a quarter), in words.
 
@@ -36,8 +46,9 @@ def breaches(found: Mapping[str, Any], kept: Mapping[str, Any], tolerance: float
     if not before.keys() & now.keys():
         raise ValueError("the baseline has none of these loads")
     same_machine = kept["conditions"]["machine"] == found["conditions"]["machine"]
-    least = min(before.keys() & now.keys())
-    told = [] if same_machine or len(before.keys() & now.keys()) > 1 else ["one load of another machine tells nothing"]
+    answered = {load for load in before.keys() & now.keys() if before[load]["right"] and now[load]["right"]}
+    least = min(answered, default=0.0)
+    told = [] if same_machine or len(answered) > 1 else ["one load of another machine tells nothing"]
     for load, base in before.items():
         if load not in now:
             told.append(f"load {load:g}: was not measured")

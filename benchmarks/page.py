@@ -277,6 +277,8 @@ def main() -> None:
     options = parser.parse_args()
     found = [json.loads(path.read_text()) for path in options.files]
     runs = [run for of in found for run in (of if isinstance(of, list) else [of])]
+    if not all("title" in run and "conditions" in run for run in runs):
+        parser.error("knows only what compare.py, suite.py and scaling.py write")
     options.out.write_text(page(runs, options.title))
 
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 from aiohttp import web
-from baseline import breaches
+from baseline import breaches, differences
 from conditions import conditions, shown
 from page import page
 from processes import Family, Snapshot, memory_mib
@@ -82,8 +82,12 @@ def main() -> None:
         print(f"{options.out}.json and {options.out}.html", *found["warnings"], sep="\n")
     else:
         print(json.dumps(found, indent=1))
-    if options.check and (broken := breaches(found, json.loads(options.check.read_text()), options.tolerance)):
-        sys.exit("\n".join(broken))
+    if options.check:
+        kept = json.loads(options.check.read_text())
+        for difference in differences(found, kept):
+            print(difference, file=sys.stderr)
+        if broken := breaches(found, kept, options.tolerance):
+            sys.exit("\n".join(broken))
 
 
 def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str, Any]:

@@ -39,3 +39,15 @@ def test_another_ranking_does_not_agree(tmp_path: Path) -> None:
     assert ended.returncode == 1
     apart = [line.split(" | ")[1] for line in ended.stdout.splitlines() if "disagree" in line]
     assert apart == ["requests/s", "audio-s/s"]
+
+
+def test_what_one_run_lacks_does_not_agree(tmp_path: Path) -> None:
+    """A system that was left out of the second run is told, and is no agreement."""
+    first, second = comparison(), comparison()
+    del second["workloads"][0]["rounds"]["vllm serve"]
+    for name, run in (("first", first), ("second", second)):
+        (tmp_path / name).write_text(json.dumps([run]))
+    command = [sys.executable, str(AGREE), str(tmp_path / "first"), str(tmp_path / "second")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "| requests/s | there | not measured | **disagree** |" in ended.stdout

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import suite
-from baseline import breaches
+from baseline import breaches, differences
 
 
 def line(ttft_s: float, *, outcome: str = "right", warm_up: bool = False) -> dict[str, Any]:
@@ -80,6 +80,25 @@ def test_another_machine_is_compared_only_in_what_its_speed_does_not_matter_for(
     assert told == ["load 4: p95 of TTFT beside the least load's is 2.00 times what it was"]
     assert len(breaches(a_run(a_point(1, 0.5, front_s=20), a_point(4, 1.0, front_s=20)), kept, 0.25)) == 2
     assert breaches(a_run(a_point(4, 9.0)), a_run(a_point(4, 1.0), machine="another"), 0.25)
+
+
+def test_a_load_without_an_answer_is_a_breach_on_any_machine() -> None:
+    """Also the least load, in whose units the others are told."""
+    silent = {"load": 1, "requests": 4, "right": 0, "meets_slo": False}
+    kept = a_run(a_point(1, 0.5), a_point(4, 1.0), machine="another")
+    told = breaches(a_run(silent, a_point(4, 1.0)), kept, 0.25)
+    assert "load 1: no right answer any more" in told
+
+
+def test_what_differs_from_the_kept_run_is_told() -> None:
+    """Another machine and other options; nothing where all is the same."""
+    kept, found = a_run(machine="another"), a_run() | {"slo_ttft_s": 1.0}
+    found["conditions"]["options of the load"] = "--tokens 64"
+    told = differences(found, kept)
+    assert "not as in the kept run: machine was another, is this one" in told
+    assert "not as in the kept run: options of the load was None, is --tokens 64" in told
+    assert len(told) == 3
+    assert differences(found, found) == []
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(10.0, 10.0), (0.5, None), (1000.0, 64.0)])
