@@ -165,10 +165,11 @@ def forest(title: str, rows: Sequence[Ratio]) -> Markup:
     for index, row in enumerate(rows):
         y = top + index * row_height + 13
         out.append(_text(left - 10, y + 4, row.name, "tick end"))
+        aim = f"; aim {said(row.aim)}: {row.verdict}" if row.aim is not None else ""
         if row.aim is not None:
             out.append(_line(x_at(row.aim), y - 9, x_at(row.aim), y + 9, "aim"))
         out.append(_line(x_at(row.low), y, x_at(row.high), y, f"range {row.verdict}"))
-        out.append(_mark(0, x_at(row.middle), y, f"of-ratio {row.verdict}", f"{row.name}: {said(row.middle)}"))
+        out.append(_mark(0, x_at(row.middle), y, f"of-ratio {row.verdict}", f"{row.name}: {said(row.middle)}{aim}"))
         told = f"{row.middle:.2f} ({row.low:.2f} to {row.high:.2f})"
         out.append(_text(WIDTH - right + 8, y + 4, told, f"tick {row.verdict}"))
     return _svg(title, height, out)

@@ -127,6 +127,7 @@ def test_systems_are_compared_by_ratios_with_intervals_and_aims() -> None:
     assert re.search(r'class="tick met"[^>]*>3.00 \(3.00 to 3.00\)', text)
     assert re.search(r'class="tick met"[^>]*>0.50 \(0.50 to 0.50\)', text)
     assert re.search(r'class="tick missed"[^>]*>1.00 \(1.00 to 1.00\)', text), "TTFT is as it was; aimed at was 0.6"
+    assert "requests/s: 3; aim 1.5: met" in text, "not by colour alone"
     assert "0.1 before, 1.9 after" in text
     assert "abc123" in text
 
