@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import httpx
+import psutil
 import pytest
 
 from tests.cluster.running import FRONT, RunningCluster
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.cluster
 
 CLIPS = {seconds: data_url(wav(seconds)) for seconds in (0.5, 1.0, 2.25)}
+WORKER = "serving.audio.worker"
 
 NOT_HERE = {"captioner_tenant_limited_total"}
 """Appears with the first refusal by a limit of a tenant's: `tests/observability` makes one."""
@@ -120,6 +122,25 @@ def test_sums_over_fronts_are_what_a_client_counted(counted: Counted) -> None:
     counted.load(24)
     assert len(counted.chain.query(f"sum by (instance) ({FIGURES['requests']}) > 0")) == 2
     assert not documented() - counted.chain.names() - NOT_HERE
+
+
+def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
+    """The front counts for it: sums stay exact, and no counter of a front goes back."""
+    deaths = counted.chain.value("sum(captioner_audio_worker_deaths_total)")
+    workers = [
+        child.pid
+        for front in counted.cluster.pids(FRONT)
+        for child in psutil.Process(front).children(recursive=True)
+        if WORKER in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    counted.load(12)
+    counted.chain.until(lambda: counted.chain.value("sum(captioner_audio_worker_deaths_total)") == deaths + 2)
+    for counter in ("captioner_cpu_seconds_total", "captioner_audio_workers_busy_seconds_total"):
+        assert counted.chain.query(f"resets({counter}[1h])")
+        assert not counted.chain.query(f"resets({counter}[1h]) > 0")
 
 
 def test_a_killed_front_leaves_its_counts_behind(counted: Counted) -> None:
