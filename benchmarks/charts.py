@@ -113,6 +113,34 @@ def lines(
     return _svg(title, height, out)
 
 
+def over_time(title: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
+    """Values over seconds, from 0 up, without marks; the names of several stand below."""
+    left, right, top, height, per_line = 68, 16, 14, 290, 3
+    names = list(series) if len(series) > 1 else []
+    rows = math.ceil(len(names) / per_line)
+    bottom = 44
+    last = max((at for of in series.values() for at, _ in of), default=1) or 1
+    y_ticks = ticks(0, max((value for of in series.values() for _, value in of), default=1) or 1)
+
+    def x_at(seconds: float) -> float:
+        return left + (WIDTH - right - left) * seconds / last
+
+    def y_at(value: float) -> float:
+        return height - bottom - (height - bottom - top) * value / y_ticks[-1]
+
+    out = _y_axis(y_ticks, y_at, left, WIDTH - right, y_name)
+    out += [_text(x_at(at), height - bottom + 18, said(at), "tick middle") for at in ticks(0, last) if at <= last]
+    out.append(_text((left + WIDTH - right) / 2, height - 6, "seconds", "name middle"))
+    for number, of in enumerate(series.values()):
+        path = " ".join(f"{x_at(at):.1f},{y_at(value):.1f}" for at, value in of)
+        out.append(Markup('<polyline class="series c{}" points="{}"/>').format(number % COLOURS, path))
+    for number, name in enumerate(names):
+        x, y = 10 + number % per_line * (WIDTH - 20) / per_line, height + 6 + 20 * (number // per_line)
+        out.append(_box(x, y, (12, 12), f"c{number % COLOURS}", name))
+        out.append(_text(x + 17, y + 11, name, "tick"))
+    return _svg(title, height + 24 * rows, out)
+
+
 def bars(title: str, x_name: str, rows: Mapping[str, Mapping[str, float]]) -> Markup:
     """A bar for each row, of the same parts in the same order; what it comes to stands at its end."""
     left, right, row_height, legend = 150, 60, 30, 24

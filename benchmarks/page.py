@@ -2,7 +2,8 @@
 
     python benchmarks/page.py FILE.json … --out page.html [--title TITLE]
 
-A file is a list of runs, as `compare.py` writes it, or one run with a `kind`, as `suite.py` does.
+A file is a list of runs, as `compare.py` writes it, or one run with a `kind`, as `suite.py`, `scaling.py` and `panels.py`
+do.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from charts import Point, Ratio, bars, forest, lines, said
+from charts import Point, Ratio, bars, forest, lines, over_time, said
 from processes import ENGINE
 from report import ENGINE_CPU, PAIRS, SERVICE_CPU, figures, interval, ratios
 
@@ -89,7 +90,7 @@ def page(runs: Iterable[Run], title: str) -> str:
     """The page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.j2")
-    makers = {"suite": _suite, "scaling": _scaling}
+    makers = {"suite": _suite, "scaling": _scaling, "panels": _panels}
     return template.render(title=title, sections=[makers.get(run.get("kind", ""), _comparison)(run) for run in runs])
 
 
@@ -265,6 +266,24 @@ def _scaling(run: Run) -> Section:
         ]
         chart = lines(f"Requests per second by {of['name']}", of["name"], "requests per second", {"": points})
         section.parts.append(Part("", [Chart(f"More {of['name']}", chart, of.get("note", ""))]))
+    return section
+
+
+# ---- what dashboards show
+
+
+def _panels(run: Run) -> Section:
+    section = _section(run)
+    for board in run["boards"]:
+        charts = []
+        for panel in board["panels"]:
+            if panel["kind"] == "stat":
+                last = next(iter(panel["series"].values()))[-1][1]
+                section.main.append((f"{panel['title']} {panel['unit']}".strip(), said(last)))
+            else:
+                charts.append(Chart(panel["title"], over_time(panel["title"], panel["unit"], panel["series"])))
+        if charts:
+            section.parts.append(Part(board["title"], charts))
     return section
 
 

@@ -183,3 +183,19 @@ def test_numbers_are_told_in_three_digits() -> None:
     assert [said(of) for of in (0, 1234.5, 12.345, 1.0, 0.04567)] == ["0", "1234", "12.3", "1", "0.0457"]
     assert ticks(0, 9.3) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 0.3)[-1] >= 0.3
+
+
+def test_panels_are_lines_over_time_and_numbers() -> None:
+    """A graph for each panel with its series named, and the last value of what is one number."""
+    graph = {
+        "title": "Waits",
+        "unit": "seconds",
+        "kind": "stack",
+        "series": {"a": [(0, 1.0), (9, 2.0)], "b": [(0, 3.0)]},
+    }
+    number = {"title": "Requests", "unit": "per second", "kind": "stat", "series": {"all": [(0, 1.0), (9, 4.25)]}}
+    run = {"kind": "panels", "title": "P", "conditions": {}, "boards": [{"title": "Now", "panels": [graph, number]}]}
+    text = page([run], "T")
+    assert read(text).charts == ["Waits"]
+    assert "<b>4.25</b>Requests per second" in text
+    assert ">a</text>" in text
