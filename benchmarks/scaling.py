@@ -18,6 +18,7 @@ from typing import Any
 
 from clips import Clip, alike, make
 from clusters import BIN, Cluster
+from conditions import conditions
 from load import Load, Target
 
 ROOT = Path(__file__).parents[1]
@@ -90,11 +91,14 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=RESULT)
     given = arguments.parse_args()
     result: dict[str, Any] = {"kind": "scaling", "title": "More replicas", "load_average": [os.getloadavg()]}
+    result["conditions"] = conditions(ROOT)
     result["series"] = [
         engines(given.port, given.requests, given.rounds, tuple(given.counts)),
         workers(given.port, 2 * given.requests, given.rounds),
     ]
     result["load_average"].append(os.getloadavg())
+    before, after = (of[0] for of in result["load_average"])
+    result["conditions"]["machine load"] = f"{before:.1f} before, {after:.1f} after"
     given.out.parent.mkdir(exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
 
