@@ -7,6 +7,7 @@ beside the engine.
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from processes import ENGINE
@@ -29,9 +30,14 @@ SETTINGS = ("machine", "software", "seconds of each run", "options of the load",
 
 def differences(found: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
     """What was otherwise in the kept run, in words: a reader must know before trusting a comparison."""
-    pairs = {name: [run["conditions"].get(name) for run in (kept, found)] for name in SETTINGS}
-    pairs["the SLO's TTFT, s"] = [run.get("slo_ttft_s") for run in (kept, found)]
+    pairs = {name: [_settled(run["conditions"].get(name)) for run in (kept, found)] for name in SETTINGS}
+    pairs["the SLO's TTFT, s"] = [_settled(run.get("slo_ttft_s")) for run in (kept, found)]
     return [f"not as in the kept run: {name} was {was}, is {now}" for name, (was, now) in pairs.items() if was != now]
+
+
+def _settled(value: object) -> str:
+    """The value without ports and directories, which are others in every run."""
+    return re.sub(r"--port=\d+|\$TMPDIR/[\w-]+", "…", str(value))
 
 
 def breaches(found: Mapping[str, Any], kept: Mapping[str, Any], tolerance: float) -> list[str]:
