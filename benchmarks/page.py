@@ -2,8 +2,8 @@
 
     python benchmarks/page.py FILE.json … --out page.html [--title TITLE]
 
-A file is a list of runs, as `compare.py` writes it, or one run with a `kind`, as `suite.py`, `scaling.py` and `panels.py`
-do.
+A file is a list of runs, as `compare.py` writes it, or one run with a `kind`, as those of `suite.py`, `scaling.py` and
+`panels.py`.
 """
 
 from __future__ import annotations
