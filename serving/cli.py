@@ -71,6 +71,10 @@ RAY_ENVIRONMENT = {
 }
 """What Ray's processes must find in their environment; `deploy/` has the same for clusters."""
 
+KEEP_ALIVE_S = 75
+"""Longer than clients and load balancers keep a connection that rests, mostly a minute: else a request may meet one
+that is just being closed. uvicorn's own are 5 s."""
+
 SAMPLE = Path(__file__).parent / "embedded" / "sample.mp3"
 """A short clip for the first request."""
 
@@ -220,6 +224,7 @@ class _Server:
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(settings.shutdown_grace_s),
             )
         )

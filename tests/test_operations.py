@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,6 +145,17 @@ def test_log_lines(fake_service: RunningService) -> None:
     assert "sk-very-secret" not in log
     assert answer.text[:20] not in log
     assert "UklGR" not in log
+
+
+def test_a_connection_may_rest(fake_service: RunningService) -> None:
+    """It is still open after longer than servers usually wait, so that no request meets a closing one."""
+    with httpx.Client(base_url=fake_service.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        client.get("/healthz")
+        (connection,) = client._transport._pool.connections  # type: ignore[attr-defined]
+        time.sleep(6)
+        assert not connection.has_expired(), "the server has closed it"
+        assert client.get("/healthz").status_code == 200
+        assert client._transport._pool.connections == [connection]  # type: ignore[attr-defined]
 
 
 def test_settings_come_from_flags_variables_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
