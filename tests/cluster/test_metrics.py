@@ -58,7 +58,7 @@ class Counted:
     def told(self) -> dict[str, float]:
         """The same in Prometheus: the last that each process has told, of those that have ended as well."""
         return {
-            name: self.chain.value(f"sum(max_over_time({figure}[1h]))") - self._before[name]
+            name: round(self.chain.value(f"sum(max_over_time({figure}[1h]))") - self._before[name], 9)
             for name, figure in FIGURES.items()
         }
 
