@@ -37,8 +37,8 @@ AIMS: dict[tuple[str, str], dict[str, float]] = {
 """What was aimed at, by pair of systems and figure."""
 
 RATIOS = (
-    "Ratios: geometric mean over the rounds, with its 95 % interval by bootstrap. A bar across a row is the aim: green "
-    "it is met, red it is not, yellow the interval holds both."
+    "Ratios: geometric mean over the rounds, with its 95 % interval by Student's t. A bar across a row is the aim: "
+    "green it is met, red it is not, yellow the interval holds both."
 )
 PERCENTILES = ("p50", "p90", "p95", "p99")
 HOUR_S = 3600
