@@ -61,7 +61,7 @@ def _presence(directory: DeploymentHandle[Any], settings: Settings, expose: Any)
     """This process to Prometheus, by way of the directory."""
     return Presence(
         MetricsListener(expose, settings.metrics_token),
-        lambda target: told(directory.observe.remote(target)),
+        lambda target, process: told(directory.observe.remote(target, process)),
         lambda address: told(directory.unobserve.remote(address)),
     )
 

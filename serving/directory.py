@@ -46,13 +46,13 @@ class Directory:
         self._ray_targets = ray_targets
         self._ray: tuple[float, list[Target]] = (-math.inf, [])
 
-    async def observe(self, target: Target) -> tuple[list[Target], dict[str, int]]:
+    async def observe(self, target: Target, process: str) -> tuple[list[Target], dict[str, int]]:
         """Note where a process tells its metrics; return where all do, and how many were lost, by role."""
         at, nodes = self._ray
         if time.monotonic() - at > _NODES_EVERY_S:
             self._ray = time.monotonic(), nodes  # whoever asks meanwhile need not
             self._ray = time.monotonic(), await asyncio.to_thread(self._ray_targets)
-        targets, lost = self._register.note(target)
+        targets, lost = self._register.note(target, process)
         return [*targets, *self._ray[1]], lost
 
     async def unobserve(self, address: str) -> None:

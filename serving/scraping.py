@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import secrets
 import time
 from typing import TYPE_CHECKING, TypedDict
 
@@ -82,14 +83,14 @@ class MetricsListener:
 class Presence:
     """One process of a cluster as Prometheus finds it: it listens, tells the directory so, and learns of the others.
 
-    `tell` hands the directory this process's target, and returns what it knows: all targets, and how many processes of
-    each role were lost. `leave` tells it that the process ends.
+    `tell` hands the directory this process's target and a name that no other process ever has, and returns what it
+    knows: all targets, and how many processes of each role were lost. `leave` tells it that the process ends.
     """
 
     def __init__(
         self,
         listener: MetricsListener,
-        tell: Callable[[Target], Awaitable[tuple[list[Target], dict[str, int]] | None]],
+        tell: Callable[[Target, str], Awaitable[tuple[list[Target], dict[str, int]] | None]],
         leave: Callable[[str], Awaitable[None]],
     ) -> None:
         self.targets: list[Target] = []
@@ -98,6 +99,7 @@ class Presence:
         self._tell = tell
         self._leave = leave
         self._address = ""
+        self._process = secrets.token_hex(8)
         self._telling: asyncio.Task[None] | None = None
 
     async def start(self, host: str, first_port: int, role: str) -> None:
@@ -115,7 +117,7 @@ class Presence:
 
     async def _keep_telling(self, target: Target) -> None:
         while True:
-            if told := await self._tell(target):
+            if told := await self._tell(target, self._process):
                 self.targets, self.lost = told
             await asyncio.sleep(TELL_EVERY_S)
 
@@ -125,18 +127,24 @@ class Register:
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
-        self._seen: dict[str, tuple[Target, float]] = {}
+        self._seen: dict[str, tuple[Target, str, float]] = {}
         self._lost = {"front": 0, "engine": 0}
 
-    def note(self, target: Target) -> tuple[list[Target], dict[str, int]]:
-        """A process is there; return all that are, and how many were lost so far, by role."""
-        now = self._now_s()
-        self._seen[target["targets"][0]] = target, now
-        for address, (other, seen) in list(self._seen.items()):
+    def note(self, target: Target, process: str) -> tuple[list[Target], dict[str, int]]:
+        """A process is there; return where all are, and how many were lost so far, by role.
+
+        One that listens where another did follows on a lost one: whoever ends as it should is struck off first.
+        """
+        now, address = self._now_s(), target["targets"][0]
+        before = self._seen.get(address)
+        if before is not None and before[1] != process:
+            self._lost[before[0]["labels"]["role"]] += 1
+        self._seen[address] = target, process, now
+        for address, (other, _, seen) in list(self._seen.items()):
             if now - seen > FORGET_AFTER_S:
                 del self._seen[address]
                 self._lost[other["labels"]["role"]] += 1
-        return [target for target, _ in self._seen.values()], dict(self._lost)
+        return [target for target, _, _ in self._seen.values()], dict(self._lost)
 
     def strike(self, address: str) -> None:
         """A process ends as it should."""

@@ -87,7 +87,9 @@ class UsageRecord:
             self.engine_input_tokens = request.engine_input_tokens
             self.engine_output_tokens = request.engine_output_tokens
         if request.first_token is not None and self.first_token_at is None:
-            self.first_token_at = now_ms() - round(1000 * (time.perf_counter() - request.first_token))
+            # The clock is read last, and nothing is rounded up: it never comes before `prepared_at`.
+            ago_ns = int(1e9 * (time.perf_counter() - request.first_token))
+            self.first_token_at = (time.time_ns() - ago_ns) // 1_000_000
 
     def row(self) -> dict[str, Any]:
         """All of it, by column."""

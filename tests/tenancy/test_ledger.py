@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy as sa
 
 from serving.errors import Disconnected, EngineFailed, Overloaded, UploadNotFound
+from serving.record import RequestRecord
 from serving.tenancy import ledger as ledgers
 from serving.tenancy import ledger_store
 from serving.tenancy.ledger import Ledger
@@ -96,6 +98,19 @@ async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_pa
     await ledger.stop()
     assert list((tmp_path / "journal").iterdir()) == []
     await ledger.stop()
+
+
+def test_times_of_a_record_stand_in_their_order() -> None:
+    """A first token right after the hand-over to the engine, told a little later, is not dated before or after them."""
+    for _ in range(500):
+        record = usage("r")
+        record.prepared_at = now_ms()
+        first_token = time.perf_counter()
+        time.sleep(0.0006)
+        record.follow(RequestRecord("r", "openai", first_token=first_token))
+        record.closed_at = now_ms()
+        assert record.first_token_at is not None
+        assert record.prepared_at <= record.first_token_at <= record.closed_at
 
 
 async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -> None:
