@@ -25,7 +25,7 @@ from clusters import BIN, Callers, Cluster
 RESULT = Path(__file__).parent / "results" / "autoscaling.json"
 TOKENS, FEW, MANY = 24, 2, 24
 FLAGS = (
-    "--engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.1 --max-num-seqs=6 --engines=1 --max-engines=4 "
+    "--no-auth --engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.1 --max-num-seqs=6 --engines=1 --max-engines=4 "
     "--engine-audio-s=10 --scale-down-after-s=20 --fronts=1 --max-fronts=1 --audio-workers=1 --front-cpus=0.2 "
     "--engine-cpus=0.2 --shutdown-grace-s=60"
 )

@@ -171,7 +171,7 @@ class Callers:
         return [line for line in self._lines() if "ended" in line]
 
     def account(self) -> dict[str, Any]:
-        """Add everything up. What does not add up, or was answered twice or as another, stands under `defects`."""
+        """Add everything up. Of what does not add up, or was answered twice or as another, `defects` has the first."""
         lines = self._lines()
         sent = [line["sent"] for line in lines if "sent" in line]
         endings = [line for line in lines if "ended" in line]
@@ -197,7 +197,7 @@ class Callers:
             "details": dict(
                 Counter(f"{e['outcome']}: {e['detail']}"[:120] for e in endings if e["outcome"] != "answered")
             ),
-            "defects": defects,
+            "defects": defects[:20],
         }
 
     def _lines(self) -> list[dict[str, Any]]:

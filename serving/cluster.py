@@ -256,6 +256,9 @@ def _replicas(settings: Settings, least: int, most: int, work_per_replica: float
         max_replicas=most,
         metrics_interval_s=_METRICS_EVERY_S,
         look_back_period_s=2 * _METRICS_EVERY_S,
+        # Ray applies delays of its own to any policy, by default 30 s up and 600 s down; ours keeps the pace itself.
+        upscale_delay_s=0,
+        downscale_delay_s=0,
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
             policy_function="serving.cluster:ByWork", policy_kwargs=rule
         ),

@@ -65,8 +65,13 @@ def replicas(
     if unserved > 0:
         needed = max(needed, 1)
     needed = min(max(needed, rule.least), rule.most)
+    remembered = history.needed
+    if not remembered or current > remembered[0][1]:
+        # More than this function has asked for: it has just begun (maybe since the controller was lost), or Ray has
+        # started a first replica for one who asks, which has told nothing yet. Either may be needed.
+        remembered = ((now_s, min(current, rule.most)),)
     # Sliding maximum: a count only matters as long as no later one is as high.
-    kept = [(at, count) for at, count in history.needed if now_s - at < rule.down_after_s and count > needed]
+    kept = [(at, count) for at, count in remembered if now_s - at < rule.down_after_s and count > needed]
     kept.append((now_s, needed))
     peak = kept[0][1]
     return (needed if needed >= current else min(current, peak)), History(tuple(kept))

@@ -86,6 +86,26 @@ def test_down_only_after_the_whole_time() -> None:
         assert current == (10 if 100 <= now_s < 108 + RULE.down_after_s else 1), now_s
 
 
+def test_whoever_begins_takes_nothing_away_at_once() -> None:
+    """A controller that was lost and is back knows nothing of the last minutes, nor if a first replica is wanted."""
+    rule = replace(RULE, least=0)
+    for current in (1, 7):
+        history = History()
+        for now_s in range(0, 310, 10):
+            wanted, history = replicas(rule, [], current=current, unserved=0, now_s=now_s, history=history)
+            assert wanted == (current if now_s < RULE.down_after_s else 0)
+
+
+def test_one_that_was_woken_stays_for_a_while() -> None:
+    """From zero Ray starts one by itself when somebody asks, and it has nothing to tell yet when it runs."""
+    rule, history, current = replace(RULE, least=0), History(), 0
+    for now_s in range(0, 900, 10):
+        if now_s == 500:
+            current = 1
+        current, history = replicas(rule, [], current=current, unserved=0, now_s=now_s, history=history)
+        assert current == (1 if 500 <= now_s < 800 else 0)
+
+
 @given(st.lists(st.tuples(st.floats(0.1, 60), st.floats(0, 2e4)), min_size=1, max_size=200))
 def test_never_below_what_was_needed_lately(steps: list[tuple[float, float]]) -> None:
     """For any course of load the count is the highest need in the last `down_after_s`, and the history stays short."""
