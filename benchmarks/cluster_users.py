@@ -99,7 +99,7 @@ def _refusal(dialect: str, status: int, body: dict[str, Any]) -> Ending:
     error = body if dialect == "native" else body["error"]
     if not (body["request_id"] and error["message"] and error["code"]):
         return Ending("defect", f"{status} {body}")
-    return Ending("told" if status in (429, 500, 503) else "defect", f"{status} {error['code']}")
+    return Ending("told" if status in (429, 500, 502, 503) else "defect", f"{status} {error['code']}")
 
 
 def _whole(dialect: str, body: dict[str, Any]) -> Ending:

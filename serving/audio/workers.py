@@ -61,6 +61,9 @@ _PATIENCE_S = 20.0
 _CLIP_COST_S, _TIMES_REALTIME = 0.005, 600
 """A clip is expected to take a worker so long, and that part of its length. What it did take is known afterwards."""
 
+_ENDED_FROM_OUTSIDE = -signal.SIGKILL, -signal.SIGTERM
+"""Statuses of a worker that its clip did not end: what a clip may do to its worker ends in other ways (`worker.py`)."""
+
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 log = logging.getLogger(__name__)
@@ -88,6 +91,8 @@ class _Task:
     arrived_s: float
     queue_s: float = 0.0
     began: float = 0.0
+    again: bool = False
+    """Its first worker was ended from outside."""
     nbytes: int = 0
     """Memory of the features, from their arrival until the context is left."""
     request_id: str = field(default_factory=REQUEST_ID.get)
@@ -208,7 +213,7 @@ class AudioWorkers:
         now, audio_s = time.perf_counter(), min(_guess_s(clip), self._settings.max_audio_s)
         cost = _CLIP_COST_S + audio_s / _TIMES_REALTIME
         task = _Task(share, clip, audio_s, cost, self._loop.create_future(), now)
-        del clip  # up to 10 MiB that nobody needs once a worker has it
+        del clip  # up to 10 MiB that nobody needs once a worker is done with it
         self._queue.add(task)
         if not self._queue.fits(task, self._settings.max_audio_queue):
             self._queue.discard(task)
@@ -238,7 +243,6 @@ class AudioWorkers:
                 continue
             self._queue.take(task)
             self._drain.add(task.audio_s, time.perf_counter())
-            task.clip = ""
             task.began = time.perf_counter()
             task.queue_s = task.began - task.arrived_s
             worker.task = task
@@ -274,6 +278,7 @@ class AudioWorkers:
             worker.deadline.cancel()
         task, worker.task = worker.task, None
         if task:
+            task.clip = ""
             self._account(task)
         self._idle.append(worker)
         worker.ready = True
@@ -340,7 +345,7 @@ class AudioWorkers:
         self._loop.add_reader(ours, self._read, worker)
 
     def _replace(self, worker: _Worker) -> None:
-        """Bury a dead worker, fail its clip, and start another."""
+        """Bury a dead worker and start another; its clip goes to one more, or fails if it is to blame."""
         self._workers.remove(worker)
         if worker in self._idle:
             self._idle.remove(worker)
@@ -350,13 +355,18 @@ class AudioWorkers:
         status = worker.process.wait()
         whose = {"request_id": worker.task.request_id} if worker.task else {}
         log.warning("an audio worker died", extra={"exit_status": status, "at_work": bool(whose), **whose})
-        if worker.task:
-            too_long = status == -signal.SIGPROF
-            _fail(worker.task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
         if worker.ready:
             self._spawn()
         else:
             self._not_started()
+        if task := worker.task:
+            if status in _ENDED_FROM_OUTSIDE and not task.again and not task.answer.done():
+                task.again = True
+                self._queue.add(task)
+                self._dispatch()
+                return
+            too_long = status == -signal.SIGPROF
+            _fail(task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
 
     def _see_end(self, worker: _Worker) -> None:
         """Count what a worker that has died leaves: to be called before anyone waits for its process."""
