@@ -27,7 +27,10 @@ EVERY_S = 2.0
 """How often engine replicas register and fronts ask. A call through Ray costs a millisecond of CPU at both ends."""
 
 ANSWER_S = 5.0
-_FORGET_AFTER_S = 8.0
+_FORGET_AFTER_S = 20.0
+"""Longer than a replica is silent whose call was lost (`EVERY_S`, `ANSWER_S`, `EVERY_S`). There is no hurry: fronts see
+by their connections whether it is there."""
+
 _NODES_EVERY_S = 30.0
 _FIND_ENGINES_S = 20.0
 
@@ -71,7 +74,7 @@ class Directory:
     async def replicas(self) -> tuple[list[str], str] | None:
         """Return the addresses and the secret; `None` as long as it may not have heard of all."""
         now = time.monotonic()
-        if now - self._began < 3 * EVERY_S:
+        if now - self._began < ANSWER_S + 2 * EVERY_S:
             return None
         self._seen = {address: seen for address, seen in self._seen.items() if now - seen < _FORGET_AFTER_S}
         return list(self._seen), self._secret

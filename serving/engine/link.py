@@ -17,12 +17,16 @@ deploy/notes/0005-fronts-and-engines.md. Everything is data; nothing is unpickle
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Mapping
+
+T = TypeVar("T")
 
 PIECE_BYTES = 256 * 1024
 """Features travel in pieces of at most this size, so that a long clip does not hold up the deltas of others."""
@@ -60,3 +64,11 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[dict[str, Any], byte
     if not isinstance(header, dict):
         raise LinkError("a header that is no object")
     return header, await reader.readexactly(payload_bytes) if payload_bytes else b""
+
+
+def known(kind: type[T], told: Mapping[str, Any]) -> T:
+    """A dataclass from what the other end has told of it.
+
+    During an update that may be more than this end knows: frames only ever gain fields.
+    """
+    return kind(**{each.name: told[each.name] for each in fields(kind) if each.name in told})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from serving import errors
 from serving.context import TRACE
 from serving.engine.base import EngineDelta, Load
-from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, read_frame
+from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.types import ANYONE, FinishReason
 
@@ -93,18 +93,21 @@ class RemoteEngine:
             if (replica := self._least_loaded(refused)) is None:
                 break
             begun = False
+            self.retries += bool(refused)
             try:
                 async with aclosing(replica.generate(request_id, features, sampling, share)) as deltas:
                     async for delta in deltas:
-                        begun = True
+                        if not begun:
+                            begun = True
+                            del features  # the replica has them, and no other one is asked any more
                         yield delta
                     return
             except (EngineFailed, NotReady, Overloaded) as failure:
-                if begun:
+                # One that has waited its time need not begin anew at the end of another line.
+                if begun or (isinstance(failure, Overloaded) and failure.reason == "engine_wait"):
                     raise
                 error = failure.with_traceback(None)  # which would keep this frame, and the features, in a cycle
             refused.add(replica)
-            self.retries += len(refused) == 1
             log.warning("a replica refused a clip or was lost", extra={"request_id": request_id, "tries": len(refused)})
         try:
             raise error
@@ -197,8 +200,11 @@ class _Replica:
     async def _run(self) -> None:
         try:
             while True:
-                with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
+                try:
                     await self._converse()
+                except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
+                    if isinstance(error, LinkError):
+                        log.warning("the engine at %s broke the protocol: %s", self._address, error)
                 await asyncio.sleep(_RETRY_CONNECT_S)
         finally:
             if self._left:
@@ -218,7 +224,10 @@ class _Replica:
                     while True:
                         header, _ = await read_frame(reader)
                         self._heard = True
-                        self._take(header)
+                        try:
+                            self._take(header)
+                        except (KeyError, TypeError, ValueError) as error:
+                            raise LinkError(f"a malformed frame: {error!r}") from error
                 finally:
                     watching.cancel()
         finally:
@@ -244,7 +253,7 @@ class _Replica:
                 if header["failed"] and not self._state.get("failed"):
                     log.error("the engine at %s has failed", self._address)
                 self._state = {} if self._left else header
-                self.load = Load(**header["load"])
+                self.load = known(Load, header["load"])
                 for number in [number for number in self._unseen_s if number <= header["seen"]]:
                     del self._unseen_s[number]
             case "deltas":

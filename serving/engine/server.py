@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import socket
+import time
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.context import REQUEST_ID, TRACE
-from serving.engine.link import STATE_EVERY_S, LinkError, frame, read_frame
+from serving.engine.link import SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.line import Room
 from serving.types import FRAMES_PER_S, MELS, Features, Sampling, Share
@@ -28,6 +30,10 @@ log = logging.getLogger(__name__)
 _HELLO_S = 5.0
 _WRITE_BUFFER_BYTES = 1024 * 1024
 """When a front reads this much too slowly, its deltas wait here, merged."""
+
+_STALLED_S = 30.0
+"""A front that sends nothing of a request it has begun for so long has stopped; one whose machine is gone is noticed
+sooner, by the states that nothing acknowledges."""
 
 
 class EngineServer:
@@ -96,6 +102,8 @@ class EngineServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self, reader, writer)
+        own: socket.socket = writer.get_extra_info("socket")
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE_S))
         try:
             async with asyncio.timeout(_HELLO_S):
                 header, _ = await read_frame(reader)
@@ -154,7 +162,8 @@ class _Connection:
             telling.cancel()
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up, with all said."""
+        self._flush(now=True)
         self._writer.close()
 
     async def end(self) -> None:
@@ -162,6 +171,7 @@ class _Connection:
         self._writer.close()
         for number in list(self._incoming):
             self._drop(number)
+        await asyncio.sleep(0)  # see `_abort`
         tasks = [task for task in self.generations.values() if task]
         for task in tasks:
             task.cancel()
@@ -176,11 +186,21 @@ class _Connection:
 
     async def _tell_states(self) -> None:
         while True:
-            self._write({"op": "state", "seen": self._seen, **await self._server.state()})
+            self._drop_stalled()
+            state = {"op": "state", "seen": self._seen, **await self._server.state()}
+            if self._writer.transport.get_write_buffer_size() <= _WRITE_BUFFER_BYTES:
+                self._write(state)
             with suppress(TimeoutError):
                 async with asyncio.timeout(STATE_EVERY_S):
                     await self._state_due.wait()
             self._state_due.clear()
+
+    def _drop_stalled(self) -> None:
+        """Give up requests whose front has stopped in the middle of their features: others wait for that room."""
+        latest = time.monotonic() - _STALLED_S
+        for number in [number for number, incoming in self._incoming.items() if incoming.heard_s < latest]:
+            self._drop(number)
+            self._fail(number, NotReady())
 
     def _accept(self, header: dict[str, Any]) -> None:
         settings, number, frames = self._server.settings, int(header["id"]), int(header["frames"])
@@ -240,7 +260,8 @@ class _Connection:
         self._outbox.pop(number, None)
         self._drop(number)
         if task := self.generations.get(number):
-            task.cancel()
+            # Not at once: one that was made by the frame before would never begin, and so not give its memory back.
+            asyncio.get_running_loop().call_soon(task.cancel)
 
     def _drop(self, number: int) -> None:
         """Forget features that have not arrived in full."""
@@ -308,9 +329,11 @@ class _Incoming:
 
     def __init__(self, header: dict[str, Any], frames: int) -> None:
         self.nbytes = 4 * MELS * frames
-        self.share = Share(**header.get("share", {}))
+        self.share = known(Share, header.get("share", {}))
         self._header = header
         self.frames = frames
+        self.heard_s = time.monotonic()
+        """When the last of it came."""
         self._filled = 0
 
     @property
@@ -327,6 +350,7 @@ class _Incoming:
         """Put a piece in its place; return whether that was the last. Raises `ValueError` if it does not fit."""
         self._room[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
+        self.heard_s = time.monotonic()
         return self._filled == self.nbytes
 
     def request(self) -> tuple[str, Features, Sampling]:
@@ -334,5 +358,5 @@ class _Incoming:
         given = self._header["sampling"]
         tuples = {name: tuple(given[name]) for name in ("stop", "stop_token_ids")}
         sequences = tuple(tuple(ids) for ids in given["stop_token_sequences"])
-        sampling = Sampling(**(given | tuples | {"stop_token_sequences": sequences}))
+        sampling = known(Sampling, given | tuples | {"stop_token_sequences": sequences})
         return str(self._header["request_id"]), Features(self._log_mel, int(self._header["samples"])), sampling

@@ -228,11 +228,11 @@ async def test_a_clip_whose_workers_are_killed_twice_fails() -> None:
     """It is tried once more, not again and again: it may have been what the machine killed them for."""
     async with running(audio_workers=1) as pool:
         task = asyncio.create_task(prepare(pool, "sleep 10"))
-        for _ in range(2):
+        for killed in [1, 2]:
             await until(lambda: any(worker.task for worker in pool._workers))
             (victim,) = pool._workers
             os.kill(victim.process.pid, signal.SIGKILL)
-            await until(lambda victim=victim: victim not in pool._workers)
+            await until(lambda killed=killed: pool.deaths == killed)  # type: ignore[misc]
         with pytest.raises(errors.AudioUnreadable):
             await task
         assert pool.deaths == 2

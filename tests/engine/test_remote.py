@@ -6,20 +6,22 @@ import asyncio
 import gc
 import weakref
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from serving.config import Settings
+from serving.engine import server as servers
+from serving.engine.base import Load
 from serving.engine.fake import FakeEngine, Faults
 from serving.engine.gate import GatedEngine
-from serving.engine.link import frame
+from serving.engine.link import frame, known, read_frame
 from serving.engine.remote import RemoteEngine
 from serving.engine.server import EngineServer
 from serving.errors import EngineFailed, NotReady, Overloaded
-from serving.types import MELS, Features, FinishReason, Sampling
+from serving.types import MELS, Features, FinishReason, Sampling, Share
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -262,3 +264,105 @@ async def test_features_are_let_go() -> None:
                 assert gone() is None, (seconds, faults)
     finally:
         gc.enable()
+
+
+async def test_features_are_let_go_once_a_caption_has_begun() -> None:
+    """They are no longer counted from then on, so a front must not keep them while the caption is written."""
+    async with replica(settings(fake_tpot_s=0.05)) as one, front(one) as engine:
+        features = clip(1)
+        gone = weakref.ref(features.log_mel)
+        async with aclosing(engine.generate("r", features, Sampling())) as deltas:
+            del features
+            await anext(deltas)
+            await anext(deltas)
+            assert gone() is None
+
+
+@asynccontextmanager
+async def spoken(one: Replica) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A front's end of the wire, and nobody behind it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", one.server.port)
+    writer.writelines(frame({"secret": SECRET}))
+    await read_frame(reader)
+    yield reader, writer
+    writer.close()
+
+
+def request(frames: int, **more: Any) -> bytes:
+    """The beginning of one, whose features are to come."""
+    header = {"op": "generate", "id": 0, "request_id": "r", "samples": 160 * frames, "frames": frames}
+    return b"".join(frame({**header, "sampling": asdict(Sampling()), "share": asdict(Share()), **more}))
+
+
+FEATURES = b"".join(frame({"op": "features", "id": 0}, bytes(4 * MELS * 100)))
+
+
+@pytest.mark.parametrize("hang_up", [False, True])
+async def test_an_end_right_behind_the_features_leaves_nothing(*, hang_up: bool) -> None:
+    """Aborted before its first step, a generation still gives its memory back, and a drain ends."""
+    async with replica(settings(fake_ttft_s=5)) as one, spoken(one) as (_, writer):
+        writer.write(request(100) + FEATURES + b"".join(frame({"op": "abort", "id": 0})))
+        if hang_up:
+            writer.close()
+        async with asyncio.timeout(10):
+            await asyncio.sleep(0.1)
+            await one.server.drain()
+        assert (one.server.running, one.server.features_bytes, one.fake.load.running) == (0, 0, 0)
+
+
+async def test_a_front_that_stops_in_the_middle_loses_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that go no further count for nothing after a while, and their request is refused."""
+    monkeypatch.setattr(servers, "_STALLED_S", 0.5)
+    async with replica(settings()) as one, spoken(one) as (reader, writer):
+        writer.write(request(1000) + FEATURES)
+        await until(lambda: one.server.features_bytes == 4 * MELS * 1000)
+        async with asyncio.timeout(10):
+            while (header := (await read_frame(reader))[0])["op"] != "error":
+                pass
+        assert (header["error"], one.server.features_bytes, one.server.running) == ("NotReady", 0, 0)
+
+
+async def test_an_update_may_add_fields() -> None:
+    """Of a newer front to an older engine, and the other way round; what is unknown is passed over."""
+    async with replica(settings()) as one, spoken(one) as (reader, writer):
+        newer: dict[str, Any] = {"share": asdict(Share()) | {"new": 1}, "sampling": asdict(Sampling()) | {"new": 1}}
+        writer.write(request(100, **newer, new=1) + FEATURES)
+        async with asyncio.timeout(10):
+            while (header := (await read_frame(reader))[0])["op"] != "deltas":
+                assert header["op"] == "state"
+    assert known(Load, {**asdict(Load(1, 2, 3.0, 4, 5)), "new": 6}) == Load(1, 2, 3.0, 4, 5)
+
+
+async def test_a_front_connects_anew_after_nonsense(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine that breaks the protocol is lost for the moment, and said to be so, not for good."""
+    said: list[dict[str, Any]] = [
+        {"op": "state"},
+        {"op": "state", "ready": True, "failed": False, "seen": -1, "load": asdict(Load(0, 0, 0, 0, 1))},
+    ]
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.writelines(frame(said.pop(0)))
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(speak, "127.0.0.1") as strange:
+        engine = RemoteEngine()
+        engine.update([f"127.0.0.1:{strange.sockets[0].getsockname()[1]}"], SECRET)
+        await until(lambda: engine.replicas["ready"] == 1)
+        assert "broke the protocol: a malformed frame: KeyError" in caplog.text
+        await engine.stop()
+
+
+async def test_who_has_waited_his_time_does_not_wait_again_elsewhere() -> None:
+    """The refusal comes after `max_engine_wait_s`, not after twice that; a full queue is another matter."""
+    given = settings(fake_ttft_s=5, max_num_seqs=1, max_engine_wait_s=0.3)
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(replica(given)) for _ in range(2)]
+        engine = await stack.enter_async_context(front(*replicas))
+        running = [asyncio.create_task(collect(engine, clip())) for _ in range(4)]
+        await until(lambda: all(each.fake.load.running == 2 for each in replicas))  # a place and one more
+        with pytest.raises(Overloaded) as refused:
+            await collect(engine, clip())
+        assert (refused.value.reason, engine.retries) == ("engine_wait", 0)
+        for task in running:
+            task.cancel()
