@@ -25,6 +25,7 @@ from serving import admin_cli, logs
 from serving.admin_api import AdminServer
 from serving.app import create_app
 from serving.config import Settings
+from serving.connection import protocol
 from serving.tenancy.keys import development_key
 from serving.tenancy.secret_keys import Pepper
 from serving.tenancy.store import UnusableDatabase, migrate, open_database
@@ -219,7 +220,7 @@ class _Server:
                 host=settings.host,
                 port=settings.port,
                 loop="uvloop",
-                http="httptools",
+                http=protocol(settings),
                 ws="none",
                 log_config=None,
                 access_log=False,

@@ -187,6 +187,9 @@ class Settings(BaseSettings):
     header_grace_s: float = Field(
         10, gt=0, description="How long a stream waits for the first token before it sends its status line"
     )
+    write_timeout_s: float = Field(
+        60, gt=0, description="How long a client may read nothing of what waits for it; then its connection is dropped"
+    )
 
     handover_interval_s: float = Field(
         0.05, ge=0, description="Least time between two pieces of one caption, the first two excepted; 0: each token"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from serving.protocols.base import HEARTBEAT
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
 
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
     from serving.body import BodyBudget
     from serving.captioner import Captioner
@@ -96,7 +96,7 @@ class CaptionEndpoint:
                 answer = asyncio.create_task(self._answer(deltas, reply, exchange, record))
                 gone = asyncio.create_task(disconnected(receive))
                 try:
-                    await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait((answer, gone, exchange.stuck), return_when=asyncio.FIRST_COMPLETED)
                     if exchange.ended:
                         await asyncio.wait((answer,))  # who has the whole answer may go
                 finally:
@@ -128,7 +128,9 @@ class _Exchange:
         self.ended = False
         """The last of the answer is on its way."""
         self.encode_s = 0.0
-        self._send = send
+        self.stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done once the client has read nothing for too long."""
+        self._asgi_send = send
         self._request_id = request_id
         self._settings = settings
         self._started = False
@@ -168,15 +170,16 @@ class _Exchange:
                     await asyncio.sleep(pace_s - loop.time() % pace_s)
         finally:
             heartbeat.cancel()
-            await asyncio.wait((heartbeat,))
+            await asyncio.gather(heartbeat, return_exceptions=True)
 
     async def fail(self, error: CaptionerError, codec: Codec) -> None:
         """Tell the error: as a plain response if nothing was sent yet, else as the stream's last event."""
-        if not self._started:
-            answer = codec.error(error, self._request_id)
-            await self._plain(answer.status, answer.content_type, answer.headers, answer.body)
-        elif self.reply is not None:
-            await self._send({"type": "http.response.body", "body": self.reply.error_frame(error)})
+        with suppress(Disconnected):
+            if not self._started:
+                answer = codec.error(error, self._request_id)
+                await self._plain(answer.status, answer.content_type, answer.headers, answer.body)
+            elif self.reply is not None:
+                await self._send({"type": "http.response.body", "body": self.reply.error_frame(error)})
 
     async def _keep_alive(self) -> None:
         await asyncio.sleep(self._settings.header_grace_s)
@@ -216,6 +219,18 @@ class _Exchange:
         fields = [(b"content-type", content_type.encode())]
         fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in {**limits, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})
+
+    async def _send(self, message: Message) -> None:
+        """Send anything. Raises `Disconnected` for a client that stays and reads nothing: it would keep its places."""
+        try:
+            async with asyncio.timeout(self._settings.write_timeout_s):
+                await self._asgi_send(message)
+        except TimeoutError:
+            if self.ended:
+                return  # it is billed already, as for a client that leaves now
+            if not self.stuck.done():
+                self.stuck.set_result(None)  # whoever sends may be the heartbeat, whose end nobody awaits
+            raise Disconnected from None
 
 
 _OK = 200

@@ -1,0 +1,131 @@
+"""Clients that hold a connection and do not play along are dropped, and hold nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import pytest
+
+from serving.body import BodyBudget
+from serving.captioner import Captioner
+from serving.config import Settings
+from serving.engine.fake import FakeEngine
+from serving.engine.gate import GatedEngine
+from serving.exchange import CaptionEndpoint
+from serving.metrics import Metrics
+from serving.protocols.dashscope import DashScopeCodec
+from serving.tenancy.admission import Admissions
+from serving.types import Caller, Features, Share
+from tests.service import RunningService
+from tests.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from starlette.types import Message
+
+CLIP = data_url(wav(1))
+
+
+def connect(service: RunningService, *, receive_buffer: int | None = None) -> socket.socket:
+    """A connection to the service, with a small buffer here if wanted."""
+    host, port = service.url.removeprefix("http://").split(":")
+    client = socket.socket()
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(60)
+    client.connect((host, int(port)))
+    return client
+
+
+def until(condition: Any, *, within_s: float = 60) -> None:
+    """Wait for it."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# Clients that do not read
+
+
+def test_who_stops_reading_is_dropped() -> None:
+    """A stream that nobody reads ends as for a client that has left, and its connection is gone; others go on."""
+    flags = ("--fake-tpot-s=0.001", "--fake-tokens=30000", f"--fake-text={'x' * 4000}", "--write-timeout-s=1")
+    with RunningService("--engine=fake", *flags) as service:
+        process = psutil.Process(service.process.pid)
+        body = json.dumps(compatible_body(CLIP, stream=True)).encode()
+        head = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with connect(service, receive_buffer=4096) as stuck:
+            stuck.sendall(head + body)
+            assert stuck.recv(4096).startswith(b"HTTP/1.1 200")
+            port = stuck.getsockname()[1]
+            until(lambda: service.metric("captioner_requests_total", outcome="cancelled"))
+            until(lambda: port not in {peer.raddr.port for peer in process.net_connections() if peer.raddr})
+            service.settle()
+        assert service.metric("captioner_requests_total", code="disconnected") == 1
+        assert "without completing response" not in service.log()
+        assert ask_native(service.url, CLIP, max_tokens=5).text
+
+
+class _Workers:
+    """Audio workers that need no audio."""
+
+    @asynccontextmanager
+    async def prepare(self, _clip: object, _share: Share) -> AsyncIterator[SimpleNamespace]:
+        features = Features(np.zeros((128, 100), np.float32), 16_000)
+        yield SimpleNamespace(features=features, queue_s=0, decode_s=0, features_s=0)
+
+
+@pytest.mark.parametrize("silent_engine", [False, True], ids=["frames", "heartbeats"])
+async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent_engine: bool) -> None:
+    """Where a server's `send` never returns, neither frames nor keep-alives keep a place in the engine."""
+    settings = Settings(
+        data_dir=tmp_path,
+        engine="fake",
+        fake_tokens=1000,
+        fake_tpot_s=60 if silent_engine else 0.001,
+        handover_interval_s=0,
+        heartbeat_s=0.05,
+        header_grace_s=0.05,
+        write_timeout_s=0.2,
+    )
+    engine, metrics = GatedEngine(FakeEngine(settings), settings), Metrics()
+    captioner: Any = Captioner(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
+    keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
+    admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]
+    codec = DashScopeCodec(settings)
+    endpoint = CaptionEndpoint(codec, captioner, keys, admissions, metrics, BodyBudget(10**9), settings)
+    body = [json.dumps(native_body(CLIP)).encode()]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if body:
+            return {"type": "http.request", "body": body.pop(), "more_body": False}
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if len(sent) > 2:
+            await asyncio.Event().wait()
+
+    scope = {"type": "http", "headers": [(b"x-dashscope-sse", b"enable")], "state": {"request_id": "r"}}
+    await engine.start()
+    try:
+        async with asyncio.timeout(30):
+            await endpoint(scope, receive, send)
+        assert (engine.load.running, engine.load.kv_tokens, captioner.in_flight) == (0, 0, 0)
+    finally:
+        await engine.stop()
+    told, _ = await metrics.expose(engine.check_health, "")
+    assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="cancelled"} 1.0' in told
