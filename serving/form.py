@@ -12,7 +12,7 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from serving.errors import InvalidRequest, PolicyInvalid
+from serving.errors import InvalidRequest, PolicyInvalid, UploadTooLarge
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -21,9 +21,15 @@ if TYPE_CHECKING:
 
 _FIELDS_BYTES = 65_536
 """More than all fields of a client's form take."""
+_PARTS = 64
+"""More than a client's form has, which is eight or so. A name takes memory even without a value."""
+_OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
+"""The most that a body holds beside its file: all values, and 4 KiB of headers for each part."""
 
 
-async def receive_upload(body: AsyncIterator[bytes], content_type: str, uploads: UploadStore) -> None:
+async def receive_upload(
+    body: AsyncIterator[bytes], content_type: str, uploads: UploadStore, *, max_file_bytes: int
+) -> None:
     """Store the one file of a form. After an error, the rest of the body is still to be read.
 
     Raises `InvalidRequest` for what is no such form, `UploadRejected` as the policy and the store say, `Overloaded`.
@@ -34,12 +40,15 @@ async def receive_upload(body: AsyncIterator[bytes], content_type: str, uploads:
         raise InvalidRequest("The request must be a form: multipart/form-data with a boundary.")
     form = _Form(boundary)
     fields: dict[str, bytearray] = {}
-    name, size = "", 0
+    name, parts, size, total = "", 0, 0, 0
     async with AsyncExitStack() as stack:
         file: Upload | None = None
         async for piece in body:
             for part, data in form.feed(piece):
                 name = part or name
+                parts += bool(part)
+                if parts > _PARTS:
+                    raise InvalidRequest("The form has too many parts.")
                 if name == "file":
                     if file is None:
                         file = await stack.enter_async_context(uploads.receive(_grant(fields, uploads)))
@@ -49,6 +58,9 @@ async def receive_upload(body: AsyncIterator[bytes], content_type: str, uploads:
                 if size > _FIELDS_BYTES:
                     raise InvalidRequest("The fields of the form are too large.")
                 fields.setdefault(name, bytearray()).extend(data)
+            total += len(piece)
+            if total > max_file_bytes + _OVERHEAD_BYTES:  # in what means nothing too: after the last part, say
+                raise UploadTooLarge
         if file is None or not form.complete:
             raise InvalidRequest("The form is cut off, or has no part with the name file.")
 

@@ -125,9 +125,9 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         """E4: receive one file as the signed policy allows. It carries no key; errors are XML, as OSS tells them."""
-        body = pieces(request.receive)
+        body, content_type = pieces(request.receive), request.headers.get("content-type", "")
         try:
-            await receive_upload(body, request.headers.get("content-type", ""), self.uploads)
+            await receive_upload(body, content_type, self.uploads, max_file_bytes=self.settings.max_upload_bytes)
         except Disconnected:
             self.metrics.upload("disconnected")
             raise

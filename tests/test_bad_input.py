@@ -355,6 +355,17 @@ def test_bad_upload_bodies(service: RunningService) -> None:
     _assert_xml(_post_form(service, fields, wav(2)), 409, "FileAlreadyExists")
 
 
+def test_upload_bodies_are_bounded(service: RunningService) -> None:
+    """Parts without end are refused though each is empty, and so is a body without end though its form has ended."""
+    url, form = f"{service.url}/oss-upload", {"content-type": "multipart/form-data; boundary=x"}
+    empty = b"".join(b"--x\r\ncontent-disposition: form-data; name=%d\r\n\r\n\r\n" % number for number in range(100))
+    many = httpx.post(url, content=empty + b"--x--\r\n", headers=form, timeout=30)
+    _assert_xml(many, 400, "InvalidArgument")
+    assert "too many parts" in many.text
+    endless = httpx.post(url, content=b"--x--\r\n" + b" " * (11 * 2**20), headers=form, timeout=30)
+    _assert_xml(endless, 400, "EntityTooLarge")
+
+
 def _policy_fields(service: RunningService) -> dict[str, str]:
     query = {"action": "getPolicy", "model": MODEL}
     policy = httpx.get(f"{service.url}/api/v1/uploads", params=query).json()["data"]
