@@ -26,7 +26,7 @@ from serving.errors import EngineFailed
 from serving.metrics import Metrics
 from serving.protocols.dashscope import DashScopeCodec
 from serving.protocols.openai import OpenAICodec
-from serving.routes import Service, error_handlers, routes
+from serving.routes import Service, Unforeseen, error_handlers, routes
 from serving.tenancy.tenancy import Tenancy
 from serving.uploads import DirectoryUploads
 from serving.watch import watch_service
@@ -98,7 +98,7 @@ def create_app(
 
     app = Starlette(
         routes=routes(service),
-        middleware=[Middleware(RequestId)],
+        middleware=[Middleware(RequestId), Middleware(Unforeseen, service=service)],
         exception_handlers=error_handlers(service),
         lifespan=lifespan,
     )

@@ -34,11 +34,7 @@ async def receive_upload(
 
     Raises `InvalidRequest` for what is no such form, `UploadRejected` as the policy and the store say, `Overloaded`.
     """
-    kind, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
-        raise InvalidRequest("The request must be a form: multipart/form-data with a boundary.")
-    form = _Form(boundary)
+    form = _form(content_type)
     fields: dict[str, bytearray] = {}
     name, parts, size, total = "", 0, 0, 0
     async with AsyncExitStack() as stack:
@@ -63,6 +59,17 @@ async def receive_upload(
                 raise UploadTooLarge
         if file is None or not form.complete:
             raise InvalidRequest("The form is cut off, or has no part with the name file.")
+
+
+def _form(content_type: str) -> _Form:
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequest("The request must be a form: multipart/form-data with a boundary.")
+    try:
+        return _Form(boundary)
+    except FormParserError:
+        raise InvalidRequest("The boundary of the form is too long.") from None
 
 
 def _grant(fields: dict[str, bytearray], uploads: UploadStore) -> UploadGrant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -36,7 +38,7 @@ from serving.scraping import may_scrape
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serving.audio.fetch import Fetcher
     from serving.audio.workers import AudioWorkers
@@ -125,19 +127,25 @@ class Service:
 
     async def upload(self, request: Request) -> Response:
         """E4: receive one file as the signed policy allows. It carries no key; errors are XML, as OSS tells them."""
+        error: CaptionerError
         body, content_type = pieces(request.receive), request.headers.get("content-type", "")
         try:
             await receive_upload(body, content_type, self.uploads, max_file_bytes=self.settings.max_upload_bytes)
         except Disconnected:
             self.metrics.upload("disconnected")
             raise
-        except CaptionerError as error:
-            self.metrics.upload(code_of(type(error)))
-            await _drain(body, self.settings)
-            answer = oss.error(error, request.state.request_id)
-            return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
-        self.metrics.upload("stored")
-        return Response(status_code=200)
+        except CaptionerError as raised:
+            error = raised
+        except Exception:
+            log.exception("unexpected failure", extra={"request_id": request.state.request_id})
+            error = Internal()
+        else:
+            self.metrics.upload("stored")
+            return Response(status_code=200)
+        self.metrics.upload(code_of(type(error)))
+        await _drain(body, self.settings)
+        answer = oss.error(error, request.state.request_id)
+        return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)
 
     async def healthz(self, _: Request) -> Response:
         """Whether a restart would help: only once the engine has died. A model that still loads is alive."""
@@ -178,28 +186,60 @@ class Service:
 
 
 def error_handlers(service: Service) -> Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]:
-    """What is answered when an endpoint raises, or when no endpoint matches."""
+    """What is answered when an endpoint raises what we know, or when no endpoint matches."""
+    tell = functools.partial(_tell, service)
+    return {CaptionerError: tell, HTTPException: tell}
 
-    async def tell(request: Request, raised: Exception) -> Response:
-        error: CaptionerError
-        match raised:
-            case CaptionerError():
-                error = raised
-            case HTTPException(status_code=405):
-                error = MethodNotAllowed(request.method)
-            case HTTPException(status_code=404):
-                error = NotFound()
-            case _:
-                log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
-                error = Internal()
-        await _drain(pieces(request.receive), service.settings)
-        answer = service.codec_of(request.url.path).error(error, request.state.request_id)
-        headers = {**answer.headers}
-        if isinstance(raised, HTTPException) and raised.headers:
-            headers |= raised.headers  # `allow`
-        return Response(answer.body, answer.status, headers, answer.content_type)
 
-    return {CaptionerError: tell, HTTPException: tell, Exception: tell}
+class Unforeseen:
+    """What is answered when an endpoint raises anything else.
+
+    Starlette's own place for that is outside all middleware: no request id, and no body that could be read.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and answer it if nothing was answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception as raised:
+            if started:
+                raise
+            response = await _tell(self._service, Request(scope, receive), raised)
+            await response(scope, receive, send)
+
+
+async def _tell(service: Service, request: Request, raised: Exception) -> Response:
+    error: CaptionerError
+    match raised:
+        case CaptionerError():
+            error = raised
+        case HTTPException(status_code=405):
+            error = MethodNotAllowed(request.method)
+        case HTTPException(status_code=404):
+            error = NotFound()
+        case _:
+            log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
+            error = Internal()
+    await _drain(pieces(request.receive), service.settings)
+    answer = service.codec_of(request.url.path).error(error, request.state.request_id)
+    headers = {**answer.headers}
+    if isinstance(raised, HTTPException) and raised.headers:
+        headers |= raised.headers  # `allow`
+    return Response(answer.body, answer.status, headers, answer.content_type)
 
 
 def _origin(request: Request, settings: Settings) -> str:

@@ -264,7 +264,11 @@ class _Partial:
         self._published = False
 
     def __enter__(self) -> Self:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError:
+            log.exception("an upload could not be begun")
+            raise Overloaded from None
         self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, and closed on leaving
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import json
 import os
 import time
@@ -313,6 +314,18 @@ async def test_a_full_disk_is_our_fault(store: DirectoryUploads, monkeypatch: py
     """No space left on the device is `Overloaded`."""
     real = os.open
     monkeypatch.setattr(os, "open", lambda *_: real("/dev/full", os.O_WRONLY))
+    with pytest.raises(errors.Overloaded):
+        await put(store, "a", b"abc")
+    assert store._used_bytes == 0
+
+
+async def test_no_file_to_write_to_is_our_fault(store: DirectoryUploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be made, as all descriptors are taken, is `Overloaded`."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "open", full)
     with pytest.raises(errors.Overloaded):
         await put(store, "a", b"abc")
     assert store._used_bytes == 0

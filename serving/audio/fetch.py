@@ -233,9 +233,13 @@ class _Spool:
 
     @asynccontextmanager
     async def file(self) -> AsyncIterator[_SpoolFile]:
-        """Make a file that is removed when the context is left."""
+        """Make a file that is removed when the context is left. Raises `Overloaded` if it cannot be made."""
         path = self._directory / uuid.uuid4().hex
-        file = _SpoolFile(self, path)
+        try:
+            file = _SpoolFile(self, path)
+        except OSError:
+            log.exception("a file for a download could not be made")
+            raise Overloaded(reason="spool") from None
         try:
             yield file
         finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import ipaddress
 import socket
@@ -670,6 +671,18 @@ async def test_a_full_disk_is_our_fault(
         monkeypatch.setattr(Path, "open", full)
         with pytest.raises(errors.Overloaded):
             await get(fetcher, outside.url("/big"))
+
+
+async def test_no_file_to_write_to_is_our_fault(tmp_path: Path, outside: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be made, as all descriptors are taken, is `Overloaded`."""
+
+    def full(*_: object, **__: object) -> Any:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with fetching(tmp_path) as fetcher:
+        monkeypatch.setattr(Path, "open", full)
+        with pytest.raises(errors.Overloaded):
+            await get(fetcher, outside.url())
 
 
 async def test_two_hundred_cancelled_downloads_leave_nothing(tmp_path: Path, outside: Site) -> None:

@@ -1,0 +1,82 @@
+"""What nobody foresaw is answered like any other error: in the dialect, with the request's id."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from serving.app import create_app
+from serving.config import Settings
+from serving.routes import Unforeseen
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from starlette.applications import Starlette
+    from starlette.types import Message, Receive, Scope, Send
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Starlette:
+    """The application, not started: its endpoints answer all the same."""
+    return create_app(Settings(engine="fake", auth=False, data_dir=tmp_path, uploads_dir=tmp_path))
+
+
+def fail(*_: object, **__: object) -> Any:
+    """What no code expects."""
+    raise ZeroDivisionError("inside")
+
+
+async def ask(app: Starlette, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request; an exception that leaves the application fails the test."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://captioner") as client:
+        return await client.request(method, path, **options)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/api/v1/models"])
+async def test_a_failure_is_told_in_the_dialect(app: Starlette, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """An endpoint that breaks answers 500 in its dialect, with an id, a log line, and nothing of its insides."""
+    monkeypatch.setattr("serving.protocols.openai.models_page", fail)
+    monkeypatch.setattr("serving.protocols.dashscope.models_page", fail)
+    answer = await ask(app, "GET", path, content=b"a body that nobody wants")
+    body = answer.json()
+    assert answer.status_code == 500
+    assert (body["error"]["code"] if path.startswith("/v1") else body["code"]) in {"internal_error", "InternalError"}
+    assert len(answer.headers["x-request-id"]) == 36
+    assert "inside" not in answer.text
+
+
+async def test_a_failure_of_an_upload_is_told_in_xml(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload that breaks answers as the object store does."""
+    monkeypatch.setattr("serving.routes.receive_upload", fail)
+    answer = await ask(app, "POST", "/oss-upload", content=b"x")
+    assert answer.status_code == 500
+    assert "<Code>InternalError</Code>" in answer.text
+    assert len(answer.headers["x-request-id"]) == 36
+
+
+async def test_a_boundary_may_be_too_long(app: Starlette) -> None:
+    """A form whose boundary no parser takes is the client's error."""
+    headers = {"content-type": f"multipart/form-data; boundary={'a' * 300}"}
+    answer = await ask(app, "POST", "/oss-upload", content=b"x", headers=headers)
+    assert answer.status_code == 400
+    assert "<Code>InvalidArgument</Code>" in answer.text
+
+
+async def test_a_begun_answer_is_not_followed_by_another(app: Starlette) -> None:
+    """Once an answer has begun, what breaks goes to the server, which closes the connection."""
+    sent: list[Message] = []
+
+    async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
+        del scope, receive
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        fail()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with pytest.raises(ZeroDivisionError):
+        await Unforeseen(breaks, app.state.service)({"type": "http"}, fail, send)
+    assert [message["type"] for message in sent] == ["http.response.start"]
