@@ -20,6 +20,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.connection import protocol
 from serving.tenancy import reports
 from serving.tenancy.admin import Administration, UnknownError
 from serving.tenancy.admin_values import RefusedError
@@ -79,6 +80,7 @@ class AdminServer(uvicorn.Server):
         app = create_admin_app(settings, open_database(settings))
         port = settings.admin_port or 0
         quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
+        quiet["http"] = protocol(settings)
         super().__init__(uvicorn.Config(app, host=settings.admin_host, port=port, timeout_graceful_shutdown=5, **quiet))
 
     @contextmanager

@@ -4,19 +4,69 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle
 
     from serving.config import Settings
 
+MAX_HEAD_BYTES = 65_536
+"""Request line and headers. Clients send a few hundred bytes, and proxies mostly let 8 to 32 KiB through."""
+
+_LINGER_S = 2.0
+"""So long what a refused client still sends is read and thrown away, so that it hears the answer instead of a reset."""
+
 
 class _Connection(HttpToolsProtocol):
-    """A connection whose client must read: one that stays and reads nothing is dropped, with what waits for it."""
+    """A connection whose requests have heads of a bounded size, and whose client must read what it asked for."""
 
     write_timeout_s: float
     _drop: TimerHandle | None = None
+    _refused = False
+    _loose_bytes = 0
+    """What the parser was given since it last handed on a head or a part of a body: it keeps all of that."""
+
+    def data_received(self, data: bytes) -> None:
+        if self._loose_bytes > MAX_HEAD_BYTES:
+            self._refuse()
+            return
+        self._loose_bytes += len(data)
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._loose_bytes = MAX_HEAD_BYTES + 1
+            raise ValueError("the head is too large")  # for the parser, which ends and calls it a bad request
+        self._loose_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._loose_bytes = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        if self._loose_bytes > MAX_HEAD_BYTES:
+            self._refuse()
+        else:
+            super().send_400_response(msg)
+
+    def _refuse(self) -> None:
+        """Answer that the head is too large, once, and give up the connection."""
+        if self._refused or self.transport.is_closing():
+            return
+        self._refused = True
+        if self.cycle is not None and not self.cycle.response_complete:  # type: ignore[redundant-expr]
+            if self.cycle.more_body:
+                self.transport.abort()  # it was a trailer, and the body before it never ends
+            self.cycle.keep_alive = False  # else an answer of before is on its way, and shall be the last
+            return
+        self.transport.write(
+            STATUS_LINE[431] + b"content-type: text/plain; charset=utf-8\r\ncontent-length: 31\r\n"
+            b"connection: close\r\n\r\nRequest Header Fields Too Large"
+        )
+        self.transport.write_eof()
+        self.loop.call_later(_LINGER_S, self.transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -10,6 +11,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -129,3 +131,80 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
         await engine.stop()
     told, _ = await metrics.expose(engine.check_health, "")
     assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="cancelled"} 1.0' in told
+
+
+# Heads
+
+
+def read_all(client: socket.socket) -> bytes:
+    """Everything until the service closes."""
+    received = b""
+    while piece := client.recv(65_536):
+        received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz?" + b"x" * 70_000,
+        b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 70_000,
+        b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\n" + b"x: y\r\n" * 30_000 + b"\r\n",
+    ],
+    ids=["url", "header", "one piece", "headers"],
+)
+def test_heads_are_bounded(fake_service: RunningService, head: bytes) -> None:
+    """A request line or headers over 64 KiB are refused, whether they ever end or not, and others are served."""
+    with connect(fake_service) as client:
+        client.sendall(head)
+        ended = head.endswith(b"\r\n\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(0 if ended else 200):
+                client.sendall(b"x" * 4096)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert answer.endswith(b"connection: close\r\n\r\nRequest Header Fields Too Large")
+    assert httpx.get(fake_service.url + "/healthz").status_code == 200
+
+
+def test_trailers_are_bounded(fake_service: RunningService) -> None:
+    """A trailer without end ends the connection, as its request can never be whole."""
+    with connect(fake_service) as client:
+        client.sendall(f"POST {COMPATIBLE} HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{{\r\n0\r\nx: ".encode())
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            client.sendall(b"x" * (64 * 2**20))
+    fake_service.settle()
+
+
+def test_large_heads_and_bodies_are_taken_on_one_connection(fake_service: RunningService) -> None:
+    """Heads just below the bound pass, in one piece or in many, one after the other, with bodies far beyond it."""
+    body = json.dumps(compatible_body(data_url(wav(60)))).encode()
+    assert len(body) > 2_000_000
+    padding = b"x" * 60_000
+    head = b"POST %s HTTP/1.1\r\nhost: x\r\nx-padding: %s\r\ncontent-length: %d\r\n\r\n"
+    request = head % (COMPATIBLE.encode(), padding, len(body)) + body
+    chunk = b"%x\r\n%s\r\n" % (len(body), body)
+    chunked = head.replace(b"content-length: %d", b"transfer-encoding: chunked") % (COMPATIBLE.encode(), padding)
+    last = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with connect(fake_service) as client:
+        for start in range(0, 60_000, 5000):  # the head in pieces
+            client.sendall(request[start : start + 5000])
+            time.sleep(0.01)
+        client.sendall(request[60_000:] + request + chunked + chunk + b"0\r\n\r\n" + last)  # the others in a pipeline
+        answer = read_all(client)
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == 4
+    assert answer.count(b"HTTP/1.1") == 4
+
+
+def test_an_answer_on_its_way_is_not_disturbed(fake_service: RunningService) -> None:
+    """A head without end behind a request that is being answered ends the connection, but only after that answer."""
+    body = json.dumps(compatible_body(CLIP)).encode()
+    head = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with connect(fake_service) as client:
+        client.sendall(head + body + b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 200_000)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.sendall(b"x" * 400_000)
+        answer = read_all(client)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert b'"finish_reason":"stop"' in answer
