@@ -77,8 +77,8 @@ WATCHED = {
     "captioner_engine_replicas": "Engine replicas known to this front.",
     "captioner_engine_replicas_ready": "Of these, can take captions.",
     "captioner_engine_retries_total": "Captions asked for a second time, of another replica.",
-    "captioner_replicas_lost_total": "Replicas that ended without saying so, by role (front, engine), as the directory "
-    "has seen it.",
+    "captioner_replicas_lost_total": "Replicas that ended without saying so, by replica (front, engine), as the "
+    "directory has seen it.",
     # Uploads
     "captioner_uploads_bytes": "Disk that uploaded files take, other replicas' included.",
     "captioner_upload_received_bytes_total": "Bytes of uploads that were stored.",
@@ -100,7 +100,7 @@ WATCHED = {
 WATCHED_LABELS = {
     "captioner_cpu_seconds_total": "part",
     "captioner_saturation_ratio": "resource",
-    "captioner_replicas_lost_total": "role",
+    "captioner_replicas_lost_total": "replica",
     "captioner_ledger_records_total": "ending",
 }
 """The label of those that have one; they are read as a mapping."""

@@ -250,7 +250,7 @@ AUTOSCALING = Board(
                 "ready": "max(captioner_engine_replicas_ready)",
             }),
             Panel("Replicas lost (15 min)", "none", {
-                "{{role}}": "max by (role) (increase(captioner_replicas_lost_total[15m]))"
+                "{{replica}}": "max by (replica) (increase(captioner_replicas_lost_total[15m]))"
             }),
             Panel("Captions asked for a second time", "reqps", {
                 "": f"sum(rate(captioner_engine_retries_total[{RATE}]))"

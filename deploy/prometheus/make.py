@@ -201,7 +201,7 @@ def _causes(made: _Alerts) -> None:
     )
     made.add(
         "CaptionerReplicaCrashLoop",
-        f"max by (role) (increase(captioner_replicas_lost_total[{pace(15 * MINUTE)}])) >= 3 "
+        f"max by (replica) (increase(captioner_replicas_lost_total[{pace(15 * MINUTE)}])) >= 3 "
         f"or changes(process_start_time_seconds{{{JOB}}}[{pace(15 * MINUTE)}]) >= 3",
         "Processes of the service end and are replaced again and again.",
         severity="page",

@@ -145,12 +145,12 @@ def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
 
 def test_a_killed_front_leaves_its_counts_behind(counted: Counted) -> None:
     """What it had counted stays in sums over time, its successor begins at zero; that it was lost is told."""
-    lost = counted.chain.value('max(captioner_replicas_lost_total{role="front"})')
+    lost = counted.chain.value('max(captioner_replicas_lost_total{replica="front"})')
     victim = min(counted.cluster.pids(FRONT))
     os.kill(victim, signal.SIGKILL)
     counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONT) and counted.cluster.whole())
     counted.load(12)
-    counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{role="front"})') > lost)
+    counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{replica="front"})') > lost)
 
 
 def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:

@@ -1,5 +1,8 @@
-"""What the directory of a cluster knows of the processes that tell their metrics."""
+"""What the directory of a cluster knows of the processes that tell their metrics, and what Prometheus makes of them."""
 
+from prometheus_client.metrics import MetricWrapperBase
+
+from serving.metrics import WATCHED_LABELS, Metrics
 from serving.scraping import FORGET_AFTER_S, Register, Target
 
 
@@ -49,3 +52,12 @@ def test_one_that_says_farewell_is_not_lost() -> None:
     register.strike("10.0.0.1:1")
     clock.now_s = 2 * FORGET_AFTER_S
     assert register.note(target(2), "c") == ([target(2)], {"front": 0, "engine": 0})
+
+
+def test_no_metric_has_a_label_that_its_target_has_too() -> None:
+    """Prometheus would rename the metric's own (`exported_role`), and rules would read the target's in its place."""
+    collectors = set(Metrics().registry._collector_to_names)
+    labelled = [collector for collector in collectors if isinstance(collector, MetricWrapperBase)]
+    labels = {label for collector in labelled for label in collector._labelnames} | set(WATCHED_LABELS.values())
+    assert {"outcome", "replica"} <= labels
+    assert not labels & {"job", "instance", *target(1)["labels"]}
