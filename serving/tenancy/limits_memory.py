@@ -36,6 +36,7 @@ class MemoryStore:
     async def admit(self, held: Held, periods: tuple[str, str]) -> Answer:
         """See `Store`."""
         now_s = int(self._now_s())
+        self._forget_idle(held.scopes, now_s)
         pairs = self._of(held.scopes, periods)
         for scope, counters in pairs:
             if refused := next(counters.refuses_request(scope, now_s), None):
@@ -97,18 +98,20 @@ class MemoryStore:
         pairs = []
         for scope in scopes:
             if (counters := self._counters.get(scope.name)) is None:
-                self._forget_idle()
                 counters = self._counters[scope.name] = _Counters()
             if counters.sums:
                 counters.sums.turn(periods)
             pairs.append((scope, counters))
         return pairs
 
-    def _forget_idle(self) -> None:
-        if len(self._counters) >= _SCOPES:
-            now_s = int(self._now_s())
+    def _forget_idle(self, scopes: Sequence[Scope], now_s: int) -> None:
+        """Before these are counted anew: forgotten later, one that was just made or seeded would be lost."""
+        spared = {scope.name for scope in scopes}
+        if len(self._counters) >= _SCOPES and not spared <= self._counters.keys():
             self._counters = {
-                name: counters for name, counters in self._counters.items() if not counters.is_idle(now_s)
+                name: counters
+                for name, counters in self._counters.items()
+                if name in spared or not counters.is_idle(now_s)
             }
 
 

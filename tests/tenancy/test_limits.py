@@ -96,6 +96,30 @@ async def test_all_at_once_is_a_burst(store: Store) -> None:
             await asyncio.gather(*(limits.admit(who, "r") for _ in range(41)))
 
 
+@pytest.mark.parametrize("seen", [0, 1, 2])
+async def test_of_more_scopes_than_are_remembered_none_in_use_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, seen: int
+) -> None:
+    """Where idle scopes make room for a caller's, those just made, held, or told what was spent before, stay."""
+    monkeypatch.setattr("serving.tenancy.limits_memory._SCOPES", 3)
+    store = MemoryStore()
+    async with limiter(store) as limits:
+        for _ in range(seen):
+            await limits.admit(caller(Limits(concurrent_requests=1)), "r")
+        idle = await limits.admit(caller(Limits(concurrent_requests=1)), "r")
+        await idle.settle(tokens=0, nanos=0)
+        monkeypatch.setattr(store, "_now_s", lambda: time.time() + 100)
+        who = caller(Limits(concurrent_requests=1, tokens_per_day=1000), Limits(tokens_per_day=1000))
+        lease = await limits.admit(who, "r")
+        with pytest.raises(ConcurrencyLimited):
+            await limits.admit(who, "r")
+        await charge(lease)
+        await lease.settle(tokens=100, nanos=0)
+        await (await limits.admit(who, "r")).settle(tokens=0, nanos=0)
+        if seen == 2:
+            assert len(store._counters) == seen + len("tk"), "the idle one is gone"
+
+
 async def test_concurrent_requests_and_audio(store: Store) -> None:
     """What is under way counts until it is settled; settling twice gives back once."""
     async with limiter(store) as limits:
