@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Self
 
 from serving.tenancy.limits import not_free
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 _FIRST_ESTIMATE_TOKENS = 450.0
 """Captions of the real model have 300 to 600 tokens."""
 
+_TENANTS = 4096
+"""Of so many tenants, those seen last, one knows how long their captions are."""
+
 
 class Admissions:
-    """Admits requests: one for all of a process, since it learns how long captions are."""
+    """Admits requests: one for all of a process, since it learns how long each tenant's captions are."""
 
     def __init__(
         self, limiter: Limiter, ledger: Ledger, prices: Callable[[Region, int], Price], *, metering: bool = True
@@ -33,19 +37,24 @@ class Admissions:
         self.ledger = ledger
         self.prices = prices
         self.metering = metering
-        self._output_tokens = _FIRST_ESTIMATE_TOKENS
+        self._output_tokens: OrderedDict[str, float] = OrderedDict()
 
     def of(self, caller: Caller, record: RequestRecord, request: CaptionRequest) -> Admission:
         """The admission of one request, not yet asked for."""
         return Admission(self, caller, record, model=request.model, max_tokens=request.sampling.max_tokens)
 
-    def expected_tokens(self, max_tokens: int) -> int:
-        """Output to reserve for a caption: what they usually take, since `max_tokens` is mostly far more."""
-        return min(max_tokens, math.ceil(self._output_tokens))
+    def expected_tokens(self, tenant_id: str, max_tokens: int) -> int:
+        """Output to reserve for a caption: what its tenant's usually take, since `max_tokens` is mostly far more."""
+        return min(max_tokens, math.ceil(self._output_tokens.get(tenant_id, _FIRST_ESTIMATE_TOKENS)))
 
-    def learn(self, output_tokens: int) -> None:
-        """A caption has come to its end."""
-        self._output_tokens += (output_tokens - self._output_tokens) / 16
+    def learn(self, tenant_id: str, output_tokens: int, finish_reason: str) -> None:
+        """A caption has come to its end. One that was cut short does not tell how long it would have been."""
+        expected = self._output_tokens.pop(tenant_id, _FIRST_ESTIMATE_TOKENS)
+        if finish_reason == FinishReason.STOP or output_tokens >= expected:
+            expected += (output_tokens - expected) / 16
+        self._output_tokens[tenant_id] = expected
+        if len(self._output_tokens) > _TENANTS:
+            self._output_tokens.popitem(last=False)
 
 
 class Admission:
@@ -92,7 +101,7 @@ class Admission:
             return
         if self._lease is None or record is None or request.usage is None:
             raise RuntimeError("charged before it was admitted")
-        output_tokens = self._admissions.expected_tokens(self._max_tokens)
+        output_tokens = self._admissions.expected_tokens(self.caller.tenant_id, self._max_tokens)
         await self._lease.charge(
             audio_s=request.audio_s,
             input_tokens=request.usage.input_tokens,
@@ -139,7 +148,7 @@ class Admission:
         if ending in {Ending.FINISHED, Ending.PARTIAL}:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
-            self._admissions.learn(record.output_tokens)
+            self._admissions.learn(record.tenant_id, record.output_tokens, record.finish_reason)
         record.billed = is_billed(ending, given_to_engine=record.prepared_at is not None)
         try:
             tokens = record.total_tokens if record.billed else 0

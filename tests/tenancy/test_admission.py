@@ -12,6 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from serving.tenancy import schema, store
+from serving.tenancy.admission import Admissions
+from serving.types import FinishReason
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
 
@@ -123,6 +125,50 @@ def test_budget_ends_and_survives_a_restart(tmp_path: Any) -> None:
     database.dispose()
     assert statuses == [200, 200, 200, 429]
     assert sum(row.input_tokens + row.output_tokens for row in rows if row.billed) == 93
+
+
+def admissions() -> Admissions:
+    """What learns how long captions are, without all the rest."""
+    limiter: Any = None
+    ledger: Any = None
+    prices: Any = None
+    return Admissions(limiter, ledger, prices)
+
+
+def test_a_tenants_captions_change_only_its_own_reservation() -> None:
+    """However long one tenant's captions are, for the others as much is reserved as before."""
+    learning = admissions()
+    first = learning.expected_tokens("other", 32_768)
+    for _ in range(100):
+        learning.learn("long", 32_768, FinishReason.STOP)
+        learning.learn("short", 10, FinishReason.STOP)
+    assert learning.expected_tokens("long", 32_768) > 30_000
+    assert learning.expected_tokens("long", 100) == 100
+    assert learning.expected_tokens("short", 32_768) < 20
+    assert learning.expected_tokens("other", 32_768) == first
+
+
+def test_captions_that_were_cut_short_teach_nothing() -> None:
+    """Only one that ended by itself, or is longer than expected, tells how long captions are."""
+    learning = admissions()
+    first = learning.expected_tokens("a", 32_768)
+    for _ in range(100):
+        learning.learn("a", 1, FinishReason.LENGTH)
+    assert learning.expected_tokens("a", 32_768) == first
+    learning.learn("a", 2000, FinishReason.LENGTH)
+    assert learning.expected_tokens("a", 32_768) > first
+
+
+def test_tenants_not_seen_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded: beyond so many tenants, the one seen least recently is as new."""
+    monkeypatch.setattr("serving.tenancy.admission._TENANTS", 2)
+    learning = admissions()
+    first = learning.expected_tokens("a", 32_768)
+    for tenant in ("a", "b", "a", "c"):
+        learning.learn(tenant, 10, FinishReason.STOP)
+    assert learning.expected_tokens("b", 32_768) == first
+    assert learning.expected_tokens("a", 32_768) < first
+    assert len(learning._output_tokens) == 2
 
 
 @pytest.mark.parametrize("log_content", [False, True])
