@@ -41,6 +41,9 @@ WINDOW_S = 61
 _LONGEST_RETRY_S = 60
 """Clients wait no longer by themselves; a second too early at worst."""
 
+_SEEDINGS = 2
+"""A store that is lost while it is told what was spent loses what it was told; the one that stands in is told again."""
+
 _BURST_PART, _LEAST_BURST = 6, 10
 """Of a minute's requests, this part may come within a second (or two that touch), or so many if that is more."""
 
@@ -223,7 +226,9 @@ class Limiter:
         """
         periods = _periods()
         answer = await step(periods)
-        if answer.reason is Reason.UNSEEDED:
+        for _ in range(_SEEDINGS):
+            if answer.reason is not Reason.UNSEEDED:
+                break
             spent = await self._spent(caller)
             for scope in held.scopes:
                 of_tenant = scope.name == _tenant(caller)

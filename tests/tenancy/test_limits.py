@@ -120,6 +120,23 @@ async def test_of_more_scopes_than_are_remembered_none_in_use_is_forgotten(
             assert len(store._counters) == seen + len("tk"), "the idle one is gone"
 
 
+async def test_a_store_lost_while_it_is_told_what_was_spent_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that stands in for it knows nothing of the first scope; the request is let in even so."""
+    store = MemoryStore()
+    seed, told = store.seed, []
+
+    async def lose_once(scope: Any, *rest: Any) -> None:
+        told.append(scope.name)
+        if len(told) == 2:
+            store._counters.clear()
+        await seed(scope, *rest)
+
+    monkeypatch.setattr(store, "seed", lose_once)
+    async with limiter(store) as limits:
+        await limits.admit(caller(Limits(tokens_per_day=1000), Limits(tokens_per_day=1000)), "r")
+    assert len(told) == 4
+
+
 async def test_concurrent_requests_and_audio(store: Store) -> None:
     """What is under way counts until it is settled; settling twice gives back once."""
     async with limiter(store) as limits:
