@@ -153,7 +153,7 @@ class Captioner:
                 case UploadedAudio(key):
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
-                    clip = await download.enter_async_context(self._fetcher.fetch(url))
+                    clip = await download.enter_async_context(self._fetcher.fetch(url, share))
                     record.stage("fetch", time.perf_counter() - began)
             prepared = await held.enter_async_context(self._workers.prepare(clip, share))
         ended = time.perf_counter()

@@ -17,7 +17,6 @@ import shutil
 import socket
 import tempfile
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
@@ -28,6 +27,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from serving.audio.egress import EgressGuard, parse_url
+from serving.audio.resolve import Resolver
 from serving.errors import (
     AudioEmpty,
     AudioTooLarge,
@@ -37,6 +37,8 @@ from serving.errors import (
     InvalidAudioUrl,
     Overloaded,
 )
+from serving.line import Room
+from serving.types import ANYONE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -46,13 +48,13 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from serving.config import Settings
+    from serving.types import Share
 
 MAX_REDIRECTS = 5
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _HEADERS = {"User-Agent": "captioner", "Accept-Encoding": "identity"}
 _CHUNK_BYTES = 256 * 1024
-_RESOLVER_THREADS = 32
 _SPOOL_PREFIX = "captioner-spool-"
 
 TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
@@ -86,42 +88,41 @@ class Fetcher:
 
     async def start(self) -> None:
         """Make the directory for downloads, and remove those that killed services left behind."""
-        # Threads of its own: names that resolve slowly, on purpose even, hold up nothing but other downloads.
-        self._resolver = ThreadPoolExecutor(_RESOLVER_THREADS, thread_name_prefix="resolve")
+        self._resolver = Resolver(self._getaddrinfo, patience_s=self._settings.fetch_timeout_s / 2)
         self._spool = _Spool(self._settings.spool_dir or Path(tempfile.gettempdir()), self._settings.max_spool_bytes)
 
     async def stop(self) -> None:
         """Remove the directory. Idempotent."""
         if self._spool is not None:
-            self._resolver.shutdown(wait=False, cancel_futures=True)
+            self._resolver.stop()
             self._spool.remove()
             self._spool = None
 
     @asynccontextmanager
-    async def fetch(self, url: str) -> AsyncIterator[Path]:
-        """Download the file behind an http(s) URL. It is there until the context is left.
+    async def fetch(self, url: str, share: Share = ANYONE) -> AsyncIterator[Path]:
+        """Download the file behind an http(s) URL. It is there until the context is left. `share` says whose it is.
 
         Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, uses no
         proxy, and refuses a compressed body.
 
         Raises `InvalidAudioUrl`, `DownloadFailed`, `DownloadTimeout`, `AudioTooLarge`, `AudioEmpty`, and `Overloaded`
-        when downloads fill the disk they may take.
+        when downloads fill the disk they may take, or the tenant's do its share of it.
         """
         hop = parse_url(url)
         if self._spool is None:
             raise RuntimeError("the fetcher is not running")
-        async with self._spool.file() as file:
+        async with self._spool.file(share) as file:
             with _translated():
                 async with asyncio.timeout(self._settings.fetch_timeout_s):
-                    await self._download(hop, file)
+                    await self._download(hop, file, share)
                 file.close()
             if not file.nbytes:
                 raise AudioEmpty
             yield file.path
 
-    async def _download(self, hop: URL, file: _SpoolFile) -> None:
+    async def _download(self, hop: URL, file: _SpoolFile, share: Share) -> None:
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._get(hop) as response:
+            async with self._get(hop, share) as response:
                 if response.status not in _REDIRECTS:
                     await self._read(response, file)
                     return
@@ -129,9 +130,9 @@ class Fetcher:
         raise DownloadFailed(f"{DownloadFailed.message} It redirects more than {MAX_REDIRECTS} times.")
 
     @asynccontextmanager
-    async def _get(self, url: URL) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _get(self, url: URL, share: Share) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one request over a connection of its own: nothing of it is shared with another caller's."""
-        pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port)))
+        pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port), share))
         connector = aiohttp.TCPConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
         session = aiohttp.ClientSession(
             connector=connector,
@@ -145,13 +146,10 @@ class Fetcher:
         async with session, session.get(url, allow_redirects=False) as response:
             yield response
 
-    async def _resolve(self, host: str, port: int) -> list[AddrInfoType]:
+    async def _resolve(self, host: str, port: int, share: Share) -> list[AddrInfoType]:
         """Every address of the host, literal or name, all of them allowed."""
-        resolving = asyncio.get_running_loop().run_in_executor(
-            self._resolver, lambda: self._getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )
         try:
-            found: list[AddrInfoType] = await resolving
+            found = await self._resolver.resolve(host, port, share)
         except (OSError, UnicodeError) as error:
             log.info("a host could not be resolved", extra={"host": host, "reason": str(error)})
             raise DownloadFailed from None
@@ -222,21 +220,19 @@ class _Spool:
         new = Path(tempfile.mkdtemp(prefix=f".{_SPOOL_PREFIX}", dir=parent))
         self._lock = _lock(new)
         self._directory = new.rename(parent / new.name.removeprefix("."))
-        self._max_bytes = max_bytes
-        self.taken_bytes = 0
+        self._room = Room(max_bytes)
 
-    def take(self, nbytes: int) -> None:
-        """Count bytes that go to disk, or that were removed from it. Raises `Overloaded` if it is full."""
-        if nbytes > 0 and self.taken_bytes + nbytes > self._max_bytes:
-            raise Overloaded(reason="spool")
-        self.taken_bytes += nbytes
+    @property
+    def taken_bytes(self) -> int:
+        """Disk that downloads take."""
+        return self._room.taken
 
     @asynccontextmanager
-    async def file(self) -> AsyncIterator[_SpoolFile]:
+    async def file(self, share: Share) -> AsyncIterator[_SpoolFile]:
         """Make a file that is removed when the context is left. Raises `Overloaded` if it cannot be made."""
         path = self._directory / uuid.uuid4().hex
         try:
-            file = _SpoolFile(self, path)
+            file = _SpoolFile(self._room, share, path)
         except OSError:
             log.exception("a file for a download could not be made")
             raise Overloaded(reason="spool") from None
@@ -249,7 +245,7 @@ class _Spool:
                 # Writing pays no thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
                 await asyncio.shield(asyncio.to_thread(path.unlink))
             finally:
-                self.take(-file.nbytes)
+                self._room.add(share, -file.nbytes)
 
     def remove(self) -> None:
         """Remove the directory."""
@@ -260,15 +256,17 @@ class _Spool:
 class _SpoolFile:
     """A download on its way to disk."""
 
-    def __init__(self, spool: _Spool, path: Path) -> None:
+    def __init__(self, room: Room, share: Share, path: Path) -> None:
         self.path = path
         self.nbytes = 0
-        self._spool = spool
+        self._room = room
+        self._share = share
         self._file: BinaryIO = path.open("xb", buffering=_CHUNK_BYTES)
 
     def write(self, chunk: bytes) -> None:
         """Append. Raises `Overloaded` if downloads take all the disk they may, `OSError` if there is none."""
-        self._spool.take(len(chunk))
+        if not self._room.take(self._share, len(chunk)):
+            raise Overloaded(reason="spool")
         self.nbytes += len(chunk)
         self._file.write(chunk)
 

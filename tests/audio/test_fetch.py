@@ -27,6 +27,7 @@ from serving import errors
 from serving.audio import egress, fetch
 from serving.audio.fetch import Fetcher
 from serving.config import Settings
+from serving.types import ANYONE, Share
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -132,7 +133,9 @@ def files(directory: Path) -> list[Path]:
 
 
 @contextlib.asynccontextmanager
-async def fetching(tmp_path: Path, names: Names | None = None, **changes: object) -> AsyncIterator[Fetcher]:
+async def fetching(
+    tmp_path: Path, names: Callable[..., Any] | None = None, **changes: object
+) -> AsyncIterator[Fetcher]:
     """Run a fetcher to which only OUTSIDE is public; nothing may be left in its directory."""
     values = {"spool_dir": tmp_path, "fetch_allow": (f"{OUTSIDE}/32",), "fetch_timeout_s": 20, **changes}
     fetcher = Fetcher(Settings.model_validate(values), getaddrinfo=names or Names())
@@ -147,9 +150,9 @@ async def fetching(tmp_path: Path, names: Names | None = None, **changes: object
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - not a server
 
 
-async def get(fetcher: Fetcher, url: str) -> bytes:
+async def get(fetcher: Fetcher, url: str, share: Share = ANYONE) -> bytes:
     """Download and read."""
-    async with fetcher.fetch(url) as path:
+    async with fetcher.fetch(url, share) as path:
         return path.read_bytes()
 
 
@@ -614,7 +617,7 @@ async def test_a_slow_resolver_meets_the_deadline(tmp_path: Path, outside: Site)
             answering.wait()
         return list(socket.getaddrinfo(OUTSIDE, port, **options))
 
-    async with fetching(tmp_path, stuck, fetch_timeout_s=1) as fetcher:  # type: ignore[arg-type]
+    async with fetching(tmp_path, stuck, fetch_timeout_s=1) as fetcher:
         slow = asyncio.create_task(get(fetcher, outside.url(host="slow.test")))
         assert await get(fetcher, outside.url(host="fast.test")) == BODY
         with pytest.raises(errors.DownloadTimeout):
@@ -653,6 +656,65 @@ async def test_downloads_share_a_bounded_disk(tmp_path: Path, outside: Site) -> 
                 await get(fetcher, outside.url("/more"))
             assert len(await get(fetcher, outside.url("/half"))) == MIB // 2
         assert len(await get(fetcher, outside.url("/more"))) == MIB // 2 + 1
+
+
+async def test_no_tenant_fills_the_disk_of_downloads(tmp_path: Path, outside: Site) -> None:
+    """However much one has under way, another's download finds room; without tenants one may take all of it."""
+    outside.answers |= {"/part": response(bytes(MIB)), "/small": response(bytes(MIB // 8))}
+    async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
+        for _ in range(7):
+            await under_way.enter_async_context(fetcher.fetch(outside.url("/part"), Share("greedy")))
+        with pytest.raises(errors.Overloaded) as caught:
+            await get(fetcher, outside.url("/part"), Share("greedy"))
+        assert caught.value.reason == "spool"
+        async with fetcher.fetch(outside.url("/small"), Share("other")) as path:
+            assert path.stat().st_size == MIB // 8
+    async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
+        for _ in range(8):
+            await under_way.enter_async_context(fetcher.fetch(outside.url("/part")))
+
+
+class SlowNames:
+    """A resolver that answers the names `slow…` only once it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked: list[str] = []
+
+    def __call__(self, host: str, port: int, **options: Any) -> list[Any]:
+        self.asked.append(host)
+        if host.startswith("slow"):
+            self.go.wait(60)
+            raise OSError
+        return list(socket.getaddrinfo(OUTSIDE, port, **options))
+
+
+async def test_one_tenants_slow_names_hold_up_no_other_tenant(tmp_path: Path, outside: Site) -> None:
+    """Lookups outlive their requests and keep their tenant's share of the threads; it is told that it took too long."""
+    names = SlowNames()
+    fast = f"http://fast.test:{outside.port}/clip"
+    async with fetching(tmp_path, names, fetch_timeout_s=1) as fetcher:
+        slow = (get(fetcher, f"http://slow{number}.test/clip", Share("greedy")) for number in range(40))
+        outcomes = await asyncio.gather(*slow, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {errors.DownloadTimeout}
+        assert 16 < len(names.asked) < 32, "more than half of the threads, and never all of them"
+        with pytest.raises(errors.DownloadTimeout):
+            await get(fetcher, fast, Share("greedy"))
+        fetcher._settings = fetcher._settings.model_copy(update={"fetch_timeout_s": 30})
+        assert await get(fetcher, fast, Share("other")) == BODY
+        waiting = asyncio.create_task(get(fetcher, fast, Share("greedy")))
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        names.go.set()
+        assert await waiting == BODY, "what waited goes on as soon as the threads are back"
+        assert "slow39.test" not in names.asked, "nobody waited for it any more"
+
+
+async def test_many_lookups_of_one_tenant_all_come_to_their_turn(tmp_path: Path, outside: Site) -> None:
+    """More at once than there are threads are not refused."""
+    async with fetching(tmp_path, SlowNames()) as fetcher:
+        url = f"http://fast.test:{outside.port}/clip"
+        assert await asyncio.gather(*(get(fetcher, url, Share("one")) for _ in range(100))) == [BODY] * 100
 
 
 @pytest.mark.parametrize("when", ["write", "close"])
