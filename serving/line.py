@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from serving.types import ANYONE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from serving.types import Share
 
@@ -233,19 +233,26 @@ class FairLine(Generic[W]):
 class Room:
     """So many places, or bytes, that flows share: the more of them are free, the more one flow may have.
 
-    A flow may take more as long as it has less than `_GREED` times its weight times what is free. So one flow alone
+    A flow may take more as long as it has less than `greed` times its weight times what is free. So one flow alone
     gets eight ninths of a large room; who comes second finds the rest, and as places fall free each gets its share.
+    Where they fall free in days rather than seconds, less greed leaves more.
     Work of nobody in particular may take all there is: without keys there is nobody else.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, greed: float = _GREED) -> None:
         self.taken = 0
         self._size = size
+        self._greed = greed
         self._of: defaultdict[str, int] = defaultdict(int)
 
     def open_to(self, share: Share) -> bool:
         """Whether that flow may take more."""
-        return _may_take(share, self._of.get(share.flow, 0), self._size - self.taken)
+        return _may_take(share, self._of.get(share.flow, 0), self._size - self.taken, self._greed)
+
+    @property
+    def by_flow(self) -> Mapping[str, int]:
+        """What each flow has, now."""
+        return dict(self._of)
 
     def take(self, share: Share, amount: int = 1) -> bool:
         """Take so much for that flow, if there is room for it; whether there was."""
@@ -262,8 +269,8 @@ class Room:
             del self._of[share.flow]
 
 
-def _may_take(share: Share, own: int, free: int) -> bool:
-    return free > 0 and (share.flow == ANYONE.flow or own < _GREED * share.weight * free)
+def _may_take(share: Share, own: int, free: int, greed: float = _GREED) -> bool:
+    return free > 0 and (share.flow == ANYONE.flow or own < greed * share.weight * free)
 
 
 class DrainRate:

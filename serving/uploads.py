@@ -18,6 +18,7 @@ import secrets
 import tempfile
 import time
 import uuid
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,9 +35,11 @@ from serving.errors import (
     UploadNotFound,
     UploadTooLarge,
 )
+from serving.line import Room
+from serving.types import Share
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from serving.config import Settings
@@ -48,6 +51,11 @@ _KEY_BYTES = 1023
 _SWEEP_S = 600.0
 _GRACE_S = 3600.0
 """An expired file stays this long for those who had opened it, and a half-written one for its writer."""
+
+_GREED = 1
+"""One owner may have as much as it leaves free. Files stay for days, so others cannot wait until some are gone."""
+
+_SHARE_FULL = "Your uploaded files take all the space that one caller's may take. They are removed when they expire."
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +135,7 @@ class UploadPolicies:
 
     def issue(self, owner: str, model: str) -> UploadPolicy:
         settings, now = self._settings, time.time()
-        owner_digest = hashlib.sha256(owner.encode()).hexdigest()[:32]
-        upload_dir = f"dashscope-instant/{owner_digest}/{datetime.fromtimestamp(now, UTC):%Y-%m-%d}/{uuid.uuid4()}"
+        upload_dir = f"dashscope-instant/{_digest(owner)}/{datetime.fromtimestamp(now, UTC):%Y-%m-%d}/{uuid.uuid4()}"
         terms = {
             "expires": now + settings.upload_policy_ttl_s,
             "upload_dir": upload_dir,
@@ -162,22 +169,23 @@ class UploadPolicies:
 class DirectoryUploads(UploadPolicies):
     """An `UploadStore` in a directory, which replicas may share.
 
-    A file's name is the hash of its owner, model and key: no name of a client's touches the disk, and who asks with
-    another key or for another model finds nothing. Its age is the file's own. So there is nothing else to keep.
+    A file's name is the hash of its owner, and that of its owner, model and key: no name of a client's touches the
+    disk, and who asks with another key or for another model finds nothing. Its age is the file's own. So there is
+    nothing else to keep.
     """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         parent = settings.uploads_dir or Path(tempfile.gettempdir())
         self._directory = parent / f"captioner-uploads-{os.geteuid()}"
-        self._used_bytes = 0
+        self._room = Room(settings.max_uploads_bytes, _GREED)
         self.received_bytes = 0
         self._sweeping: asyncio.Task[None] | None = None
 
     @property
     def used_bytes(self) -> int:
         """Disk that files take, other replicas' as of the last sweep."""
-        return self._used_bytes
+        return self._room.taken
 
     async def start(self) -> None:
         """Make the directory, or take it over with what it holds. Raises `PermissionError` if it is another user's."""
@@ -200,7 +208,8 @@ class DirectoryUploads(UploadPolicies):
         path = self._path(grant.key, grant.owner, grant.model)
         if path.exists():
             raise UploadExists
-        with _Partial(self, self._directory / f"{uuid.uuid4().hex}.partial", grant.max_bytes) as partial:
+        name = f"{_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
+        with _Partial(self, grant.owner, self._directory / name, grant.max_bytes) as partial:
             yield partial
             partial.publish(path)
 
@@ -218,22 +227,33 @@ class DirectoryUploads(UploadPolicies):
 
     async def sweep(self) -> None:
         """Remove what is expired or was left half-written, and count what remains, other replicas' files included."""
-        before = self._used_bytes
+        before = self._room.by_flow
         found = await asyncio.to_thread(self._sweep)
-        self._used_bytes += found - before  # keeps what was received meanwhile
+        for flow in before.keys() | found.keys():
+            # The difference: keeps what was received meanwhile.
+            self._room.add(Share(flow), found.get(flow, 0) - before.get(flow, 0))
 
-    def take(self, nbytes: int) -> None:
-        """Count bytes that go to disk, or did not stay. Raises `Overloaded` if the disk we may use is full."""
-        if nbytes > 0 and self._used_bytes + nbytes > self._settings.max_uploads_bytes:
-            log.warning("the uploads directory is full", extra={"used_bytes": self._used_bytes})
-            raise Overloaded
-        self._used_bytes += nbytes
+    def take(self, owner: str, nbytes: int) -> None:
+        """Count bytes that go to disk. Raises `Overloaded` if the disk we may use is full, or the owner's share is."""
+        if self._room.take(Share(_digest(owner)), nbytes):
+            return
+        used_bytes = self._room.taken
+        if used_bytes + nbytes <= self._settings.max_uploads_bytes:
+            raise Overloaded(_SHARE_FULL, retry_after_s=60, reason="uploads")
+        log.warning("the uploads directory is full", extra={"used_bytes": used_bytes})
+        raise Overloaded(reason="uploads")
+
+    def give_back(self, owner: str, nbytes: int) -> None:
+        """Count bytes that did not stay."""
+        self._room.add(Share(_digest(owner)), -nbytes)
 
     def _path(self, key: str, owner: str, model: str) -> Path:
-        return self._directory / hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()
+        return self._directory / f"{_digest(owner)}.{digest}"
 
-    def _sweep(self) -> int:
-        now, used = time.time(), 0
+    def _sweep(self) -> Mapping[str, int]:
+        """Bytes that remain, by the hash of their owner."""
+        now, used = time.time(), Counter[str]()
         for entry in os.scandir(self._directory):
             with suppress(FileNotFoundError):  # another replica was faster
                 info = entry.stat()
@@ -241,7 +261,7 @@ class DirectoryUploads(UploadPolicies):
                 if now >= info.st_mtime + ttl_s + _GRACE_S:
                     Path(entry).unlink()
                 else:
-                    used += info.st_size
+                    used[entry.name.partition(".")[0]] += info.st_size
         return used
 
     async def _sweep_forever(self) -> None:
@@ -256,8 +276,9 @@ class DirectoryUploads(UploadPolicies):
 class _Partial:
     """A file on its way into the directory: under a name of its own until it is whole."""
 
-    def __init__(self, store: DirectoryUploads, path: Path, max_bytes: int) -> None:
+    def __init__(self, store: DirectoryUploads, owner: str, path: Path, max_bytes: int) -> None:
         self._store = store
+        self._owner = owner
         self._path = path
         self._max_bytes = max_bytes
         self._nbytes = 0
@@ -277,12 +298,12 @@ class _Partial:
             self._file.close()
         self._path.unlink(missing_ok=True)
         if not self._published:
-            self._store.take(-self._nbytes)
+            self._store.give_back(self._owner, self._nbytes)
 
     async def write(self, chunk: bytes) -> None:
         if self._nbytes + len(chunk) > self._max_bytes:
             raise UploadTooLarge
-        self._store.take(len(chunk))
+        self._store.take(self._owner, len(chunk))
         self._nbytes += len(chunk)
         try:
             self._file.write(chunk)
@@ -302,3 +323,7 @@ class _Partial:
             raise Overloaded from None
         self._published = True
         self._store.received_bytes += self._nbytes
+
+
+def _digest(owner: str) -> str:
+    return hashlib.sha256(owner.encode()).hexdigest()[:32]

@@ -20,7 +20,7 @@ from serving.config import Settings
 from serving.uploads import DirectoryUploads, UploadPolicies, UploadPolicy, UploadStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
 OWNER, MODEL = "0123456789abcdef", "qwen3-omni-30b-a3b-captioner"
@@ -259,7 +259,7 @@ async def test_of_two_uploads_at_once_one_wins_whole(store: DirectoryUploads, tm
             await slow.write(b"slow")
     assert await fetch(store, grant.key) == b"quick"
     assert len(stored(tmp_path)) == 1
-    assert store._used_bytes == 5
+    assert store.used_bytes == 5
 
 
 async def test_the_size_is_limited_while_reading(store: DirectoryUploads, tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ async def test_the_size_is_limited_while_reading(store: DirectoryUploads, tmp_pa
         await put(store, "more", bytes(1001))
     assert caught.value.code == "EntityTooLarge"
     assert len(stored(tmp_path)) == 1
-    assert store._used_bytes == 1000
+    assert store.used_bytes == 1000
 
 
 async def test_an_upload_that_fails_or_is_cancelled_leaves_nothing(store: DirectoryUploads, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ async def test_an_upload_that_fails_or_is_cancelled_leaves_nothing(store: Direct
     task.cancel()
     await asyncio.wait((task,))
     assert not stored(tmp_path)
-    assert store._used_bytes == 0
+    assert store.used_bytes == 0
     assert await fetch(store, await put(store, "a", b"again", policy)) == b"again"
 
 
@@ -302,12 +302,42 @@ async def test_the_disk_is_bounded(tmp_path: Path) -> None:
     """When uploads fill the disk they may take, the next is refused for now; what is stored stays."""
     store = DirectoryUploads(settings(tmp_path, max_upload_bytes=MIB))
     await store.start()
-    key = await put(store, "a", bytes(MIB - 10))
-    with pytest.raises(errors.Overloaded):
-        await put(store, "b", bytes(11))
-    assert len(await fetch(store, key)) == MIB - 10
-    await put(store, "c", bytes(10))
+    key = await put(store, "a", bytes(MIB // 2))
+    with pytest.raises(errors.Overloaded) as caught:
+        await put(store, "b", bytes(MIB // 2 + 1), store.issue("other", MODEL))
+    assert "all the space that one caller's may take" in str(caught.value)
+    left = MIB // 2
+    for number in range(20):
+        await put(store, "c", bytes(left // 2), store.issue(f"owner {number}", MODEL))
+        left -= left // 2
+    with pytest.raises(errors.Overloaded) as caught:
+        await put(store, "d", bytes(left + 1), store.issue("last", MODEL))
+    assert str(caught.value) == errors.Overloaded.message
+    assert len(await fetch(store, key)) == MIB // 2
     await store.stop()
+
+
+async def test_no_owner_fills_the_disk(tmp_path: Path) -> None:
+    """One may take half of what the others leave, also of what it had stored before a restart; it is told why."""
+    changes = {"max_upload_bytes": MIB}
+    store = DirectoryUploads(settings(tmp_path, **changes))
+    await store.start()
+    for number in range(2):
+        await put(store, str(number), bytes(MIB // 4))
+    await store.stop()
+    again = DirectoryUploads(settings(tmp_path, **changes))
+    await again.start()
+    with pytest.raises(errors.Overloaded, match="all the space that one caller's may take") as caught:
+        await put(again, "more", b"1")
+    assert caught.value.retry_after_s == 60
+    old = stored(tmp_path)
+    await put(again, "a", bytes(MIB // 4), again.issue("other", MODEL))
+    for path in old:
+        os.utime(path, times=(0, 0))
+    await again.sweep()
+    assert again.used_bytes == MIB // 4
+    await put(again, "b", b"now there is room")
+    await again.stop()
 
 
 async def test_a_full_disk_is_our_fault(store: DirectoryUploads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +346,7 @@ async def test_a_full_disk_is_our_fault(store: DirectoryUploads, monkeypatch: py
     monkeypatch.setattr(os, "open", lambda *_: real("/dev/full", os.O_WRONLY))
     with pytest.raises(errors.Overloaded):
         await put(store, "a", b"abc")
-    assert store._used_bytes == 0
+    assert store.used_bytes == 0
 
 
 async def test_no_file_to_write_to_is_our_fault(store: DirectoryUploads, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +358,7 @@ async def test_no_file_to_write_to_is_our_fault(store: DirectoryUploads, monkeyp
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(errors.Overloaded):
         await put(store, "a", b"abc")
-    assert store._used_bytes == 0
+    assert store.used_bytes == 0
 
 
 # Keeping
@@ -350,7 +380,7 @@ async def test_files_expire(store: DirectoryUploads, tmp_path: Path) -> None:
     await store.sweep()
     assert not path.exists()
     assert await fetch(store, fresh) == b"defg"
-    assert store._used_bytes == 4
+    assert store.used_bytes == 4
     assert len(stored(tmp_path)) == 1
 
 
@@ -390,7 +420,7 @@ async def test_a_restart_finds_what_was_stored(tmp_path: Path) -> None:
     assert await fetch(second, key) == b"abc"
     assert young.exists()
     assert not old.exists()
-    assert second._used_bytes == 8
+    assert second.used_bytes == 8
     await second.stop()
 
 
@@ -402,7 +432,7 @@ async def test_bytes_received_during_a_sweep_are_counted(
     counted = store._sweep()
     arrived = asyncio.Event()
 
-    def slow() -> int:
+    def slow() -> Mapping[str, int]:
         asyncio.run_coroutine_threadsafe(arrived.wait(), loop).result()
         return counted
 
@@ -413,7 +443,7 @@ async def test_bytes_received_during_a_sweep_are_counted(
     await put(store, "b", b"defg")
     arrived.set()
     await sweeping
-    assert store._used_bytes == 7
+    assert store.used_bytes == 7
 
 
 async def test_another_users_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
