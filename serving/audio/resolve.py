@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from serving.types import Share
 
-_THREADS = 32
+_THREADS, _GREED = 32, 1
+"""One tenant may have as many threads as it leaves free: no lookup can be made to give one back."""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +46,7 @@ class Resolver:
         self._loop = asyncio.get_running_loop()
         # Threads of its own: what else runs in threads is not held up.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
-        self._room = Room(_THREADS)
+        self._room = Room(_THREADS, _GREED)
         self._line: FairLine[_Lookup] = FairLine(
             lambda lookup: lookup.arrived_s, patience_s=patience_s, now_s=self._loop.time
         )
