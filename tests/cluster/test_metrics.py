@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster.running import FRONT, RunningCluster
+from tests.cluster.running import ENGINE, FRONT, RunningCluster
 from tests.cluster.test_cluster import KEY, ask, caption
 from tests.observability.chain import Chain
 from tests.observability.programs import program
@@ -151,6 +151,21 @@ def test_a_killed_front_leaves_its_counts_behind(counted: Counted) -> None:
     counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONT) and counted.cluster.whole())
     counted.load(12)
     counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{replica="front"})') > lost)
+
+
+def test_engines_that_end_again_and_again_are_told(counted: Counted) -> None:
+    """Three lost within the alert's window: one page, and it says that they were engines."""
+    chain, page = counted.chain, ("pages", "CaptionerReplicaCrashLoop", "firing")
+    chain.until(lambda: page[1] not in chain.firing())
+    chain.told.clear()
+    for _ in range(3):
+        victim = min(counted.cluster.pids(ENGINE))
+        os.kill(victim, signal.SIGKILL)
+        counted.cluster.wait(lambda killed=victim: len(counted.cluster.pids(ENGINE) - {killed}) == 2)  # type: ignore[misc]
+    chain.until(lambda: page in chain.told)
+    fired = chain.query(f'max_over_time(ALERTS{{alertname="{page[1]}",alertstate="firing"}}[1m])')
+    assert [each["metric"]["replica"] for each in fired] == ["engine"]
+    counted.cluster.wait(counted.cluster.whole)
 
 
 def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
