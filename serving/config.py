@@ -187,6 +187,9 @@ class Settings(BaseSettings):
     header_grace_s: float = Field(
         10, gt=0, description="How long a stream waits for the first token before it sends its status line"
     )
+    head_timeout_s: float = Field(
+        30, gt=0, description="How long a client may take for the head of a request; then its connection is dropped"
+    )
     write_timeout_s: float = Field(
         60, gt=0, description="How long a client may read nothing of what waits for it; then its connection is dropped"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 if TYPE_CHECKING:
-    from asyncio import TimerHandle
+    from asyncio import TimerHandle, Transport
 
     from serving.config import Settings
 
@@ -19,15 +19,23 @@ _LINGER_S = 2.0
 
 
 class _Connection(HttpToolsProtocol):
-    """A connection whose requests have heads of a bounded size, and whose client must read what it asked for."""
+    """A connection whose requests have heads of a bounded size that come in time, and whose client must read."""
 
+    head_timeout_s: float
     write_timeout_s: float
     _drop: TimerHandle | None = None
+    _head_due: TimerHandle | None = None
     _refused = False
     _loose_bytes = 0
     """What the parser was given since it last handed on a head or a part of a body: it keeps all of that."""
 
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
     def data_received(self, data: bytes) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr]
+            self._await_head()
         if self._loose_bytes > MAX_HEAD_BYTES:
             self._refuse()
             return
@@ -39,10 +47,12 @@ class _Connection(HttpToolsProtocol):
             self._loose_bytes = MAX_HEAD_BYTES + 1
             raise ValueError("the head is too large")  # for the parser, which ends and calls it a bad request
         self._loose_bytes = 0
+        self._head_has_come()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._loose_bytes = 0
+        self._head_has_come()
         super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
@@ -68,7 +78,17 @@ class _Connection(HttpToolsProtocol):
         self.transport.write_eof()
         self.loop.call_later(_LINGER_S, self.transport.abort)
 
+    def _await_head(self) -> None:
+        if self._head_due is None:
+            self._head_due = self.loop.call_later(self.head_timeout_s, self.transport.abort)
+
+    def _head_has_come(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._head_has_come()
         self._is_read()
         super().connection_lost(exc)
 
@@ -104,4 +124,5 @@ class _Connection(HttpToolsProtocol):
 
 def protocol(settings: Settings) -> type[HttpToolsProtocol]:
     """What uvicorn makes of each connection (its `http`)."""
-    return type("Connection", (_Connection,), {"write_timeout_s": settings.write_timeout_s})
+    bounds = {"head_timeout_s": settings.head_timeout_s, "write_timeout_s": settings.write_timeout_s}
+    return type("Connection", (_Connection,), bounds)

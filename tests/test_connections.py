@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from contextlib import asynccontextmanager
+from http.client import HTTPResponse
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,47 @@ def connect(service: RunningService, *, receive_buffer: int | None = None) -> so
     return client
 
 
+def status(client: socket.socket) -> int:
+    """Read one answer to its end."""
+    with HTTPResponse(client) as answer:
+        answer.begin()
+        answer.read()
+        return answer.status
+
+
 def until(condition: Any, *, within_s: float = 60) -> None:
     """Wait for it."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+# Clients that send no whole head
+
+
+def test_who_sends_no_whole_head_is_dropped() -> None:
+    """Nothing at all, part of a first one, or of a second one; a slow body is another matter, and so is a rest."""
+    with RunningService("--engine=fake", "--head-timeout-s=1") as service:
+        head = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
+        with connect(service) as silent, connect(service) as slow, connect(service) as second, connect(service) as fair:
+            slow.sendall(head)
+            second.sendall(head + b"\r\n")
+            assert status(second) == 200
+            second.sendall(head)
+            began = time.monotonic()
+            fair.sendall(f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n".encode())
+            for client in (silent, slow, second):
+                with contextlib.suppress(ConnectionResetError):
+                    assert client.recv(4096) == b""
+            assert 0.5 < time.monotonic() - began < 30
+            for _ in range(20):
+                time.sleep(0.1)
+                fair.sendall(b" ")
+            assert status(fair) == 400
+            time.sleep(1.5)
+            fair.sendall(head + b"\r\n")
+            assert status(fair) == 200
 
 
 # Clients that do not read
