@@ -74,7 +74,9 @@ class Load:
 
 def _body(target: Target, clip: Path) -> bytes:
     audio = base64.b64encode(clip.read_bytes())
-    return call(target.asked, "openai", audio, stream=True, bare=clip.suffix.removeprefix(".")).body
+    # The two formats that OpenAI knows, and vLLM lets pass no others; what a file is all systems see for themselves.
+    named = "mp3" if clip.suffix == ".mp3" else "wav"
+    return call(target.asked, "openai", audio, stream=True, bare=named).body
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes) -> _RawAnswer:

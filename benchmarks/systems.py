@@ -168,7 +168,12 @@ class System(ABC):
     @property
     def environment(self) -> dict[str, str]:
         """Variables for it."""
-        return {"VLLM_CPU_KVCACHE_SPACE": str(self._setup.kv_cache_gib), "VLLM_NO_USAGE_STATS": "1"}
+        return {
+            "VLLM_CPU_KVCACHE_SPACE": str(self._setup.kv_cache_gib),
+            "VLLM_NO_USAGE_STATS": "1",
+            # Its server refuses more than ten minutes otherwise.
+            "VLLM_MAX_AUDIO_DECODE_DURATION_S": "2400",
+        }
 
     @abstractmethod
     def _is_ready(self) -> bool: ...

@@ -20,7 +20,7 @@ from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN
 from deploy.embedded.corpus.scenes import Scene, SceneMaker
 
 SHARD = 500
-TRAINING_CLIPS = 50_000
+TRAINING_CLIPS = 100_000
 HELD_OUT_CLIPS = 1_200
 MEL = 128
 CODED = 0.2
