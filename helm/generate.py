@@ -64,7 +64,10 @@ CHOICES = {
     "ingress.controller": ["nginx", "haproxy", "alb", "other"],
     "priorityClass.preemptionPolicy": ["PreemptLowerPriority", "Never"],
 }
-SECRETS = ("upload-secret", "key-pepper", "admin-token", "database-password", "redis-password", "api-keys")
+SECRETS = (
+    *("upload-secret", "key-pepper", "admin-token", "database-password", "redis-password", "api-keys"),
+    "metrics-token",
+)
 MORE: dict[str, dict[str, Any]] = {
     "global": MAP,
     "commonLabels": WORDS,

@@ -228,9 +228,12 @@ def _causes(made: _Alerts) -> None:
 def _tickets(made: _Alerts) -> None:
     """What can wait until the morning."""
     pace = made.pace
+    # Left out: HAProxy, which runs only where replicas are, and what a PodMonitor asks at `captions`, in each pod,
+    # whether or not Ray has placed a process there.
     made.add(
         "CaptionerTargetDown",
-        f"up{{{JOB}}} == 0 and on () count(up{{{JOB},role!~'ray|haproxy'}} == 1) > 0",
+        f"up{{{JOB},role!='haproxy',endpoint!='captions'}} == 0 "
+        f"and on () count(up{{{JOB},role!~'ray|haproxy'}} == 1) > 0",
         "{{ $labels.instance }} cannot be scraped while others can.",
         severity="ticket",
         lasting=5 * MINUTE,

@@ -65,8 +65,12 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
             "model_aliases": ["captioner"],
             "long_tokens_per_step": 1024,
             "log_level": "debug",
+            "otlp_endpoint": "http://collector.tracing:4318",
         },
-        "networkPolicy": {"extraEgress": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 9000}]}]},
+        "networkPolicy": {
+            "extraEgress": [{"to": [{"ipBlock": {"cidr": "10.1.0.0/16"}}], "ports": [{"port": 9000}]}],
+            "traces": {"to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "tracing"}}}]},
+        },
     },
     "no autoscaler": {"ray": {"autoscaler": {"enabled": False}}},
     "no token, no fault tolerance": {"ray": {"tokenAuth": False, "headFaultTolerance": False}},
@@ -172,6 +176,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "monitoring": {
         "monitoring": {
             "labels": {"release": "prometheus"},
+            "token": True,
             "podMonitor": {"enabled": True, "interval": "30s"},
             "rules": {"enabled": True},
             "dashboards": {"enabled": True, "annotations": {"grafana_folder": "captions"}},
@@ -216,7 +221,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "model": {"source": "hostPath"},
         "deployment": {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": "25%"}},
         "ingress": {"enabled": True, "host": "c.example.com"},
-        "monitoring": {"podMonitor": {"enabled": True}},
+        "monitoring": {"podMonitor": {"enabled": True}, "token": True},
         "admin": {"enabled": True},
     }
     | EXTERNAL,

@@ -37,7 +37,7 @@ class Network:
         of_it = [
             policy
             for policy in self._policies
-            if direction in policy["policyTypes"] and _selects(policy["podSelector"], subject.labels)
+            if direction in policy["policyTypes"] and selects(policy["podSelector"], subject.labels)
         ]
         rules = [rule for policy in of_it for rule in policy.get(direction.lower(), [])]
         return not of_it or any(self._fits(rule, peer, direction, port, protocol) for rule in rules)
@@ -61,14 +61,15 @@ class Network:
         if peer.address is not None:
             return False
         if (namespaces := rule.get("namespaceSelector")) is not None:
-            if not _selects(namespaces, {"kubernetes.io/metadata.name": peer.namespace}):
+            if not selects(namespaces, {"kubernetes.io/metadata.name": peer.namespace}):
                 return False
         elif peer.namespace != self._namespace:
             return False
-        return _selects(rule.get("podSelector", {}), peer.labels)
+        return selects(rule.get("podSelector", {}), peer.labels)
 
 
-def _selects(selector: Rule, labels: dict[str, str]) -> bool:
+def selects(selector: Rule, labels: dict[str, str]) -> bool:
+    """Whether a label selector chooses what has these labels."""
     exact = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
     for each in selector.get("matchExpressions", []):
         assert each["operator"] == "In"

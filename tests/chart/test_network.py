@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from serving.scraping import PORTS
 from tests.chart.combinations import COMBINATIONS
 from tests.chart.network import End, Network
-from tests.chart.rendering import PROFILES, pod_templates, template
+from tests.chart.rendering import PROFILES, pod_templates, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,12 +143,32 @@ def test_the_operator_and_the_autoscaler_work(network: Network) -> None:
     assert not any(network.allows(pod(name), API, 443) for name in set(OURS) - {"head"})
 
 
-def test_prometheus_scrapes_and_no_more(network: Network) -> None:
-    """Ray's metrics and those of fronts and engines."""
-    scraped = {(name, port) for name in RAY for port in (8080, 9464) if network.allows(PROMETHEUS, pod(name), port)}
-    assert scraped == set(product(RAY, (8080, 9464)))
-    assert not network.allows(PROMETHEUS, pod("head"), 8265)
-    assert not network.allows(CALLER, pod("front"), 9464)
+@pytest.mark.parametrize("name", ["defaults", "monitoring"])
+def test_prometheus_scrapes_and_no_more(helm: Path, name: str) -> None:
+    """Ray, HAProxy, and each port that a front or engine may take; whether there is a PodMonitor or not."""
+    values = COMBINATIONS[name] | {"networkPolicy": {"callers": [{"podSelector": {"matchLabels": {"app": "web"}}}]}}
+    manifests = template(helm, values)
+    network, first = Network(manifests), serve_config(manifests)["applications"][0]["args"]["metrics_port"]
+    ports = (8080, 9101, *range(first, first + PORTS))
+    for who, port in product(RAY, ports):
+        assert network.allows(PROMETHEUS, pod(who), port)
+        assert not network.allows(CALLER, pod(who), port)
+    for port in (8265, 6379, ports[-1] + 1):
+        assert not any(network.allows(PROMETHEUS, pod(who), port) for who in OURS)
+    # Where `/metrics/targets` is asked: what Ray's Service chooses, also where callers are few.
+    assert {who for who in OURS if network.allows(PROMETHEUS, pod(who), 8000)} == {"front", "engine"}
+
+
+def test_traces_are_sent_where_the_collector_is(helm: Path) -> None:
+    """By fronts and engines, on its port; without it named by nobody."""
+    collector = End({"app": "collector"}, "tracing")
+    traced = COMBINATIONS["settings of every kind"]
+    for values, tracing in ((traced, {"front", "engine"}), (traced | COMBINATIONS["without Ray"], {"front"})):
+        network = Network(template(helm, values))
+        assert {who for who in OURS if network.allows(pod(who), collector, 4318)} == tracing
+        assert not any(network.allows(pod(who), collector, 4317) for who in OURS)
+    network = Network(template(helm))
+    assert not any(network.allows(pod(who), collector, 4318) for who in OURS)
 
 
 def test_the_administration_is_reached_by_those_that_are_named(helm: Path, network: Network) -> None:
@@ -172,7 +193,7 @@ def test_an_empty_list_means_nobody(helm: Path) -> None:
         "networkPolicy": {"callers": [], "operator": [], "prometheus": [], "kubernetesApi": [], "dns": {"to": []}}
     }
     network = Network(template(helm, closed | {"monitoring": {"podMonitor": {"enabled": True}}}))
-    for who, name, port in product((CALLER, OPERATOR, PROMETHEUS, WEB), OURS, (8000, 8265, 8080, 9464)):
+    for who, name, port in product((CALLER, OPERATOR, PROMETHEUS, WEB), OURS, (8000, 8265, 8080, 9101, 9464)):
         assert not network.allows(who, pod(name), port)
     assert network.allows(pod("test"), pod("front"), 8000)
     assert not network.allows(pod("head"), API, 443)

@@ -171,10 +171,15 @@ def test_the_life_of_a_release(api: Api) -> None:
 
 
 def test_a_second_install_goes_on_with_the_secrets(api: Api) -> None:
-    """What the first left is taken over: the database's volume knows its password."""
+    """What the first left is taken over: the database's volume knows its password. What is made later stays, too."""
     secrets = api.secret()
     api.helm("install", "captioner", *CHART_AND_PROFILE, *WAIT, "--take-ownership")
     assert api.secret() == secrets
+    api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT, "--set=monitoring.token=true")
+    more = api.secret()
+    assert more == secrets | {"metrics-token": more["metrics-token"]}
+    api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT)
+    assert api.secret() == more
     api.helm("uninstall", "captioner", *WAIT)
 
 

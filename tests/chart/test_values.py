@@ -67,6 +67,9 @@ def test_a_typo_is_refused_in_every_section(helm: Path) -> None:
         ({"postgresql": {"mode": "external", "networks": [{"podSelector": {}}]}}, "postgresql.host"),
         ({"redis": {"mode": "external", "host": "r"}}, "redis.networks"),
         ({"keda": {"enabled": True}}, "Ray scales it"),
+        ({"settings": {"metrics_token": "t"}}, "metrics_token"),  # a secret
+        ({"secrets": {"values": {"metrics-token": "t"}}}, "unless monitoring.token is true"),
+        ({"settings": {"otlp_endpoint": "http://collector:4318"}}, "networkPolicy.traces.to"),
         ({"ray": {"upgrade": {"type": "NewClusterWithIncrementalUpgrade"}}}, "gatewayClassName"),
         (
             {

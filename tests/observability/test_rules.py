@@ -157,6 +157,13 @@ CASES = [
          [{"job": "captioner", "instance": "b"}]),
     Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x10 1x90"}),
     Case("CaptionerTargetDown", "10m", {UP: "0x100"}, beside=("CaptionerNothingScraped",)),
+    # A PodMonitor's targets: Ray's agent is in every pod, a front or engine and HAProxy only where Ray has placed them.
+    Case("CaptionerTargetDown", "10m",
+         {'up{job="captioner",instance="p",role="ray",endpoint="metrics"}': "0x100"},
+         [{"job": "captioner", "instance": "p", "role": "ray", "endpoint": "metrics"}]),
+    Case("CaptionerTargetDown", "10m",
+         {'up{job="captioner",instance="p",role="engine",endpoint="captions"}': "0x100",
+          'up{job="captioner",instance="q",role="haproxy",endpoint="haproxy"}': "0x100"}),
     Case("CaptionerAudioWorkersDying", "10m",
          {'captioner_audio_worker_deaths_total{instance="a"}': "0 1 1 2 3 4x90"}, A),
     Case("CaptionerAudioWorkersDying", "10m", {'captioner_audio_worker_deaths_total{instance="a"}': "0 1x90"}),

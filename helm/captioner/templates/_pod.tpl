@@ -129,6 +129,15 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{/* Variables of what tells metrics: fronts and engines. */}}
+{{- define "captioner.metricsEnv" -}}
+{{- if .Values.monitoring.token -}}
+- name: CAPTIONER_METRICS_TOKEN
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: metrics-token}
+{{- end }}
+{{- end -}}
+
 {{/* An HTTP probe that gives up after `seconds`. dict: path, port, seconds. */}}
 {{- define "captioner.probe" -}}
 httpGet: {path: {{ .path }}, port: {{ .port }}}

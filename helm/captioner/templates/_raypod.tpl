@@ -38,6 +38,11 @@ spec:
         {{- if $front }}
         {{- include "captioner.callersEnv" $root | nindent 8 }}
         {{- end }}
+        {{- if ne .component "head" }}
+        {{- with include "captioner.metricsEnv" $root }}
+        {{- . | nindent 8 }}
+        {{- end }}
+        {{- end }}
         {{- if and $engine (ne $root.Values.model.source "embedded") }}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}
@@ -56,6 +61,7 @@ spec:
         {{- end }}
         - {name: serve, containerPort: 8000}
         - {name: metrics, containerPort: 8080}
+        - {name: haproxy, containerPort: 9101}
         {{- if ne .component "head" }}
         - {name: captions, containerPort: 9464}
         {{- end }}

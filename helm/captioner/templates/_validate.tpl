@@ -42,6 +42,12 @@
 {{- $errors = append $errors "ray.upgrade.type: with this type KubeRay makes a Gateway and a route of its own, and no Service that an Ingress or HTTPRoute could use: switch those off" -}}
 {{- end -}}
 {{- end -}}
+{{- if and $v.settings.otlp_endpoint $v.networkPolicy.enabled (not $v.networkPolicy.traces.to) -}}
+{{- $errors = append $errors "networkPolicy.traces.to: name where settings.otlp_endpoint is (or set networkPolicy.enabled to false)" -}}
+{{- end -}}
+{{- if and (get $v.secrets.values "metrics-token") (not $v.monitoring.token) -}}
+{{- $errors = append $errors "secrets.values.metrics-token: nobody asks for it unless monitoring.token is true" -}}
+{{- end -}}
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
 {{- $errors = append $errors "httpRoute.parentRefs: which Gateway?" -}}
 {{- end -}}

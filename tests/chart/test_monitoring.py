@@ -1,0 +1,184 @@
+"""What the PodMonitor's targets are to rules and dashboards, and the token that scrapes show."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from serving.config import Settings
+from tests.chart.combinations import COMBINATIONS
+from tests.chart.network import selects
+from tests.chart.rendering import Manifest, containers, only, pod_templates, template
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+Labels = dict[str, str]
+COMPONENT = "app.kubernetes.io/component"
+CAPTIONS, RAY, HAPROXY = 9464, 8080, 9101
+ALONE = COMBINATIONS["monitoring"] | COMBINATIONS["without Ray"]
+PROCESSES = {
+    ("head", RAY, "ray"),
+    ("head", HAPROXY, "haproxy"),
+    ("front", RAY, "ray"),
+    ("front", HAPROXY, "haproxy"),
+    ("front", CAPTIONS, "front"),
+    ("engine", RAY, "ray"),
+    ("engine", HAPROXY, "haproxy"),
+    ("engine", CAPTIONS, "engine"),
+}
+"""Pod, port and role, as `/metrics/targets` tells them."""
+
+
+def targets(manifests: list[Manifest]) -> Iterator[tuple[str, int, Labels]]:
+    """What Prometheus scrapes by the PodMonitor, one pod of each kind: its component, port, and the target's labels."""
+    monitor = only(manifests, "PodMonitor")
+    for _, pod in pod_templates(manifests):
+        labels = pod["metadata"]["labels"]
+        if not selects(monitor["spec"]["selector"], labels):
+            continue
+        ports = {port["name"]: port for each in containers(pod["spec"]) for port in each.get("ports", [])}
+        for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+            if port := ports.get(endpoint["port"]):
+                # Those that the operator gives, before the endpoint's own rules.
+                target = {"job": f"captions/{monitor['metadata']['name']}", "endpoint": endpoint["port"]}
+                meta = {"__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", key): labels[key] for key in labels}
+                for rule in endpoint["relabelings"]:
+                    assert rule.keys() <= {"sourceLabels", "targetLabel", "replacement"}
+                    source = ";".join((meta | target).get(name, "") for name in rule.get("sourceLabels", []))
+                    target[rule["targetLabel"]] = rule.get("replacement", source)
+                yield labels[COMPONENT], port["containerPort"], target
+
+
+def expressions(manifests: list[Manifest]) -> list[str]:
+    """Every query of the rules and the dashboards that the chart ships."""
+    rules = [
+        str(rule["expr"])
+        for each in manifests
+        if each["kind"] == "PrometheusRule"
+        for group in each["spec"]["groups"]
+        for rule in group["rules"]
+    ]
+
+    def queries(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            if isinstance(part.get("expr"), str):
+                yield part["expr"]
+            part = list(part.values())
+        if isinstance(part, list):
+            for each in part:
+                yield from queries(each)
+
+    boards = [text for each in manifests if "-dashboard-" in each["metadata"]["name"] for text in each["data"].values()]
+    return rules + [query for text in boards for query in queries(json.loads(text))]
+
+
+def chosen(selector: str, found: list[Labels]) -> list[Labels]:
+    """Which targets a selector's matchers of `job`, `role` and `endpoint` choose."""
+    matchers = re.findall(r"""\b(job|role|endpoint)(=~|!~|!=|=)(["'])(.*?)\3""", selector)
+    assert matchers, selector
+
+    def fits(labels: Labels, name: str, operator: str, value: str) -> bool:
+        told = labels.get(name, "")
+        same = re.fullmatch(value, told) is not None if "~" in operator else told == value
+        return same != operator.startswith("!")
+
+    return [each for each in found if all(fits(each, name, how, value) for name, how, _, value in matchers)]
+
+
+@pytest.fixture(scope="module")
+def monitored(helm: Path) -> list[Manifest]:
+    """A release on Ray with all of monitoring."""
+    return template(helm, COMBINATIONS["monitoring"])
+
+
+def test_every_process_is_scraped_with_its_role(helm: Path, monitored: list[Manifest]) -> None:
+    """As `/metrics/targets` tells them: Ray and HAProxy in each pod, fronts, engines; without Ray the one process."""
+    found = list(targets(monitored))
+    assert {(component, port, labels["role"]) for component, port, labels in found} == PROCESSES
+    alone = list(targets(template(helm, ALONE)))
+    assert [(component, port, labels["role"]) for component, port, labels in alone] == [("front", 8000, "server")]
+    assert {labels["job"] for _, _, labels in [*found, *alone]} == {"captioner"}
+
+
+def test_rules_and_dashboards_find_the_targets(helm: Path, monitored: list[Manifest]) -> None:
+    """Whatever they choose by job and role is there; else an alert fires for ever, or never."""
+    selectors = {
+        found
+        for query in expressions(monitored)
+        for found in re.findall(r"\w+\{[^}]*\}", query)
+        if re.search(r"""\b(job|role)[=!]""", found)
+    }
+    # Nothing is scraped, not ready, crash loop, target down; two panels.
+    assert len(selectors) >= 5
+    for manifests in (monitored, template(helm, ALONE)):
+        found = [labels for _, _, labels in targets(manifests)]
+        assert all(chosen(selector, found) for selector in selectors)
+
+
+def test_alerts_tell_the_service_from_what_is_around_it(monitored: list[Manifest]) -> None:
+    """Ray that lives is no service; an engine makes none ready; a pod where Ray has placed nothing is not down."""
+    found = [labels for _, _, labels in targets(monitored)]
+    rules = {
+        rule["alert"]: [each for each in re.findall(r"\w+\{[^}]*\}", rule["expr"]) if re.search("job=|role!", each)]
+        for each in monitored
+        if each["kind"] == "PrometheusRule"
+        for group in each["spec"]["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    }
+
+    def roles(alert: str) -> list[set[str]]:
+        return [{labels["role"] for labels in chosen(selector, found)} for selector in rules[alert]]
+
+    assert roles("CaptionerNothingScraped") == [{"front", "engine"}]
+    assert roles("CaptionerNotReady") == [{"front", "ray", "haproxy"}]  # of which fronts alone tell `captioner_ready`
+    assert roles("CaptionerTargetDown") == [{"ray"}, {"front", "engine"}]
+
+
+def variables(pod: Manifest) -> dict[str, Any]:
+    """Those of a pod that come from somewhere, by name."""
+    return {
+        each["name"]: each["valueFrom"]
+        for container in containers(pod["spec"])
+        for each in container.get("env", [])
+        if "valueFrom" in each
+    }
+
+
+@pytest.mark.parametrize(("values", "secret"), [({}, "x-captioner"), ({"existingSecret": "mine"}, "mine")])
+@pytest.mark.parametrize("alone", [False, True])
+def test_scrapes_show_the_token_that_is_asked_for(
+    helm: Path, values: dict[str, Any], secret: str, *, alone: bool
+) -> None:
+    """Fronts and engines ask for the Secret's token, and the PodMonitor shows it to them and to nobody else."""
+    assert "metrics_token" in Settings.model_fields
+    asked = COMBINATIONS["administration"] | (ALONE if alone else COMBINATIONS["monitoring"])
+    manifests = template(helm, asked | {"secrets": values})
+    key = {"name": secret, "key": "metrics-token"}
+    knows = set()
+    for who, pod in pod_templates(manifests):
+        if told := variables(pod).get("CAPTIONER_METRICS_TOKEN"):
+            assert told == {"secretKeyRef": key}, who
+            knows.add(pod["metadata"]["labels"][COMPONENT])
+    assert knows == ({"front"} if alone else {"front", "engine"})
+    shown = {
+        each["port"]: each["authorization"]
+        for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
+        if "authorization" in each
+    }
+    assert shown == {"serve" if alone else "captions": {"credentials": key}}
+    if not values:
+        assert len(only(manifests, "Secret")["data"]["metrics-token"]) > 40
+
+
+def test_without_a_token_nobody_asks_for_one(helm: Path) -> None:
+    """By default: no variable, no credentials, nothing in the Secret."""
+    manifests = template(helm, {"monitoring": {"podMonitor": {"enabled": True}}})
+    assert not any("CAPTIONER_METRICS_TOKEN" in variables(pod) for _, pod in pod_templates(manifests))
+    assert not any("authorization" in each for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"])
+    assert "metrics-token" not in only(manifests, "Secret")["data"]
