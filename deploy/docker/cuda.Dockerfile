@@ -36,7 +36,9 @@ FROM requirements AS application
 COPY pyproject.toml README.md LICENSE ./
 COPY serving serving
 RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
-        --target /opt/captioner/app .
+        --target /opt/captioner/app . \
+    # Ray starts it in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH); an installer need not keep it a program.
+    && chmod 0755 /opt/captioner/app/serving/haproxy.py
 
 FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

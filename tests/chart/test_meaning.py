@@ -310,6 +310,26 @@ def test_external_stores_are_told_by_secret_references(helm: Path) -> None:
     assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "rediss://cache.example.com:6380"
 
 
+def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
+    """Ray starts our program in its place, from where both images have it; that of another image can be named."""
+
+    def told(values: dict[str, Any]) -> str:
+        manifests = template(helm, values)
+        for component in ("head", "front", "engine"):
+            (container,) = group(manifests, component)["template"]["spec"]["containers"]
+            assert {"configMapRef": {"name": "x-captioner-ray"}} in container["envFrom"]
+        return str(only(manifests, "ConfigMap", "x-captioner-ray")["data"]["RAY_SERVE_HAPROXY_BINARY_PATH"])
+
+    path = told({})
+    app, _, inside = path.partition("/serving/")
+    assert os.access(ROOT / "serving" / inside, os.X_OK)
+    for build in ("cpu", "cuda"):
+        lines = (ROOT / "deploy" / "docker" / f"{build}.Dockerfile").read_text().splitlines()
+        assert any(line.strip().startswith(f"--target {app} .") for line in lines)
+        assert f"&& chmod 0755 {path}" in [line.strip() for line in lines]  # Ray refuses what is none
+    assert told({"ray": {"env": {"RAY_SERVE_HAPROXY_BINARY_PATH": "/app/haproxy.py"}}}) == "/app/haproxy.py"
+
+
 def test_a_head_has_no_name_of_its_own(helm: Path) -> None:
     """A fixed name of its Service stops the second cluster of an upgrade."""
     assert "headService" not in only(template(helm), "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]
