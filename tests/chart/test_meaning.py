@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
-from tests.chart.combinations import COMBINATIONS
+from tests.chart.combinations import COMBINATIONS, SCHEDULED
 from tests.chart.rendering import CHART, PROFILES, ROOT, Manifest, group, only, pods, serve_config, template
 
 if TYPE_CHECKING:
@@ -356,16 +356,51 @@ def test_an_engine_starts_with_a_whole_checkpoint(helm: Path, name: str, first: 
     assert mounts["model"]["readOnly"]
 
 
+def test_the_claim_has_room_for_another_model(helm: Path) -> None:
+    """An upgrade downloads the next one while engines read the first; or as much as is asked for."""
+
+    def claimed(**model: Any) -> int:
+        claim = only(template(helm, {"model": model}), "PersistentVolumeClaim", "x-captioner-model")
+        return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
+
+    assert claimed() > 2 * 60
+    assert claimed(sizeGiB=100) > 2 * 100
+    assert claimed(pvc={"sizeGiB": 70}) == 70
+
+
 def test_another_model_is_another_job(helm: Path) -> None:
-    """A Job cannot be changed; the same model is the same Job."""
+    """A Job cannot be changed, so its name changes with all that it is told; with nothing else."""
 
-    def job(**model: Any) -> str:
-        manifests = template(helm, {"model": model})
+    def job(values: dict[str, Any]) -> tuple[str, str]:
+        manifests = template(helm, values)
         (found,) = [each for each in manifests if each["kind"] == "Job" and "-model-" in each["metadata"]["name"]]
-        return str(found["metadata"]["name"])
+        return found["metadata"]["name"], json.dumps(found["spec"], sort_keys=True)
 
-    assert job() == job()
-    assert len({job(), job(revision="2"), job(directory="other"), job(checksums={"a": "0" * 64})}) == 4
+    plain = job({})
+    for values in ({}, {"settings": {"max_num_seqs": 128}}, {"model": {"sizeGiB": 64, "pvc": {"sizeGiB": 256}}}):
+        assert job(values) == plain
+    told_by_files = [{"model": {"checksums": {"a": "0" * 64}}}]
+    in_its_pod: list[dict[str, Any]] = [
+        {"model": {"revision": "2"}},
+        {"model": {"directory": "other"}},
+        {"model": {"pvc": {"existingClaim": "weights"}}},
+        {"model": {"resources": {"limits": {"memory": "8Gi"}}}},
+        {"model": {"download": {"tokenSecret": {"name": "hub"}}}},
+        {"model": {"download": {"env": [{"name": "HF_ENDPOINT", "value": "https://hub.example.com"}]}}},
+        {"model": {"download": {"deadlineSeconds": 60}}},
+        {"model": {"download": {"nodeSelector": {"pool": "cpu"}}}},
+        {"model": {"download": {"tolerations": [{"operator": "Exists"}]}}},
+        {"model": {"download": {"affinity": SCHEDULED["affinity"]}}},
+        {"image": {"tag": "2"}},
+        {"image": {"pullPolicy": "Always"}},
+        {"image": {"pullSecrets": ["pull"]}},
+        {"priorityClass": {"name": "system"}},
+        {"podSecurityContext": {"runAsUser": 12345}},
+        {"securityContext": {"privileged": False}},
+    ]
+    jobs = [plain, *map(job, in_its_pod)]
+    assert len({spec for _, spec in jobs}) == len(jobs)  # each did change the Job
+    assert len({name for name, _ in [*jobs, *map(job, told_by_files)]}) == len(jobs) + 1
 
 
 def test_rules_and_dashboards_are_shipped(helm: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_typo_is_refused_in_every_section(helm: Path) -> None:
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"model": {"revision": ""}}, "pin what is downloaded"),
         ({"model": {"source": "objectStore"}}, "model.objectStore.path"),
+        ({"model": {"pvc": {"sizeGiB": 59}}}, "the model would not fit"),
         ({"model": {"source": "embedded"}, "engine": {"gpus": 2}}, "for one GPU or none"),
         ({"image": {"variant": "cpu"}}, "does not use GPUs"),
         ({"engine": {"gpus": 4}, "settings": {"quantization": "fp8_per_block"}}, "fp8_per_channel"),

@@ -51,6 +51,11 @@
 {{- if and $v.httpRoute.enabled (not $v.httpRoute.parentRefs) -}}
 {{- $errors = append $errors "httpRoute.parentRefs: which Gateway?" -}}
 {{- end -}}
+{{- with int64 $v.model.pvc.sizeGiB -}}
+{{- if and (eq $v.model.source "pvc") (not $v.model.pvc.existingClaim) (lt . (int64 $v.model.sizeGiB)) -}}
+{{- $errors = append $errors "model.pvc.sizeGiB is below model.sizeGiB: the model would not fit" -}}
+{{- end -}}
+{{- end -}}
 {{- if and (eq $v.model.source "objectStore") (not $v.model.objectStore.path) -}}
 {{- $errors = append $errors "model.objectStore.path: which bucket and prefix?" -}}
 {{- end -}}
