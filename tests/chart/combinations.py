@@ -140,7 +140,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "external stores": EXTERNAL,
     "a database by its URL": {
-        "postgresql": {"mode": "external", "host": "db", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
+        "postgresql": {"mode": "external", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
     },
     "no Redis": {"redis": {"mode": "none"}},
     "secrets that are there": {"secrets": {"existingSecret": "mine", "revision": "2"}},

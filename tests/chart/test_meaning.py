@@ -310,6 +310,14 @@ def test_external_stores_are_told_by_secret_references(helm: Path) -> None:
     assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "rediss://cache.example.com:6380"
 
 
+def test_a_database_may_be_told_by_its_url_alone(helm: Path) -> None:
+    """The whole of it from a Secret: neither host nor password is asked for, and the chart's own is not used."""
+    manifests = template(helm, COMBINATIONS["a database by its URL"])
+    env = {each["name"]: each for each in group(manifests, "front")["template"]["spec"]["containers"][0]["env"]}
+    assert env["CAPTIONER_DATABASE_URL"]["valueFrom"]["secretKeyRef"] == {"name": "db", "key": "database-url"}
+    assert "DATABASE_PASSWORD" not in env
+
+
 def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
     """Ray starts our program in its place, from where both images have it; that of another image can be named."""
 

@@ -107,13 +107,13 @@ annotations:
 - name: CAPTIONER_KEY_PEPPER
   valueFrom:
     secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
-{{- with include "captioner.databaseAddress" . }}
-{{- $database := $.Values.postgresql }}
-{{- if $database.urlSecret.name }}
+{{- $database := .Values.postgresql }}
+{{- if and $database.urlSecret.name (ne $database.mode "none") }}
 - name: CAPTIONER_DATABASE_URL
   valueFrom:
     secretKeyRef: {name: {{ $database.urlSecret.name | quote }}, key: {{ $database.urlSecret.key | quote }}}
 {{- else }}
+{{- with include "captioner.databaseAddress" . }}
 - name: DATABASE_PASSWORD
   valueFrom:
     secretKeyRef: {name: {{ default (include "captioner.secretName" $) $database.passwordSecret.name | quote }}, key: {{ $database.passwordSecret.key | quote }}}

@@ -8,8 +8,9 @@
 {{- if gt (int $replicas.min) (int $replicas.max) -}}
 {{- $errors = append $errors (printf "%s.replicas: min %v is above max %v" $role $replicas.min $replicas.max) -}}
 {{- end -}}
-{{- if gt (int (get $v $role).minAvailable) (int $replicas.min) -}}
-{{- $errors = append $errors (printf "%s.minAvailable is above %s.replicas.min: no node could be drained" $role $role) -}}
+{{- $stay := int (get $v $role).minAvailable -}}
+{{- if and $stay (ge $stay (int $replicas.min)) -}}
+{{- $errors = append $errors (printf "%s.minAvailable is not below %s.replicas.min: no node could be drained" $role $role) -}}
 {{- end -}}
 {{- end -}}
 {{- $fronts := ternary (int $v.front.replicas.max) (int $v.engine.replicas.max) $ray -}}
@@ -27,6 +28,12 @@
 {{- end -}}
 {{- if and $ray $v.keda.enabled -}}
 {{- $errors = append $errors "keda.enabled: a RayService has no scale that KEDA could set; Ray scales it. KEDA is for workload: deployment" -}}
+{{- end -}}
+{{- $zero := "^0+%?$" -}}
+{{- with $v.deployment.rollingUpdate -}}
+{{- if and (not $ray) (regexMatch $zero (toString .maxSurge)) (regexMatch $zero (toString .maxUnavailable)) -}}
+{{- $errors = append $errors "deployment.rollingUpdate: with maxSurge 0 and maxUnavailable 0 no pod could be replaced; set maxUnavailable to 1" -}}
+{{- end -}}
 {{- end -}}
 {{- if eq $v.ray.upgrade.type "NewClusterWithIncrementalUpgrade" -}}
 {{- if not $v.ray.autoscaler.enabled -}}
