@@ -116,6 +116,7 @@ MORE: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "test.url": {"type": "string", "pattern": "^(https?://[A-Za-z0-9.-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~/-]*)?)?$"},
     "ingress.paths": {"type": "array", "items": {"type": "string", "pattern": "^/"}, "minItems": 1},
     "httpRoute.hostnames": {"type": "array", "items": {"type": "string"}},
     "networkPolicy.fetch.ports": {"type": "array", "items": {"type": "integer"}, "minItems": 1},

@@ -338,6 +338,20 @@ def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
     assert told({"ray": {"env": {"RAY_SERVE_HAPROXY_BINARY_PATH": "/app/haproxy.py"}}}) == "/app/haproxy.py"
 
 
+def test_the_test_asks_where_callers_do(helm: Path) -> None:
+    """At the Service, which KubeRay does not make for incremental upgrades: there only where it is told to."""
+
+    def asked(values: dict[str, Any]) -> str:
+        (container,) = only(template(helm, values), "Pod")["spec"]["containers"]
+        return str(container["command"][2])
+
+    assert asked({}) == "http://x-captioner-serve-svc.captions.svc:8000"
+    assert asked({"workload": "deployment"}) == "http://x-captioner.captions.svc:8000"
+    assert asked(COMBINATIONS["incremental upgrades"]) == ""  # which the test tells, see test_scripts.py
+    gateway = {"test": {"url": "http://gateway.example.com"}}
+    assert asked(COMBINATIONS["incremental upgrades"] | gateway) == gateway["test"]["url"]
+
+
 def test_a_head_has_no_name_of_its_own(helm: Path) -> None:
     """A fixed name of its Service stops the second cluster of an upgrade."""
     assert "headService" not in only(template(helm), "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]

@@ -107,6 +107,23 @@ def test_the_checkpoint_is_fetched_by_who_fetches_it(helm: Path, network: Networ
     assert not store.allows(pod("engine"), WEB, 443)
 
 
+def test_the_test_reaches_where_it_asks(helm: Path, network: Network) -> None:
+    """The serving pods; or, where a URL is given, what may be behind it: a proxy's pods, or an address on its port."""
+    gateway = End({"app": "gateway"}, "gateways")
+    assert network.allows(pod("test"), pod("front"), 8000)
+    assert not network.allows(pod("test"), gateway, 8080)
+    assert not network.allows(pod("test"), WEB, 443)
+    for url, port in (("https://c.example.com", 443), ("http://10.0.0.1", 80), ("http://c.example.com:8443/x", 8443)):
+        elsewhere = Network(template(helm, {"test": {"url": url}}))
+        assert elsewhere.allows(pod("test"), gateway, 8080)
+        for address in ("93.184.216.34", "2606:2800:220:1::1", "10.0.0.1"):
+            for each in (80, 443, 8443):
+                assert elsewhere.allows(pod("test"), End(address=address), each) == (each == port)
+        assert not any(elsewhere.allows(pod("test"), End(address=each), port) for each in METADATA)
+        assert not elsewhere.allows(pod("test"), pod("redis"), 6379)
+        assert not elsewhere.allows(pod("front"), WEB, 22)
+
+
 def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
     """The database by fronts, administration and bootstrap; Redis by Ray's head too; engines use neither."""
     users = {"postgresql": {"front", "admin", "tenants"}, "redis": {"front", "admin", "tenants", "head"}}

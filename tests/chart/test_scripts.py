@@ -140,3 +140,10 @@ def test_the_release_test_finds_a_caption_that_is_none(fake_service: RunningServ
     done = run("caption.py", "http://127.0.0.1:9", 1)
     assert done.returncode == 1
     assert "refused" in done.stderr
+
+
+def test_the_release_test_wants_to_know_where_to_ask() -> None:
+    """A release that has no Service for callers says which value names the place, instead of waiting."""
+    done = run("caption.py", "", 300)
+    assert done.returncode == 1
+    assert "test.url is not set" in done.stderr

@@ -93,6 +93,7 @@ def test_a_typo_is_refused_in_every_section(helm: Path) -> None:
         ({"engine": {"gpus": 4}, "settings": {"quantization": "fp8_per_block"}}, "fp8_per_channel"),
         ({"settings": {"max_input_tokens": 65536}}, "leaves no room"),
         ({"image": {"digest": "latest"}}, "digest"),
+        ({"test": {"url": "captions.example.com"}}, "url"),
         ({"secrets": {"values": {"api_keys": "k"}}}, "api_keys"),
     ],
 )

@@ -75,6 +75,8 @@ def check(what: str, text: str, finish_reason: str, audio_tokens: int) -> None:
 
 def main() -> None:
     """Ask in four ways."""
+    if not ORIGIN:
+        sys.exit("test.url is not set: with incremental upgrades callers reach a Gateway; name it, as http://ADDRESS")
     model = json.loads(ask("/v1/models"))["data"][0]["id"]
     audio = clip()
     chat = {

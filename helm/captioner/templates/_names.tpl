@@ -49,14 +49,20 @@ imagePullSecrets:
 {{- default (include "captioner.fullname" .) .Values.secrets.existingSecret -}}
 {{- end -}}
 
+{{/* Whether KubeRay moves the traffic in steps, through a Gateway. Empty: no. */}}
+{{- define "captioner.incremental" -}}
+{{- if and (eq .Values.workload "rayservice") (eq .Values.ray.upgrade.type "NewClusterWithIncrementalUpgrade") -}}yes{{- end -}}
+{{- end -}}
+
 {{/* What callers reach. KubeRay makes the first and moves it to the new cluster once that serves. */}}
 {{- define "captioner.serviceName" -}}
 {{- ternary (printf "%s-serve-svc" (include "captioner.fullname" .)) (include "captioner.fullname" .) (eq .Values.workload "rayservice") -}}
 {{- end -}}
 
+{{/* Where the test asks. Empty: KubeRay makes no Service for callers, and the Gateway's address is not known here. */}}
 {{- define "captioner.url" -}}
 {{- if .Values.test.url -}}{{ .Values.test.url }}
-{{- else -}}http://{{ include "captioner.serviceName" . }}.{{ .Release.Namespace }}.svc:8000{{ end -}}
+{{- else if not (include "captioner.incremental" .) -}}http://{{ include "captioner.serviceName" . }}.{{ .Release.Namespace }}.svc:8000{{ end -}}
 {{- end -}}
 
 {{/* Host and port of Redis and PostgreSQL: our own, or those given. Empty: none. */}}
