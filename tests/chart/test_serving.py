@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.cluster, pytest.mark.engine]
 
 START_S = 500
+IMAGE = "/opt/captioner/app/"
 
 
 def environment(manifests: list[dict[str, Any]], component: str, volumes: Path) -> dict[str, str]:
     """A container's variables, with the Secret's values; what is in a volume goes below `volumes`."""
     container = group(manifests, component)["template"]["spec"]["containers"][0]
-    found = dict(only(manifests, "ConfigMap", "x-captioner-ray")["data"])
+    ray = only(manifests, "ConfigMap", "x-captioner-ray")["data"]
+    found = {name: placed(value, volumes) for name, value in ray.items()}
     secret = only(manifests, "Secret")["data"]
     for each in container["env"]:
         if "value" in each:
@@ -37,7 +39,9 @@ def environment(manifests: list[dict[str, Any]], component: str, volumes: Path) 
 
 
 def placed(value: str, volumes: Path) -> str:
-    """Where a volume of a pod is for this test."""
+    """Where a volume of a pod, or the image's code, is for this test."""
+    if value.startswith(IMAGE):
+        return str(CHART.parents[1] / value.removeprefix(IMAGE))
     for mount in ("/tmp", "/var/lib/captioner"):  # noqa: S108 - the pod's
         if value == mount or value.startswith(f"{mount}/"):
             path = volumes / value.lstrip("/")
