@@ -175,7 +175,7 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
 
     # A password, while the service is down for the change of its address.
     before = (operator.directory / "secrets" / "captioner_database_url").read_text()
-    operator.run(blocks("The upload secret, the admin token, passwords")[1])
+    operator.run(blocks("The upload secret, the admin token, passwords")[-1])
     after = (operator.directory / "secrets" / "captioner_database_url").read_text()
     for address, valid in ((before, False), (after, True)):
         done = operator.run(
