@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PORTS = (
     "port",
@@ -27,8 +32,21 @@ def start_head(host: str) -> tuple[subprocess.Popen[bytes], str]:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, and that nothing takes before Ray does.
+
+    They are above those of Serve's replicas, and below those that the system gives to outgoing connections, of which a
+    starting Ray opens hundreds.
+    """
+    candidates = iter(random.sample(range(31_001, 32_768), 1_000))
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [each.getsockname()[1] for each in sockets]
+        return [_first_free(candidates, stack) for _ in range(count)]
+
+
+def _first_free(candidates: Iterator[int], stack: ExitStack) -> int:
+    for port in candidates:
+        listener = stack.enter_context(socket.socket())
+        with suppress(OSError):
+            listener.bind(("", port))
+            return port
+    message = "no free port between 31001 and 32767 for Ray"
+    raise OSError(message)

@@ -31,11 +31,22 @@ ENGINE = "ray::ServeReplica:captioner:engine"
 FRONT = "ray::ServeReplica:captioner:front"
 
 
+_given: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on now, another one each time.
+
+    It is below those that the system gives to outgoing connections, of which a starting Ray opens hundreds: one of them
+    might take it before its listener does. Ray's workers and Serve's replicas have their own ranges below 31,001.
+    """
+    while True:
+        port = random.randrange(31_001, 32_768)
+        with socket.socket() as listener, suppress(OSError):
+            if port not in _given:
+                listener.bind(("", port))
+                _given.add(port)
+                return port
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60) -> None:

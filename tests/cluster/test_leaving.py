@@ -63,15 +63,21 @@ class Nodes:
         self.cluster = cluster
         self.address = address
         self._stack = stack
+        self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def add(self, name: str) -> None:
         """Start one."""
         command = start(f"--address={self.address}", "--num-cpus=1", '--resources={"front": 1, "engine": 1}')
         environment = self.cluster.environment | {"RAY_CLOUD_INSTANCE_ID": name}
         with (self.cluster.directory / name).open("w") as log:
-            self._stack.enter_context(
+            self._started[name] = self._stack.enter_context(
                 subprocess.Popen([str(BIN / command[0]), *command[1:]], env=environment, stdout=log, stderr=log)
             )
+
+    def died(self) -> str:
+        """What the nodes that ended printed at last."""
+        ended = [name for name, node in self._started.items() if node.poll() is not None]
+        return "\n".join((self.cluster.directory / name).read_text()[-5000:] for name in ended)
 
 
 @pytest.fixture
@@ -87,7 +93,13 @@ def nodes() -> Iterator[Nodes]:
         serve = [sys.executable, "-c", SERVE, nodes.address, str(port), json.dumps(SETTINGS)]
 
         def up() -> bool:
-            return subprocess.run(serve, env=cluster.environment, check=False, timeout=300).returncode == 0
+            with subprocess.Popen(serve, env=cluster.environment) as serving:
+                while serving.poll() is None:
+                    if died := nodes.died():
+                        serving.kill()
+                        raise RuntimeError(died)
+                    time.sleep(0.5)
+            return serving.returncode == 0
 
         time.sleep(5)  # for the head's ports
         nodes.add("one")
