@@ -114,7 +114,7 @@ class Settings(BaseSettings):
         None,
         ge=16,
         description="Of these, tokens for audios over 32 s, all together: fewer far into one, as they cost more. "
-        "More ends long audios sooner, less disturbs the others less; default: 2048, on the CPU 80",
+        "More ends long audios sooner, less disturbs the others less; default: 2048, on the CPU 416",
     )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")

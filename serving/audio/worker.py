@@ -43,6 +43,8 @@ _MESSAGE_BYTES = 65_536
 """No message to a worker is longer."""
 
 _TRACEBACK_CHARS = 8_000
+_NICENESS = 5
+"""Where all cores are busy, captions that run go before clips that come (deploy/notes/0004)."""
 _PR_SET_PDEATHSIG = 1
 _WHITESPACE = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -74,6 +76,7 @@ def _confine(memory_bytes: int) -> None:
     # The end of the socket tells an idle worker that the pool is gone; this tells a busy one.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.nice(_NICENESS)
     # Private memory, so that mapping a large input or the features does not count.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     with suppress(OSError):  # should the machine run out of memory, a worker is the least loss

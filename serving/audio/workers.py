@@ -330,7 +330,9 @@ class AudioWorkers:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 env=_environment(),
-                start_new_session=True,  # the terminal's Ctrl-C is not for it, not even while it starts
+                # The terminal's Ctrl-C is not for it, not even while it starts. Not a session, between which Linux may
+                # share the cores alike, whatever their niceness.
+                process_group=0,
             )
         except OSError:
             ours.close()

@@ -4,12 +4,13 @@ An engine step ends for all captions at the same time, so a step full of a 40-mi
 runs and every clip that has just arrived. vLLM's own answer, `long_prefill_token_threshold`, counts tokens alone (far
 into the context one costs five times as much as at its start), caps short clips too, counts once per long prompt, and
 is lifted when a prompt is alone, as if nothing could arrive meanwhile. Ours bounds the work of all long audios together
-in every step, and leaves them out of a step in which a short one starts. Among themselves they go in the order of
-arrival: the sum is the same, and the first is done sooner.
+in every step, and leaves them out of a step in which a short one starts. Among themselves one is read after the other,
+that whose wait would be out of proportion first: the sum is the same, and most are done sooner.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -22,25 +23,26 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
-WORK_DOUBLES_TOKENS = 8192
-"""Tokens of context after which a token costs twice one at the start, since it attends to all before it.
-
-By count of operations 7,600 for the captioner (2 x 3 B active parameters against 4 x 48 layers x 32 heads x 128 per
-token of context), and as many measured with the embedded stand-in.
-"""
+WAIT_PER_TOKEN_S = 0.1 / 13
+"""How long an audio may stand behind others, per token: a tenth of how long it lasts, 13 tokens being a second."""
 
 MOST_SKIPS = 4
 """Steps in a row that long audios may be left out of, so that they proceed under any load of short ones."""
 
 
 class LongAudioYields(Scheduler):  # type: ignore[misc]
-    """`additional_config` holds `long_audio_tokens` (what makes an audio long) and `long_tokens_per_step`."""
+    """`additional_config` says what is long (`long_audio_tokens`), and how much of a step all long audios get.
+
+    That is `long_tokens_per_step` at the beginning of an audio; after `long_tokens_halve` tokens of one it is half of
+    this, after twice as many a third, and so on.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.vllm_config.additional_config
         self._long_audio_tokens: int = config["long_audio_tokens"]
         self._long_tokens_per_step: int = config["long_tokens_per_step"]
+        self._long_tokens_halve: int = config["long_tokens_halve"]
         self._left = 0.0
         self._skips = 0
 
@@ -49,6 +51,7 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
         skip = self._skips < MOST_SKIPS and self._a_short_one_starts()
         self._skips = self._skips + 1 if skip else 0
         self._left = 0.0 if skip else float(self._long_tokens_per_step)
+        self.running.sort(key=self._turn)
         return super().schedule(throttle_prefills)
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
@@ -65,13 +68,26 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
             for request in chain(self.running, waiting)
         )
 
+    def _reads_long(self, request: Request) -> bool:
+        tokens: int = request.num_prompt_tokens
+        return request.num_computed_tokens < tokens and tokens > self._long_audio_tokens
+
+    def _turn(self, request: Request) -> float:
+        """Long audios that are being read come first, by when each has waited long enough for what it is.
+
+        First, since vLLM throws the work of those at the end away where the KV cache is full, and theirs is the most.
+        """
+        if not self._reads_long(request):
+            return math.inf
+        due: float = request.arrival_time + request.num_prompt_tokens * WAIT_PER_TOKEN_S
+        return due
+
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
         """What vLLM asks per request before it settles how many of its tokens this step computes."""
-        prompt_tokens = request.num_prompt_tokens
-        if prompt_tokens > self._long_audio_tokens and num_computed_tokens < prompt_tokens:
-            cost = 1 + num_computed_tokens / WORK_DOUBLES_TOKENS
+        if self._reads_long(request):
+            cost = 1 + num_computed_tokens / self._long_tokens_halve
             num_new_tokens = min(num_new_tokens, int(self._left / cost))
             if num_computed_tokens == 0:
                 # It starts even so: vLLM takes no one who waits behind a request that cannot start.

@@ -294,6 +294,7 @@ def engine_config(settings: Settings) -> VllmConfig:
         additional_config={
             "long_audio_tokens": audio_tokens(LONG_FRAMES) + PROMPT_TOKENS,
             "long_tokens_per_step": _long_tokens_per_step(settings),
+            "long_tokens_halve": 1_000 if on_cpu else 8_192,
         },
         # By audio vLLM means a piece of one. It counts them only in its own preprocessing.
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
@@ -309,7 +310,7 @@ def engine_config(settings: Settings) -> VllmConfig:
 
 
 def _long_tokens_per_step(settings: Settings) -> int:
-    return settings.long_tokens_per_step or (80 if current_platform.is_cpu() else 2048)
+    return settings.long_tokens_per_step or (416 if current_platform.is_cpu() else 2048)
 
 
 def _piece_frames(settings: Settings) -> int:

@@ -519,6 +519,17 @@ async def test_workers_leave_signals_to_the_pool(pool: AudioWorkers) -> None:
     assert pids(pool) == before
 
 
+async def test_workers_stand_back_where_cores_are_few(pool: AudioWorkers) -> None:
+    """They are nicer than the service and of its session, or Linux would weigh each of them as much as all the rest.
+
+    Yet in process groups of their own, so that the terminal's Ctrl-C is not for them.
+    """
+    for pid in pids(pool):
+        assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
+        assert os.getsid(pid) == os.getsid(0)
+        assert os.getpgid(pid) == pid
+
+
 async def test_stopping_ends_workers_and_clips() -> None:
     """Clips under way or in the queue fail as `NotReady`, processes end, and a later clip is refused."""
     fds = psutil.Process().num_fds()
