@@ -281,6 +281,7 @@ def _ray() -> Iterator[None]:
             stack.callback(head.terminate)
             if _connect(address, head):
                 break
+            head.terminate()
             if not left:
                 raise RuntimeError("Ray did not start")
             log.warning("Ray did not start in its time; trying again")
@@ -302,7 +303,10 @@ def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
 
 
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
-    """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves."""
+    """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves.
+
+    What runs then is finished, for at most `shutdown_grace_s`; a second signal ends it at once.
+    """
     stop = threading.Event()
     with _ray():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -312,5 +316,16 @@ def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -
             serve.run(build(overrides), name="captioner", route_prefix="/")
             ready(f"http://{settings.host}:{settings.port}")
             stop.wait()
+            stop.clear()
+            _drain(settings.shutdown_grace_s, stop)
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _drain(within_s: float, hurry: threading.Event) -> None:
+    """Let fronts and engines end what they have. `serve.shutdown` alone would kill HAProxy under their streams."""
+    began = time.monotonic()
+    serve.delete("captioner", _blocking=False)
+    while "captioner" in serve.status().applications and time.monotonic() - began < within_s:
+        if hurry.wait(0.2):
+            return
