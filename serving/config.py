@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
+STAND_IN_WIDTH = 192
+"""Of its text model; the captioner's is 2048."""
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
 
 CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
@@ -114,7 +118,8 @@ class Settings(BaseSettings):
         None,
         ge=16,
         description="Of these, tokens for audios over 32 s, all together: fewer far into one, as they cost more. "
-        "More ends long audios sooner, less disturbs the others less; default: 2048, on the CPU 416",
+        "More ends long audios sooner, less disturbs the others less. At most half of a step; "
+        "default: 2048, on the CPU 416",
     )
     gpu_memory_utilization: float = Field(0.90, gt=0, le=1, description="Share of each GPU's memory that vLLM takes")
     cpu_kv_cache_gib: int = Field(1, ge=1, description="Memory for the KV cache on a machine without GPU")
@@ -348,8 +353,8 @@ class Settings(BaseSettings):
 
     @property
     def is_embedded(self) -> bool:
-        """Whether the small stand-in is served rather than the captioner itself."""
-        return Path(self.model) == EMBEDDED_CHECKPOINT
+        """Whether the small stand-in is served rather than the captioner itself, wherever its checkpoint lies."""
+        return _text_width(self.model) == STAND_IN_WIDTH
 
     @property
     def on_loopback(self) -> bool:
@@ -396,3 +401,13 @@ class Settings(BaseSettings):
                 raise FileNotFoundError(f"the settings file {path} does not exist")
             sources.append(TomlConfigSettingsSource(settings_cls, toml_file=path))
         return tuple(sources)
+
+
+@cache
+def _text_width(model: str) -> int | None:
+    """The width of the text model of a checkpoint in a directory; None if it cannot be told."""
+    try:
+        width = json.loads(Path(model, "config.json").read_text())["thinker_config"]["text_config"]["hidden_size"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return width if isinstance(width, int) else None

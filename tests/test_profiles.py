@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_profiles_memory_adds_up(path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert told(text, r"or (\d+) captions") == pytest.approx(tokens / CAPTION_TOKENS, rel=0.01)
     assert tokens >= settings.max_model_len
     assert tokens >= settings.max_num_seqs * CAPTION_TOKENS
+
+
+def test_the_stand_in_is_known_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of it, or one that was just trained, is never called the captioner; nor is the captioner called so."""
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert Settings(model="copy").is_embedded
+    assert Settings(model=str(tmp_path / "copy")).is_embedded
+    config = json.loads((EMBEDDED_CHECKPOINT / "config.json").read_text())
+    config["thinker_config"]["text_config"]["hidden_size"] = 2048
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "config.json").write_text(json.dumps(config))
+    assert not Settings(model="large").is_embedded
+    (tmp_path / "large" / "config.json").write_text("nothing of the kind")
+    assert not Settings(model=str(tmp_path / "large")).is_embedded
+    assert not Settings(model="Qwen/Qwen3-Omni-30B-A3B-Captioner").is_embedded
 
 
 def test_the_embedded_profile_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

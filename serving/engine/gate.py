@@ -7,7 +7,8 @@ queue has no bound, and the order of arrival. So an engine gets from here only w
 - as many tokens of context as fit: the input's, and of the output what captions usually take (not `max_tokens`, whose
   default would let three captions fill a GPU), more once a caption takes more. Where captions outgrow what was expected
   of them nothing new is admitted until there is room again;
-- of very long clips one at a time until its first token: a step of the engine has no room for two of them.
+- of clips over ten minutes one at a time until its first token: the engine would read one after the other all the same,
+  and whose turn it is among tenants is decided here.
 
 What waits gets its turn by `line.FairLine`: tenants share the engine in proportion to their weights, by tokens. What a
 caption writes is not known when its turn comes; its tenant pays what is expected, and the difference when it has ended.
@@ -46,6 +47,9 @@ _OUTPUT_COST = 4
 Only where one tenant's clips are long and another's short does the figure matter. Prices per token are about equal,
 and a caption of 30 s takes its place in the engine for some 400 steps of writing and a part of one of reading.
 """
+
+_VERY_LONG_TOKENS = 8192
+"""Ten minutes and a half."""
 
 _STALL_TICKS = 20
 """The watchdog counts its own ticks rather than time: a process that was suspended has not stalled."""
@@ -201,7 +205,7 @@ class GatedEngine:
             cost=0,
             max_output_tokens=min(sampling.max_tokens, max(1, self._settings.max_model_len - input_tokens)),
             fixed_length=sampling.ignore_eos,
-            long=input_tokens > self._settings.step_tokens,
+            long=input_tokens > _VERY_LONG_TOKENS,
         )
         caption.cost = _cost(caption, self._expected_tokens(caption) - input_tokens)
         return caption

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.context import TRACE
-from serving.engine.base import EngineDelta, Load
+from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.link import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.types import ANYONE, FinishReason
@@ -88,9 +88,10 @@ class RemoteEngine:
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         refused: set[_Replica] = set()
+        tokens = context_tokens(features)
         error: CaptionerError = NotReady()
         while len(refused) < 2:  # noqa: PLR2004 - one try and one more
-            if (replica := self._least_loaded(refused)) is None:
+            if (replica := self._least_loaded(refused, tokens)) is None:
                 break
             begun = False
             self.retries += bool(refused)
@@ -119,9 +120,9 @@ class RemoteEngine:
         replicas, self._replicas = [*self._replicas.values(), *self._leaving], {}
         await asyncio.gather(*(replica.stop() for replica in replicas))
 
-    def _least_loaded(self, but: set[_Replica]) -> _Replica | None:
+    def _least_loaded(self, but: set[_Replica], tokens: int) -> _Replica | None:
         able = [replica for replica in self._replicas.values() if replica.ready and replica not in but]
-        return min(able, key=_Replica.burden, default=None)
+        return min(able, key=lambda replica: replica.burden(tokens), default=None)
 
 
 class _Replica:
@@ -145,12 +146,12 @@ class _Replica:
         """Whether it can take a clip now."""
         return self._writer is not None and bool(self._state.get("ready")) and not self._state.get("draining")
 
-    def burden(self) -> tuple[bool, float, float]:
-        """What to compare replicas by: without room in the KV cache last, then by audio-seconds under way.
+    def burden(self, tokens: int) -> tuple[bool, float, float]:
+        """What to compare replicas by for a clip of so many tokens: without room for it last, then by audio-seconds.
 
         Clips that the told load cannot hold yet count as well, lest all of a burst go to one.
         """
-        full = bool(self.load.waiting) and self.load.kv_tokens >= self.load.kv_capacity_tokens
+        full = self.load.kv_tokens + tokens > self.load.kv_capacity_tokens
         used = self.load.kv_tokens / max(1, self.load.kv_capacity_tokens)
         return full, self.load.audio_s + sum(self._unseen_s.values()), used
 

@@ -54,11 +54,13 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
         self.running.sort(key=self._turn)
         return super().schedule(throttle_prefills)
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+    def update_from_output(self, step: SchedulerOutput, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
         """What is told after a step: something even if no caption has got a token, so that one sees it work."""
-        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(*args, **kwargs)
-        # vLLM's client drops what holds neither tokens nor statistics.
-        return outputs or {0: EngineCoreOutputs(scheduler_stats=SchedulerStats())}
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(step, *args, **kwargs)
+        if not outputs and step.total_num_scheduled_tokens:
+            # vLLM's client drops what holds neither tokens nor statistics.
+            outputs = {0: EngineCoreOutputs(scheduler_stats=SchedulerStats())}
+        return outputs
 
     def _a_short_one_starts(self) -> bool:
         waiting = self.waiting if len(self.running) < self.max_num_running_reqs else ()
@@ -88,9 +90,11 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
         """What vLLM asks per request before it settles how many of its tokens this step computes."""
         if self._reads_long(request):
             cost = 1 + num_computed_tokens / self._long_tokens_halve
+            first = self._left == self._long_tokens_per_step
             num_new_tokens = min(num_new_tokens, int(self._left / cost))
-            if num_computed_tokens == 0:
-                # It starts even so: vLLM takes no one who waits behind a request that cannot start.
+            if first or num_computed_tokens == 0:
+                # The first goes on however far it is. And one that waits starts even so: vLLM takes no one who waits
+                # behind a request that cannot start.
                 num_new_tokens = max(1, num_new_tokens)
             self._left = max(0.0, self._left - num_new_tokens * cost)
         return super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)

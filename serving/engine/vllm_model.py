@@ -310,7 +310,9 @@ def engine_config(settings: Settings) -> VllmConfig:
 
 
 def _long_tokens_per_step(settings: Settings) -> int:
-    return settings.long_tokens_per_step or (416 if current_platform.is_cpu() else 2048)
+    """At most half of a step: captions that run need the rest."""
+    wanted = settings.long_tokens_per_step or (416 if current_platform.is_cpu() else 2048)
+    return min(wanted, settings.step_tokens // 2)
 
 
 def _piece_frames(settings: Settings) -> int:

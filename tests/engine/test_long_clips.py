@@ -192,6 +192,29 @@ async def test_the_shorter_of_long_clips_overtakes(steps: Steps) -> None:
     assert computed["forty minutes"] > 50
 
 
+async def test_a_long_clip_goes_on_however_far_it_is(steps: Steps, scheduler: Any) -> None:
+    """A step for which a single token is too much has one even so."""
+    scheduler._long_tokens_per_step, scheduler._long_tokens_halve = 16, 20
+    steps.add("long", 60)
+    shares = [steps.run()[0]["long"] for _ in range(200)]
+    assert shares[0] == 16
+    assert shares[-1] == 1
+
+
+async def test_running_captions_keep_half_of_each_step() -> None:
+    """Long audios come first in a step, and never take all of it."""
+    module = importlib.import_module("serving.engine.vllm_model")
+    assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512)) == 256
+    assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512, long_tokens_per_step=100)) == 100
+
+
+async def test_a_step_without_work_is_no_progress(scheduler: Any) -> None:
+    """It is not told, so that the watchdog sees an engine that turns in vain."""
+    nothing = scheduler.schedule()
+    outputs = importlib.import_module("vllm.v1.outputs")
+    assert scheduler.update_from_output(nothing, outputs.EMPTY_MODEL_RUNNER_OUTPUT) == {}
+
+
 async def test_a_short_clip_starts_before_a_long_one_goes_on(steps: Steps) -> None:
     """In the step after its arrival, whole, with nothing of the long clips, though they came first."""
     steps.add("long", 2400)

@@ -140,6 +140,26 @@ async def test_closing_a_caption_aborts_it_in_the_replica() -> None:
         assert one.server.features_bytes == 0
 
 
+async def test_a_clip_goes_where_its_context_has_room() -> None:
+    """Even to the replica with more audio under way, rather than to wait for room at the other."""
+    small, large = settings(fake_kv_tokens=1000, fake_tpot_s=0.5), settings(fake_tpot_s=0.5)
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(replica(given)) for given in (small, large)]
+        engine = await stack.enter_async_context(front(*replicas))
+        engine.update([replicas[0].address], SECRET)
+        running = [asyncio.create_task(collect(engine, clip(40)))]
+        await until(lambda: replicas[0].fake.load.running == 1)
+        engine.update([each.address for each in replicas], SECRET)
+        await until(lambda: engine.replicas["ready"] == 2 and engine.load.kv_tokens)
+        for expected in (1, 2):
+            running.append(asyncio.create_task(collect(engine, clip(60))))
+            await until(lambda count=expected: replicas[1].fake.load.running == count)
+        assert replicas[0].fake.load.running == 1
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
 async def test_a_lost_replica_costs_only_what_had_begun() -> None:
     """A caption without output is made by another replica; one that had begun fails."""
     slow, fast = settings(fake_ttft_s=5), settings()
