@@ -57,6 +57,8 @@ RAY_ENVIRONMENT = {
     # A request whose front dies before it has answered anything goes to another one, if it fits into HAProxy's buffer
     # (16 kB: audio by its URL does).
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    # Once: HAProxy's own default is three times.
+    "RAY_SERVE_HAPROXY_RETRIES": "1",
     # Five seconds for HAProxy to start are too little on a busy machine, and Ray would begin anew again and again.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # Ray's own default of 0.1 takes twice the CPU when idle; new replicas and lost ones are seen soon enough.
