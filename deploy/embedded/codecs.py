@@ -11,9 +11,13 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.embedded.corpus.captions import Facts, parse
-from deploy.embedded.evaluate import asked, held_out
+from deploy.embedded.evaluate import asked, held_out, same_duration, same_rate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CODINGS = {
     "WAV 44.1 kHz stereo": ("wav", "ffmpeg -v error -y -i {} -ar 44100 -af pan=stereo|c0=c0|c1=c0 {}"),
@@ -26,22 +30,28 @@ CODINGS = {
 
 
 def differences(first: Facts | None, second: Facts | None) -> list[str]:
-    """Names of the facts in which two captions differ."""
+    """Names of the facts in which two captions differ, rates and durations by more than the evaluation lets pass."""
     if not first or not second:
         return ["grammar"] if first != second else []
-    parts = {
-        "kinds": lambda facts: [event.kind for event in facts.events],
-        "languages": lambda facts: [event.language for event in facts.events],
-        "manners": lambda facts: [event.manner for event in facts.events],
-        "rates": lambda facts: [round(event.rate, 1) for event in facts.events],
-        "duration": lambda facts: round(facts.duration_s),
-        "overlap": lambda facts: facts.overlap,
-        "loudness": lambda facts: facts.loudness,
-        "noise": lambda facts: facts.noise,
-        "room": lambda facts: facts.reverberant,
-        "clipping": lambda facts: facts.clipped,
-    }
-    return [name for name, part in parts.items() if part(first) != part(second)]
+    differ = [name for name, part in _ALIKE.items() if part(first) != part(second)]
+    rates = [[event.rate for event in facts.events] for facts in (first, second)]
+    if len(rates[0]) != len(rates[1]) or not all(map(same_rate, *rates)):
+        differ.append("rates")
+    if not same_duration(first.duration_s, second.duration_s):
+        differ.append("duration")
+    return differ
+
+
+_ALIKE: dict[str, Callable[[Facts], object]] = {
+    "kinds": lambda facts: [event.kind for event in facts.events],
+    "languages": lambda facts: [event.language for event in facts.events],
+    "manners": lambda facts: [event.manner for event in facts.events],
+    "overlap": lambda facts: facts.overlap,
+    "loudness": lambda facts: facts.loudness,
+    "noise": lambda facts: facts.noise,
+    "room": lambda facts: facts.reverberant,
+    "clipping": lambda facts: facts.clipped,
+}
 
 
 def table(cache: Path, base_url: str, key: str, clips: int) -> str:

@@ -127,7 +127,7 @@ class Scores:
             if event.language != speech.language:
                 self.confusions[event.language, speech.language or "(no speech)"] += 1
         if event.rate:
-            self.add("rate or tempo within 20 %", match is not None and abs(match.rate / event.rate - 1) <= 0.201)
+            self.add("rate or tempo within 20 %", match is not None and same_rate(event.rate, match.rate))
 
 
 def _kind(event: Event) -> str:
@@ -151,12 +151,21 @@ def _same(truth: Facts, told: Facts, matches: list[Event | None]) -> bool:
     if plain != [(event.kind, event.language, event.manner) for event in told.events]:
         return False
     rates = all(
-        match is not None and (abs(match.rate / event.rate - 1) <= 0.201 if event.rate else not match.rate)
+        match is not None and same_rate(event.rate, match.rate)
         for event, match in zip(truth.events, matches, strict=True)
     )
-    tolerance_s = 1 if truth.duration_s <= 8 else 0.1 * truth.duration_s
     levels = [(facts.overlap, facts.loudness, facts.noise, facts.reverberant, facts.clipped) for facts in (truth, told)]
-    return rates and abs(truth.duration_s - told.duration_s) <= tolerance_s and levels[0] == levels[1]
+    return rates and same_duration(truth.duration_s, told.duration_s) and levels[0] == levels[1]
+
+
+def same_rate(truth: float, told: float) -> bool:
+    """Whether a rate is within 20 % of the true one; 0 is none."""
+    return abs(told / truth - 1) <= 0.201 if truth else not told
+
+
+def same_duration(truth_s: float, told_s: float) -> bool:
+    """Whether a duration is within a second of the true one, or from 8 s on within 10 %."""
+    return abs(truth_s - told_s) <= (1 if truth_s <= 8 else 0.1 * truth_s)
 
 
 def source_of(origin: str) -> str:
@@ -252,7 +261,12 @@ def asked(base_url: str, key: str, clips: Iterable[Path], concurrency: int = 8) 
     """Captions of `clips` from the served API."""
     model = served_model(base_url, key)
     with ThreadPoolExecutor(concurrency) as pool:
-        return list(pool.map(lambda clip: ask(base_url, key, model, clip), clips))
+        captions = []
+        for caption_of in pool.map(lambda clip: ask(base_url, key, model, clip), clips):
+            captions.append(caption_of)
+            if len(captions) % 200 == 0:
+                print(f"{len(captions)} captions", flush=True)
+        return captions
 
 
 def judged(lines: list[dict[str, object]], captions: list[str], how: str) -> str:

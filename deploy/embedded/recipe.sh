@@ -12,7 +12,10 @@ mkdir -p "$cache"
 
 packages=(espeak-ng flite libfluidsynth3 fluid-soundfont-gm musescore-general-soundfont csound-soundfont
   opl3-soundfont timgm6mb-soundfont libtcmalloc-minimal4 ffmpeg sox)
-dpkg --status "${packages[@]}" >/dev/null 2>&1 || apt-get install --yes --quiet --no-install-recommends "${packages[@]}"
+dpkg --status "${packages[@]}" >/dev/null 2>&1 || {
+  apt-get update --quiet
+  apt-get install --yes --quiet --no-install-recommends "${packages[@]}"
+}
 
 for source in effects speech music; do
   "$python" -m "deploy.embedded.corpus.$source" "$cache"

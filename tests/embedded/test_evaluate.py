@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploy.embedded.codecs import differences
 from deploy.embedded.corpus.captions import Event, Facts
 from deploy.embedded.evaluate import REAL_EFFECT, SYNTHETIC, Scores, report, source_of
 
@@ -63,3 +64,15 @@ def test_the_report_says_which_language_was_taken_for_which() -> None:
     for told in (RIGHT, Facts((Event("man", "German"),), 6.0), None):
         found.add_clip(TRUTH, told, [SYNTHETIC, SYNTHETIC])
     assert "| French | 0 | 0 | 0 | 1 | 1 | 0 | 1 |" in report(found, Scores(), "here", 3)
+
+
+def test_a_coding_keeps_what_the_evaluation_would_let_pass() -> None:
+    """Rates within 20 % and durations within a second are the same fact; another kind or no rate at all is not."""
+    plain = Facts((Event("hammering", rate=2.0), Event("rain")), 5.0)
+    near = Facts((Event("hammering", rate=2.3), Event("rain")), 6.0)
+    assert differences(plain, near) == []
+    far = Facts((Event("hammering", rate=3.0), Event("rain")), 7.0, noise="faint")
+    assert differences(plain, far) == ["noise", "rates", "duration"]
+    assert differences(plain, Facts((Event("hammering"), Event("hiss")), 5.0)) == ["kinds", "rates"]
+    assert differences(plain, Facts(plain.events[:1], 5.0)) == ["kinds", "languages", "manners", "rates"]
+    assert differences(plain, None) == ["grammar"]
