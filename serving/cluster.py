@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves anno
 from serving import logs, scaling
 from serving.app import create_app, make_engine
 from serving.config import Settings
+from serving.cpu import Busy
 from serving.directory import EVERY_S, ClusterEngine, Directory, told
 from serving.engine.server import EngineServer
 from serving.head import start_head
@@ -112,7 +113,7 @@ class EngineReplica:
         await self._engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `scale_engines` decides by."""
+        """What `ByWork` decides by."""
         load = self._engine.load
         return {"work": load.audio_s, "wait_s": self._engine.longest_wait_s}
 
@@ -163,6 +164,7 @@ class Front:
         settings = Settings(**overrides | {"handover_interval_s": 0})
         _configure_logs(settings)
         engine = ClusterEngine(directory, engines)
+        self._settings, self._busy = settings, Busy()
         self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)
         metrics: Metrics = self._service.state.service.metrics
         self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
@@ -180,9 +182,10 @@ class Front:
         return self._service
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `scale_fronts` decides by."""
+        """What `ByWork` decides by: clips in work, or the event loop, whichever is closer to its limit."""
         workers = self._service.state.service.workers
-        return {"work": float(workers.busy + workers.queued), "wait_s": workers.longest_wait_s}
+        loop = self._busy.share() * self._settings.audio_workers
+        return {"work": max(float(workers.busy + workers.queued), loop), "wait_s": workers.longest_wait_s}
 
 
 class ByWork:

@@ -208,7 +208,10 @@ class Settings(BaseSettings):
     max_fronts: int = Field(8, ge=1, description="Cluster: fronts at most")
     front_cpus: float = Field(1, ge=0, description="Cluster: CPUs that a front and its audio workers reserve")
     front_busy_workers: float = Field(
-        0.75, gt=0, description="Cluster: clips per audio worker at which more fronts are started"
+        0.75,
+        gt=0,
+        description="Cluster: clips per audio worker, or share of a core that a front's event loop takes, "
+        "at which more fronts are started",
     )
     engines: int = Field(1, ge=0, description="Cluster: engine replicas at least; 0 frees the GPUs when nobody asks")
     max_engines: int = Field(8, ge=1, description="Cluster: engine replicas at most")

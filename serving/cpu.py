@@ -1,8 +1,9 @@
-"""CPU time of other processes, as a counter that goes on when one of them ends."""
+"""CPU time: of other processes, as a counter that goes on when one of them ends; and the share of it a thread takes."""
 
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,19 @@ class CpuTime:
         for pid in self._seen.keys() - living:
             self._ended_s += self._seen.pop(pid)
         return self._ended_s + sum(self._seen.values())
+
+
+class Busy:
+    """How busy the thread that asks has been since it asked last, 0 to 1: at 1 its event loop keeps up no more."""
+
+    def __init__(self) -> None:
+        self._asked_s, self._used_s = time.monotonic(), time.thread_time()
+
+    def share(self) -> float:
+        """Since the last call, or since this was made."""
+        before = self._asked_s, self._used_s
+        self._asked_s, self._used_s = time.monotonic(), time.thread_time()
+        return min(1.0, (self._used_s - before[1]) / max(self._asked_s - before[0], 1e-3))
 
 
 def descendants(pids: Iterable[int]) -> list[int]:

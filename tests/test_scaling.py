@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.cpu import Busy
 from serving.scaling import LONGEST_WAIT_S, History, Report, Rule, replicas, reports_of
 
 RULE = Rule(least=1, most=20, work_per_replica=900.0, down_after_s=300.0)
@@ -130,6 +132,17 @@ def test_noise_does_not_make_it_flap(seed: int) -> None:
         changes += wanted != current
         current = wanted
     assert changes <= 2
+
+
+def test_a_front_tells_how_busy_its_event_loop_is() -> None:
+    """The share of a core that the thread has taken since it was asked last."""
+    busy = Busy()
+    until = time.thread_time() + 0.2
+    while time.thread_time() < until:
+        pass
+    assert busy.share() > 0.3  # not 1: others may want the core too
+    time.sleep(0.2)
+    assert busy.share() < 0.2
 
 
 def test_reports_are_read_from_rays_table() -> None:
