@@ -53,7 +53,7 @@ SHORT_FRAMES = 400
 SAVE_EVERY_S = 180
 BEATS_WEIGHT = 0.3
 VOCABULARY = 1_024
-STEPS = 10_000
+STEPS = 18_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Plan:
     help_until: float
 
 
-FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.1, 0.5, 0.85), Plan(6e-4, 0.0, 0.0, 0.0)
+FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.1, 0.4, 0.85), Plan(6e-4, 0.0, 0.0, 0.0)
 
 
 class HelperHeads(nn.Module):

@@ -23,7 +23,7 @@ SHARD = 500
 TRAINING_CLIPS = 100_000
 HELD_OUT_CLIPS = 1_200
 MEL = 128
-CODED = 0.2
+CODED = 0.4
 """Share of the training clips that come through a lossy coding."""
 
 
