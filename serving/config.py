@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
+"""The small stand-in of the captioner that ships with the package, in the production architecture."""
+
 STAND_IN_WIDTH = 192
 """Of its text model; the captioner's is 2048."""
-"""The small stand-in of the captioner that ships with the package, in the production architecture."""
 
 CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
 """The model's name in the API manual."""

@@ -24,18 +24,18 @@ _PORTS = (
 
 def start_head(host: str) -> tuple[subprocess.Popen[bytes], str]:
     """Start Ray's processes, and tell where they will be. Set ports save most of what they wait for, 15 s at most."""
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     head = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
     return head, f"{host}:{ports['port']}"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on now, and that nothing takes before Ray does.
 
     They are above those of Serve's replicas, and below those that the system gives to outgoing connections, of which a
-    starting Ray opens hundreds.
+    starting Ray opens hundreds. Raises `OSError` if there are not so many.
     """
     candidates = iter(random.sample(range(31_001, 32_768), 1_000))
     with ExitStack() as stack:

@@ -7,12 +7,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from serving.head import _free_ports
+from serving.head import free_ports
 
 
 def test_rays_ports_are_out_of_the_way() -> None:
     """Distinct, free, and in no range from which the system or Ray takes ports by itself meanwhile."""
-    ports = _free_ports(6)
+    ports = free_ports(6)
     assert len(set(ports)) == 6
     assert all(31_000 < port < 32_768 for port in ports)  # Serve's replicas end before, Linux' outgoing begin after
     with ExitStack() as stack:
@@ -28,4 +28,4 @@ def test_without_a_free_port_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(OSError, match="no free port between"):
-        _free_ports(1)
+        free_ports(1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,15 +135,18 @@ def test_noise_does_not_make_it_flap(seed: int) -> None:
     assert changes <= 2
 
 
-def test_a_front_tells_how_busy_its_event_loop_is() -> None:
+def test_a_front_tells_how_busy_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of a core that the thread has taken since it was asked last."""
+    clock = SimpleNamespace(passed_s=100.0, used_s=7.0)
+    clocks = SimpleNamespace(monotonic=lambda: clock.passed_s, thread_time=lambda: clock.used_s)
+    monkeypatch.setattr("serving.cpu.time", clocks)
     busy = Busy()
-    until = time.thread_time() + 0.2
-    while time.thread_time() < until:
-        pass
-    assert busy.share() > 0.3  # not 1: others may want the core too
-    time.sleep(0.2)
-    assert busy.share() < 0.2
+    shares = []
+    for passed_s, used_s in ((10, 4), (2, 2), (5, 0), (0, 1)):
+        clock.passed_s += passed_s
+        clock.used_s += used_s
+        shares.append(busy.share())
+    assert shares == pytest.approx([0.4, 1, 0, 1])
 
 
 def test_reports_are_read_from_rays_table() -> None:

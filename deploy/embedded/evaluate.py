@@ -76,11 +76,9 @@ class Scores:
         self._add_kinds(truth, told, true_kinds, told_kinds, synthetic)
         for event, match, source in zip(truth.events, matches, sources, strict=True):
             self._add_event(event, match, source, told)
-        error_s = abs(truth.duration_s - told.duration_s)
-        if truth.duration_s <= 8:
-            self.add("duration within 1 s (clips to 8 s)", error_s <= 1)
-        else:
-            self.add("duration within 10 % (clips of 8 to 30 s)", error_s <= 0.1 * truth.duration_s)
+        long = truth.duration_s > 8
+        within = "duration within 10 % (clips of 8 to 30 s)" if long else "duration within 1 s (clips to 8 s)"
+        self.add(within, same_duration(truth.duration_s, told.duration_s))
         self.add("loudness", truth.loudness == told.loudness)
         self.add("noise level", truth.noise == told.noise)
         self.add("room", truth.reverberant == told.reverberant)

@@ -7,7 +7,6 @@ import random
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, Self
 
 import httpx
 import psutil
+
+from serving.head import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,18 +36,11 @@ _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, another one each time.
-
-    It is below those that the system gives to outgoing connections, of which a starting Ray opens hundreds: one of them
-    might take it before its listener does. Ray's workers and Serve's replicas have their own ranges below 31,001.
-    """
-    while True:
-        port = random.randrange(31_001, 32_768)
-        with socket.socket() as listener, suppress(OSError):
-            if port not in _given:
-                listener.bind(("", port))
-                _given.add(port)
-                return port
+    """A port that nobody listens on now, another one each time."""
+    while (port := free_ports(1)[0]) in _given:
+        pass
+    _given.add(port)
+    return port
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
