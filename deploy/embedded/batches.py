@@ -22,7 +22,7 @@ from deploy.embedded.corpus.captions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from transformers import Qwen2Tokenizer
@@ -34,6 +34,7 @@ LEVELS = ("quiet", "moderate", "loud")
 NOISES = ("none", "faint", "strong")
 IGNORED = -100
 TOKENS_PER_S = 13
+FRAMES_PER_S = 100
 LONGEST_FRAMES = 3_000
 RANGE = 2.0
 """How far features reach below the loudest: 80 dB in their unit."""
@@ -175,11 +176,12 @@ def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.nd
     if rng.random() < 0.5:
         mel += rng.standard_normal(mel.shape, np.float32) * np.float32(rng.uniform(0, 0.06))
     mel = np.maximum(mel, softest)
+    spans = [(start / faster, end / faster) for start, end in clip.spans_s]
     for _ in range(rng.integers(0, 3)):
         start = rng.integers(0, MEL - 16)
-        mel[:, start : start + rng.integers(4, 16)] = softest
+        mel = _without(mel, slice(start, start + rng.integers(4, 16)), softest, spans)
     if rng.random() < 0.4:
-        mel = _narrowed(mel, rng)
+        mel = _narrowed(mel, rng, spans)
     mel += loudest - mel.max()  # the level is told
     mel = np.maximum(mel, min(softest, loudest - RANGE))
     events = tuple(replace(event, rate=event.rate * faster) for event in clip.facts.events)
@@ -187,17 +189,30 @@ def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.nd
         clip,
         frames=frames,
         facts=replace(clip.facts, events=events, duration_s=clip.facts.duration_s / faster),
-        spans_s=tuple((start / faster, end / faster) for start, end in clip.spans_s),
+        spans_s=tuple(spans),
     )
 
 
-def _narrowed(mel: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Nothing above an edge, as codings and microphones leave it, unless that is where the sound was."""
-    narrow = mel.copy()
-    narrow[:, int(_bins(rng.choice((3_400, rng.uniform(3_400, 8_000))))) :] = -np.inf
+def _without(
+    mel: np.ndarray, bins: slice, level: np.floating | float, spans_s: Sequence[tuple[float, float]]
+) -> np.ndarray:
+    """`mel` with `bins` at `level`, unless that is where one of the sounds was."""
+    masked = mel.copy()
+    masked[:, bins] = level
+    for start, end in spans_s:
+        frames = slice(int(start * FRAMES_PER_S), max(int(end * FRAMES_PER_S), int(start * FRAMES_PER_S) + 1))
+        if mel[frames].size and masked[frames].max() < mel[frames].max() - RANGE / 4:
+            return mel
+    return masked
+
+
+def _narrowed(mel: np.ndarray, rng: np.random.Generator, spans_s: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Nothing above an edge, and sometimes nothing at the bottom, as codings and microphones leave it."""
+    top = int(_bins(rng.choice((3_400, rng.uniform(3_400, 8_000)))))
+    mel = _without(mel, slice(top, MEL), -np.inf, spans_s)
     if rng.random() < 0.3:
-        narrow[:, : int(rng.integers(3, 13))] = -np.inf
-    return narrow if narrow.max() > mel.max() - RANGE / 4 else mel
+        mel = _without(mel, slice(0, int(rng.integers(3, 13))), -np.inf, spans_s)
+    return mel
 
 
 _MEL_1K = 15.0

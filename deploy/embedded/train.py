@@ -107,7 +107,8 @@ class HelperHeads(nn.Module):
         shares = torch.sigmoid(self.beats(tokens[at]).squeeze(1) / 4 - 1.5)
         counted = tokens.new_zeros(len(batch.beats)).index_add(0, event, shares)
         long = torch.bincount(event, minlength=len(batch.beats))
-        beats = batch.beats * long / TOKENS_PER_S
+        # Half a beat more than its length holds: the first lies at its start.
+        beats = batch.beats * long / TOKENS_PER_S + 0.5
         apart = torch.log(counted + 0.1) - torch.log(beats + 0.1)
         return torch.square(apart[long > 0]).mean()
 

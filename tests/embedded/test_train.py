@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from deploy.embedded.architecture import build_tokenizer
-from deploy.embedded.batches import IGNORED, KINDS, MEL, Clip, Corpus, audio_tokens, varied
+from deploy.embedded.batches import IGNORED, KINDS, MEL, Clip, Corpus, _without, audio_tokens, varied
 from deploy.embedded.corpus.captions import Event, Facts, caption
 from deploy.embedded.train import SHORT_FRAMES, HelperHeads, Training, lessons
 
@@ -70,8 +70,10 @@ def test_beats_are_counted_per_event(tmp_path: Path) -> None:
     with torch.no_grad():
         heads.beats.weight.zero_()
         heads.beats.bias.fill_(4 * (1.5 + math.log(2 / 11)))  # a share of 2/13 of a beat in every token
-    apart = torch.log(2.0 / batch.beats)  # but for the tenth of a beat that keeps logarithms finite
-    assert heads.beats_loss(tokens, batch).item() == pytest.approx(torch.square(apart).mean().item(), rel=0.1)
+    long = torch.bincount(batch.beating[batch.beating != IGNORED])
+    # Half a beat more than the span is long, since the first begins with it; a tenth keeps the logarithms finite.
+    apart = torch.log(2 / 13 * long + 0.1) - torch.log(batch.beats * long / 13 + 0.6)
+    assert heads.beats_loss(tokens, batch).item() == pytest.approx(torch.square(apart).mean().item(), rel=1e-3)
     none = corpus.batch([replace(corpus.clips[0], facts=FACTS, spans_s=((0, 3), (3, 6)))], np.random.default_rng(1))
     assert heads.beats_loss(torch.zeros(len(none.beating), 192), none) == 0
 
@@ -108,6 +110,17 @@ def test_some_visits_lack_what_codings_cut_off() -> None:
     assert len(cut) > 5
     assert all(changed.max() == pytest.approx(mel.max(), abs=0.02) for changed in cut)
     assert all((varied(high, clip, np.random.default_rng(seed))[0] > 1).any() for seed in range(40))
+
+
+def test_no_mask_takes_a_whole_sound_away() -> None:
+    """Bins in which one of two sounds lies are left alone, though the other, louder one lies elsewhere."""
+    mel = np.full((400, MEL), -0.5, np.float32)
+    mel[:200, 20:40] = 1.5
+    mel[200:, 90:94] = 1.0
+    spans = ((0.0, 2.0), (2.0, 4.0))
+    assert _without(mel, slice(88, 96), -0.5, spans) is mel
+    assert _without(mel, slice(88, 96), -0.5, spans[:1]).max(axis=0)[90] == pytest.approx(-0.5)
+    assert (_without(mel, slice(60, 70), -1.0, spans)[:, 60:70] == -1.0).all()
 
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:

@@ -40,6 +40,7 @@ SOUNDS = {
     "clicking": "sharp clicking",
     "clock": "a clock ticking",
     "coins": "coins clinking",
+    "cowbell": "a cowbell",
     "crowd": "a crowd of people",
     "cymbal": "a cymbal",
     "dialling": "telephone keys being dialled",
@@ -119,10 +120,10 @@ class Facts:
 
 
 def said_rate(event: Event) -> float:
-    """The rate as a caption says it: beats per minute in tens for music, else beats per second in halves."""
+    """The rate as a caption says it: music in tens of beats per minute; else per second in tenths, in halves from 4."""
     if event.kind in INSTRUMENTS or event.kind == "drums":
         return round(event.rate * 6) / 6
-    return round(event.rate * 2) / 2
+    return round(event.rate * 10) / 10 if event.rate < 4 else round(event.rate * 2) / 2
 
 
 def said_duration(duration_s: float) -> float:

@@ -33,6 +33,7 @@ PACKAGES = (
     "lbreakout2-data",
     "lincity-ng-data",
     "lmms-common",
+    "lugaru-data",
     "megaglest-data",
     "minetest-data",
     "minetest-mod-homedecor",
@@ -48,13 +49,13 @@ PACKAGES = (
 
 IGNORED = (
     r"_desc|(?<!effects)/music/|_(?:[a-z]{2}|[a-z]{2}_[a-z]{2})\.ogg|symbols/|/voices?/|-miss-|select\d|_ack\d"
-    r"|drumkits.*(vocal|speak)"
+    r"|drumkits.*(vocal|speak)|whooshhit|homedecor.*fire_small"
 )
 """Speech, music and sounds whose names do not tell."""
 
 RULES = (
-    ("dog", r"/dog\d?\.|mammals/dogs/|wolf|coyote"),
-    ("cat", r"/(kitten|meow|cat|blackcat)\.|mammals/cats/"),
+    ("dog", r"/dog\d?\.|mammals/dogs/|wolf|coyote|/bark\d?\."),
+    ("cat", r"/(kitten|meow|cat|blackcat)\."),
     (
         "poultry",
         r"/(rooster|hen|duck|goose|gander|turkey|drake)\.ogg|/(rooster|duck|goose)\.wav|duck_\d|chicken|animals/rooster",
@@ -64,7 +65,7 @@ RULES = (
         r"birds/(quetzal|tucan|cuckoo|blackbird|lark|seagull)|/bird\d?\.wav|ambient/(birds|morning)|birds\d\.ogg|animals/bird\d|hawk|seagull",
     ),
     ("crow", r"crow\."),
-    ("cattle", r"bovines/(cow|bull|bison)|/ox_\d|cow_(select|die|ack)|mudchute_cow|/cow"),
+    ("cattle", r"bovines/(cow|bull|bison)|/ox_\d|cow_(select|die|ack)|mudchute_cow|/cow[\d_.]"),
     ("sheep", r"bovines/(sheep|goat|ram|mountaingoat)|/sheep|goat|lamb"),
     ("horse", r"/horse(-hit|-die|_\d)?[-\d]*\.(wav|ogg)|equines/|donkey"),
     ("hooves", r"horsegallop|horse-canter|horse-elf-canter|horseman_walk"),
@@ -73,7 +74,7 @@ RULES = (
     ("frogs", r"/frog"),
     ("laughter", r"laugh"),
     ("scream", r"scream|human-female-die|wail"),
-    ("growling", r"(orc|troll|ogre|yeti|goblin|orc-small|dwarf|naga|drake|gryphon)-(die|hit)"),
+    ("growling", r"(orc|troll|ogre|yeti|goblin|orc-small|dwarf|naga|drake|gryphon)-(die|hit)|/(growl|snarl)\d?\."),
     ("sword", r"/sword(-\d)?\.|knife\.|dagger-swish|/spear\.|swing_then_hit|axe\.ogg|claws"),
     ("whoosh", r"-miss(-\d)?\.|swing_then_nohit|swoosh|whoosh|swash|ambi_dark_woosh|throw-\d"),
     (
@@ -91,7 +92,7 @@ RULES = (
     ),
     (
         "running water",
-        r"faucet|shower|waterrunning|waterfall|/water\d|env_sounds_water|parklandlake|toilet|/waves|ripples|stream",
+        r"faucet|homedecor_shower|waterrunning|waterfall|/water\d|env_sounds_water|parklandlake|toilet|/waves|ripples",
     ),
     ("splash", r"splash\.(ogg|wav)|plunge|bubble|water_footstep|fisher_|water-blast|waterdrop|dripdrop|gulp"),
     ("rain", r"/rain\."),
@@ -106,7 +107,7 @@ RULES = (
     ("crowd", r"sportscroud|partynoise|raving_crowd|market(low|med|full)|applause|inn_\d|tavern_\d"),
     ("bass drum", r"/bd_|kick|bassdrum|drum_bass"),
     ("snare drum", r"snare|/sn_"),
-    ("hi-hat", r"hat_?(closed|open|pedal|semi|foot)|hihat|hat-"),
+    ("hi-hat", r"hat_?(closed|open|pedal|semi|foot)|hihat|(?<!c)hat-"),
     ("drum", r"/tom|_tom|tom\d|floor|tabla|conga|bongo"),
     ("cymbal", r"cymbal|crash|/ride|splash-|splash_(hard|soft)|ride\d"),
     ("hand clap", r"clap"),
@@ -116,7 +117,7 @@ RULES = (
     ("telephone", r"im-phone-ring|gnome-audio.*/phone\.|supertux.*/phone\.|mehackit_phone"),
     ("coins", r"coin|/gold\.|goldping|gold"),
     ("hammering", r"hammer|blacksmith|anvil|smith_\d|monumentconstruction|/build\d|worker_build|technician_build"),
-    ("chopping", r"woodcutting|harvest_wood|worker_mine|default_dig_choppy"),
+    ("chopping", r"woodcutting/(?!tree)|harvest_wood|default_dig_choppy"),
     ("sawing", r"/saw\.|saw/|sawmill|sawing"),
     (
         "machinery",
@@ -180,7 +181,7 @@ def recordings(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
         if len(found) < FEWEST_FILES:
             print(f"left out: {kind}, {len(found)} files", flush=True)
             continue
-        held_out = max(1, len(found) // 5)
+        held_out = max(2 if len(found) >= 8 else 1, len(found) // 5)
         print(f"{kind}: {len(found)} files, {held_out} held out", flush=True)
         for index, (path, samples) in enumerate(found):
             split = HELD_OUT if index < held_out else TRAIN

@@ -1,6 +1,7 @@
-"""Music: melodies, chords and long notes of eight families of instruments, and drums, from General MIDI sound fonts.
+"""Music: melodies, chords and long notes of eight families of instruments, and drums.
 
-`python -m deploy.embedded.corpus.music CACHE` writes the pool. Four sound fonts are trained on, a fifth is held out.
+`python -m deploy.embedded.corpus.music CACHE` writes the pool. Five General MIDI sound fonts and recorded notes of
+single instruments are trained on, a sixth sound font is held out.
 """
 
 from __future__ import annotations
@@ -8,24 +9,51 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import random
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import soundfile
+import soxr
 
-from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, write_pool
+from deploy.embedded.corpus.packages import unpack_npm
+from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, trimmed, write_pool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SONIVOX = "alphatab/package/dist/soundfont/sonivox.sf2"
 FONTS = {
+    SONIVOX: TRAIN,
     "/usr/share/sounds/sf2/FluidR3_GM.sf2": TRAIN,
     "/usr/share/sounds/sf3/MuseScore_General_Full.sf3": TRAIN,
     "/usr/share/sounds/sf2/sf_GMbank.sf2": TRAIN,
     "/usr/share/sounds/sf2/OPL-3_FM_128M.sf2": TRAIN,
     "/usr/share/sounds/sf2/TimGM6mb.sf2": HELD_OUT,
 }
+
+RECORDED = {
+    "piano": ("piano@1.1.2",),
+    "organ": ("organ@1.1.1",),
+    "guitar": ("guitar-acoustic@1.1.2", "guitar-nylon@1.1.1", "guitar-electric@1.1.1"),
+    "violin": ("violin@1.1.1", "cello@1.1.1"),
+    "brass": ("trumpet@1.1.2", "trombone@1.1.2", "french-horn@1.1.2", "tuba@1.1.2"),
+    "reed": ("clarinet@1.1.2", "saxophone@1.1.2", "bassoon@1.1.2"),
+    "flute": ("flute@1.1.2",),
+    "mallet": ("xylophone@1.1.2",),
+}
+"""Family: instruments of which single notes were recorded, npm's `tonejs-instrument-<instrument>-mp3`."""
+
+PACKAGES = (
+    "@coderline/alphatab@1.8.4",
+    *(
+        "tonejs-instrument-{}-mp3@{}".format(*instrument.split("@"))
+        for instruments in RECORDED.values()
+        for instrument in instruments
+    ),
+)
 
 FAMILIES = {
     "piano": ((0, 1, 2), 48, 84),
@@ -37,15 +65,30 @@ FAMILIES = {
     "flute": ((72, 73, 74, 75), 67, 94),
     "mallet": ((8, 9, 11, 12, 13, 14), 60, 92),
 }
-"""Family: its General MIDI programs (from 0), lowest and highest key."""
+"""Family: its General MIDI programs (from 0), lowest and highest key. A font's pool `origin` is its file's stem."""
 
 TEMPOS = (60, 80, 100, 120, 150, 180)
 """Beats per minute; far enough apart that what is said is either right or wrong."""
 
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 KICK, SNARE, HAT, TOM, CRASH = 36, 38, 42, 45, 49
-EXCERPTS = {TRAIN: 110, HELD_OUT: 30}
-"""Per font and family."""
+EXCERPTS = {TRAIN: 220, HELD_OUT: 30}
+"""Per font and family; of recorded notes as many as of a font."""
+
+GENERATORS = {
+    8: (-1_500, 600),  # cutoff of the filter, cents
+    9: (0, 90),  # its resonance, centibels
+    11: (-600, 1_200),  # how far the modulation envelope opens it, cents
+    34: (0, 4_000),  # attack, cents of time
+    36: (-2_000, 1_000),  # decay
+    38: (-1_500, 1_500),  # release
+    6: (0, 25),  # vibrato, cents
+    52: (-25, 25),  # tuning, cents
+}
+"""Generators of the SoundFont 2.04 specification (section 8.1.2), and the range added to each at random in training.
+
+A handful of fonts is soon known by heart: this makes of each many that differ in colour and envelope.
+"""
 
 Note = tuple[float, float, int, int]
 """Start and length in seconds, key, velocity."""
@@ -64,15 +107,20 @@ class Synthesiser:
         lib.fluid_settings_setnum(settings, b"synth.gain", 0.4)
         for effect in (b"synth.reverb.active", b"synth.chorus.active"):
             lib.fluid_settings_setint(settings, effect, 0)
+        lib.fluid_synth_set_gen.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_float]
         self._synth = ctypes.c_void_p(lib.new_fluid_synth(ctypes.c_void_p(settings)))
         if lib.fluid_synth_sfload(self._synth, font.encode(), 1) < 0:
             raise FileNotFoundError(font)
 
-    def play(self, notes: list[Note], program: int, channel: int, duration_s: float) -> np.ndarray:
-        """`notes` on one channel, float32; what still sounds at the end is cut."""
+    def play(
+        self, notes: list[Note], program: int, channel: int, duration_s: float, timbre: dict[int, float]
+    ) -> np.ndarray:
+        """`notes` on one channel, float32; what still sounds at the end is cut. `timbre` is added to the generators."""
         lib, synth = self._lib, self._synth
         lib.fluid_synth_system_reset(synth)
         lib.fluid_synth_program_change(synth, channel, program)
+        for generator, offset in timbre.items():
+            lib.fluid_synth_set_gen(synth, channel, generator, offset)
         events = [(start, 1, key, velocity) for start, _, key, velocity in notes]
         events += [(start + length, 0, key, 0) for start, length, key, _ in notes]
         pieces, now = [], 0
@@ -95,6 +143,36 @@ class Synthesiser:
         return stereo.mean(axis=1)
 
 
+class Sampler:
+    """Recorded notes of one instrument: a key is the nearest of them, faster or slower."""
+
+    RELEASE_S = 0.12
+
+    def __init__(self, folder: Path) -> None:
+        self._notes: dict[int, np.ndarray] = {}
+        for path in folder.glob("*.mp3"):
+            if named := re.fullmatch(r"([A-G])(s?)(\d)", path.stem):
+                key = 12 * (int(named[3]) + 1) + "C D EF G A B".index(named[1]) + len(named[2])
+                samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+                self._notes[key] = trimmed(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE))
+
+    def play(self, notes: list[Note], duration_s: float) -> np.ndarray:
+        """`notes`, float32; what still sounds at the end is cut."""
+        out = np.zeros(int(duration_s * SAMPLE_RATE), np.float32)
+        release = np.linspace(1, 0, int(self.RELEASE_S * SAMPLE_RATE), dtype=np.float32)
+        for start_s, length_s, key, velocity in notes:
+            nearest = min(self._notes, key=lambda recorded: abs(recorded - key))
+            faster = 2 ** ((key - nearest) / 12)
+            held, at = int(length_s * SAMPLE_RATE), int(start_s * SAMPLE_RATE)
+            note = self._notes[nearest][: int((held + len(release)) * faster) + 1]
+            note = soxr.resample(note, SAMPLE_RATE * faster, SAMPLE_RATE)[: held + len(release)]
+            dying = note[held:]
+            dying *= release[: len(dying)]
+            note = note[: len(out) - at]
+            out[at : at + len(note)] += note * (velocity / 127)
+        return out
+
+
 def melody(rng: random.Random, beat_s: float, duration_s: float, low: int, high: int) -> list[Note]:
     """One note per beat, in steps along a scale, never the same key twice in a row."""
     tonic, scale = rng.randint(low, low + 11), rng.choice((MAJOR, MINOR))
@@ -109,15 +187,14 @@ def melody(rng: random.Random, beat_s: float, duration_s: float, low: int, high:
 
 
 def chords(rng: random.Random, beat_s: float, duration_s: float, low: int, high: int) -> list[Note]:
-    """One triad per beat."""
+    """One triad per beat, its root up to nine semitones above the tonic."""
     notes: list[Note] = []
-    tonic, previous = rng.randint(low, low + 11), -1
+    tonic, previous = rng.randint(low, min(low + 11, high - 16)), -1
     for beat in range(int(duration_s / beat_s)):
         step = rng.choice([step for step in (0, 5, 7, 9) if step != previous])
         third, previous = 3 if step == 9 else 4, step
-        for above in (0, third, 7):
-            key = min(high, tonic + step + above)
-            notes.append((beat * beat_s, beat_s * 0.9, key, rng.randint(80, 110)))
+        triad = (tonic + step + above for above in (0, third, 7))
+        notes += [(beat * beat_s, beat_s * 0.9, key, rng.randint(80, 110)) for key in triad]
     return notes
 
 
@@ -136,39 +213,64 @@ def drums(rng: random.Random, beat_s: float, duration_s: float) -> list[Note]:
     return notes
 
 
-def excerpts(font: str, split: str) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def excerpt(rng: random.Random, family: str) -> tuple[list[Note], float, dict[str, object]]:
+    """Notes for an instrument of `family`, their duration in seconds, and what is true of them."""
+    tempo = rng.choice(TEMPOS)
+    beat_s = 60 / (tempo * rng.uniform(0.97, 1.03))
+    duration_s = max(4.2 * beat_s, 2.0 * 12.5 ** rng.random())
+    facts: dict[str, object] = {"kind": family, "rate": 1 / beat_s}
+    if family == "drums":
+        return drums(rng, beat_s, duration_s), duration_s, {**facts, "manner": "pattern"}
+    _, low, high = FAMILIES[family]
+    style = rng.choices(("melody", "chords", "note"), (5, 2, 2))[0]
+    if style == "melody":
+        notes = melody(rng, beat_s, duration_s, low, high)
+    elif style == "chords":
+        notes = chords(rng, beat_s, duration_s, low, high)
+    else:
+        duration_s = rng.uniform(1.0, 4.0)
+        notes = [(0.0, duration_s, rng.randint(low, high), rng.randint(90, 120))]
+        facts["rate"] = 0.0
+    return notes, duration_s, {**facts, "manner": style}
+
+
+def excerpts(font: Path, split: str) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
     """Every family played with one sound font."""
-    synthesiser = Synthesiser(font)
-    origin = Path(font).stem
+    synthesiser = Synthesiser(str(font))
     for family in (*FAMILIES, "drums"):
-        rng = random.Random(f"{origin} {family}")
+        rng = random.Random(f"{font.stem} {family}")
         for _ in range(EXCERPTS[split]):
-            tempo = rng.choice(TEMPOS)
-            beat_s = 60 / (tempo * rng.uniform(0.97, 1.03))
-            duration_s = max(4.2 * beat_s, 2.0 * 12.5 ** rng.random())
-            facts = {"kind": family, "origin": origin, "split": split, "rate": 1 / beat_s}
-            if family == "drums":
-                yield synthesiser.play(drums(rng, beat_s, duration_s), 0, 9, duration_s), {**facts, "manner": "pattern"}
-                continue
-            programs, low, high = FAMILIES[family]
-            program, style = rng.choice(programs), rng.choices(("melody", "chords", "note"), (5, 2, 2))[0]
-            if style == "melody":
-                notes = melody(rng, beat_s, duration_s, low, high)
-            elif style == "chords":
-                notes = chords(rng, beat_s, duration_s, low, high - 12)
-            else:
-                duration_s = rng.uniform(0.8, 4.0)
-                notes = [(0.0, duration_s, rng.randint(low, high), rng.randint(90, 120))]
-                facts["rate"] = 0.0
-            yield synthesiser.play(notes, program, 0, duration_s), {**facts, "manner": style}
-        print(origin, family, flush=True)
+            notes, duration_s, facts = excerpt(rng, family)
+            program, channel = (0, 9) if family == "drums" else (rng.choice(FAMILIES[family][0]), 0)
+            timbre = {}
+            if split == TRAIN and rng.random() < 0.7:
+                timbre = {generator: rng.uniform(*span) for generator, span in GENERATORS.items()}
+            samples = synthesiser.play(notes, program, channel, duration_s, timbre)
+            yield samples, {**facts, "origin": font.stem, "split": split}
+        print(font.stem, family, flush=True)
 
 
-def pool() -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
+    """Every family played with recorded notes."""
+    for family, instruments in RECORDED.items():
+        rng = random.Random(f"recorded {family}")
+        for instrument in instruments:
+            name = f"tonejs-instrument-{instrument.partition('@')[0]}-mp3"
+            sampler = Sampler(sounds / name / "package")
+            for _ in range(EXCERPTS[TRAIN] // len(instruments)):
+                notes, duration_s, facts = excerpt(rng, family)
+                yield sampler.play(notes, duration_s), {**facts, "origin": name, "split": TRAIN}
+        print("recorded", family, flush=True)
+
+
+def pool(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
     """All music."""
     for font, split in FONTS.items():
-        yield from excerpts(font, split)
+        yield from excerpts(sounds / font, split)
+    yield from recorded(sounds)
 
 
 if __name__ == "__main__":
-    print(write_pool(Path(sys.argv[1]) / "music", pool()), "excerpts")
+    cache = Path(sys.argv[1])
+    unpack_npm(cache / "sounds", PACKAGES)
+    print(write_pool(cache / "music", pool(cache / "sounds")), "excerpts")

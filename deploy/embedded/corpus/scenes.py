@@ -21,8 +21,14 @@ SHORTEST_S, COMMON_S, LONGEST_S = 0.5, 9.0, 30.0
 LONG_SHARE = {TRAIN: 0.15, HELD_OUT: 0.3}
 """Clips are mostly up to `COMMON_S`; a share of them may be as long as `LONGEST_S`."""
 
+SHORTEST_NOTE_S = 1.0
+"""A shorter one is not called long."""
+
 SHAPES = (("single", 0.45), ("two", 0.27), ("three", 0.08), ("overlap", 0.2))
 SOURCES = (("speech", 0.3), ("music", 0.2), ("procedural", 0.25), ("effects", 0.25))
+
+WHO = (("man", 0.35), ("woman", 0.4), ("child", 0.12), ("person", 0.13))
+"""Who speaks; a `person` whispers."""
 
 PEAK_DB = {"quiet": (-36, -29), "moderate": (-19, -14), "loud": (-3, -0.5)}
 """Level of the clip's peak, in dB of full scale."""
@@ -110,8 +116,13 @@ class SceneMaker:
                 Event(kind, rate=rate if rate * seconds >= 3.2 else 0.0), _levelled(samples), "formula", real=False
             )
         kinds = self._by_kind[source]
-        entry = kinds[_pick(rng, sorted(kinds))][0]
-        choices = kinds[f"{entry.kind} {entry.language}" if source == "speech" else entry.kind]
+        names = sorted(kinds)
+        if source == "speech":
+            who = _drawn(rng, WHO)
+            names = [name for name in names if name.startswith(f"{who} ")]
+            if not names:
+                return None
+        choices = kinds[_pick(rng, names)]
         entry = choices[rng.integers(len(choices))]
         if source == "speech":
             return self._spoken(rng, entry, seconds)
@@ -136,12 +147,15 @@ class SceneMaker:
     def _played(self, rng: np.random.Generator, entry: Entry, seconds: float) -> _Part | None:
         if entry.rate * min(seconds, entry.duration_s) < 3.6 and entry.manner != "note":
             return None
+        if entry.manner == "note" and seconds < SHORTEST_NOTE_S:
+            return None
         samples = self._pools["music"].read(entry)
-        while len(samples) < seconds * SAMPLE_RATE and entry.manner != "note":
-            # A whole number of beats, so that the tempo goes on.
+        if entry.manner != "note":
+            # From any of its beats on, over and over: a whole number of beats, so that the tempo goes on.
             beats = int(entry.duration_s * entry.rate)
             whole = samples[: int(beats / entry.rate * SAMPLE_RATE)]
-            samples = np.concatenate([whole, samples])
+            first = int(rng.integers(beats) / entry.rate * SAMPLE_RATE)
+            samples = np.tile(whole, int(np.ceil((first + seconds * SAMPLE_RATE) / len(whole))))[first:]
         samples = self._varied(rng, samples, 0.0)[: int(seconds * SAMPLE_RATE)]
         manner = "" if entry.kind == "drums" else entry.manner
         return _Part(Event(entry.kind, "", manner, entry.rate), _faded(_levelled(samples)), entry.origin, real=False)

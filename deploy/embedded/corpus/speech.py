@@ -32,26 +32,34 @@ if TYPE_CHECKING:
 
 LANGUAGES = {
     "English": ("en-us", "fortunes"),
-    "Mandarin Chinese": ("cmn", "fortunes-zh"),
+    "Mandarin Chinese": ("cmn", "libreoffice-help-zh-cn"),
     "Spanish": ("es", "fortunes-es"),
-    "French": ("fr", "developers-reference-fr"),
+    "French": ("fr", "libreoffice-help-fr"),
     "German": ("de", "fortunes-de"),
     "Russian": ("ru", "fortunes-ru"),
 }
 """Name of a language: espeak-ng's name for it, and the Debian package whose sentences are spoken."""
 
-PROMPTS = {
-    "English": ("asterisk-core-sounds-en-wav", "ktuberling-data/**/sounds/en"),
-    "Spanish": ("asterisk-core-sounds-es-wav", "tuxpaint-stamps-default/**/*_es.ogg"),
-    "French": ("asterisk-core-sounds-fr-wav", "tuxpaint-stamps-default/**/*_fr.ogg"),
-    "Russian": ("asterisk-core-sounds-ru-wav", "ktuberling-data/**/sounds/ru"),
-    "German": ("", "ktuberling-data/**/sounds/de"),
+SENTENCE = {
+    "Mandarin Chinese": r"[\u4e00-\u9fff][\u4e00-\u9fff\uff0c\u3001]{8,26}[\u3002\uff1f\uff01]",
+    "Russian": r"[\u0410-\u042f][\u0430-\u044f\u0451,\s]{20,80}[.?!]",
 }
-"""People's recordings: those trained on, and those of other people for the evaluation."""
+"""What a plain sentence looks like: no figures, no names."""
+LATIN_SENTENCE = r"[A-ZÀ-Þ][a-zà-ÿ',\s]{20,80}[.?!]"
+ENGLISH_WORDS = re.compile(r"\b(the|and|of|is|to|with|for)\b", re.IGNORECASE)
+
+PROMPTS = {
+    "English": (("asterisk-core-sounds-en-wav",), "ktuberling-data/**/sounds/en"),
+    "Spanish": (("asterisk-core-sounds-es-wav", "asterisk-prompt-es-co"), "tuxpaint-stamps-default/**/*_es.ogg"),
+    "French": (("asterisk-core-sounds-fr-wav", "asterisk-prompt-fr-armelle"), "tuxpaint-stamps-default/**/*_fr.ogg"),
+    "Russian": (("asterisk-core-sounds-ru-wav",), "ktuberling-data/**/sounds/ru"),
+    "German": ((), "ktuberling-data/**/sounds/de"),
+}
+"""People's recordings: the packages trained on, and those of other people for the evaluation."""
 
 PACKAGES = (
     *(package for _, package in LANGUAGES.values()),
-    *(package for package, _ in PROMPTS.values() if package),
+    *(package for packages, _ in PROMPTS.values() for package in packages),
     "ktuberling-data",
     "tuxpaint-stamps-default",
 )
@@ -71,10 +79,17 @@ FLITE = {"kal16": TRAIN, "awb": TRAIN, "slt": TRAIN, "rms": HELD_OUT}
 
 WORDS_PER_MINUTE = {"slowly": 105, "": 175, "quickly": 310}
 WHISPERED = "whispered"
-UTTERANCES = {TRAIN: 6, HELD_OUT: 2}
+UTTERANCES = {TRAIN: 9, HELD_OUT: 2}
 """Per voice, language and manner: languages are learnt from sentences, and few sentences are soon known by heart."""
 
 Sound = tuple[np.ndarray, dict[str, object]]
+
+
+def _text(page: str) -> str:
+    """The words of an HTML page; a sentence does not go on from one block to the next."""
+    page = re.sub(r"(?s)<(script|style).*?</\1>", " ", page)
+    page = re.sub(r"</?(?:p|div|h\d|li|td|tr|title|br)\b[^>]*>", " % ", page)
+    return html.unescape(re.sub(r"<[^>]+>", " ", page))
 
 
 @cache
@@ -83,18 +98,14 @@ def sentences(sounds: Path, language: str) -> list[str]:
     package = LANGUAGES[language][1]
     texts = []
     for path in sorted((sounds / package).rglob("*")):
-        if path.suffix == ".html" or (
-            "games/fortunes" in str(path) and path.is_file() and path.suffix in {"", ".fortunes"}
-        ):
-            text = path.read_text(errors="ignore")
-            texts.append(html.unescape(re.sub(r"<[^>]+>", " ", text)) if path.suffix == ".html" else text)
+        if path.suffix == ".html":
+            texts.append(_text(path.read_text(errors="ignore")))
+        elif "games/fortunes" in str(path) and path.is_file() and path.suffix in {"", ".fortunes"}:
+            texts.append(path.read_text(errors="ignore"))
     text = re.sub(r"\x1b\[[\d;]*m|[\x00-\x08]", "", " % ".join(texts))
-    if language == "Mandarin Chinese":
-        found = re.findall(r"[一-鿿]{4,12}[,,。?!][一-鿿,,]{4,16}[。?!]", text)
-    elif language == "Russian":
-        found = re.findall(r"[\u0410-\u042f][\u0430-\u044f\u0451,\s]{20,80}[.?!]", text)
-    else:
-        found = re.findall(r"[A-ZÀ-Þ][a-zà-ÿ',\s]{20,80}[.?!]", text)
+    found = re.findall(SENTENCE.get(language, LATIN_SENTENCE), text)
+    if language != "English":  # parts of a translated book are not translated
+        found = [sentence for sentence in found if not ENGLISH_WORDS.search(sentence)]
     plain = sorted({re.sub(r"\s+", " ", sentence) for sentence in found})
     random.Random("sentences").shuffle(plain)
     return plain
@@ -152,7 +163,10 @@ def flite(text: str, voice: str, stretch: float) -> np.ndarray:
 
 def decoded(source: BytesIO | str | Path) -> np.ndarray:
     """Mono 16 kHz samples without the silence at the ends."""
-    samples, rate = soundfile.read(source, dtype="float32", always_2d=True)
+    # A file of bare GSM frames tells nothing of itself.
+    bare = {"samplerate": 8_000, "channels": 1, "format": "RAW", "subtype": "GSM610"}
+    shape = bare if str(source).endswith(".gsm") else {}
+    samples, rate = soundfile.read(source, dtype="float32", always_2d=True, **shape)
     return trimmed(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE).astype(np.float32))
 
 
@@ -171,18 +185,18 @@ def synthesised(sounds: Path) -> Iterator[Sound]:
         spoken_by = [(f"espeak-ng {name}", f"{code}+{name}", split) for name, split in voices]
         if language == "English":
             spoken_by += [(f"flite {name}", name, split) for name, split in FLITE.items() for _ in range(4)]
-        tasks += [(sounds, language, *by) for by in spoken_by]
+        tasks += [(sounds, language, *by, turn) for turn, by in enumerate(spoken_by)]
     with multiprocessing.Pool() as workers:
         for utterances in workers.imap(spoken, tasks):
             yield from utterances
 
 
-def spoken(task: tuple[Path, str, str, str, str]) -> list[Sound]:
+def spoken(task: tuple[Path, str, str, str, str, int]) -> list[Sound]:
     """What one voice says in one language; a voice that is trained on speaks higher or lower, and faster or slower."""
-    sounds, language, origin, voice, split = task
+    sounds, language, origin, voice, split, turn = task
     plain = sentences(sounds, language)
     texts = plain[: -len(plain) // 10] if split == TRAIN else plain[-len(plain) // 10 :]
-    rng = random.Random(f"{language} {origin}")
+    rng = random.Random(f"{language} {origin} {turn}")
     pitch = rng.choice((35, 45, 50, 55, 65))
     utterances: list[Sound] = []
     for manner, words_per_minute in WORDS_PER_MINUTE.items():
@@ -217,8 +231,8 @@ def told(samples: np.ndarray, origin: str, split: str, language: str, manner: st
 
 def recorded(sounds: Path) -> Iterator[Sound]:
     """People's prompts; how fast they speak is not known, so the manner is `recorded` and is not told."""
-    for language, (package, others) in PROMPTS.items():
-        trained = sorted((sounds / package).rglob("*.wav")) if package else []
+    for language, (packages, others) in PROMPTS.items():
+        trained = sorted(path for package in packages for path in (sounds / package).rglob("*"))
         held_out = [
             path
             for path in sorted(sounds.glob(others))
@@ -226,16 +240,18 @@ def recorded(sounds: Path) -> Iterator[Sound]:
         ]
         for split, paths in ((TRAIN, trained), (HELD_OUT, held_out)):
             chosen = [
-                path for path in paths if path.suffix in {".wav", ".ogg"} and not re.search("beep|tone|tt-", path.name)
+                path
+                for path in paths
+                if path.suffix in {".wav", ".ogg", ".gsm"} and not re.search("beep|tone|tt-", path.name)
             ]
             random.Random("prompts").shuffle(chosen)
             kept: dict[str, int] = defaultdict(int)
             for path in chosen:
                 samples = decoded(path)
                 who = speaker(samples) if 0.8 * SAMPLE_RATE < len(samples) < 10 * SAMPLE_RATE else ""
-                if who and kept[who] < 120:
-                    kept[who] += 1
-                    origin = f"prompts {path.relative_to(sounds).parts[0]} {language}"
+                origin = f"prompts {path.relative_to(sounds).parts[0]} {language}"
+                if who and kept[f"{who}, {origin}"] < 120:
+                    kept[f"{who}, {origin}"] += 1
                     facts = {"kind": who, "origin": origin, "split": split, "language": language, "manner": "recorded"}
                     yield samples, facts
             print("recorded", language, split, dict(kept), flush=True)
