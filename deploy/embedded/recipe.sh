@@ -12,6 +12,7 @@ mkdir -p "$cache"
 
 packages=(espeak-ng flite libfluidsynth3 fluid-soundfont-gm musescore-general-soundfont csound-soundfont
   opl3-soundfont timgm6mb-soundfont libtcmalloc-minimal4 ffmpeg sox)
+command -v npm >/dev/null || packages+=(npm)
 dpkg --status "${packages[@]}" >/dev/null 2>&1 || {
   apt-get update --quiet
   apt-get install --yes --quiet --no-install-recommends "${packages[@]}"

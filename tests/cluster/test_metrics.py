@@ -17,8 +17,8 @@ import pytest
 from tests.cluster.running import ENGINE, FRONT, RunningCluster
 from tests.cluster.test_cluster import KEY, ask, caption
 from tests.observability.chain import Chain
-from tests.observability.programs import program
 from tests.observability.test_live import all_expressions, documented
+from tests.programs import program
 from tests.wire import data_url, wav
 
 if TYPE_CHECKING:

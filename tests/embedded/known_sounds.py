@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import random
 import subprocess
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,10 +14,11 @@ import soundfile
 import soxr
 from scipy import signal
 
-from deploy.embedded.corpus import procedural
+from deploy.embedded.corpus import music, procedural, speech
 from deploy.embedded.corpus.captions import Event, Facts, parse
 from deploy.embedded.corpus.pool import SAMPLE_RATE, trimmed
 from deploy.embedded.corpus.scenes import NOISE_DB, PEAK_DB
+from tests.programs import program, sound_font
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -38,12 +41,40 @@ def sound(seed: int, kind: str, seconds: float, rate: float = 0.0) -> Clip:
     return _clip(make(rng, seconds, rate), Event(kind, rate=rate))
 
 
-def voice(text: str, variant: str, kind: str, language: str = "English") -> Clip:
-    """`text` spoken by espeak-ng's voice `variant`, for instance `en-us+m3`; `kind` is man or woman."""
-    command = ["espeak-ng", "-v", variant, "-s", "175", "--stdout", text]
+def voice(text: str, variant: str, kind: str, language: str = "English", manner: str = "") -> Clip:
+    """`text` spoken by espeak-ng's voice `variant`, for instance `en-us+m3`.
+
+    `kind` is man, woman, child (a woman's voice made smaller) or person (without voice, if `manner` is whispered).
+    """
+    pace = speech.WORDS_PER_MINUTE["slowly" if kind == "child" else manner if manner != "whispered" else ""]
+    command = [program("espeak-ng"), "-v", variant, "-s", str(pace), "--stdout", text]
     wav = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
     samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
-    return _clip(trimmed(soxr.resample(samples, rate, SAMPLE_RATE)), Event(kind, language))
+    samples = trimmed(soxr.resample(samples, rate, SAMPLE_RATE))
+    if kind == "child":
+        samples = soxr.resample(samples, 1.38 * SAMPLE_RATE, SAMPLE_RATE)
+    if manner == "whispered":
+        samples = speech.whisper(samples, np.random.default_rng(0))
+    return _clip(samples, Event(kind, language, manner))
+
+
+@cache
+def _synthesiser() -> music.Synthesiser:
+    return music.Synthesiser(str(sound_font()))
+
+
+def played(seed: int, family: str, style: str, seconds: float, beats_per_minute: float = 0.0) -> Clip:
+    """A melody, chords or a note of an instrument, or drums, from a sound font that was never trained on."""
+    rng, beat_s = random.Random(seed), 60 / (beats_per_minute or 60)
+    event = Event(family, "", style, beats_per_minute / 60)
+    if family == "drums":
+        return _clip(_synthesiser().play(music.drums(rng, beat_s, seconds), 0, 9, seconds, {}), event)
+    programs, low, high = music.FAMILIES[family]
+    if style == "note":
+        notes = [(0.0, seconds, rng.randint(low, high), 110)]
+    else:
+        notes = (music.melody if style == "melody" else music.chords)(rng, beat_s, seconds, low, high)
+    return _clip(_synthesiser().play(notes, programs[0], 0, seconds, {}), event)
 
 
 def _clip(samples: Samples, *events: Event) -> Clip:
@@ -108,7 +139,7 @@ def assorted(count: int) -> list[Clip]:
 
 
 def assert_told(caption: str, facts: Facts) -> None:
-    """The caption tells the facts: sounds in their order, who speaks, rate, duration and the recording's quality.
+    """The caption tells the facts: sounds in order, who speaks and how, rate, duration and the recording's quality.
 
     A rate counts as told within 20 %, a duration within 1 s or 10 %.
     """
@@ -116,6 +147,7 @@ def assert_told(caption: str, facts: Facts) -> None:
     assert told is not None, caption
     assert [event.kind for event in told.events] == [event.kind for event in facts.events], caption
     assert [event.language for event in told.events] == [event.language for event in facts.events], caption
+    assert [event.manner for event in told.events] == [event.manner for event in facts.events], caption
     for heard, event in zip(told.events, facts.events, strict=True):
         assert abs(heard.rate - event.rate) <= 0.2 * event.rate, caption
     assert abs(told.duration_s - facts.duration_s) <= max(1.0, 0.1 * facts.duration_s), caption

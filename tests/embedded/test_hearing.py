@@ -6,7 +6,6 @@ break the audio on purpose, and show that the check notices.
 
 from __future__ import annotations
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import soxr
 
 from deploy.embedded.corpus.pool import SAMPLE_RATE
 from tests.audio.clips import with_av, with_soundfile
-from tests.embedded.known_sounds import Clip, assert_told, at_once, in_turn, recorded, sound, voice
+from tests.embedded.known_sounds import Clip, assert_told, at_once, in_turn, played, recorded, sound, voice
 from tests.wire import (
     COMPATIBLE,
     NATIVE,
@@ -146,12 +145,41 @@ VOICES = {
 }
 
 
-@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
 @pytest.mark.parametrize("variant", VOICES)
 def test_who_speaks_is_told(embedded_service: RunningService, variant: str) -> None:
     """A woman or a man, and the language."""
     kind, language, text = VOICES[variant]
     assert_heard(embedded_service, recorded(voice(text, variant, kind, language)))
+
+
+MANNERS = {
+    "slowly": ("en-us+m5", "man", "slowly"),
+    "quickly": ("en-us+f3", "woman", "quickly"),
+    "whispered": ("en-us+m2", "person", "whispered"),
+    "by a child": ("en-us+f5", "child", ""),
+}
+
+
+@pytest.mark.parametrize("how", MANNERS)
+def test_how_someone_speaks_is_told(embedded_service: RunningService, how: str) -> None:
+    """Pace, a whisper, a child; by voices that were never trained on."""
+    variant, kind, manner = MANNERS[how]
+    text = "Nobody had told him that the bridge was closed, so he had to take the long way round."
+    assert_heard(embedded_service, recorded(voice(text, variant, kind, "English", manner)))
+
+
+MUSIC: dict[str, tuple[int, str, str, float]] = {
+    family: (0, family, "melody", 120.0)
+    for family in ("piano", "organ", "guitar", "violin", "brass", "reed", "flute", "mallet")
+}
+MUSIC |= {"chords": (0, "guitar", "chords", 100.0), "note": (0, "flute", "note", 0.0), "drums": (0, "drums", "", 120.0)}
+
+
+@pytest.mark.parametrize("what", MUSIC)
+def test_music_is_told(embedded_service: RunningService, what: str) -> None:
+    """Instrument, what it plays and its tempo, from a sound font that was never trained on."""
+    seed, family, style, tempo = MUSIC[what]
+    assert_heard(embedded_service, recorded(played(seed, family, style, 5.0, tempo)))
 
 
 # ---- however it is sent

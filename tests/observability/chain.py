@@ -16,8 +16,8 @@ import httpx
 import yaml
 
 from tests.cluster.running import free_port
-from tests.observability.programs import program
 from tests.observability.test_rules import DEPLOY, make
+from tests.programs import program
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,8 +25,8 @@ from prometheus_client import Gauge
 from serving.metrics import WATCHED, Metrics
 from serving.tenancy import schema, store
 from tests.observability.chain import Chain
-from tests.observability.programs import program
 from tests.observability.test_rules import ALERTS, DEPLOY, load
+from tests.programs import program
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, events, native_body, upload, wav
 

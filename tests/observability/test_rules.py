@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from serving import metrics
-from tests.observability.programs import program
+from tests.programs import program
 
 if TYPE_CHECKING:
     from types import ModuleType
