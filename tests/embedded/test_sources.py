@@ -73,7 +73,8 @@ def test_sentences_are_plain_ones_of_their_language(books: Path) -> None:
 def hummed(pitch_hz: float) -> np.ndarray:
     """Two seconds of a voice-like sound."""
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
-    return np.sum([np.sin(2 * np.pi * pitch_hz * n * t) / n for n in range(1, 12)], axis=0, dtype=np.float32)
+    harmonics = np.array([np.sin(2 * np.pi * pitch_hz * n * t) / n for n in range(1, 12)])
+    return np.asarray(harmonics.sum(axis=0), np.float32)
 
 
 @pytest.mark.parametrize(("pitch_hz", "who"), [(110, "man"), (220, "woman"), (157, "")])
