@@ -24,15 +24,15 @@ from deploy.embedded.corpus.pool import HELD_OUT, SAMPLE_RATE, TRAIN, trimmed, w
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SONIVOX = "alphatab/package/dist/soundfont/sonivox.sf2"
 FONTS = {
-    SONIVOX: TRAIN,
+    "alphatab/package/dist/soundfont/sonivox.sf2": TRAIN,
     "/usr/share/sounds/sf2/FluidR3_GM.sf2": TRAIN,
     "/usr/share/sounds/sf3/MuseScore_General_Full.sf3": TRAIN,
     "/usr/share/sounds/sf2/sf_GMbank.sf2": TRAIN,
     "/usr/share/sounds/sf2/OPL-3_FM_128M.sf2": TRAIN,
     "/usr/share/sounds/sf2/TimGM6mb.sf2": HELD_OUT,
 }
+"""Sound fonts: those of Debian by their path, that of an npm package by its place among the sources."""
 
 RECORDED = {
     "piano": ("piano@1.1.2",),
@@ -65,7 +65,7 @@ FAMILIES = {
     "flute": ((72, 73, 74, 75), 67, 94),
     "mallet": ((8, 9, 11, 12, 13, 14), 60, 92),
 }
-"""Family: its General MIDI programs (from 0), lowest and highest key. A font's pool `origin` is its file's stem."""
+"""Family: its General MIDI programs (from 0), lowest and highest key."""
 
 TEMPOS = (60, 80, 100, 120, 150, 180)
 """Beats per minute; far enough apart that what is said is either right or wrong."""
