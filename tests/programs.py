@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+from ctypes.util import find_library
 from pathlib import Path
 
 _PACKAGES = {
@@ -30,7 +31,7 @@ def program(name: str) -> str:
 
 def sound_font() -> Path:
     """A small General MIDI sound font, and the library that plays it. Raises `RuntimeError` as `program` does."""
-    if not _SOUND_FONT.exists():
+    if not _SOUND_FONT.exists() or not find_library("fluidsynth"):
         _install("timgm6mb-soundfont", "libfluidsynth3")
     return _SOUND_FONT
 
