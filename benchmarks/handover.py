@@ -1,7 +1,7 @@
 """What the hand-over interval costs and saves: `python benchmarks/handover.py [--intervals 0 0.05 0.2] [--out FILE]`.
 
-One service for each interval, all loaded, each with the real engine; they work in turn, on the same clips within a round
-and on new ones in each. Told is the median of the rounds, with least and greatest.
+One service for each interval, all loaded, each with the real engine; they work in turn, on the same clips within a
+round and on new ones in each. Told is the median of the rounds, with least and greatest.
 """
 
 from __future__ import annotations
