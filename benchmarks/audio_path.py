@@ -250,7 +250,7 @@ def _report(results: Mapping[str, Any]) -> str:
         clips_per_s = _spread([each["clips"] / each["wall_s"] for each in rounds], 1)
         lines.append(f"| {count} | {clips_per_s} | {_spread([1e3 * e['cpu_s'] / e['clips'] for e in rounds], 1)} |")
     wall = _ratio(*([each["clips"] / each["wall_s"] for each in rounds] for rounds in (two, one)))
-    cpu = _spread([4 * a["cpu_s"] / b["cpu_s"] for a, b in zip(one, two, strict=True)], 2)
+    cpu = _ratio(*([each["workers"] * each["clips"] / each["cpu_s"] for each in rounds] for rounds in (two, one)))
     cores = [_spread([each["cpu_s"] / each["wall_s"] for each in rounds], 2) for rounds in (one, two)]
     lines += ["", f"Two against one: {wall} as it was; {cpu} with a core for each, by CPU per clip."]
     lines += [f"Cores that the machine gave them: one {cores[0]}, two {cores[1]}.", ""]

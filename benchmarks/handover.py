@@ -11,11 +11,16 @@ import json
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from clips import alike, make
 from compare import CLIPS, ROOT, WARM_UP
 from conditions import conditions
+from report import spread, table
 from systems import Captioner, Round, Setup
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 
 class Paced(Captioner):
@@ -54,10 +59,10 @@ def main() -> None:
             for interval_s in turns:
                 found[interval_s].append(figures(services[interval_s].measure(of_round, options.concurrency)))
                 print(interval_s, found[interval_s][-1], flush=True)
-    print(table(found))
+    print(told(found))
     if options.out:
-        told = {"conditions": conditions(ROOT), "options": {**vars(options), "out": None}, "found": found}
-        options.out.write_text(json.dumps(told, indent=1) + "\n")
+        results = {"conditions": conditions(ROOT), "options": vars(options), "found": found}
+        options.out.write_text(json.dumps(results, indent=1, default=str) + "\n")
 
 
 def figures(one: Round) -> dict[str, float]:
@@ -66,21 +71,16 @@ def figures(one: Round) -> dict[str, float]:
         "requests/s": one.requests / one.wall_s,
         "front, CPU ms a request": 1000 * one.use.cpu_s["front"] / one.requests,
         "engine, CPU ms a request": 1000 * one.use.cpu_s["engine core"] / one.requests,
-        "TTFT p50, ms": 1000 * median(answer.ttft_s or 0 for answer in one.answers),
+        "TTFT p50, ms": 1000 * median(answer.ttft_s for answer in one.answers if answer.ttft_s is not None),
         "E2E p50, s": median(answer.e2e_s for answer in one.answers),
     }
 
 
-def table(found: dict[float, list[dict[str, float]]]) -> str:
-    """Median of the rounds, least and greatest, as Markdown."""
-    rows = [f"| | {' | '.join(f'{1000 * interval_s:g} ms' for interval_s in found)} |", "|---" * (len(found) + 1) + "|"]
-    for name in next(iter(found.values()))[0]:
-        cells = []
-        for rounds in found.values():
-            values = [one[name] for one in rounds]
-            cells.append(f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})")
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+def told(found: Mapping[float, Sequence[Mapping[str, float]]]) -> str:
+    """The table: a column for each interval."""
+    names = next(iter(found.values()))[0]
+    rows = [[name, *(spread([one[name] for one in rounds], 2) for rounds in found.values())] for name in names]
+    return table(["", *(f"{1000 * interval_s:g} ms" for interval_s in found)], rows)
 
 
 if __name__ == "__main__":

@@ -102,13 +102,13 @@ def _figures(rounds: Rounds) -> str:
         [
             key,
             *(
-                _spread([of[key] for of in each], DIGITS.get(key, 2)) if key in each[0] else "-"
+                spread([of[key] for of in each], DIGITS.get(key, 2)) if key in each[0] else "-"
                 for each in by_system.values()
             ),
         ]
         for key in keys
     ]
-    return _table(["", *by_system], rows)
+    return table(["", *by_system], rows)
 
 
 def _by_part(rounds: Rounds, figure: Any) -> str:
@@ -119,19 +119,19 @@ def _by_part(rounds: Rounds, figure: Any) -> str:
     for name, of_system in rounds.items():
         row = [median(figure(one, part) for one in of_system) for part in parts]
         rows.append([name, *(f"{value:.0f}" if value else "-" for value in row), f"{sum(row):.0f}"])
-    return _table(["", *parts, "all"], rows)
+    return table(["", *parts, "all"], rows)
 
 
 def _ratios(rounds: Rounds) -> str:
     found = {f"{a} ÷ {b}": ratios(rounds[a], rounds[b]) for a, b in PAIRS if a in rounds and b in rounds}
     keys = dict.fromkeys(key for by_key in found.values() for key in by_key)
     rows = [[key, *(_ratio(by_key[key]) if key in by_key else "-" for by_key in found.values())] for key in keys]
-    return _table(["", *found], rows)
+    return table(["", *found], rows)
 
 
 def _ratio(values: Sequence[float]) -> str:
     low, high = interval(values)
-    return f"{_spread(values, 2)} [{low:.2f} to {high:.2f}]"
+    return f"{spread(values, 2)} [{low:.2f} to {high:.2f}]"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -154,16 +154,18 @@ def _noise(rounds: Rounds) -> str:
         for one in every
     ]
     return (
-        f"Cores that the load generator took: {_spread(own, 2)}. Cores that everything else on the machine took "
-        f"meanwhile, the waiting systems among it: {_spread(others, 2)}."
+        f"Cores that the load generator took: {spread(own, 2)}. Cores that everything else on the machine took "
+        f"meanwhile, the waiting systems among it: {spread(others, 2)}."
     )
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, least and greatest."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
