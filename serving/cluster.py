@@ -30,6 +30,7 @@ from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves anno
 from serving import logs, scaling
 from serving.app import create_app, make_engine
 from serving.config import Settings
+from serving.connection import use_everywhere
 from serving.cpu import Busy
 from serving.directory import EVERY_S, ClusterEngine, Directory, told
 from serving.engine.server import EngineServer
@@ -163,6 +164,7 @@ class Front:
         # The replicas set the pace already.
         settings = Settings(**overrides | {"handover_interval_s": 0})
         _configure_logs(settings)
+        use_everywhere(settings)
         engine = ClusterEngine(directory, engines)
         self._settings, self._busy = settings, Busy()
         self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)

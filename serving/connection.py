@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import httptools
+import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES = 65_536
 """Request line and headers. Clients send a few hundred bytes, and proxies mostly let 8 to 32 KiB through."""
+
+_FRAMING = (b"content-length", b"transfer-encoding")
 
 _LINGER_S = 2.0
 """So long what a refused client still sends is read and thrown away, so that it hears the answer instead of a reset."""
@@ -28,6 +32,8 @@ class _Connection(HttpToolsProtocol):
     _refused = False
     _loose_bytes = 0
     """What the parser was given since it last handed on a head or a part of a body: it keeps all of that."""
+    _replaying = False
+    """The parser reads a copy of a head that was handled before; see `_decline_upgrade`."""
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -40,9 +46,59 @@ class _Connection(HttpToolsProtocol):
             self._refuse()
             return
         self._loose_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offered:
+                (end_of_head,) = offered.args
+                data = self._decline_upgrade() + data[end_of_head:]
+                continue
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+            return
+
+    def _decline_upgrade(self) -> bytes:
+        """Begin to parse the body of a request that offers another protocol; return what to parse before the body.
+
+        An offer is ignored, and the request served as HTTP/1.1 (RFC 9110, 7.8). The parser stops behind the head of
+        such a request: it takes what follows for the other protocol, and uvicorn the next bytes for another request.
+        So another parser reads the body behind a head that has the same framing and offers nothing.
+        """
+        framing = [(name, value) for name, value in self.headers if name in _FRAMING]
+        if not self.parser.should_keep_alive():
+            framing.append((b"connection", b"close"))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self._replaying = True
+        return b"".join((b"POST / HTTP/1.1\r\n", *(b"%s: %s\r\n" % field for field in framing), b"\r\n"))
+
+    def on_message_begin(self) -> None:
+        if not self._replaying:
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._replaying:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._replaying:
+            super().on_header(name, value)
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():  # else the body is still to come
+            super().on_message_complete()
+
+    def _should_upgrade(self) -> bool:
+        return False
 
     def on_headers_complete(self) -> None:
+        if self._replaying:
+            self._replaying = False
+            return
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             self._loose_bytes = MAX_HEAD_BYTES + 1
             raise ValueError("the head is too large")  # for the parser, which ends and calls it a bad request
@@ -120,6 +176,11 @@ class _Connection(HttpToolsProtocol):
         if self._drop is not None:
             self._drop.cancel()
             self._drop = None
+
+
+def use_everywhere(settings: Settings) -> None:
+    """Have these connections in servers of this process that someone else configures, too (Ray Serve's fronts)."""
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = protocol(settings)  # type: ignore[assignment] # it takes a class as well
 
 
 def protocol(settings: Settings) -> type[HttpToolsProtocol]:

@@ -15,6 +15,8 @@ _PACKAGES = {
     "prometheus-alertmanager": "prometheus-alertmanager",
     "amtool": "prometheus-alertmanager",
     "espeak-ng": "espeak-ng",
+    "nginx": "nginx-light",
+    "java": "default-jdk-headless",
 }
 _SOUND_FONT = Path("/usr/share/sounds/sf2/TimGM6mb.sf2")
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from serving.engine.link import SILENCE_S
+from tests import test_upgrade_offers as wire
 from tests.cluster.running import ENGINE, FRONT, RunningCluster, until
 from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, events, native_body, upload_fields, wav
 
@@ -102,6 +103,19 @@ def ends(lines: Iterator[str]) -> str:
     if "error" in last or "event:error" in rest:
         return "error"
     return "done" if rest.endswith("data: [DONE]\n") or '"finish_reason":"' in rest.replace(':"null"', "") else "cut"
+
+
+def test_offers_to_upgrade_are_ignored(cluster: RunningCluster) -> None:
+    """Through HAProxy and at each front, whose servers Ray starts: the body behind an offer is this request's."""
+    for url in (cluster.url, *cluster.fronts()):
+        with wire.connect(int(url.rpartition(":")[2])) as client:
+            offering = wire.post(0.4, *wire.OFFERS["h2c"], key="sesame")
+            client.sendall(offering[:200])
+            time.sleep(0.1)
+            client.sendall(offering[200:])
+            assert wire.prompt_tokens(wire.read(client)) == wire.SHORT
+            client.sendall(wire.post(6, key="sesame"))
+            assert wire.prompt_tokens(wire.read(client)) == wire.LONG
 
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
