@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Self
@@ -38,6 +39,19 @@ class Admissions:
         self.prices = prices
         self.metering = metering
         self._output_tokens: OrderedDict[str, float] = OrderedDict()
+        self._settling: set[asyncio.Task[None]] = set()
+
+    def settle(self, admission: Admission, error: BaseException | None) -> asyncio.Task[None]:
+        """Settle a request in a task of its own, so that nothing that cancels the request cuts its bill."""
+        task = asyncio.create_task(admission.close(error))
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
+        return task
+
+    async def stop(self) -> None:
+        """Wait until every request that has ended is settled."""
+        if self._settling:
+            await asyncio.wait(self._settling)
 
     def of(self, caller: Caller, record: RequestRecord, request: CaptionRequest) -> Admission:
         """The admission of one request, not yet asked for."""
@@ -75,6 +89,7 @@ class Admission:
         self._max_tokens = max_tokens
         self._lease: Lease | None = None
         self._record: UsageRecord | None = None
+        self._settled: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -132,12 +147,19 @@ class Admission:
         )
 
     async def settle(self, error: BaseException | None) -> None:
-        """Give back what was reserved and not used, and close the record, once.
+        """Release what was reserved and not used, and close the record, once; return when that is done.
 
-        `error` is what has ended the request. It never waits, so nothing can cancel it.
+        `error` is what has ended the request. A caller that is cancelled meanwhile leaves, and the settling goes on.
         """
+        if self._lease is None:
+            return
+        if self._settled is None:
+            self._settled = self._admissions.settle(self, error)
+        await asyncio.shield(self._settled)
+
+    async def close(self, error: BaseException | None) -> None:
+        """Settle the bill; see `settle`, which calls it once."""
         request, record, lease = self._request, self._record, self._lease
-        self._lease = None
         if lease is None:
             return
         if record is None:

@@ -124,14 +124,22 @@ end
 local states = {}
 for index, scope in ipairs(KEYS) do states[index] = {scope = scope, limits = limits_of(index)} end
 
-local function answer(reason, retry_after_s, free)
-  local told = {reason, retry_after_s, free, now_s}
+local function answer(reason, retry_after_s, free, free_left)
+  local told = {reason, retry_after_s, free, free_left or 0, now_s}
   for _, state in ipairs(states) do
     told[#told + 1] = state.requests.sum
     told[#told + 1] = state.tokens.sum
     told[#told + 1] = state.audio.sum
   end
   return told
+end
+
+-- the price of what is not free, in whole nanos, rounded up
+local function not_free(free)
+  if free == 0 then return nanos end
+  local product = nanos * (tokens - free)
+  local rest = math.fmod(product, tokens)
+  return (product - rest) / tokens + (rest > 0 and 1 or 0)
 end
 
 -- count what was billed, where anybody knows what was billed before
@@ -149,9 +157,23 @@ local function bill(state, free)
 end
 
 if step == 'settle' then
-  -- here tokens and nanos are what was billed; held_* stand behind the limits
+  -- here tokens is what was billed and nanos the price of all of them; held_* and free_left stand behind the limits
   local first = FIRST + #KEYS * FIELDS
-  local held_tokens, held_nanos = tonumber(ARGV[first]), tonumber(ARGV[first + 1])
+  local held_tokens, held_nanos, free_left = tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2])
+  local free = 0
+  for _, state in ipairs(states) do
+    if state.limits.free ~= NO_LIMIT then
+      local used = redis.call('GET', state.scope .. ':free')
+      if not used then
+        free = math.min(free_left, tokens)
+      elseif state.limits.only_free then
+        free = tokens
+      else
+        free = math.min(tokens, math.max(0, state.limits.free - tonumber(used)))
+      end
+    end
+  end
+  if free > 0 then nanos = not_free(free) end
   for _, state in ipairs(states) do
     local scope, more = state.scope, tokens - held_tokens
     hold(state, 'r', -1)
@@ -164,9 +186,9 @@ if step == 'settle' then
       count(scope .. ':t', state.limits.tpm, charged_s, more)
     end
     if state.limits.free ~= NO_LIMIT then hold(state, 'f', -free_tokens) end
-    bill(state, math.min(free_tokens, tokens))
+    bill(state, free)
   end
-  return {NONE}
+  return {NONE, 0, free}
 end
 
 if step == 'adopt' then -- held by this process before Redis was lost
@@ -221,15 +243,16 @@ if step == 'admit' then
 end
 
 -- charge
-local grant = 0
+local grant, free_left = 0, 0
 for _, state in ipairs(states) do
   local used = state.limits.free ~= NO_LIMIT and redis.call('GET', state.scope .. ':free')
   if used then
-    local left = math.max(0, state.limits.free - tonumber(used) - state.held.f)
+    free_left = math.max(0, state.limits.free - tonumber(used))
+    local left = math.max(0, free_left - state.held.f)
     grant = (left > 0 and state.limits.only_free) and tokens or math.min(left, tokens)
   end
 end
-if grant > 0 then nanos = math.ceil(nanos * (tokens - grant) / tokens) end
+nanos = not_free(grant)
 for _, state in ipairs(states) do
   local limits = state.limits
   if limits.tpm ~= NO_LIMIT and state.tokens.sum + tokens > limits.tpm then
@@ -255,4 +278,4 @@ for _, state in ipairs(states) do
   state.tokens.sum = state.tokens.sum + tokens
   state.audio.sum = state.audio.sum + audio_ms
 end
-return answer(NONE, 0, grant)
+return answer(NONE, 0, grant, free_left)

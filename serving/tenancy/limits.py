@@ -117,6 +117,9 @@ class Held:
     tokens: int = 0
     nanos: int = 0
     free_tokens: int = 0
+    """Free tokens reserved for the expected length of the caption."""
+    free_left: int = 0
+    """Free tokens that were unused when the request was charged: the most it may get if the counters are lost."""
     charged_s: int = 0
     """In which second (by the store's clock) its tokens were counted."""
     pending: asyncio.Future[Answer | None] | None = None
@@ -139,6 +142,8 @@ class Answer:
     reason: Reason = Reason.NONE
     retry_after_s: int = 0
     uses: Sequence[Use] = ()
+    free_tokens: int = 0
+    """Of a settled request: how many of its tokens are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +187,12 @@ class Store(Protocol):
         """Count what a request takes, as far as one knows, and note in `held` what was reserved."""
         ...
 
-    def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> None:
-        """Give back what is held, and count what was billed. Returns at once, and fails for nobody to see."""
+    async def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> int:
+        """Release what is held and count what was billed; return how many of the tokens are free.
+
+        `nanos` is the price of all tokens. A token is free as long as the quota is not used up by settled requests,
+        whatever was expected or is reserved by others. Never fails; waits only where a free quota is counted elsewhere.
+        """
         ...
 
     async def seed(self, scope: Scope, periods: tuple[str, str], sums: Sums, free_tokens: int) -> None:
@@ -269,20 +278,29 @@ class Lease:
             )
 
     async def settle(self, *, tokens: int, nanos: int) -> int:
-        """Give back what was reserved, and count what is billed; return how many of the tokens are free.
+        """Release what was reserved, and count what is billed; return how many of the tokens are free.
 
         `nanos` is the price of all of them. A second call changes nothing.
         """
         held, self._held = self._held, Held(())
-        free_tokens = min(held.free_tokens, tokens)
-        if held.scopes:
-            self._limiter.store.settle(held, _periods(), tokens, not_free(nanos, free_tokens, tokens))
-        return free_tokens
+        if not held.scopes:
+            return 0
+        return await self._limiter.store.settle(held, _periods(), tokens, nanos)
 
 
 def not_free(nanos: int, free_tokens: int, tokens: int) -> int:
     """The price of what is not free."""
     return nanos if not free_tokens else -(-nanos * (tokens - free_tokens) // tokens)
+
+
+def free_of(scope: Scope, used: int, tokens: int) -> int:
+    """How many of a settled request's tokens are free, if `used` of the scope's quota were used before.
+
+    With "free tier only" all are: the last request that was let in may exceed the quota, and is never billed.
+    """
+    if scope.free_tokens is None:
+        return 0
+    return tokens if scope.only_free else min(tokens, max(0, scope.free_tokens - used))
 
 
 def _tenant(caller: Caller) -> str:

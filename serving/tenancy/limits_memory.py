@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from serving.tenancy.limits import WINDOW_S, Amounts, Answer, Held, Reason, Scope, Sums, Use, not_free
+from serving.tenancy.limits import WINDOW_S, Amounts, Answer, Held, Reason, Scope, Sums, Use, free_of, not_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -61,16 +61,33 @@ class MemoryStore:
             counters.audio_ms.add(now_s, amounts.audio_ms)
             counters.hold(scope, amounts.audio_ms, amounts.tokens, nanos, free_tokens)
         held.audio_ms, held.tokens, held.nanos, held.free_tokens = amounts.audio_ms, amounts.tokens, nanos, free_tokens
+        held.free_left = max((counters.free_left(scope) for scope, counters in pairs), default=0)
         held.charged_s = now_s
         return _answer((Reason.NONE, 0), pairs, now_s)
 
-    def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> None:
+    async def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> int:
         """See `Store`."""
+        return self.settle_now(held, periods, tokens, nanos)
+
+    def settle_now(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> int:
+        """As `settle`, which never waits here."""
         if not held.admitted:
-            return
+            return 0
         held.admitted = False
         now_s = int(self._now_s())
-        for scope, counters in self._of(held.scopes, periods):
+        pairs = self._of(held.scopes, periods)
+        free_tokens = max(
+            (
+                min(held.free_left, tokens)
+                if counters.free_used is None
+                else free_of(scope, counters.free_used, tokens)
+                for scope, counters in pairs
+                if scope.free_tokens is not None
+            ),
+            default=0,
+        )
+        nanos = not_free(nanos, free_tokens, tokens)
+        for scope, counters in pairs:
             counters.running -= 1
             counters.hold(scope, -held.audio_ms, -held.tokens, -held.nanos, -held.free_tokens)
             more = tokens - held.tokens
@@ -78,7 +95,8 @@ class MemoryStore:
             if counters.sums is not None:
                 counters.sums.add(tokens, nanos)
             if counters.free_used is not None and scope.free_tokens is not None:
-                counters.free_used += min(held.free_tokens, tokens)
+                counters.free_used += free_tokens
+        return free_tokens
 
     def adopt(self, held: Held) -> None:
         """Hold from now on what was taken elsewhere."""
@@ -204,6 +222,10 @@ class _Counters:
         self._held_tokens += tokens
         self._held_nanos += nanos
         self._held_free += free_tokens if scope.free_tokens is not None else 0
+
+    def free_left(self, scope: Scope) -> int:
+        """Tokens of the free quota that no settled request has used."""
+        return 0 if scope.free_tokens is None else max(0, scope.free_tokens - (self.free_used or 0))
 
     def grant(self, scope: Scope, tokens: int) -> int:
         """How many of the tokens are free. Of the last request of "free tier only" all are."""

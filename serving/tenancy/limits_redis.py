@@ -119,37 +119,59 @@ class RedisStore:
         """See `Store`."""
 
         def take(told: Sequence[int]) -> Answer:
-            reason, _, free_tokens, now_s, *_ = told
+            reason, _, free_tokens, free_left, now_s, *_ = told
             if reason == Reason.NONE:
                 held.audio_ms, held.tokens, held.charged_s = amounts.audio_ms, amounts.tokens, now_s
                 held.nanos, held.free_tokens = not_free(amounts.nanos, free_tokens, amounts.tokens), free_tokens
+                held.free_left = free_left
             return _answer(told)
 
         given = [amounts.audio_ms, amounts.tokens, amounts.nanos, 0]
         answer = await self._ask("charge", held, periods, given, take)
         return answer if answer is not None else await self._memory.charge(held, periods, amounts)
 
-    def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> None:
+    async def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> int:
         """See `Store`."""
-        if held.pending is not None and not held.pending.done():
-            held.pending.add_done_callback(lambda _: self.settle(held, periods, tokens, nanos))
-            return
-        if not held.admitted:
-            return
-        self._live.discard(held)
-        free_tokens = min(held.free_tokens, tokens)
+        has_quota = any(scope.free_tokens is not None for scope in held.scopes)
+        # Where the counters do not answer: what was left of the quota when the audio was known.
+        kept = min(held.free_left, tokens) if has_quota else 0
+        sent = self._settle(held, periods, tokens, nanos, kept)
+        if isinstance(sent, int):
+            return sent
+        if not (has_quota and tokens):
+            return 0
+        settled = await sent
+        return kept if settled is None else settled.free_tokens
 
-        def owe() -> None:
+    def _settle(
+        self, held: Held, periods: tuple[str, str], tokens: int, nanos: int, kept: int
+    ) -> asyncio.Future[Answer | None] | int:
+        """Send the settling without waiting; if Redis is away, settle here and return the free tokens."""
+        if held.pending is not None and not held.pending.done():  # cut within a step: nothing is billed
+            held.pending.add_done_callback(lambda _: self._settle(held, periods, tokens, nanos, kept))
+            return 0
+        if not held.admitted:
+            return 0
+        self._live.discard(held)
+
+        def owe(free_tokens: int) -> None:
             for scope in held.scopes:
-                for index, amount in enumerate((tokens, nanos, free_tokens)):
+                for index, amount in enumerate((tokens, not_free(nanos, free_tokens, tokens), free_tokens)):
                     self._owed[scope, periods][index] += amount
 
         if not self._up:
-            self._memory.settle(held, periods, tokens, nanos)
-            owe()
-            return
+            free_tokens = self._memory.settle_now(held, periods, tokens, nanos)
+            owe(free_tokens)
+            return free_tokens
         held.admitted = False
-        self._send("settle", held, periods, [held.audio_ms, tokens, nanos, held.free_tokens], lost=owe)
+        return self._send(
+            "settle",
+            held,
+            periods,
+            [held.audio_ms, tokens, nanos, held.free_tokens],
+            take=lambda told: Answer(free_tokens=told[2]),
+            lost=lambda: owe(kept),
+        )
 
     async def seed(self, scope: Scope, periods: tuple[str, str], sums: Sums, free_tokens: int) -> None:
         """See `Store`."""
@@ -201,7 +223,7 @@ class RedisStore:
         arguments = [len(keys), *keys, step, self._holder, *periods, *amounts, held.charged_s]
         for scope in held.scopes:
             arguments += _values(scope)
-        arguments += held.tokens, held.nanos
+        arguments += held.tokens, held.nanos, held.free_left
         call = _Call(held, arguments, take, lost, asyncio.get_running_loop().create_future())
         self._calls.append(call)
         if self._sending is None or self._sending.done():
@@ -304,6 +326,6 @@ def _values(scope: Scope) -> Sequence[int]:
 
 
 def _answer(told: Sequence[int]) -> Answer:
-    reason, retry_after_s, _, _, *sums = told
+    reason, retry_after_s, _, _, _, *sums = told
     uses = [Use(*sums[index : index + 3]) for index in range(0, len(sums), 3)]
     return Answer(Reason(reason), retry_after_s, uses)

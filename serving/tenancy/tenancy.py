@@ -43,6 +43,7 @@ class Tenancy:
 
     async def stop(self) -> None:
         """Settle what is open. Idempotent."""
+        await self.admissions.stop()
         await self.limiter.stop()
         await self.ledger.stop()
         await self.keys.stop()

@@ -127,6 +127,22 @@ def test_budget_ends_and_survives_a_restart(tmp_path: Any) -> None:
     assert sum(row.input_tokens + row.output_tokens for row in rows if row.billed) == 93
 
 
+def test_a_new_tenant_pays_nothing_while_its_free_quota_lasts() -> None:
+    """Captions longer than expected (450 tokens) are free as well, and the one that uses the quota up in part."""
+    now_ms = round(time.time() * 1000)
+    quota = {"free_tokens": 2000, "free_days": 90, "activated_at": now_ms}
+    with serving("--fake-tokens=900", "--fake-tpot-s=0", **quota) as (service, ledger):
+        for _ in range(3):
+            ask_native(service.url, CLIP, headers=KEY, max_tokens=900)
+        records = ledger()
+    assert [(record.free_tokens, record.amount_nanos) for record in records] == [
+        (921, 0),
+        (921, 0),
+        # 21 x 15,800 + 900 x 12,700 = 11,761,800 for 921 tokens, of which 763 have to be paid, rounded up
+        (158, 9_744_032),
+    ]
+
+
 def admissions() -> Admissions:
     """What learns how long captions are, without all the rest."""
     limiter: Any = None

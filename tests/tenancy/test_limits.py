@@ -200,10 +200,10 @@ async def test_the_free_quota(store: Store) -> None:
         one, two = await limits.admit(who, "r"), await limits.admit(who, "r")
         await charge(one, tokens=250)
         await charge(two, tokens=250)
-        assert (await one.settle(tokens=200, nanos=0), await two.settle(tokens=250, nanos=0)) == (200, 50)
+        assert (await one.settle(tokens=200, nanos=0), await two.settle(tokens=250, nanos=0)) == (200, 100)
         third = await limits.admit(who, "r")
         await charge(third, tokens=100)
-        assert await third.settle(tokens=100, nanos=0) == 50
+        assert await third.settle(tokens=100, nanos=0) == 0
         only = caller(quota=FreeQuota(1000, later, only=True))
         last = await limits.admit(only, "r")
         await charge(last, tokens=400)
@@ -214,6 +214,69 @@ async def test_the_free_quota(store: Store) -> None:
             await limits.admit(only, "r")
         with pytest.raises(FreeTierExhausted):
             await limits.admit(caller(quota=FreeQuota(1000, time.time() - 1, only=True)), "r")
+
+
+async def test_longer_captions_than_expected_are_free_while_quota_is_left(store: Store) -> None:
+    """What was expected when the audio was known does not bound what is free: only the quota does, to the token."""
+    async with limiter(store) as limits:
+        who = caller(Limits(nanos_per_day=10**9), quota=FreeQuota(10_000, time.time() + 1000))
+        free = []
+        for tokens in (3000, 3000, 3000, 3000, 3000):
+            lease = await limits.admit(who, "r")
+            await charge(lease, tokens=471, nanos=471 * 12_700)
+            free.append(await lease.settle(tokens=tokens, nanos=tokens * 12_700))
+        assert free == [3000, 3000, 3000, 1000, 0]
+        last = await limits.admit(who, "r")
+        with pytest.raises(BudgetExhausted):  # 5000 tokens were billed: 63,500,000 of 1,000,000,000 nanos
+            await charge(last, tokens=1, nanos=10**9 - 5000 * 12_700 + 1)
+        await charge(last, tokens=1, nanos=10**9 - 5000 * 12_700)
+
+
+async def test_free_tier_only_is_never_billed(store: Store) -> None:
+    """The last request that is let in may write beyond the quota; all of it is free."""
+    async with limiter(store) as limits:
+        who = caller(quota=FreeQuota(1000, time.time() + 1000, only=True))
+        lease = await limits.admit(who, "r")
+        await charge(lease, tokens=500)
+        assert await lease.settle(tokens=2500, nanos=2500) == 2500
+        with pytest.raises(FreeTierExhausted):
+            await limits.admit(who, "r")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3000), st.lists(st.tuples(st.integers(1, 500), st.integers(1, 900), st.booleans()), max_size=30))
+def test_the_free_quota_is_used_to_the_token(quota: int, requests: list[tuple[int, int, bool]]) -> None:
+    """Whatever is expected, written and under way at once: while quota is left nothing is billed."""
+
+    async def main() -> None:
+        async with limiter(MemoryStore()) as limits:
+            who = caller(quota=FreeQuota(quota, time.time() + 1000))
+            open_: list[tuple[Lease, int]] = []
+            used = 0
+            for expected, written, waits in requests:
+                lease = await limits.admit(who, "r")
+                await charge(lease, tokens=expected)
+                open_.append((lease, written))
+                while open_ and not waits:
+                    lease, tokens = open_.pop()
+                    free = await lease.settle(tokens=tokens, nanos=tokens)
+                    assert free == min(tokens, quota - used)
+                    used += free
+
+    asyncio.run(main())
+
+
+async def test_redis_lost_before_the_end_bills_nothing_of_the_quota(redis_server: Redis) -> None:
+    """If nobody can count any more, what was left of the quota when the audio was known is free."""
+    async with limiter(RedisStore(redis_server.url)) as limits:
+        who = caller(quota=FreeQuota(1000, time.time() + 1000))
+        lease = await limits.admit(who, "r")
+        await charge(lease, tokens=100)
+        redis_server.stop()
+        try:
+            assert await lease.settle(tokens=1200, nanos=0) == 1000
+        finally:
+            redis_server.start()
 
 
 async def test_a_step_that_is_cancelled_is_given_back(store: Store) -> None:
