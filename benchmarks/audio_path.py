@@ -40,7 +40,7 @@ import soundfile
 
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
-from serving.audio.workers import AudioWorkers
+from serving.audio.worker_pool import AudioWorkers
 from serving.config import Settings
 from tests.audio.clips import sound, stereo, with_av, with_soundfile
 

@@ -40,7 +40,7 @@ START_TIMEOUT_S = 1800
 MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
 LIMITS = {"audio": 1, "image": 0, "video": 0}
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-OUR_EXECUTOR = "serving.engine.executor.SoloExecutor"
+OUR_EXECUTOR = "serving.engine.vllm.executor.SoloExecutor"
 KEEPING_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 

@@ -10,7 +10,8 @@ import logging
 import sys
 from typing import Any
 
-from serving import cli, metrics
+from serving.cli import main as cli
+from serving.observability import metrics
 
 
 def _tell_nothing(self: Any, *_: object) -> None:
@@ -24,7 +25,7 @@ def main() -> int:
     serve = cli._Server.run  # noqa: SLF001 - see above
 
     async def quiet(self: Any) -> int:
-        logging.getLogger("serving.metrics").disabled = True
+        logging.getLogger("serving.observability.metrics").disabled = True
         return await serve(self)
 
     cli._Server.run = quiet  # type: ignore[method-assign]  # noqa: SLF001

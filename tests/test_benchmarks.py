@@ -204,8 +204,8 @@ def test_daemons_count_for_the_system_that_started_them(orphan: tuple[str, int])
 def test_samples_count_for_what_the_innermost_known_frame_does() -> None:
     """A line of py-spy's is a stack and how often it was seen."""
     lines = [
-        "main (serving/cli.py:1);post (uvicorn/protocols/http.py:3);read (/x/soundfile.py:9) 4",
-        "main (serving/cli.py:1);strange (elsewhere.py:2) 1",
+        "main (serving/cli/main.py:1);post (uvicorn/protocols/http.py:3);read (/x/soundfile.py:9) 4",
+        "main (serving/cli/main.py:1);strange (elsewhere.py:2) 1",
     ]
     assert seen(lines) == Counter({"decode": 4, "other": 1})
 

@@ -17,15 +17,15 @@ import numpy as np
 import psutil
 import pytest
 
-from serving.body import BodyBudget
-from serving.captioner import Captioner
+from serving.api.caption_endpoint import CaptionEndpoint
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.request_body import BodyBudget
 from serving.config import Settings
+from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
-from serving.engine.gate import GatedEngine
-from serving.exchange import CaptionEndpoint
-from serving.metrics import Metrics
-from serving.protocols.dashscope import DashScopeCodec
-from serving.tenancy.admission import Admissions
+from serving.observability.metrics import Metrics
+from serving.pipeline import Captioner
+from serving.tenancy.usage_session import Admissions
 from serving.types import Caller, Features, Share
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav

@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 
-from serving.line import FairLine, Room
+from serving.scheduling.fair_queue import FairLine, Room
 from serving.types import ANYONE, Share
 
 PATIENCE_S = 60.0

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from serving.head import free_ports
+from serving.cluster.local_ray import free_ports
 
 
 def test_rays_ports_are_out_of_the_way() -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.line import DrainRate, Line, shortest_first
+from serving.scheduling.fair_queue import DrainRate, Line, shortest_first
 
 KEY = partial(shortest_first, longest_s=2400.0, patience_s=60.0)
 

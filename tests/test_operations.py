@@ -14,11 +14,11 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.config import Settings
+from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine, Faults
-from serving.engine.gate import GatedEngine
-from serving.record import STAGES
+from serving.observability.request_record import STAGES
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.cpu import Busy
-from serving.scaling import LONGEST_WAIT_S, History, Report, Rule, replicas, reports_of
+from serving.cluster.autoscaling import LONGEST_WAIT_S, History, Report, Rule, replicas, reports_of
+from serving.observability.cpu_time import Busy
 
 RULE = Rule(least=1, most=20, work_per_replica=900.0, down_after_s=300.0)
 
@@ -139,7 +139,7 @@ def test_a_front_tells_how_busy_its_event_loop_is(monkeypatch: pytest.MonkeyPatc
     """The share of a core that the thread has taken since it was asked last."""
     clock = SimpleNamespace(passed_s=100.0, used_s=7.0)
     clocks = SimpleNamespace(monotonic=lambda: clock.passed_s, thread_time=lambda: clock.used_s)
-    monkeypatch.setattr("serving.cpu.time", clocks)
+    monkeypatch.setattr("serving.observability.cpu_time.time", clocks)
     busy = Busy()
     shares = []
     for passed_s, used_s in ((10, 4), (2, 2), (5, 0), (0, 1)):

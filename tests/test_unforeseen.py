@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from serving.app import create_app
+from serving.api.app import create_app
+from serving.api.routes import Unforeseen
 from serving.config import Settings
-from serving.routes import Unforeseen
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,8 +38,8 @@ async def ask(app: Starlette, method: str, path: str, **options: Any) -> httpx.R
 @pytest.mark.parametrize("path", ["/v1/models", "/api/v1/models"])
 async def test_a_failure_is_told_in_the_dialect(app: Starlette, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """An endpoint that breaks answers 500 in its dialect, with an id, a log line, and nothing of its insides."""
-    monkeypatch.setattr("serving.protocols.openai.models_page", fail)
-    monkeypatch.setattr("serving.protocols.dashscope.models_page", fail)
+    monkeypatch.setattr("serving.api.dialects.openai.models_page", fail)
+    monkeypatch.setattr("serving.api.dialects.dashscope.models_page", fail)
     answer = await ask(app, "GET", path, content=b"a body that nobody wants")
     body = answer.json()
     assert answer.status_code == 500
@@ -50,7 +50,7 @@ async def test_a_failure_is_told_in_the_dialect(app: Starlette, monkeypatch: pyt
 
 async def test_a_failure_of_an_upload_is_told_in_xml(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
     """An upload that breaks answers as the object store does."""
-    monkeypatch.setattr("serving.routes.receive_upload", fail)
+    monkeypatch.setattr("serving.api.routes.receive_upload", fail)
     answer = await ask(app, "POST", "/oss-upload", content=b"x")
     assert answer.status_code == 500
     assert "<Code>InternalError</Code>" in answer.text

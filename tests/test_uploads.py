@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving import errors, uploads
+from serving import errors
 from serving.config import Settings
-from serving.uploads import DirectoryUploads, UploadPolicies, UploadPolicy, UploadStore
+from serving.storage import uploads
+from serving.storage.uploads import DirectoryUploads, UploadPolicies, UploadPolicy, UploadStore
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping

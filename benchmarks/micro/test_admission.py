@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.config import Settings
-from serving.line import FairLine, Line
+from serving.scheduling.fair_queue import FairLine, Line
+from serving.tenancy.database import connect, migrate
 from serving.tenancy.keys import Keyring
-from serving.tenancy.limits import Limiter, Spent
-from serving.tenancy.limits_memory import MemoryStore
-from serving.tenancy.limits_redis import RedisStore
-from serving.tenancy.store import connect, migrate
+from serving.tenancy.limits.limiter import Limiter, Spent
+from serving.tenancy.limits.memory import MemoryStore
+from serving.tenancy.limits.redis import RedisStore
 from serving.types import Caller, Limits, Share
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

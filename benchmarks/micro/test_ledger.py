@@ -15,11 +15,11 @@ import orjson
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import ledger_store
-from serving.tenancy.journal import Journal
+from serving.tenancy.database import connect, migrate
+from serving.tenancy.ledger import store as ledger_store
+from serving.tenancy.ledger.journal import Journal
+from serving.tenancy.ledger.usage_record import UsageRecord
 from serving.tenancy.schema import usage_records
-from serving.tenancy.store import connect, migrate
-from serving.tenancy.usage_record import UsageRecord
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stores import Postgres

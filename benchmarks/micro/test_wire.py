@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
-from serving.protocols.dashscope import DashScopeCodec
-from serving.protocols.openai import OpenAICodec
 from serving.types import CaptionDelta, FinishReason, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.protocols.base import Codec
+    from serving.api.dialects.base import Codec
 
 AUDIO = f"data:audio/mp3;base64,{base64.b64encode(bytes(480_000)).decode()}"
 MODEL = "qwen3-omni-30b-a3b-captioner"

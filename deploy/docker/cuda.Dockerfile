@@ -38,7 +38,7 @@ COPY serving serving
 RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
         --target /opt/captioner/app . \
     # Ray starts it in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH); an installer need not keep it a program.
-    && chmod 0755 /opt/captioner/app/serving/haproxy.py
+    && chmod 0755 /opt/captioner/app/serving/cluster/haproxy_wrapper.py
 
 FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]

@@ -28,7 +28,7 @@ from av.audio.plane import AudioPlane
 from av.stream import Discard
 
 from serving.audio.formats import is_text, recognise
-from serving.audio.ogg import links
+from serving.audio.ogg_chain import links
 from serving.errors import AudioEmpty, AudioTooLong, AudioUnreadable
 from serving.types import SAMPLE_RATE
 

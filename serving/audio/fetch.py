@@ -26,8 +26,8 @@ from urllib.parse import urljoin
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from serving.audio.dns import Resolver
 from serving.audio.egress import EgressGuard, parse_url
-from serving.audio.resolve import Resolver
 from serving.errors import (
     AudioEmpty,
     AudioTooLarge,
@@ -37,7 +37,7 @@ from serving.errors import (
     InvalidAudioUrl,
     Overloaded,
 )
-from serving.line import Room
+from serving.scheduling.fair_queue import Room
 from serving.types import ANYONE
 
 if TYPE_CHECKING:

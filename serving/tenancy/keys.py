@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey
-from serving.tenancy import plans, prices, schema
+from serving.tenancy import plans, schema
+from serving.tenancy.billing import prices
+from serving.tenancy.billing.prices import Price, PriceList
+from serving.tenancy.database import UnusableDatabase
+from serving.tenancy.key_hashing import Pepper, make_key
 from serving.tenancy.plans import State
-from serving.tenancy.prices import Price, PriceList
-from serving.tenancy.secret_keys import Pepper, make_key
-from serving.tenancy.store import UnusableDatabase
 from serving.types import Caller, Region, Share
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from serving.audio.formats import HEAD_BYTES, is_text, recognise, sniff
-from serving.audio.ogg import links
+from serving.audio.ogg_chain import links
 from tests.audio.clips import clip, clip_names, remuxed, stereo, with_av
 
 _FIRST_WORDS = {

@@ -25,7 +25,7 @@ from serving import errors
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
 from serving.audio.worker import decode_base64
-from serving.audio.workers import AudioWorkers, Prepared
+from serving.audio.worker_pool import AudioWorkers, Prepared
 from serving.config import Settings
 
 if TYPE_CHECKING:
@@ -483,7 +483,7 @@ def test_a_worker_is_light() -> None:
         "pydantic",
         "aiohttp",
         "serving.config",
-        "serving.audio.workers",
+        "serving.audio.worker_pool",
     }
 
 
@@ -558,7 +558,7 @@ async def test_a_worker_that_cannot_start_fails_the_start() -> None:
 ORPHANS = """
 import asyncio, sys
 from tests.audio.test_workers import PUPPET, say, settings
-from serving.audio.workers import AudioWorkers
+from serving.audio.worker_pool import AudioWorkers
 
 async def main():
     pool = AudioWorkers(settings(), program=("-c", PUPPET))

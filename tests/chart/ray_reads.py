@@ -13,13 +13,13 @@ from typing import Any
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.serve.schema import ServeDeploySchema
 
-from serving.cluster import build
+from serving.cluster.deployments import build
 
 
 def read(cluster: dict[str, Any], serve: dict[str, Any]) -> dict[str, Any]:
     """One release."""
     (application,) = ServeDeploySchema(**serve).applications
-    assert application.import_path == "serving.cluster:build"
+    assert application.import_path == "serving.cluster.deployments:build"
     front = build(dict(application.args))._bound_deployment
     wants = {}
     for deployment in [

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 import httpx
 import psutil
 
-from serving.head import free_ports
+from serving.cluster.local_ray import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from serving.engine.link import SILENCE_S
+from serving.engine.remote.wire import SILENCE_S
 from tests import test_upgrade_offers as wire
 from tests.cluster.running import ENGINE, FRONT, RunningCluster, until
 from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, events, native_body, upload_fields, wav

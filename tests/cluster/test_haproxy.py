@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from serving import haproxy
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.dialects.openai import OpenAICodec
+from serving.cluster import haproxy_wrapper as haproxy
 from serving.config import Settings
 from serving.errors import NotReady
-from serving.protocols.dashscope import DashScopeCodec
-from serving.protocols.openai import OpenAICodec
 from tests.cluster.running import free_port, until
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ api._generate_config_file_internal()
 
 @pytest.fixture(params=["knows no front", "knows a front that is gone"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """HAProxy as Ray would start it in `serving/haproxy.py`'s place."""
+    """HAProxy as Ray would start it in `serving/cluster/haproxy_wrapper.py`'s place."""
     port, front = free_port(), free_port() if "gone" in request.param else 0
     numbers = [str(number) for number in (port, free_port(), free_port(), front, free_port())]
     made = [sys.executable, "-c", RAYS_CONFIGURATION, str(tmp_path), *numbers]

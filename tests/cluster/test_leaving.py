@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.cli import RAY_ENVIRONMENT
+from serving.cli.main import RAY_ENVIRONMENT
 from tests.cluster.running import BIN, ENGINE, FRONT, RunningCluster, free_port, until
 from tests.cluster.test_cluster import KEY, ask, caption, ends, stream
 
@@ -38,7 +38,7 @@ SETTINGS = {
 SERVE = """
 import json, sys, ray
 from ray import serve
-from serving.cluster import build
+from serving.cluster.deployments import build
 ray.init(address=sys.argv[1], logging_level="WARNING")
 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": int(sys.argv[2])})
 serve.run(build(json.loads(sys.argv[3])), name="captioner", route_prefix="/", blocking=False)

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from serving.audio.features import log_mel
 from serving.config import Settings
-from serving.engine.vllm import VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 from serving.types import SAMPLE_RATE, Features, FinishReason, Sampling
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 from serving.config import EMBEDDED_CHECKPOINT
 
 if TYPE_CHECKING:
-    from serving.engine.vllm import VllmEngine
+    from serving.engine.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -25,9 +25,9 @@ BOTH_WAYS = """
 import sys
 import numpy as np
 from vllm import LLM, SamplingParams
-from serving.engine.cpu_layers import Layer, lighten
-from serving.engine.executor import SoloExecutor
-from serving.engine.vllm_model import PROMPT
+from serving.engine.vllm.cpu_kernels import Layer, lighten
+from serving.engine.vllm.executor import SoloExecutor
+from serving.engine.vllm.async_llm import PROMPT
 
 llm = LLM(
     sys.argv[1], dtype="float32", max_model_len=4096, max_num_batched_tokens=256, enforce_eager=True, seed=0,
@@ -70,7 +70,7 @@ async def test_all_layers_take_the_short_way_to_the_same_tokens() -> None:
 def candidates_first(engine: VllmEngine) -> Any:
     """Imported with what the engine imports when it starts."""
     del engine
-    return importlib.import_module("serving.engine.cpu_layers").candidates_first
+    return importlib.import_module("serving.engine.vllm.cpu_kernels").candidates_first
 
 
 def shares(sampler: Any, logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor, times: int) -> torch.Tensor:

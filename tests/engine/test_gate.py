@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
+from serving.engine.admission_control import GatedEngine, OutputEstimate
 from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.fake import FakeEngine, Faults
-from serving.engine.gate import GatedEngine, OutputEstimate
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
 from serving.types import ANYONE, Features, Sampling
 

@@ -20,8 +20,8 @@ from serving.types import Features, Sampling
 from tests.engine.conftest import sound, token_ids
 
 if TYPE_CHECKING:
-    from serving.engine.vllm import VllmEngine
-    from serving.engine.vllm_model import LoadedModel
+    from serving.engine.vllm.async_llm import LoadedModel
+    from serving.engine.vllm.engine import VllmEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -100,7 +100,7 @@ def scheduler(engine: VllmEngine) -> Any:
         ["layer"], kv.FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     )
     scheduler_class = config.scheduler_config.get_scheduler_cls()
-    assert scheduler_class.__module__ == "serving.engine.scheduler"
+    assert scheduler_class.__module__ == "serving.engine.vllm.scheduler"
     return scheduler_class(
         vllm_config=config,
         kv_cache_config=kv.KVCacheConfig(num_blocks=6251, kv_cache_tensors=[], kv_cache_groups=[group]),
@@ -203,7 +203,7 @@ async def test_a_long_clip_goes_on_however_far_it_is(steps: Steps, scheduler: An
 
 async def test_running_captions_keep_half_of_each_step() -> None:
     """Long audios come first in a step, and never take all of it."""
-    module = importlib.import_module("serving.engine.vllm_model")
+    module = importlib.import_module("serving.engine.vllm.async_llm")
     assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512)) == 256
     assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512, long_tokens_per_step=100)) == 100
 
@@ -301,5 +301,5 @@ async def test_ray_never_takes_over_the_workers(
         plain = importlib.import_module("vllm.config").ParallelConfig(tensor_parallel_size=tensor_parallel)
         assert plain.distributed_executor_backend == "ray"
     parallel = module.engine_config(Settings(tensor_parallel=tensor_parallel)).parallel_config
-    assert parallel.distributed_executor_backend.__module__ == "serving.engine.executor"
+    assert parallel.distributed_executor_backend.__module__ == "serving.engine.vllm.executor"
     assert not parallel.use_ray

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, Qwen3OmniMoeForConditionalGeneration
 
 from serving.audio.features import log_mel
 from serving.config import EMBEDDED_CHECKPOINT, Settings
-from serving.engine.vllm import VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 from serving.types import Features
 from tests.embedded.known_sounds import assorted
 from tests.engine.conftest import sound, start, token_ids, waveform

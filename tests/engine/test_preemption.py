@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from serving.config import Settings
-from serving.engine.gate import GatedEngine
-from serving.engine.vllm import VllmEngine, _environment
+from serving.engine.admission_control import GatedEngine
+from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.types import Sampling
 from tests.engine.conftest import sound, start
 
@@ -57,7 +57,7 @@ async def cramped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tup
     scratch: Path = tmp_path_factory.mktemp("vllm")
     with warnings.catch_warnings(), _environment(SETTINGS, scratch):
         warnings.simplefilter("ignore")
-        module: Any = importlib.import_module("serving.engine.vllm_model")
+        module: Any = importlib.import_module("serving.engine.vllm.async_llm")
     preemptions, llm = Preemptions(), module.AsyncLLM
 
     def from_vllm_config(config: Any, **_: Any) -> Any:

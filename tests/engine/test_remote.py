@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from serving.config import Settings
-from serving.engine import server as servers
+from serving.engine.admission_control import GatedEngine
 from serving.engine.base import Load
 from serving.engine.fake import FakeEngine, Faults
-from serving.engine.gate import GatedEngine
-from serving.engine.link import frame, known, read_frame
-from serving.engine.remote import RemoteEngine
-from serving.engine.server import EngineServer
+from serving.engine.remote import server as servers
+from serving.engine.remote.client import RemoteEngine
+from serving.engine.remote.server import EngineServer
+from serving.engine.remote.wire import frame, known, read_frame
 from serving.errors import EngineFailed, NotReady, Overloaded
 from serving.types import MELS, Features, FinishReason, Sampling, Share
 

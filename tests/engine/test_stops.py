@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.stops import StopSequences
+from serving.engine.vllm.stop_sequences import StopSequences
 from serving.types import FinishReason
 
 IDS = st.integers(0, 2)

@@ -24,7 +24,7 @@ from transformers import AutoProcessor
 
 from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.engine.base import PROMPT_TOKENS, audio_tokens, context_tokens
-from serving.engine.vllm import VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest, NotReady
 from serving.types import Features, FinishReason, Sampling
 from tests.engine.conftest import Caption, caption, sound, start, token_ids, waveform
@@ -32,7 +32,7 @@ from tests.engine.conftest import Caption, caption, sound, start, token_ids, wav
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
-    from serving.engine.vllm_model import LoadedModel
+    from serving.engine.vllm.async_llm import LoadedModel
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -455,7 +455,7 @@ async def test_the_engine_ends_with_the_service() -> None:
     program = """
 import asyncio
 from serving.config import Settings
-from serving.engine.vllm import VllmEngine
+from serving.engine.vllm.engine import VllmEngine
 
 async def main():
     engine = VllmEngine(Settings())

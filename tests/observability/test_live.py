@@ -22,8 +22,9 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import Gauge
 
-from serving.metrics import WATCHED, Metrics
-from serving.tenancy import schema, store
+from serving.observability.metrics import WATCHED, Metrics
+from serving.tenancy import database as store
+from serving.tenancy import schema
 from tests.observability.chain import Chain
 from tests.observability.test_rules import ALERTS, DEPLOY, load
 from tests.programs import program

@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from serving.context import REQUEST_ID
-from serving.logs import JsonFormatter, TextFormatter, redact
-from serving.record import STAGES
+from serving.observability.context import REQUEST_ID
+from serving.observability.logging import JsonFormatter, TextFormatter, redact
+from serving.observability.request_record import STAGES
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
 

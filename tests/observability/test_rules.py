@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from serving import metrics
+from serving.observability import metrics
 from tests.programs import program
 
 if TYPE_CHECKING:

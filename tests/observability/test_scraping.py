@@ -2,8 +2,8 @@
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from serving.metrics import WATCHED_LABELS, Metrics
-from serving.scraping import FORGET_AFTER_S, Register, Target
+from serving.observability.metrics import WATCHED_LABELS, Metrics
+from serving.observability.service_discovery import FORGET_AFTER_S, Register, Target
 
 
 class Clock:

@@ -14,14 +14,14 @@ import httpx
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
 
-from serving.app import create_app
+from serving.api.app import create_app
 from serving.config import Settings
-from serving.context import TRACE
 from serving.engine.fake import FakeEngine, Faults
-from serving.engine.remote import RemoteEngine
-from serving.engine.server import EngineServer
-from serving.record import STAGES
-from serving.tracing import OpenTelemetry
+from serving.engine.remote.client import RemoteEngine
+from serving.engine.remote.server import EngineServer
+from serving.observability.context import TRACE
+from serving.observability.request_record import STAGES
+from serving.observability.tracing import OpenTelemetry
 from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ async def service(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """The application with traces that stay here."""
     traces = OpenTelemetry("http://unused", ratio, exporter=exporter)
-    monkeypatch.setattr("serving.app._tracer", lambda _: traces)
+    monkeypatch.setattr("serving.api.app._tracer", lambda _: traces)
     with tempfile.TemporaryDirectory() as data:
         app = create_app(SETTINGS.model_copy(update={"data_dir": Path(data)}), engine)
         async with (
@@ -149,7 +149,7 @@ async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPa
 def test_off_it_is_not_even_imported() -> None:
     """Without an endpoint the service does not load OpenTelemetry."""
     code = (
-        "import sys; from serving.app import create_app; from serving.config import Settings;"
+        "import sys; from serving.api.app import create_app; from serving.config import Settings;"
         "app = create_app(Settings(engine='fake'));"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
 from serving.errors import ClientError
-from serving.protocols.dashscope import DashScopeCodec
-from serving.protocols.openai import OpenAICodec
 from tests.protocols.bad_requests import DASHSCOPE, OPENAI, Case
 
 if TYPE_CHECKING:
-    from serving.protocols.base import Codec, HttpError
+    from serving.api.dialects.base import Codec, HttpError
 
 SETTINGS = Settings()
 REQUEST_ID = "d532f72c-e75b-4ffb-a1ef-d2465e758958"

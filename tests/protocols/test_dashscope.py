@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from serving import errors
+from serving.api.dialects import dashscope
+from serving.api.dialects.base import HEARTBEAT, MAX_TEXT_BYTES
+from serving.api.dialects.dashscope import DashScopeCodec, DashScopeReply
 from serving.config import Settings
-from serving.protocols import dashscope
-from serving.protocols.base import HEARTBEAT, MAX_TEXT_BYTES
-from serving.protocols.dashscope import DashScopeCodec, DashScopeReply
 from serving.types import CaptionDelta, FinishReason, Usage
 from tests.protocols.bad_requests import GOOD, MODEL, native
 from tests.protocols.clients import dashscope_1x, httpx_sse

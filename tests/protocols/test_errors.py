@@ -9,10 +9,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from serving import errors
+from serving.api.dialects import oss
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
-from serving.protocols import oss
-from serving.protocols.dashscope import DashScopeCodec
-from serving.protocols.openai import OpenAICodec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from serving import errors
+from serving.api.dialects import openai
+from serving.api.dialects.base import HEARTBEAT
+from serving.api.dialects.openai import OpenAICodec, OpenAIReply
 from serving.config import Settings
-from serving.protocols import openai
-from serving.protocols.base import HEARTBEAT
-from serving.protocols.openai import OpenAICodec, OpenAIReply
 from serving.types import CaptionDelta, FinishReason, Usage
 from tests.protocols.bad_requests import GOOD, MODEL, compatible
 from tests.protocols.clients import openai_chunks
@@ -26,7 +26,7 @@ USAGE = (
 
 @pytest.fixture(autouse=True)
 def _at_the_manuals_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.protocols.openai.time.time", lambda: 1_758_002_134.9)
+    monkeypatch.setattr("serving.api.dialects.openai.time.time", lambda: 1_758_002_134.9)
 
 
 def reply(parameters: str = '{"stream":true}') -> OpenAIReply:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serving.api.dialects.dashscope import DashScopeCodec
+from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
-from serving.protocols.dashscope import DashScopeCodec
-from serving.protocols.openai import OpenAICodec
 from serving.types import CaptionRequest, InlineAudio, Sampling, UploadedAudio, UrlAudio
 from tests.protocols.bad_requests import GOOD, MODEL, URL, compatible, native, user
 

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.api.dialects.base import HEARTBEAT
+from serving.api.dialects.dashscope import DashScopeCodec, DashScopeReply
+from serving.api.dialects.openai import OpenAICodec, OpenAIReply
 from serving.config import Settings
 from serving.errors import ClientError, EngineFailed
-from serving.protocols.base import HEARTBEAT
-from serving.protocols.dashscope import DashScopeCodec, DashScopeReply
-from serving.protocols.openai import OpenAICodec, OpenAIReply
 from serving.types import CaptionDelta, FinishReason, Usage
 from tests.protocols.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
 from tests.protocols.bad_requests import GOOD, MODEL, compatible, native
 from tests.protocols.clients import dashscope_1x, httpx_sse, openai_chunks
 
 if TYPE_CHECKING:
-    from serving.protocols.base import Reply
+    from serving.api.dialects.base import Reply
 
 SETTINGS = Settings()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 import uvicorn
 
-from serving.app import create_app
+from serving.api.app import create_app
 
 if TYPE_CHECKING:
     from serving.config import Settings

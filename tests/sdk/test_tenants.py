@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from serving.tenancy.admin import Administration
-from serving.tenancy.secret_keys import Pepper
-from serving.tenancy.store import connect
-from serving.tenancy.usage_record import now_ms
+from serving.tenancy.admin.service import Administration
+from serving.tenancy.database import connect
+from serving.tenancy.key_hashing import Pepper
+from serving.tenancy.ledger.usage_record import now_ms
 from tests.sdk.clients import Client, every_client, every_way
 from tests.sdk.test_failures import CLIP, Failure, assert_failed
 from tests.service import RunningService

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import store
+from serving.tenancy import database as store
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from stores import Postgres, Redis

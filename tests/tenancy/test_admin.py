@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import reports, schema
-from serving.tenancy.admin import Administration, UnknownError
-from serving.tenancy.admin_values import RefusedError
-from serving.tenancy.prices import Price
-from serving.tenancy.secret_keys import Pepper
-from serving.tenancy.usage_record import Ending, now_ms
+from serving.tenancy import schema
+from serving.tenancy.admin.service import Administration, UnknownError
+from serving.tenancy.admin.validation import RefusedError
+from serving.tenancy.billing import reports
+from serving.tenancy.billing.prices import Price
+from serving.tenancy.key_hashing import Pepper
+from serving.tenancy.ledger.usage_record import Ending, now_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable

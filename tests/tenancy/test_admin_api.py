@@ -10,7 +10,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from serving.admin_api import create_admin_app
+from serving.api.admin import create_admin_app
 from serving.config import Settings
 from tests.service import RunningService
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.cli import main
+from serving.cli.main import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,8 +11,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import schema, store
-from serving.tenancy.admission import Admissions
+from serving.tenancy import database as store
+from serving.tenancy import schema
+from serving.tenancy.usage_session import Admissions
 from serving.types import FinishReason
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
@@ -177,7 +178,7 @@ def test_captions_that_were_cut_short_teach_nothing() -> None:
 
 def test_tenants_not_seen_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded: beyond so many tenants, the one seen least recently is as new."""
-    monkeypatch.setattr("serving.tenancy.admission._TENANTS", 2)
+    monkeypatch.setattr("serving.tenancy.usage_session._TENANTS", 2)
     learning = admissions()
     first = learning.expected_tokens("a", 32_768)
     for tenant in ("a", "b", "a", "c"):

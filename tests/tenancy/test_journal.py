@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.tenancy import journal as journals
-from serving.tenancy.journal import Journal, JournalReader, abandoned, size_bytes
+from serving.tenancy.ledger import journal as journals
+from serving.tenancy.ledger.journal import Journal, JournalReader, abandoned, size_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -75,7 +75,7 @@ def test_sigkill_loses_nothing(tmp_path: Path) -> None:
     """What a process has appended is there after SIGKILL, though nothing was synced, and its lock is free."""
     program = (
         "import sys, pathlib, time\n"
-        "from serving.tenancy.journal import Journal\n"
+        "from serving.tenancy.ledger.journal import Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]), 'killed').open()\n"
         "for number in range(1000): journal.append({'number': number})\n"
         "print('appended', flush=True)\n"

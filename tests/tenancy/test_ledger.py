@@ -12,13 +12,13 @@ import pytest
 import sqlalchemy as sa
 
 from serving.errors import Disconnected, EngineFailed, Overloaded, UploadNotFound
-from serving.record import RequestRecord
-from serving.tenancy import ledger as ledgers
-from serving.tenancy import ledger_store
-from serving.tenancy.ledger import Ledger
-from serving.tenancy.limits import Spent, Sums
+from serving.observability.request_record import RequestRecord
+from serving.tenancy.ledger import ledger as ledgers
+from serving.tenancy.ledger import store as ledger_store
+from serving.tenancy.ledger.ledger import Ledger
+from serving.tenancy.ledger.usage_record import Ending, UsageRecord, ending_of, is_billed, now_ms
+from serving.tenancy.limits.limiter import Spent, Sums
 from serving.tenancy.schema import metadata, usage_records
-from serving.tenancy.usage_record import Ending, UsageRecord, ending_of, is_billed, now_ms
 from serving.types import Caller
 
 if TYPE_CHECKING:

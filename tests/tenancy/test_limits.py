@@ -26,9 +26,9 @@ from serving.errors import (
     RequestsLimited,
     TokensLimited,
 )
-from serving.tenancy.limits import Lease, Limiter, Spent, Store, Sums
-from serving.tenancy.limits_memory import MemoryStore
-from serving.tenancy.limits_redis import RedisStore
+from serving.tenancy.limits.limiter import Lease, Limiter, Spent, Store, Sums
+from serving.tenancy.limits.memory import MemoryStore
+from serving.tenancy.limits.redis import RedisStore
 from serving.types import Caller, FreeQuota, Limits
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ async def test_of_more_scopes_than_are_remembered_none_in_use_is_forgotten(
     monkeypatch: pytest.MonkeyPatch, seen: int
 ) -> None:
     """Where idle scopes make room for a caller's, those just made, held, or told what was spent before, stay."""
-    monkeypatch.setattr("serving.tenancy.limits_memory._SCOPES", 3)
+    monkeypatch.setattr("serving.tenancy.limits.memory._SCOPES", 3)
     store = MemoryStore()
     async with limiter(store) as limits:
         for _ in range(seen):
@@ -417,7 +417,7 @@ async def test_redis_that_is_lost_and_found(redis_server: Redis) -> None:
 
 async def test_what_a_killed_process_held_comes_back(redis_server: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its places are free when its life in Redis has ended; those of the living stay taken."""
-    monkeypatch.setattr("serving.tenancy.limits_redis._LIFE_S", 1)
+    monkeypatch.setattr("serving.tenancy.limits.redis._LIFE_S", 1)
     who = caller(Limits(concurrent_requests=2))
     async with limiter(RedisStore(redis_server.url)) as limits:
         dead = RedisStore(redis_server.url)

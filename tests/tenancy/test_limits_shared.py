@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import httpx
 
-from serving.tenancy.admin import Administration
-from serving.tenancy.limits import WINDOW_S
-from serving.tenancy.secret_keys import Pepper
-from serving.tenancy.store import connect, migrate
+from serving.tenancy.admin.service import Administration
+from serving.tenancy.database import connect, migrate
+from serving.tenancy.key_hashing import Pepper
+from serving.tenancy.limits.limiter import WINDOW_S
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, compatible_body, data_url, wav
 

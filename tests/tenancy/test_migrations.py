@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from serving.tenancy import store
+from serving.tenancy import database as store
 from serving.tenancy.schema import metadata, plans, store_state, tenants
 
 

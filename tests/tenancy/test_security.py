@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from serving.config import Settings
 from serving.errors import InvalidApiKey
 from serving.tenancy import schema
-from serving.tenancy.admin import Administration
+from serving.tenancy.admin.service import Administration
+from serving.tenancy.database import connect
+from serving.tenancy.key_hashing import Pepper, make_key
 from serving.tenancy.keys import Keyring
-from serving.tenancy.secret_keys import Pepper, make_key
-from serving.tenancy.store import connect
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, upload_fields, wav
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from serving.config import Settings
-from serving.tenancy import store
+from serving.tenancy import database as store
 from serving.tenancy.schema import audit_log, store_state
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ annotations:
 {{- end -}}
 {{- $_ := set $env "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (toString $times.grace) -}}
 {{- /* What HAProxy says by itself in the caller's dialect: a program that the images of deploy/docker have there. */ -}}
-{{- $_ := set $env "RAY_SERVE_HAPROXY_BINARY_PATH" "/opt/captioner/app/serving/haproxy.py" -}}
+{{- $_ := set $env "RAY_SERVE_HAPROXY_BINARY_PATH" "/opt/captioner/app/serving/cluster/haproxy_wrapper.py" -}}
 {{- range $name, $value := .Values.ray.env -}}{{- $_ := set $env $name (toString $value) -}}{{- end -}}
 {{- toYaml $env -}}
 {{- end -}}

@@ -105,7 +105,7 @@ http_options:
 applications:
   - name: captioner
     route_prefix: /
-    import_path: serving.cluster:build
+    import_path: serving.cluster.deployments:build
     args:
 {{ include "captioner.settings" . | indent 6 }}
 {{- end -}}

@@ -1,0 +1,1 @@
+"""HTTP: routes, middleware and endpoints in front of the pipeline."""

@@ -1,0 +1,207 @@
+"""The OpenAI-compatible dialect: chat completions (PROTOCOL 5), its errors (9) and its model list (11)."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from serving import errors
+from serving.api.dialects.audio_reference import audio_source
+from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest
+from serving.api.dialects.json_codec import parse_object, quote
+from serving.api.dialects.messages import only_audio
+from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
+from serving.api.dialects.parameters import boolean, integer, mapping, refuse_unsupported, sampling
+from serving.errors import InvalidRequest
+from serving.types import CaptionRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from serving.config import Settings
+    from serving.types import CaptionDelta, Usage
+
+MAX_SEED = 2**31 - 1
+
+_TYPE_AND_CODE: dict[type[errors.CaptionerError], tuple[str, str | None]] = {
+    errors.ClientError: ("invalid_request_error", "invalid_parameter_error"),
+    errors.MissingModel: ("invalid_request_error", None),
+    errors.BodyTooLarge: ("invalid_request_error", "request_too_large"),
+    errors.ModelNotFound: ("invalid_request_error", "model_not_found"),
+    errors.NotFound: ("invalid_request_error", "not_found"),
+    errors.MethodNotAllowed: ("invalid_request_error", "method_not_allowed"),
+    errors.AsyncNotSupported: ("access_denied", "access_denied"),
+    errors.UnsupportedOperation: ("invalid_request_error", "unsupported_operation"),
+    errors.Unauthenticated: ("invalid_request_error", "invalid_api_key"),
+    errors.AccessDenied: ("access_denied", "access_denied"),
+    errors.FreeTierExhausted: ("AllocationQuota.FreeTierOnly", "AllocationQuota.FreeTierOnly"),
+    errors.Arrearage: ("Arrearage", "Arrearage"),
+    errors.RateLimited: ("limit_requests", "limit_requests"),
+    errors.BurstLimited: ("limit_burst_rate", "limit_burst_rate"),
+    errors.TokensLimited: ("insufficient_quota", "insufficient_quota"),
+    errors.BudgetExhausted: ("insufficient_quota", "insufficient_quota"),
+    errors.CaptionerError: ("internal_error", "internal_error"),
+    errors.NotReady: ("service_unavailable", "model_unavailable"),
+    errors.Overloaded: ("service_unavailable", "service_unavailable"),
+    errors.DeadlineExceeded: ("request_timeout", "request_timeout"),
+}
+
+_MESSAGE: dict[type[errors.CaptionerError], str | None] = {
+    errors.MissingModel: "you must provide a model parameter.",
+    errors.Unauthenticated: "Incorrect API key provided.",
+    errors.CaptionerError: None,
+}
+"""Where this dialect's text differs from the error's own."""
+
+
+class OpenAICodec:
+    """`Codec` of `/v1/chat/completions`."""
+
+    dialect = "openai"
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def decode_request(
+        self, body: bytes, headers: Mapping[str, str], request_id: str
+    ) -> tuple[CaptionRequest, OpenAIReply]:
+        """See `Codec`."""
+        values = parse_object(body)
+        model = requested_model(values, self._settings)
+        refuse_unsupported(values, model)
+        stream = boolean(values, "stream")
+        include_usage = stream and boolean(mapping(values, "stream_options"), "include_usage")
+        request = CaptionRequest(
+            request_id=request_id,
+            model=model,
+            audio=audio_source(only_audio(_messages(values)), headers, self._settings),
+            sampling=sampling(
+                values,
+                self._settings,
+                length_names=("max_completion_tokens", "max_tokens"),
+                seed=_seed(values),
+            ),
+        )
+        return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
+
+    def error(self, error: errors.CaptionerError, request_id: str) -> HttpError:
+        """See `Codec`."""
+        body = f'{{"error":{_error_object(error)},"request_id":{quote(request_id)}}}'
+        return HttpError(nearest(STATUS, error), body.encode("ascii"), error_headers(error, request_id))
+
+
+class OpenAIReply:
+    """`Reply` in chunks of `chat.completion.chunk`, or one `chat.completion`."""
+
+    def __init__(self, request_id: str, model: str, *, stream: bool, include_usage: bool) -> None:
+        self.stream = stream
+        self.ended = False
+        self._begun = False
+        self._include_usage = include_usage
+        self._model = quote(model)
+        self._id = quote(f"chatcmpl-{request_id}")
+        self._created = int(time.time())
+        self._after_text = f'}},"index":0,"logprobs":null,"finish_reason":null}}],{self._rest("null")}'
+
+    def whole(self, text: str, last: CaptionDelta) -> bytes:
+        """See `Reply`."""
+        return (
+            f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"}},'
+            f'"finish_reason":"{last.finish_reason}","index":0,"logprobs":null}}],"object":"chat.completion",'
+            f'"created":{self._created},"model":{self._model},"system_fingerprint":null,"id":{self._id},'
+            f'"usage":{_usage(last.usage)}}}'
+        ).encode("ascii")
+
+    def frame(self, delta: CaptionDelta) -> bytes:
+        """See `Reply`."""
+        if self.ended:
+            return b""
+        chunks = []
+        if not self._begun:
+            self._begun = True
+            chunks.append(f'data: {{"choices":[{{"delta":{{"content":"","role":"assistant"{self._after_text}')
+        chunks += [
+            f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{self._after_text}' for text in lines(delta.text)
+        ]
+        if delta.finish_reason is not None:
+            self.ended = True
+            chunks.append(
+                f'data: {{"choices":[{{"delta":{{"content":""}},"index":0,"logprobs":null,'
+                f'"finish_reason":"{delta.finish_reason}"}}],{self._rest("null")}'
+            )
+            if self._include_usage:
+                chunks.append(f'data: {{"choices":[],{self._rest(_usage(delta.usage))}')
+            chunks.append("data: [DONE]\n\n")
+        return "".join(chunks).encode("ascii")
+
+    def error_frame(self, error: errors.CaptionerError) -> bytes:
+        """See `Reply`."""
+        self.ended = True
+        return f'data: {{"error":{_error_object(error)}}}\n\n'.encode("ascii")
+
+    def _rest(self, usage: str) -> str:
+        return (
+            f'"object":"chat.completion.chunk","usage":{usage},"created":{self._created},"system_fingerprint":null,'
+            f'"model":{self._model},"id":{self._id}}}\n\n'
+        )
+
+
+def models_page(settings: Settings) -> bytes:
+    """The answer to `GET …/v1/models`."""
+    models = ",".join(_model_object(settings, name) for name in served_names(settings))
+    return f'{{"object":"list","data":[{models}]}}'.encode("ascii")
+
+
+def model(settings: Settings, name: str) -> bytes:
+    """The answer to `GET …/v1/models/{name}`. Raises `ModelNotFound`."""
+    check_served(settings, name)
+    return _model_object(settings, name).encode("ascii")
+
+
+def _model_object(settings: Settings, name: str) -> str:
+    card = model_card(settings)
+    description = f',"description":{quote(card.description)}' if card.owner else ""
+    return (
+        f'{{"id":{quote(name)},"object":"model","created":{CREATED},'
+        f'"owned_by":{quote(card.owner or "system")}{description}}}'
+    )
+
+
+def _messages(values: Mapping[str, Any]) -> list[Any]:
+    messages = values.get("messages")
+    if messages is None or messages == []:
+        raise InvalidRequest("[] is too short - 'messages'", param="messages")
+    if not isinstance(messages, list):
+        raise InvalidRequest("'messages' must be List", param="messages")
+    return messages
+
+
+def _seed(values: Mapping[str, Any]) -> int | None:
+    seed = integer(values, "seed")
+    if seed is None or 0 <= seed <= MAX_SEED:
+        return seed
+    if seed < 0:
+        raise InvalidRequest(f"{str(seed)[:32]} is lesser than the minimum of 0 - 'seed'", param="seed")
+    raise InvalidRequest(f"{str(seed)[:32]} is greater than the maximum of {MAX_SEED} - 'seed'", param="seed")
+
+
+def _usage(usage: Usage) -> str:
+    return (
+        f'{{"prompt_tokens":{usage.input_tokens},"completion_tokens":{usage.output_tokens},'
+        f'"total_tokens":{usage.total_tokens},'
+        f'"prompt_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens}}},'
+        f'"completion_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}'
+    )
+
+
+def _error_object(error: errors.CaptionerError) -> str:
+    type_, code = nearest(_TYPE_AND_CODE, error)
+    param = error.param if isinstance(error, InvalidRequest) else None
+    return (
+        f'{{"message":{quote(nearest(_MESSAGE, error) or str(error))},"type":"{type_}",'
+        f'"param":{_optional(param)},"code":{_optional(code)}}}'
+    )
+
+
+def _optional(text: str | None) -> str:
+    return "null" if text is None else quote(text)

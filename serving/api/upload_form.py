@@ -1,0 +1,126 @@
+"""Receiving a file by HTTP form, piece by piece (E4 of PROTOCOL 6.2): the fields come first, the file comes last.
+
+Nothing is kept before the fields have shown a valid policy, and the file goes straight to the store.
+"""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+
+from serving.errors import InvalidRequest, PolicyInvalid, UploadTooLarge
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from serving.storage.uploads import Upload, UploadGrant, UploadStore
+
+_FIELDS_BYTES = 65_536
+"""More than all fields of a client's form take."""
+_PARTS = 64
+"""More than a client's form has, which is eight or so. A name takes memory even without a value."""
+_OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
+"""The most that a body holds beside its file: all values, and 4 KiB of headers for each part."""
+
+
+async def receive_upload(
+    body: AsyncIterator[bytes], content_type: str, uploads: UploadStore, *, max_file_bytes: int
+) -> None:
+    """Store the one file of a form. After an error, the rest of the body is still to be read.
+
+    Raises `InvalidRequest` for what is no such form, `UploadRejected` as the policy and the store say, `Overloaded`.
+    """
+    form = _form(content_type)
+    fields: dict[str, bytearray] = {}
+    name, parts, size, total = "", 0, 0, 0
+    async with AsyncExitStack() as stack:
+        file: Upload | None = None
+        async for piece in body:
+            for part, data in form.feed(piece):
+                name = part or name
+                parts += bool(part)
+                if parts > _PARTS:
+                    raise InvalidRequest("The form has too many parts.")
+                if name == "file":
+                    if file is None:
+                        file = await stack.enter_async_context(uploads.receive(_grant(fields, uploads)))
+                    await file.write(data)
+                    continue
+                size += len(data)
+                if size > _FIELDS_BYTES:
+                    raise InvalidRequest("The fields of the form are too large.")
+                fields.setdefault(name, bytearray()).extend(data)
+            total += len(piece)
+            if total > max_file_bytes + _OVERHEAD_BYTES:  # in what means nothing too: after the last part, say
+                raise UploadTooLarge
+        if file is None or not form.complete:
+            raise InvalidRequest("The form is cut off, or has no part with the name file.")
+
+
+def _form(content_type: str) -> _Form:
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequest("The request must be a form: multipart/form-data with a boundary.")
+    try:
+        return _Form(boundary)
+    except FormParserError:
+        raise InvalidRequest("The boundary of the form is too long.") from None
+
+
+def _grant(fields: dict[str, bytearray], uploads: UploadStore) -> UploadGrant:
+    try:
+        policy, signature, key = (fields[name].decode() for name in ("policy", "Signature", "key"))
+    except (KeyError, UnicodeDecodeError):
+        raise PolicyInvalid from None
+    return uploads.check(policy=policy, signature=signature, key=key)
+
+
+class _Form:
+    """What a form's bytes mean: for each part once its name with no data, then its data."""
+
+    def __init__(self, boundary: bytes) -> None:
+        self.complete = False
+        self._found: list[tuple[str, bytes]] = []
+        self._header = self._value = b""
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": self._on_header_field,
+                "on_header_value": self._on_header_value,
+                "on_header_end": self._on_header_end,
+                "on_part_data": self._on_part_data,
+                "on_end": self._on_end,
+            },
+        )
+
+    def feed(self, piece: bytes) -> list[tuple[str, bytes]]:
+        """Take the next bytes; return what they complete. Raises `InvalidRequest`."""
+        try:
+            self._parser.write(piece)
+        except FormParserError:
+            raise InvalidRequest("The form is malformed.") from None
+        found, self._found = self._found, []
+        return found
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            name = parse_options_header(self._value)[1].get(b"name", b"")
+            self._found.append((name.decode(errors="replace") or "-", b""))
+        self._header = self._value = b""
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self._found.append(("", data[start:end]))
+
+    def _on_end(self) -> None:
+        self.complete = True

@@ -1,0 +1,1 @@
+"""Engine replicas behind sockets, used as one engine."""

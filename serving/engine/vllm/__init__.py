@@ -1,0 +1,1 @@
+"""The vLLM engine: the only importers of vllm."""

@@ -1,0 +1,169 @@
+"""The captioner on vLLM: an engine that imports vLLM only when it starts, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging.config
+import multiprocessing
+import os
+import tempfile
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serving.engine.base import Tally
+from serving.errors import EngineFailed, NotReady
+from serving.types import ANYONE, Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from serving.config import Settings
+    from serving.engine.base import EngineDelta, Load
+    from serving.engine.vllm.async_llm import LoadedModel
+    from serving.types import Features, Share
+
+
+class VllmEngine:
+    """An `Engine` on vLLM's `AsyncLLM`. The model runs in a process of its own.
+
+    `start` imports vLLM, which takes seconds, and starts that process, which imports it again and loads the model.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tally = Tally()
+        self._model: LoadedModel | None = None
+        self._loading: asyncio.Future[LoadedModel] | None = None
+        self._stopped = False
+        self.pids: tuple[int, ...] = ()
+
+    @property
+    def load(self) -> Load:
+        """See `Engine`."""
+        return self._tally.load(self._model.kv_capacity_tokens if self._model else 0)
+
+    async def start(self) -> None:
+        """See `Engine`."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="captioner-engine-")
+        self._siblings = multiprocessing.active_children()
+        self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+        try:
+            # Cancelling would not stop the thread; `stop` does.
+            model = await asyncio.shield(self._loading)
+            # The first request pays for what PyTorch does once; and a model that cannot generate is not ready.
+            async with aclosing(model.generate("start", model.silence(), Sampling(max_tokens=2))) as deltas:
+                async for _ in deltas:
+                    pass
+        except Exception as error:
+            raise EngineFailed from error
+        self._model = model
+        started = (process for process in multiprocessing.active_children() if process not in self._siblings)
+        self.pids = tuple(process.pid for process in started if process.pid)
+
+    def _load(self) -> LoadedModel:
+        with _environment(self._settings, Path(self._scratch.name)):
+            logging.config.dictConfig(_logging(self._settings))
+            module = importlib.import_module("serving.engine.vllm.async_llm")
+            if self._stopped:
+                raise NotReady
+            model: LoadedModel = module.LoadedModel(self._settings)
+            return model
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that the model is on."""
+        return self._model.gpus if self._model else 0
+
+    @property
+    def steps(self) -> int:
+        """See `Engine`."""
+        return self._model.steps if self._model else 0
+
+    async def check_health(self) -> None:
+        """See `Engine`."""
+        if self._model is None:
+            raise NotReady
+        if self._model.dead:
+            raise EngineFailed
+
+    async def generate(
+        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+    ) -> AsyncGenerator[EngineDelta]:
+        """See `Engine`."""
+        del share  # the order was chosen in front
+        if self._model is None:
+            raise NotReady
+        with self._tally.count(features):
+            async with aclosing(self._model.generate(request_id, features, sampling)) as deltas:
+                del features  # 123 MB for the longest clip, not needed once handed over
+                async for delta in deltas:
+                    yield delta
+
+    async def stop(self) -> None:
+        """See `Engine`."""
+        self._stopped, self._model = True, None
+        if self._loading is None:
+            return
+        while not self._loading.done():
+            # Loading fails once its process has gone. It holds nothing yet that would need an orderly end.
+            for process in multiprocessing.active_children():
+                if process not in self._siblings:
+                    process.kill()
+            await asyncio.wait((self._loading,), timeout=0.1)
+        loading, self._loading = self._loading, None
+        if not loading.cancelled() and loading.exception() is None:
+            await loading.result().close()
+        self._scratch.cleanup()
+
+
+@contextmanager
+def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
+    """Set what vLLM and the libraries below it read when they are imported, here and in the processes that vLLM starts.
+
+    What the operator has set stays, but for the place of vLLM's sockets and temporary files, which it leaves behind.
+    """
+    logging_config = scratch / "logging.json"
+    logging_config.write_text(json.dumps(_logging(settings)))
+    ours = {
+        "TMPDIR": str(scratch),
+        "VLLM_RPC_BASE_PATH": str(scratch),
+        "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
+    }
+    defaults = {
+        "DO_NOT_TRACK": "1",
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+        "PYTHONWARNINGS": "ignore",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if Path(settings.model).is_dir():
+        defaults["HF_HUB_OFFLINE"] = "1"
+    before = dict(os.environ)
+    os.environ.update(defaults | before | ours)
+    try:
+        yield
+    finally:
+        for name in {*ours, *defaults} - before.keys():
+            del os.environ[name]
+        os.environ.update({name: before[name] for name in ours.keys() & before.keys()})
+
+
+def _logging(settings: Settings) -> dict[str, Any]:
+    """Let vLLM log in the service's format. What it says of the stand-in on the CPU is no news to anyone."""
+    level = "INFO" if settings.log_level == "debug" else "ERROR" if settings.is_embedded else "WARNING"
+    formatter = (
+        "serving.observability.logging.JsonFormatter"
+        if settings.log_format == "json"
+        else "serving.observability.logging.TextFormatter"
+    )
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"service": {"()": formatter}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "service"}},
+        "loggers": {"vllm": {"level": level, "handlers": ["stderr"], "propagate": False}},
+    }

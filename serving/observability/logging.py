@@ -1,0 +1,79 @@
+"""Structured logs: one JSON object a line, or plain text for a terminal."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+import orjson
+
+from serving.observability.context import REQUEST_ID
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+_SECRET = re.compile(
+    r"""\bsk-[\w-]{4,}                                    # an API key
+    | (?i:\bbearer\s+)[^\s"'\\,]+                        # a token in a header
+    | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # who, and with which password
+    | (?<=[?&])(?i:[\w-]*(?:signature|token|key(?:_?id)?|secret|password|credential|policy|sig))=[^&\s"'\\]+
+    | \bdata:[^\s"',]{0,99},[^\s"'\\]{8,}               # audio in a URL
+    | [A-Za-z0-9+/_-]{256,}={0,2}                       # audio as it is
+    """,
+    re.VERBOSE,
+)
+
+
+def redact(text: str) -> str:
+    """The text without what must not be kept: keys, tokens, passwords, signatures of URLs, audio."""
+    return _SECRET.sub("[redacted]", text)
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    request_id = REQUEST_ID.get()
+    return ({"request_id": request_id} if request_id else {}) | {
+        key: value
+        for key, value in vars(record).items()
+        if key not in _STANDARD and not key.startswith(("vllm_", "_ray_"))  # they put their own into every record
+    }
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, the request's id, and whatever `extra` holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_extras(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return redact(orjson.dumps(line, default=str).decode())
+
+
+class TextFormatter(logging.Formatter):
+    """`12:34:56 message key=value …` for a person at a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        extras = " ".join(f"{key}={value}" for key, value in _extras(record).items() if value not in ("", {}))
+        first, newline, rest = super().format(record).partition("\n")
+        return redact(f"{first} {extras}".rstrip() + newline + rest)
+
+
+def configure(level: str, log_format: Literal["json", "text"]) -> None:
+    """Send every log record to standard error in the chosen form."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Their own lines repeat ours, or tell a request before it is finished.
+    for name in ("uvicorn.access", "uvicorn.error", "httpx", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)

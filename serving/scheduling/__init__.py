@@ -1,0 +1,1 @@
+"""Queueing and capacity shared between tenants."""

@@ -1,0 +1,1 @@
+"""Administration of tenants, keys, plans and prices."""

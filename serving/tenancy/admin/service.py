@@ -1,0 +1,317 @@
+"""What an administrator can do, as plain functions over the database: for the command line and the HTTP API alike.
+
+Each change is one transaction: it raises the revision (so changes wait for each other, and every replica sees within
+`key_refresh_s` that there is one), changes, and writes the audit log.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from serving.tenancy import schema
+from serving.tenancy.admin.validation import (
+    MOST,
+    NAME_CHARACTERS,
+    RefusedError,
+    checked_limits,
+    checked_name,
+    decimal,
+    plan_changes,
+    shown_key,
+    shown_plan,
+    shown_price,
+    shown_tenant,
+    tenant_changes,
+)
+from serving.tenancy.billing import prices
+from serving.tenancy.key_hashing import PREFIX_CHARACTERS, make_key
+from serving.tenancy.ledger.usage_record import now_ms
+from serving.tenancy.plans import State
+from serving.types import Region
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from serving.tenancy.key_hashing import Pepper
+
+    Shown = dict[str, Any]
+
+_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class UnknownError(LookupError):
+    """There is no such tenant, key or plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Administration:
+    """The verbs. `actor`: who uses them, for the audit log."""
+
+    database: sa.Engine
+    pepper: Pepper
+    actor: str
+
+    # ---- tenants
+
+    def tenants(self) -> list[Shown]:
+        """All of them."""
+        return self._all(schema.tenants, schema.tenants.c.id, shown_tenant)
+
+    def tenant(self, tenant_id: str) -> Shown:
+        """One. Raises `UnknownError`."""
+        with self.database.connect() as connection:
+            return shown_tenant(_one(connection, schema.tenants, schema.tenants.c.id, tenant_id))
+
+    def create_tenant(
+        self, tenant_id: str, *, region: str = Region.BEIJING, plan: str = "standard", **own: Any
+    ) -> Shown:
+        """Make a tenant, active from now on; `own` as for `change_tenant`. Raises `RefusedError`, `UnknownError`."""
+        if not _ID.fullmatch(tenant_id):
+            raise RefusedError("a tenant's id has lower-case letters, digits and hyphens, 63 at most")
+        if region not in set(Region):
+            raise RefusedError(f"region: {region} is none of {', '.join(Region)}")
+        at = now_ms()
+        row = {
+            "id": tenant_id,
+            "name": tenant_id,
+            "region": region,
+            "state": State.ACTIVE.value,
+            "plan": plan,
+            "limits": {},
+            "free_tokens": None,
+            "free_days": None,
+            "free_only": False,
+            "log_content": False,
+            "created_at": at,
+            "activated_at": at,
+        } | tenant_changes(own, {})
+        with self._change("tenants.create", tenant_id) as (connection, told):
+            _one(connection, schema.plans, schema.plans.c.name, row["plan"])
+            if connection.scalar(sa.select(schema.tenants.c.id).where(schema.tenants.c.id == tenant_id)):
+                raise RefusedError(f"there is a tenant {tenant_id} already")
+            connection.execute(schema.tenants.insert(), row)
+            told.after = shown_tenant(row)
+        return told.after
+
+    def change_tenant(self, tenant_id: str, **changes: Any) -> Shown:
+        """Change some of `name`, `plan`, `state`, `limits`, `free_tokens`, `free_days`, `free_only`, `log_content`.
+
+        Of `limits` only those named change; `None` lifts one, "plan" gives it back to the plan. Raises
+        `RefusedError`, `UnknownError`.
+        """
+        with self._change("tenants.set", tenant_id) as (connection, told):
+            row = _one(connection, schema.tenants, schema.tenants.c.id, tenant_id)
+            values = tenant_changes(changes, row["limits"])
+            if "plan" in values:
+                _one(connection, schema.plans, schema.plans.c.name, values["plan"])
+            if values:
+                connection.execute(schema.tenants.update().where(schema.tenants.c.id == tenant_id), values)
+            told.before, told.after = shown_tenant(row), shown_tenant({**row, **values})
+        return told.after
+
+    # ---- keys
+
+    def keys(self, tenant_id: str | None = None) -> list[Shown]:
+        """All keys, or a tenant's, revoked and expired ones too. Raises `UnknownError`."""
+        if tenant_id is not None:
+            self.tenant(tenant_id)
+        found = self._all(schema.keys, schema.keys.c.created_at, shown_key)
+        return [key for key in found if tenant_id in {None, key["tenant"]}]
+
+    def create_key(
+        self, tenant_id: str, *, name: str = "", expires_at: int | None = None, limits: Mapping[str, Any] | None = None
+    ) -> tuple[Shown, str]:
+        """Make a key, valid at once and until `expires_at` (ms since the epoch); return it and its secret.
+
+        The secret is kept nowhere: it is told this once. Raises `RefusedError`, `UnknownError`.
+        """
+        with self._change("keys.create", tenant_id) as (connection, told):
+            _one(connection, schema.tenants, schema.tenants.c.id, tenant_id)
+            row, secret = self._new_key(connection, tenant_id, name, expires_at, checked_limits(limits or {}, {}))
+            told.after = shown_key(row)
+        return told.after, secret
+
+    def rotate_key(self, key_id: str, *, overlap_s: float = 24 * 3600) -> tuple[Shown, str]:
+        """Put a new key in a key's place, which ends after the overlap; return it and its secret.
+
+        It has the old one's name, limits and end. Raises `RefusedError`, `UnknownError`.
+        """
+        if not 0 <= overlap_s <= 366 * 24 * 3600:
+            raise RefusedError("overlap: from 0 to a year")
+        with self._change("keys.rotate", key_id) as (connection, told):
+            old = _one(connection, schema.keys, schema.keys.c.id, key_id)
+            at = now_ms()
+            if old["revoked_at"] is not None or (old["expires_at"] is not None and old["expires_at"] <= at):
+                raise RefusedError("the key is not valid any more: create another one")
+            if old["replaced_by"] is not None:
+                raise RefusedError(f"the key has been rotated already: {old['replaced_by']} took its place")
+            row, secret = self._new_key(connection, old["tenant_id"], old["name"], old["expires_at"], old["limits"])
+            ends_at = min(at + round(overlap_s * 1000), old["expires_at"] or MOST)
+            ending = {"expires_at": ends_at, "replaced_by": row["id"]}
+            connection.execute(schema.keys.update().where(schema.keys.c.id == key_id), ending)
+            told.before, told.after = shown_key({**old, **ending}), shown_key(row)
+        return told.after, secret
+
+    def revoke_key(self, key_id: str) -> Shown:
+        """End a key now, for good; again it changes nothing. Raises `UnknownError`."""
+        with self._change("keys.revoke", key_id) as (connection, told):
+            row = _one(connection, schema.keys, schema.keys.c.id, key_id)
+            ended = {"revoked_at": row["revoked_at"] or now_ms()}
+            connection.execute(schema.keys.update().where(schema.keys.c.id == key_id), ended)
+            told.before, told.after = shown_key(row), shown_key({**row, **ended})
+        return told.after
+
+    def revoke_all_keys(self) -> Shown:
+        """End every key now, for good; the next key may then be made under another pepper."""
+        keys = schema.keys
+        with self._change("keys.revoke-all", "all") as (connection, told):
+            valid = keys.update().where(keys.c.revoked_at.is_(None))
+            told.after = {"revoked": connection.execute(valid, {"revoked_at": now_ms()}).rowcount}
+            connection.execute(schema.store_state.update(), {"pepper_check": None})
+        return told.after
+
+    def _new_key(
+        self,
+        connection: sa.Connection,
+        tenant_id: str,
+        name: str,
+        expires_at: int | None,
+        limits: Mapping[str, int | None],
+    ) -> tuple[Shown, str]:
+        at, secret = now_ms(), make_key()
+        if expires_at is not None and expires_at <= at:
+            raise RefusedError("the key would have expired already")
+        self._claim_pepper(connection)
+        row = {
+            "id": f"key-{secrets.token_hex(6)}",
+            "tenant_id": tenant_id,
+            "name": checked_name(name),
+            "digest": self.pepper.digest(secret),
+            "prefix": secret[:PREFIX_CHARACTERS],
+            "limits": dict(limits),
+            "created_at": at,
+            "expires_at": expires_at,
+            "revoked_at": None,
+            "replaced_by": None,
+        }
+        connection.execute(schema.keys.insert(), row)
+        return row, secret
+
+    def _claim_pepper(self, connection: sa.Connection) -> None:
+        """Keys of one database are hashed under one pepper: a key made under another would never be found."""
+        state = schema.store_state
+        known = connection.scalar(sa.select(state.c.pepper_check))
+        if known is None:
+            connection.execute(state.update(), {"pepper_check": self.pepper.check})
+        elif known != self.pepper.check:
+            raise RefusedError("key_pepper is not the one under which the keys in this database were hashed")
+
+    # ---- plans and prices
+
+    def plans(self) -> list[Shown]:
+        """All of them."""
+        return self._all(schema.plans, schema.plans.c.name, shown_plan)
+
+    def set_plan(self, name: str, **changes: Any) -> Shown:
+        """Change some of `weight`, `priority`, `tenant_limits`, `key_limits`, `free_tokens`, `free_days` of a plan.
+
+        A plan that is not there is made, without limits. Raises `RefusedError`.
+        """
+        if not _ID.fullmatch(name):
+            raise RefusedError("a plan's name has lower-case letters, digits and hyphens, 63 at most")
+        with self._change("plans.set", name) as (connection, told):
+            rows = connection.execute(sa.select(schema.plans).where(schema.plans.c.name == name)).mappings().all()
+            before: Mapping[Any, Any] = rows[0] if rows else _NEW_PLAN | {"name": name}
+            values = plan_changes(changes, before)
+            if rows:
+                told.before = shown_plan(before)
+                connection.execute(schema.plans.update().where(schema.plans.c.name == name), {**before, **values})
+            else:
+                connection.execute(schema.plans.insert(), {**before, **values})
+            told.after = shown_plan({**before, **values})
+        return told.after
+
+    def prices(self) -> list[Shown]:
+        """All, the earlier before the later."""
+        return self._all(schema.prices, (schema.prices.c.region, schema.prices.c.valid_from), shown_price)
+
+    def set_price(self, region: str, *, currency: str, input_price: Any, output_price: Any, valid_from: int) -> Shown:
+        """Charge so much per 1,000 tokens from then on (ms since the epoch). What was billed stays as it was.
+
+        Raises `RefusedError`, also for a time that has passed.
+        """
+        if region not in set(Region):
+            raise RefusedError(f"region: {region} is none of {', '.join(Region)}")
+        if not re.fullmatch(r"[A-Z]{3}", currency):
+            raise RefusedError("currency: three capital letters, such as CNY")
+        if valid_from < now_ms() - 60_000:
+            raise RefusedError("a price cannot change what was billed: valid_from must not lie in the past")
+        try:
+            price = prices.Price.of(currency, decimal(input_price), decimal(output_price))
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        table = schema.prices
+        row = prices.row(Region(region), valid_from, price)
+        with self._change("prices.set", region) as (connection, told):
+            connection.execute(table.delete().where(table.c.region == region, table.c.valid_from == valid_from))
+            connection.execute(table.insert(), row)
+            told.after = shown_price(row)
+        return told.after
+
+    # ---- audit log
+
+    def audit(self, *, subject: str | None = None, limit: int = 100) -> list[Shown]:
+        """The latest changes, the last one first."""
+        log = schema.audit_log
+        query = sa.select(log).order_by(log.c.id.desc()).limit(limit)
+        if subject is not None:
+            query = query.where(log.c.subject == subject)
+        with self.database.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    # ---- common
+
+    def _all(self, table: sa.Table, order: Any, shown: Any) -> list[Shown]:
+        query = sa.select(table).order_by(*(order if isinstance(order, tuple) else (order,)))
+        with self.database.connect() as connection:
+            return [shown(row) for row in connection.execute(query).mappings()]
+
+    @contextmanager
+    def _change(self, action: str, subject: str) -> Iterator[tuple[sa.Connection, _Told]]:
+        state, told = schema.store_state, _Told()
+        with self.database.begin() as connection:
+            connection.execute(state.update().values(revision=state.c.revision + 1))
+            yield connection, told
+            entry = {"at": now_ms(), "actor": self.actor[:NAME_CHARACTERS], "action": action, "subject": subject}
+            connection.execute(schema.audit_log.insert(), entry | {"before": told.before, "after": told.after})
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the audit log is told: how it was, and how it is."""
+
+    before: Shown | None = None
+    after: Shown = None  # type: ignore[assignment]  # every verb sets it
+
+
+_NEW_PLAN = {
+    "weight": 1.0,
+    "priority": 0,
+    "tenant_limits": {},
+    "key_limits": {},
+    "free_tokens": 0,
+    "free_days": 0,
+}
+
+
+def _one(connection: sa.Connection, table: sa.Table, column: Any, value: str) -> Mapping[Any, Any]:
+    row = connection.execute(sa.select(table).where(column == value)).mappings().first()
+    if row is None:
+        raise UnknownError(f"there is no {table.name.removesuffix('s')} {value!r}")
+    return row

@@ -1,0 +1,138 @@
+"""What tenants used and owe: sums of the ledger, exact to the token and the nano-unit."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from serving.tenancy.billing.prices import money
+from serving.tenancy.schema import usage_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_USAGE = usage_records.c
+_DAY_MS = 24 * 3600 * 1000
+
+GROUPS = {"day": _USAGE.opened_at // _DAY_MS, "tenant": _USAGE.tenant_id, "key": _USAGE.key_id}
+"""What usage may be told by. Days are UTC, and a request belongs to the day on which it was admitted."""
+
+
+def _of_billed(column: Any) -> Any:
+    return sa.func.coalesce(sa.func.sum(sa.case((_USAGE.billed, column), else_=0)), 0)
+
+
+_SUMS = {
+    "requests": sa.func.count(),
+    "billed_requests": _of_billed(1),
+    "open_requests": sa.func.coalesce(sa.func.sum(sa.case((_USAGE.ending.is_(None), 1), else_=0)), 0),
+    "audio_ms": sa.func.coalesce(sa.func.sum(_USAGE.audio_ms), 0),
+    "input_tokens": _of_billed(_USAGE.input_tokens),
+    "output_tokens": _of_billed(_USAGE.output_tokens),
+    "free_tokens": _of_billed(_USAGE.free_tokens),
+    "amount_nanos": _of_billed(_USAGE.amount_nanos),
+}
+"""Tokens and amounts are those billed; requests and audio are all that were admitted."""
+
+
+def usage(
+    database: sa.Engine,
+    *,
+    since: dt.date,
+    until: dt.date,
+    by: Sequence[str] = ("day", "tenant"),
+    tenant: str | None = None,
+    key: str | None = None,
+) -> list[dict[str, Any]]:
+    """Sums of the days from `since` to `until`, both included, by some of `GROUPS` and by currency."""
+    groups = [GROUPS[name].label(name) for name in by]
+    query = (
+        sa.select(*groups, _USAGE.currency, *(sums.label(name) for name, sums in _SUMS.items()))
+        .where(_USAGE.opened_at >= _ms(since), _USAGE.opened_at < _ms(until + dt.timedelta(days=1)))
+        .group_by(*groups, _USAGE.currency)
+        .order_by(*groups, _USAGE.currency)
+    )
+    if tenant is not None:
+        query = query.where(_USAGE.tenant_id == tenant)
+    if key is not None:
+        query = query.where(_USAGE.key_id == key)
+    with database.connect() as connection:
+        return [_shown(row) for row in connection.execute(query).mappings()]
+
+
+def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
+    """What a tenant owes for a month (`2026-11`): a line for each key and price, and totals that are their sums.
+
+    `list_amount` is the price of all tokens, `amount` what is left of it after free ones. `open_requests` were not
+    ended when this was asked; they are in no line until they are. Raises `ValueError` for what is no month.
+    """
+    first = dt.date.fromisoformat(f"{month}-01")
+    following = (first + dt.timedelta(days=32)).replace(day=1)
+    groups = (_USAGE.key_id, _USAGE.region, _USAGE.currency, _USAGE.input_price, _USAGE.output_price)
+    query = (
+        sa.select(*groups, *(sums.label(name) for name, sums in _SUMS.items()))
+        .where(_USAGE.tenant_id == tenant, _USAGE.opened_at >= _ms(first), _USAGE.opened_at < _ms(following))
+        .group_by(*groups)
+        .order_by(*groups)
+    )
+    with database.connect() as connection:
+        rows = [{**row} for row in connection.execute(query).mappings()]
+    lines: list[dict[str, Any]] = []
+    totals: dict[str, dict[str, int]] = {}
+    still_open = 0
+    for row in rows:
+        still_open += int(row.pop("open_requests"))
+        row["list_nanos"] = _list_nanos(row)
+        total = totals.setdefault(row["currency"], dict.fromkeys(_TOTALS, 0))
+        for name in _TOTALS:
+            total[name] += int(row[name])
+        if row["billed_requests"]:
+            lines.append(_told(row))
+    return {
+        "tenant": tenant,
+        "month": month,
+        "lines": lines,
+        "totals": [_told({"currency": currency, **total}) for currency, total in sorted(totals.items())],
+        "open_requests": still_open,
+    }
+
+
+_TOTALS = ("billed_requests", "input_tokens", "output_tokens", "free_tokens", "list_nanos", "amount_nanos")
+
+
+def _list_nanos(row: dict[str, Any]) -> int:
+    """Tokens times prices. A price per 1,000 tokens is a whole number of nano-units per token."""
+    per_token = [_nanos_per_token(row[name]) for name in ("input_price", "output_price")]
+    return int(row["input_tokens"]) * per_token[0] + int(row["output_tokens"]) * per_token[1]
+
+
+def _nanos_per_token(price: str) -> int:
+    """Nano-units per token of a price per 1,000 tokens, as records have it."""
+    whole, _, decimals = price.partition(".")
+    return int(whole) * 10**6 + int(decimals.ljust(6, "0")[:6] or 0)
+
+
+def _shown(row: Any) -> dict[str, Any]:
+    shown = _told({**row})
+    if "day" in shown:
+        shown["day"] = (dt.date(1970, 1, 1) + dt.timedelta(days=int(shown["day"]))).isoformat()
+    return shown
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """Sums as integers (PostgreSQL's are decimals), audio in seconds, amounts in units of their currency."""
+    told: dict[str, Any] = {}
+    for name, value in row.items():
+        if name == "audio_ms":
+            told["audio_s"] = int(value) / 1000
+        elif name.endswith("_nanos"):
+            told[{"amount_nanos": "amount", "list_nanos": "list_amount"}[name]] = money(int(value))
+        else:
+            told[name] = value if isinstance(value, str) else int(value)
+    return told
+
+
+def _ms(day: dt.date) -> int:
+    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp() * 1000)

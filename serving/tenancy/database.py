@@ -1,0 +1,122 @@
+"""The database of tenancy: SQLite in a file by default, PostgreSQL where several machines share it."""
+
+from __future__ import annotations
+
+import fcntl
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+
+from serving.tenancy.billing import prices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serving.config import Settings
+
+_CONNECT_S = 5
+_STATEMENT_S = 30
+_BUSY_S = 10
+_MIGRATION_LOCK = 0x63617074
+"""The number of an advisory lock: PostgreSQL knows them by numbers."""
+
+_SQLITE, _POSTGRESQL = "sqlite", "postgresql"
+
+
+class UnusableDatabase(ValueError):  # noqa: N818
+    """Its address, or what is in it, cannot be used. Trying again does not help."""
+
+
+def open_database(settings: Settings) -> sa.Engine:
+    """The database that the settings name; nothing connects yet. Raises `UnusableDatabase`."""
+    if settings.database_url is not None:
+        return connect(settings.database_url.get_secret_value())
+    return connect(f"sqlite:///{settings.data_dir / 'captioner.db'}")
+
+
+def connect(address: str) -> sa.Engine:
+    """Make an engine for a `sqlite:///…` or `postgresql://…` address. Raises `UnusableDatabase`."""
+    try:
+        url = sa.make_url(address)
+    except sa.exc.ArgumentError:
+        raise UnusableDatabase("database_url is not an address such as postgresql://user@host/name") from None
+    match url.get_backend_name():
+        case "sqlite":
+            return _sqlite(url)
+        case "postgresql" | "postgres":
+            return _postgresql(url.set(drivername="postgresql+psycopg"))
+        case other:
+            raise UnusableDatabase(f"database_url: {other} is not supported, use sqlite or postgresql")
+
+
+def migrate(database: sa.Engine) -> None:
+    """Bring the tables to what this version expects. Several processes may do so at once; one does it.
+
+    Raises `sqlalchemy.exc.OperationalError` if the database is away, `UnusableDatabase` if it is of a later version.
+    """
+    with as_file(files("serving.tenancy.migrations")) as scripts, _exclusively(database) as connection:
+        config = Config()
+        config.set_main_option("script_location", str(scripts).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise UnusableDatabase(f"the database cannot be brought up to date: {error}") from error
+        prices.seed(connection)
+
+
+@contextmanager
+def _exclusively(database: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction while no other process migrates."""
+    if database.dialect.name == _POSTGRESQL:
+        with database.begin() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            yield connection
+        return
+    path = Path(f"{database.url.database}.lock")
+    path.touch(mode=0o600)
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with database.begin() as connection:
+            yield connection
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
+    if not url.database or url.database == ":memory:":
+        raise UnusableDatabase("database_url: SQLite needs a file, as in sqlite:////var/lib/captioner/captioner.db")
+    path = Path(url.database).absolute()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # the database takes over what its file has
+    database = sa.create_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_S})
+
+    @sa.event.listens_for(database, "connect")
+    def connected(connection: Any, _: Any) -> None:
+        # We begin transactions ourselves: Python's module would leave DDL and reads out of them.
+        connection.isolation_level = None
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(database, "begin")
+    def begun(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return database
+
+
+def _postgresql(url: sa.URL) -> sa.Engine:
+    options = f"-c statement_timeout={_STATEMENT_S * 1000} -c lock_timeout={_STATEMENT_S * 1000} -c timezone=UTC"
+    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+    return sa.create_engine(
+        url,
+        connect_args={"connect_timeout": _CONNECT_S, "options": options, "application_name": "captioner", **alive},
+        pool_size=4,
+        max_overflow=4,
+        pool_timeout=_BUSY_S,
+        pool_pre_ping=True,
+    )

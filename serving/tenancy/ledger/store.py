@@ -1,0 +1,114 @@
+"""The ledger's side of the database: journal entries in, and what callers have spent out."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from serving.tenancy.ledger.usage_record import COLUMNS, PROGRESS, Ending, now_ms
+from serving.tenancy.limits.limiter import Spent, Sums
+from serving.tenancy.schema import usage_records
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from serving.types import Caller
+
+_USAGE = usage_records.c
+
+_LOST = {"ending": Ending.LOST.value, "billed": False, "free_tokens": 0, "amount_nanos": 0}
+
+
+def write(database: sa.Engine, entries: Iterable[Any]) -> None:
+    """Bring journal entries into the database, in one transaction.
+
+    To be repeated as often as one likes: a record that is closed stays as it is, unless others had closed it as lost.
+    """
+    records: dict[str, dict[str, Any]] = {}
+    progress: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if "progress" in entry:
+            for each in entry["progress"]:
+                told = dict(zip(PROGRESS, each, strict=True))
+                progress[told["request_id"]] = told | {"reported_at": entry["at"]}
+        else:
+            records[entry["request_id"]] = entry
+            progress.pop(entry["request_id"], None)
+    with database.begin() as connection:
+        if records:
+            # In one order everywhere, so that two writers cannot wait for each other.
+            rows = [_columns(records[request_id]) for request_id in sorted(records)]
+            connection.execute(_upsert(database), rows)
+        if progress:
+            reports = [{"of": request_id, **progress[request_id]} for request_id in sorted(progress)]
+            connection.execute(_PROGRESS, reports)
+
+
+def close_lost(database: sa.Engine, replica: str) -> int:
+    """Close what a dead replica had open; return how many records that were."""
+    return _close(database, _USAGE.replica == replica)
+
+
+def close_unreported(database: sa.Engine, *, before_ms: int) -> int:
+    """Close what nobody has reported on since then; return how many records that were."""
+    return _close(database, _USAGE.reported_at < before_ms)
+
+
+def spent(database: sa.Engine, caller: Caller, at_ms: int) -> Spent:
+    """What a tenant and its key were billed for requests of this day and month (UTC), and the tenant's free tokens."""
+    day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    day_ms, month_ms = (round(1000 * since.timestamp()) for since in (day, day.replace(day=1)))
+    with database.connect() as connection:
+        of_tenant, of_key = (
+            connection.execute(
+                sa.select(*(_sum(each, day_ms) for each in _BILLED), *(_sum(each, month_ms) for each in _BILLED)).where(
+                    column == name, _USAGE.billed, _USAGE.opened_at >= month_ms
+                )
+            ).one()
+            for column, name in ((_USAGE.tenant_id, caller.tenant_id), (_USAGE.key_id, caller.key_id))
+        )
+        free = sa.select(sa.func.coalesce(sa.func.sum(_USAGE.free_tokens), 0))
+        free_tokens = connection.scalar(free.where(_USAGE.tenant_id == caller.tenant_id, _USAGE.billed))
+    return Spent(_sums(of_tenant), _sums(of_key), int(free_tokens or 0))
+
+
+_BILLED = (_USAGE.input_tokens + _USAGE.output_tokens, _USAGE.amount_nanos)
+
+
+def _sum(amount: sa.ColumnElement[int], since_ms: int) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(sa.case((_USAGE.opened_at >= since_ms, amount), else_=0)), 0)
+
+
+def _sums(row: Iterable[Any]) -> Sums:
+    tokens_per_day, nanos_per_day, tokens_per_month, nanos_per_month = map(int, row)
+    return Sums(tokens_per_day, tokens_per_month, nanos_per_day, nanos_per_month)
+
+
+def _close(database: sa.Engine, which: sa.ColumnElement[bool]) -> int:
+    statement = usage_records.update().where(_USAGE.ending.is_(None), which).values(closed_at=now_ms(), **_LOST)
+    with database.begin() as connection:
+        return connection.execute(statement).rowcount
+
+
+def _upsert(database: sa.Engine) -> sa.Insert:
+    insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[database.dialect.name](usage_records)
+    return insert.on_conflict_do_update(  # type: ignore[no-any-return]
+        index_elements=[_USAGE.request_id],
+        set_={name: insert.excluded[name] for name in COLUMNS if name != "request_id"},
+        where=_USAGE.ending.is_(None) | ((_USAGE.ending == Ending.LOST.value) & insert.excluded.ending.is_not(None)),
+    )
+
+
+_PROGRESS = (
+    usage_records.update()
+    .where(_USAGE.request_id == sa.bindparam("of"), _USAGE.ending.is_(None))
+    .values({name: sa.bindparam(name) for name in (*PROGRESS[1:], "reported_at")})
+)
+
+
+def _columns(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row of an entry."""
+    return {name: entry[name] for name in COLUMNS}

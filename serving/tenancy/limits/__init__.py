@@ -1,0 +1,1 @@
+"""Limits per tenant and key, counted in memory or in Redis."""
