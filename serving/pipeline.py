@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 from serving.engine.base import context_tokens
-from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
-from serving.scheduling.fair_queue import Room
+from serving.errors import DeadlineExceeded, EngineFailed, NotReady
+from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
     FinishReason,
@@ -27,7 +27,7 @@ from serving.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator
+    from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
     from serving.audio.fetch import Fetcher
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
     from serving.storage.uploads import UploadStore
     from serving.tenancy.usage_session import Admission
-    from serving.types import CaptionRequest, Features, Share
+    from serving.types import CaptionRequest, Features, SchedulingClass
 
 
 class Captioner:
@@ -60,12 +60,12 @@ class Captioner:
         self._fetcher = fetcher
         self._uploads = uploads
         self._on_not_ready = on_not_ready
-        self._places = Room(settings.max_inflight)
+        self._slots = SharedCapacity(settings.max_inflight, reason="inflight")
 
     @property
     def in_flight(self) -> int:
         """Captions under way."""
-        return self._places.taken
+        return self._slots.used
 
     async def caption(
         self,
@@ -84,10 +84,10 @@ class Captioner:
         needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        sampling, request_id, share = request.sampling, request.request_id, admission.caller.share
+        sampling, request_id, scheduling_class = request.sampling, request.request_id, admission.caller.scheduling_class
         began = time.perf_counter()
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._place(share))
+            stack.enter_context(self._slots.acquire(scheduling_class))
             try:
                 await self._engine.check_health()  # no download or decoding for an engine that cannot take it
             except NotReady:
@@ -98,7 +98,7 @@ class Captioner:
             held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
-                    features = await self._prepare(request, record, held, share)
+                    features = await self._prepare(request, record, held, scheduling_class)
             except TimeoutError:
                 raise DeadlineExceeded from None
             # From here on neither this frame nor the caller needs the encoded audio (up to 10 MiB each).
@@ -111,7 +111,7 @@ class Captioner:
             await admission.charge()
             queued = time.perf_counter()
             deltas = await stack.enter_async_context(
-                aclosing(self._engine.generate(request_id, features, sampling, share)),
+                aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)),
             )
             del features
             while True:
@@ -141,7 +141,7 @@ class Captioner:
                     return
 
     async def _prepare(
-        self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack, share: Share
+        self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack, scheduling_class: SchedulingClass
     ) -> Features:
         """Features of the request's audio; `held` keeps them, the download is gone when this returns."""
         async with AsyncExitStack() as download:
@@ -153,9 +153,9 @@ class Captioner:
                 case UploadedAudio(key):
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
-                    clip = await download.enter_async_context(self._fetcher.fetch(url, share))
+                    clip = await download.enter_async_context(self._fetcher.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - began)
-            prepared = await held.enter_async_context(self._workers.prepare(clip, share))
+            prepared = await held.enter_async_context(self._workers.prepare(clip, scheduling_class))
         ended = time.perf_counter()
         for stage, seconds in (
             ("features", prepared.features_s),
@@ -165,12 +165,3 @@ class Captioner:
             record.stage(stage, seconds, ended=ended)
             ended -= seconds
         return prepared.features
-
-    @contextmanager
-    def _place(self, share: Share) -> Iterator[None]:
-        if not self._places.take(share):
-            raise Overloaded(reason="inflight")
-        try:
-            yield
-        finally:
-            self._places.add(share, -1)

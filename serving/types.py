@@ -49,19 +49,19 @@ AudioSource = UrlAudio | InlineAudio | UploadedAudio
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """Whose work it is, where work waits: flows share capacity by weight.
+class SchedulingClass:
+    """The tenant that work belongs to, and how it is scheduled: tenants share capacity by `weight`.
 
-    A higher `priority` class goes first, as long as nobody of a lower one has waited too long.
+    Work of a higher `priority` is served first, unless work of a lower priority has waited too long.
     """
 
-    flow: str = ""
+    tenant: str = ""
     weight: float = 1.0
     priority: int = 0
 
 
-ANYONE = Share()
-"""Work of nobody in particular: all of it is one flow."""
+NO_TENANT = SchedulingClass()
+"""Work that belongs to no tenant; all of it is scheduled as one."""
 
 
 class Region(enum.StrEnum):
@@ -106,7 +106,7 @@ class Caller:
     tenant_id: str
     key_id: str
     region: Region = Region.BEIJING
-    share: Share = field(default_factory=Share)
+    scheduling_class: SchedulingClass = field(default_factory=SchedulingClass)
     tenant_limits: Limits = field(default_factory=Limits)
     key_limits: Limits = field(default_factory=Limits)
     free_quota: FreeQuota | None = None

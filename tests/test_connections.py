@@ -19,14 +19,14 @@ import pytest
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects.dashscope import DashScopeCodec
-from serving.api.request_body import BodyBudget
 from serving.config import Settings
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
 from serving.pipeline import Captioner
+from serving.scheduling.shared_capacity import SharedCapacity
 from serving.tenancy.usage_session import Admissions
-from serving.types import Caller, Features, Share
+from serving.types import Caller, Features, SchedulingClass
 from tests.service import RunningService
 from tests.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
 
@@ -119,7 +119,7 @@ class _Workers:
     """Audio workers that need no audio."""
 
     @asynccontextmanager
-    async def prepare(self, _clip: object, _share: Share) -> AsyncIterator[SimpleNamespace]:
+    async def prepare(self, _clip: object, _share: SchedulingClass) -> AsyncIterator[SimpleNamespace]:
         features = Features(np.zeros((128, 100), np.float32), 16_000)
         yield SimpleNamespace(features=features, queue_s=0, decode_s=0, features_s=0)
 
@@ -142,7 +142,7 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, captioner, keys, admissions, metrics, BodyBudget(10**9), settings)
+    endpoint = CaptionEndpoint(codec, captioner, keys, admissions, metrics, SharedCapacity(10**9), settings)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 

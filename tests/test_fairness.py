@@ -9,15 +9,17 @@ from itertools import count
 
 import pytest
 
-from serving.scheduling.fair_queue import FairLine, Room
-from serving.types import ANYONE, Share
+from serving.errors import Overloaded
+from serving.scheduling.fair_queue import FairQueue
+from serving.scheduling.shared_capacity import Permit, SharedCapacity
+from serving.types import NO_TENANT, SchedulingClass
 
 PATIENCE_S = 60.0
 
 
 @dataclass(eq=False)
 class Work:
-    share: Share
+    scheduling_class: SchedulingClass
     cost: float
     arrived_s: float = 0.0
     key: float = 0.0
@@ -32,27 +34,27 @@ class Server:
     served: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.line: FairLine[Work] = FairLine(lambda work: work.key, patience_s=PATIENCE_S, now_s=lambda: self.now_s)
+        self.queue: FairQueue[Work] = FairQueue(lambda work: work.key, patience_s=PATIENCE_S, now_s=lambda: self.now_s)
 
-    def add(self, share: Share, cost: float, *, key: float = 0.0) -> Work:
+    def add(self, scheduling_class: SchedulingClass, cost: float, *, key: float = 0.0) -> Work:
         """Something arrives."""
-        work = Work(share, cost, self.now_s, key)
-        self.line.add(work)
+        work = Work(scheduling_class, cost, self.now_s, key)
+        self.queue.add(work)
         return work
 
     def serve(self) -> Work:
         """Whose turn it is."""
-        work = next(self.line.turns())
-        self.line.take(work)
+        work = next(self.queue.in_order())
+        self.queue.dequeue(work)
         self.now_s += work.cost
-        self.served[work.share.flow] += round(work.cost)
+        self.served[work.scheduling_class.tenant] += round(work.cost)
         work.done_s = self.now_s
         return work
 
 
-def flow(name: str, weight: float = 1.0, priority: int = 0) -> Share:
+def flow(name: str, weight: float = 1.0, priority: int = 0) -> SchedulingClass:
     """Whose it is."""
-    return Share(name, weight, priority)
+    return SchedulingClass(name, weight, priority)
 
 
 @pytest.mark.parametrize(
@@ -62,12 +64,12 @@ def test_what_is_served_is_in_proportion_to_the_weights(weights: tuple[int, int]
     """In cost, not in items: whatever the items cost, within one item of each."""
     server = Server()
     shares = [flow(name, weight) for name, weight in zip("ab", weights, strict=True)]
-    for share, cost in zip(shares, costs, strict=True):
+    for scheduling_class, cost in zip(shares, costs, strict=True):
         for _ in range(3000):
-            server.add(share, cost)
+            server.add(scheduling_class, cost)
     while server.now_s < 3000:
         server.serve()
-    a, b = (server.served[share.flow] / share.weight for share in shares)
+    a, b = (server.served[scheduling_class.tenant] / scheduling_class.weight for scheduling_class in shares)
     assert abs(a - b) <= max(cost / weight for cost, weight in zip(costs, weights, strict=True)) + 1
 
 
@@ -81,15 +83,15 @@ def delays(flood: int) -> list[float]:
     arrivals.sort(key=lambda arrival: arrival[0])
     pending = iter(arrivals)
     due = next(pending, None)
-    while due is not None or len(server.line):
-        while due is not None and (due[0] <= server.now_s or not len(server.line)):
+    while due is not None or len(server.queue):
+        while due is not None and (due[0] <= server.now_s or not len(server.queue)):
             server.now_s = max(server.now_s, due[0])
             server.add(due[1], due[2])
             due = next(pending, None)
         if server.now_s > 2000:
             break
         work = server.serve()
-        if work.share is b and work.done_s is not None:
+        if work.scheduling_class is b and work.done_s is not None:
             waited.append(work.done_s - work.arrived_s)
     return sorted(waited)
 
@@ -108,10 +110,10 @@ def test_idle_share_is_used_and_not_saved_up() -> None:
     for _ in range(100):
         server.add(a, 1)
     for _ in range(50):
-        assert server.serve().share is a
+        assert server.serve().scheduling_class is a
     for _ in range(100):
         server.add(b, 1)
-    turns = Counter(server.serve().share.flow for _ in range(40))
+    turns = Counter(server.serve().scheduling_class.tenant for _ in range(40))
     assert turns == {"a": 20, "b": 20}
 
 
@@ -124,9 +126,9 @@ def test_what_was_more_than_expected_is_paid_later() -> None:
     turns: Counter[str] = Counter()
     for _ in range(200):
         work = server.serve()
-        turns[work.share.flow] += 1
-        if work.share is a:
-            server.line.settle(work, 3)
+        turns[work.scheduling_class.tenant] += 1
+        if work.scheduling_class is a:
+            server.queue.correct_cost(work, 3)
     assert turns["b"] == pytest.approx(3 * turns["a"], abs=4)
 
 
@@ -136,7 +138,7 @@ def test_a_higher_priority_goes_first_until_others_have_waited_too_long() -> Non
     waiting = [server.add(low, 1) for _ in range(5)]
     for _ in range(500):
         server.add(high, 1)
-    order = [server.serve().share.flow for _ in range(59)]
+    order = [server.serve().scheduling_class.tenant for _ in range(59)]
     assert set(order) == {"high"}
     while any(work.done_s is None for work in waiting):
         server.serve()
@@ -164,8 +166,8 @@ def test_a_line_does_not_grow_with_everyone_who_ever_came() -> None:
         if number:
             beside.serve()
             beside.serve()
-    assert len(alone.line._flows) == 0
-    assert len(beside.line._flows) < 1000
+    assert len(alone.queue._tenants) == 0
+    assert len(beside.queue._tenants) < 1000
 
 
 def test_nothing_is_lost_whatever_happens() -> None:
@@ -181,38 +183,73 @@ def test_nothing_is_lost_whatever_happens() -> None:
                 waiting[number] = server.add(rng.choice(shares), rng.choice([1, 5, 30]), key=rng.random())
             case luck if luck < 0.6 and waiting:
                 number = rng.choice(list(waiting))
-                assert server.line.discard(waiting.pop(number))
+                assert server.queue.discard(waiting.pop(number))
                 fate[number].append("left")
-            case _ if len(server.line):
+            case _ if len(server.queue):
                 served = server.serve()
                 number = next(number for number, work in waiting.items() if work is served)
                 del waiting[number]
                 fate[number].append("served")
-        assert len(server.line) == len(waiting) == len(list(server.line)) == len(set(map(id, server.line.turns())))
+        assert (
+            len(server.queue) == len(waiting) == len(list(server.queue)) == len(set(map(id, server.queue.in_order())))
+        )
     assert all(len(ends) == 1 for ends in fate.values())
 
 
-def test_a_room_keeps_places_for_those_who_come_later() -> None:
-    """One flow alone gets eight ninths; a second one still finds room, and together they cannot fill it."""
-    room, a, b = Room(90), flow("a"), flow("b")
-    assert sum(room.take(a) for _ in range(200)) == 80
-    assert sum(room.take(b) for _ in range(200)) >= 8
-    assert room.taken <= 90
-    for _ in range(80):
-        room.add(a, -1)
-    assert sum(room.take(b) for _ in range(200)) + 8 <= 81
+def acquired(capacity: SharedCapacity, tenant: SchedulingClass, tries: int) -> list[Permit]:
+    """Permits for as many single units as the tenant gets."""
+    permits, reasons = [], set()
+    for _ in range(tries):
+        try:
+            permits.append(capacity.acquire(tenant))
+        except Overloaded as refused:
+            reasons.add(refused.reason)
+    assert reasons <= {"bodies"}
+    return permits
 
 
-def test_a_weight_counts_in_a_room_too() -> None:
+def test_a_shared_capacity_keeps_units_for_tenants_that_come_later() -> None:
+    """One tenant alone gets eight ninths; a second one still finds some, and together they cannot fill it."""
+    capacity, a, b = SharedCapacity(90, reason="bodies"), flow("a"), flow("b")
+    of_a = acquired(capacity, a, 200)
+    assert len(of_a) == 80
+    of_b = acquired(capacity, b, 200)
+    assert len(of_b) >= 8
+    assert capacity.used <= 90
+    for permit in of_a:
+        permit.release()
+        permit.release()
+    assert capacity.used == len(of_b)
+    assert len(of_b) + len(acquired(capacity, b, 200)) <= 81
+
+
+def test_a_weight_counts_in_a_shared_capacity_too() -> None:
     """Three times the weight, three times the part of what is left."""
-    heavy, light = Room(400), Room(400)
-    of_heavy = sum(heavy.take(flow("a", 3)) for _ in range(400))
-    of_light = sum(light.take(flow("a", 1 / 8)) for _ in range(400))
-    assert of_heavy == 384
-    assert of_light == 200
+    heavy, light = SharedCapacity(400, reason="bodies"), SharedCapacity(400, reason="bodies")
+    assert len(acquired(heavy, flow("a", 3), 400)) == 384
+    assert len(acquired(light, flow("a", 1 / 8), 400)) == 200
 
 
-def test_without_keys_there_is_nobody_to_keep_room_for() -> None:
-    """Work of nobody in particular may fill a room."""
-    room = Room(10)
-    assert sum(room.take(ANYONE) for _ in range(20)) == 10
+def test_without_keys_there_is_nobody_to_keep_units_for() -> None:
+    """Work of no tenant may fill a capacity."""
+    capacity = SharedCapacity(10, reason="bodies")
+    assert len(acquired(capacity, NO_TENANT, 20)) == 10
+
+
+def test_permits_grow_are_released_once_and_refuse_whole() -> None:
+    """What does not fit is refused whole; leaving the context releases all, keeping and recounting correct the sum."""
+    capacity = SharedCapacity(100, reason="bodies", alpha=1.0)
+    with capacity.permit(flow("a")) as permit:
+        permit.grow(40)
+        with pytest.raises(Overloaded):
+            permit.grow(61)
+        assert (permit.amount, capacity.used, dict(capacity.used_by_tenant)) == (40, 40, {"a": 40})
+        permit.count(70)
+        assert capacity.used == 110
+    assert (capacity.used, dict(capacity.used_by_tenant)) == (0, {})
+    with capacity.permit(flow("a")) as permit:
+        permit.grow(30)
+        permit.keep()
+    assert capacity.used == 30
+    capacity.recount({"a": 30}, {"a": 10, "b": 5})
+    assert dict(capacity.used_by_tenant) == {"a": 10, "b": 5}

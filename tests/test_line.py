@@ -7,7 +7,8 @@ from functools import partial
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.scheduling.fair_queue import DrainRate, Line, shortest_first
+from serving.scheduling.drain_rate import DrainRate
+from serving.scheduling.fair_queue import SortedQueue, shortest_first
 
 KEY = partial(shortest_first, longest_s=2400.0, patience_s=60.0)
 
@@ -17,7 +18,7 @@ def test_the_order_is_the_keys_and_leaving_is_at_once(clips: list[tuple[float, f
     """Whoever is taken out, the rest stays in the order of its keys, first in, first out among equals."""
     items = [object() for _ in clips]
     keys = dict(zip(items, clips, strict=True))
-    line: Line[object] = Line(lambda item: KEY(*keys[item]))
+    line: SortedQueue[object] = SortedQueue(lambda item: KEY(*keys[item]))
     for item in items:
         line.add(item)
     gone = data.draw(st.sets(st.sampled_from(items))) if items else set()

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.config import Settings
-from serving.scheduling.fair_queue import FairLine, Line
+from serving.scheduling.fair_queue import FairQueue, SortedQueue
 from serving.tenancy.database import connect, migrate
 from serving.tenancy.keys import Keyring
 from serving.tenancy.limits.limiter import Limiter, Spent
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
-from serving.types import Caller, Limits, Share
+from serving.types import Caller, Limits, SchedulingClass
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from stores import Redis
@@ -93,7 +93,7 @@ def test_key_reference(benchmark: Callable[..., Any]) -> None:
 
 @dataclass(eq=False, slots=True)
 class _Item:
-    share: Share
+    scheduling_class: SchedulingClass
     arrived_s: float
     cost: float = 100.0
     tags: list[float] = field(default_factory=list)
@@ -106,9 +106,9 @@ def _arrived(item: _Item) -> float:
 @pytest.mark.parametrize("tenants", [1, 10, 1000])
 def test_line(benchmark: Callable[..., Any], tenants: int) -> None:
     """One comes and the next goes, while 1,000 of so many tenants wait."""
-    line = FairLine(_arrived, patience_s=1e9, now_s=lambda: 0.0)
+    line = FairQueue(_arrived, patience_s=1e9, now_s=lambda: 0.0)
     numbers = itertools.count()
-    shares = [Share(f"tenant {number}") for number in range(tenants)]
+    shares = [SchedulingClass(f"tenant {number}") for number in range(tenants)]
 
     def come() -> None:
         number = next(numbers)
@@ -116,7 +116,7 @@ def test_line(benchmark: Callable[..., Any], tenants: int) -> None:
 
     def one() -> None:
         come()
-        line.take(next(line.turns()))
+        line.dequeue(next(line.in_order()))
 
     for _ in range(1000):
         come()
@@ -126,9 +126,9 @@ def test_line(benchmark: Callable[..., Any], tenants: int) -> None:
 
 def test_line_reference(benchmark: Callable[..., Any]) -> None:
     """The same in one line for all, without turns."""
-    line: Line[_Item] = Line(_arrived)
+    line: SortedQueue[_Item] = SortedQueue(_arrived)
     numbers = itertools.count()
-    add = partial(_Item, Share())
+    add = partial(_Item, SchedulingClass())
 
     def one() -> None:
         line.add(add(float(next(numbers))))

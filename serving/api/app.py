@@ -17,7 +17,6 @@ from starlette.middleware import Middleware
 from serving.api.collectors import watch_service
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
-from serving.api.request_body import BodyBudget
 from serving.api.routes import Service, Unforeseen, error_handlers, routes
 from serving.audio.fetch import Fetcher
 from serving.audio.worker_pool import AudioWorkers
@@ -28,6 +27,7 @@ from serving.errors import EngineFailed
 from serving.observability.context import REQUEST_ID, Untraced
 from serving.observability.metrics import Metrics
 from serving.pipeline import Captioner
+from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.service import Tenancy
 
@@ -78,7 +78,7 @@ def create_app(
         keys=tenancy.keys,
         admissions=tenancy.admissions,
         metrics=metrics,
-        bodies=BodyBudget(settings.max_inflight_body_bytes),
+        bodies=SharedCapacity(settings.max_inflight_body_bytes, reason="bodies"),
         openai=OpenAICodec(settings),
         dashscope=DashScopeCodec(settings),
     )

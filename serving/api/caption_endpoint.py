@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from serving.api.dialects.base import Codec, Reply
-    from serving.api.request_body import BodyBudget
     from serving.config import Settings
     from serving.observability.metrics import Metrics
     from serving.observability.request_record import RequestRecord
     from serving.pipeline import Captioner
+    from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import Admission, Admissions
     from serving.types import CaptionDelta
@@ -44,7 +44,7 @@ class CaptionEndpoint:
     keys: Keyring
     admissions: Admissions
     metrics: Metrics
-    bodies: BodyBudget
+    bodies: SharedCapacity
     settings: Settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,8 +78,8 @@ class CaptionEndpoint:
             await drain(pieces(receive), self.settings.max_body_bytes)
             raise
         record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
-        with self.bodies.hold(caller.share) as held:
-            body = await read_body(receive, self.settings.max_body_bytes, held)
+        with self.bodies.permit(caller.scheduling_class) as permit:
+            body = await read_body(receive, self.settings.max_body_bytes, permit)
             record.stage("receive", time.perf_counter() - record.started)
             request, reply = self.codec.decode_request(body, headers, record.request_id)
             del body
@@ -90,7 +90,7 @@ class CaptionEndpoint:
             async with self.admissions.of(caller, record, request) as admission:
                 exchange.admission = admission
                 deltas = self.captioner.caption(
-                    request, record, admission, deadline_s=deadline_s, on_prepared=held.release
+                    request, record, admission, deadline_s=deadline_s, on_prepared=permit.release
                 )
                 del request  # it carries the encoded audio, which the path lets go of once it is decoded
                 answer = asyncio.create_task(self._answer(deltas, reply, exchange, record))

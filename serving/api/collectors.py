@@ -32,12 +32,12 @@ def watch_service(service: Service) -> None:
     watch("captioner_audio_queue_depth", lambda: workers.queued)
     watch("captioner_audio_queue_audio_seconds", lambda: workers.queued_audio_s)
     watch("captioner_features_bytes", lambda: workers.outstanding_bytes)
-    watch("captioner_body_bytes", lambda: service.bodies.taken_bytes)
+    watch("captioner_body_bytes", lambda: service.bodies.used)
     watch("captioner_uploads_bytes", lambda: uploads.used_bytes)
     watch("captioner_upload_received_bytes_total", lambda: uploads.received_bytes)
     taken: dict[str, Callable[[], float]] = {
         "inflight": lambda: service.captioner.in_flight / settings.max_inflight,
-        "bodies": lambda: service.bodies.taken_bytes / settings.max_inflight_body_bytes,
+        "bodies": lambda: service.bodies.used / settings.max_inflight_body_bytes,
         "spool": lambda: service.fetcher.spooled_bytes / settings.max_spool_bytes,
         "audio_queue": lambda: workers.queued / settings.max_audio_queue,
         "features": lambda: workers.outstanding_bytes / settings.max_features_bytes,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from serving.errors import BodyTooLarge, Disconnected, InvalidRequest, Overloaded
-from serving.scheduling.fair_queue import Room
-from serving.types import ANYONE
+from serving.errors import BodyTooLarge, Disconnected, InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from starlette.types import Receive
 
-    from serving.types import Share
+    from serving.scheduling.shared_capacity import Permit
 
 IDLE_TIMEOUT_S = 30
 """Longest pause between two pieces of a body: a client that stops sending does not hold memory for ever."""
@@ -23,65 +21,23 @@ DRAIN_FACTOR = 4
 """How many times the limit is read and thrown away, so that the client hears the error instead of a reset."""
 
 
-class BodyBudget:
-    """Memory that request bodies may take, all together."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._room = Room(limit_bytes)
-
-    @property
-    def taken_bytes(self) -> int:
-        """Memory that they take."""
-        return self._room.taken
-
-    def hold(self, share: Share = ANYONE) -> HeldBytes:
-        """A part that grows while a body of that flow is read, and is given back once, by `release`."""
-        return HeldBytes(self._room, share)
-
-
-class HeldBytes:
-    """One body's part of the budget: a context, so that it is given back at the latest when the request ends."""
-
-    def __init__(self, room: Room, share: Share) -> None:
-        self._room = room
-        self._share = share
-        self._count = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
-
-    def add(self, count: int) -> None:
-        """Take `count` more bytes. Raises `Overloaded`."""
-        if not self._room.take(self._share, count):
-            raise Overloaded(reason="bodies")
-        self._count += count
-
-    def release(self) -> None:
-        """Give all of it back. May be called again."""
-        self._room.add(self._share, -self._count)
-        self._count = 0
-
-
-async def read_body(receive: Receive, limit_bytes: int, held: HeldBytes) -> bytes:
+async def read_body(receive: Receive, limit_bytes: int, permit: Permit) -> bytes:
     """Read a whole body of at most `limit_bytes`.
 
-    Raises `BodyTooLarge` once it has read what came (to `DRAIN_FACTOR` times the limit), `Overloaded` when the budget
-    is spent, `Disconnected`, and `InvalidRequest` when the client stops sending.
+    Raises `BodyTooLarge` once it has read what came (to `DRAIN_FACTOR` times the limit), `Overloaded` when
+    `permit` cannot grow, `Disconnected`, and `InvalidRequest` when the client stops sending.
     """
     body: list[bytes] = []
     size = 0
     async for piece in pieces(receive):
         size += len(piece)
         if size > limit_bytes:
-            held.release()
+            permit.release()
             body.clear()
             if size > DRAIN_FACTOR * limit_bytes:
                 break
         else:
-            held.add(len(piece))
+            permit.grow(len(piece))
             body.append(piece)
     if size > limit_bytes:
         raise BodyTooLarge

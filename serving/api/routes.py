@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from serving.api.dialects.base import Codec
-    from serving.api.request_body import BodyBudget
     from serving.audio.fetch import Fetcher
     from serving.audio.worker_pool import AudioWorkers
     from serving.config import Settings
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from serving.observability.metrics import Metrics
     from serving.observability.service_discovery import Target
     from serving.pipeline import Captioner
+    from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import Admissions
@@ -71,7 +71,7 @@ class Service:
     keys: Keyring
     admissions: Admissions
     metrics: Metrics
-    bodies: BodyBudget
+    bodies: SharedCapacity
     openai: Codec
     dashscope: Codec
     fetcher: Fetcher

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from serving.scheduling.fair_queue import FairLine, Room
+from serving.scheduling.fair_queue import FairQueue
+from serving.scheduling.shared_capacity import SharedCapacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
 
     from aiohttp import AddrInfoType
 
-    from serving.types import Share
+    from serving.scheduling.shared_capacity import Permit
+    from serving.types import SchedulingClass
 
-_THREADS, _GREED = 32, 1
+_THREADS, _ALPHA = 32, 1.0
 """One tenant may have as many threads as it leaves free: no lookup can be made to give one back."""
 
 
 @dataclass(eq=False, slots=True)
 class _Lookup:
-    share: Share
+    scheduling_class: SchedulingClass
     host: str
     port: int
     arrived_s: float
@@ -46,40 +48,44 @@ class Resolver:
         self._loop = asyncio.get_running_loop()
         # Threads of its own: what else runs in threads is not held up.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
-        self._room = Room(_THREADS, _GREED)
-        self._line: FairLine[_Lookup] = FairLine(
+        self._capacity = SharedCapacity(_THREADS, alpha=_ALPHA)
+        self._queue: FairQueue[_Lookup] = FairQueue(
             lambda lookup: lookup.arrived_s, patience_s=patience_s, now_s=self._loop.time
         )
 
     def stop(self) -> None:
         """Begin no more lookups; those under way end in their own time."""
-        for lookup in self._line.clear():
+        for lookup in self._queue.clear():
             lookup.answer.cancel()
         self._threads.shutdown(wait=False)
 
-    async def resolve(self, host: str, port: int, share: Share) -> list[AddrInfoType]:
+    async def resolve(self, host: str, port: int, scheduling_class: SchedulingClass) -> list[AddrInfoType]:
         """Every address of a host. Raises `OSError` and `UnicodeError`. Takes as long as it takes."""
-        lookup = _Lookup(share, host, port, self._loop.time(), self._loop.create_future())
-        self._line.add(lookup)
+        lookup = _Lookup(scheduling_class, host, port, self._loop.time(), self._loop.create_future())
+        self._queue.add(lookup)
         self._begin()
         try:
             return await lookup.answer
         finally:
-            self._line.discard(lookup)
+            self._queue.discard(lookup)
+
+    def _may_start(self, lookup: _Lookup) -> bool:
+        return self._capacity.may_acquire(lookup.scheduling_class)
 
     def _begin(self) -> None:
         """Begin what there are threads for."""
-        while lookup := next((lookup for lookup in self._line.turns() if self._room.take(lookup.share)), None):
-            self._line.take(lookup)
+        while lookup := next(filter(self._may_start, self._queue.in_order()), None):
+            self._queue.dequeue(lookup)
+            permit = self._capacity.acquire(lookup.scheduling_class)
             looking = self._threads.submit(self._getaddrinfo, lookup.host, lookup.port, type=socket.SOCK_STREAM)
-            looking.add_done_callback(partial(self._tell, lookup))
+            looking.add_done_callback(partial(self._on_thread_done, lookup, permit))
 
-    def _tell(self, lookup: _Lookup, looking: Future[list[AddrInfoType]]) -> None:
+    def _on_thread_done(self, lookup: _Lookup, permit: Permit, looking: Future[list[AddrInfoType]]) -> None:
         with suppress(RuntimeError):  # the loop has ended before the thread
-            self._loop.call_soon_threadsafe(self._end, lookup, looking)
+            self._loop.call_soon_threadsafe(self._finish, lookup, permit, looking)
 
-    def _end(self, lookup: _Lookup, looking: Future[list[AddrInfoType]]) -> None:
-        self._room.add(lookup.share, -1)
+    def _finish(self, lookup: _Lookup, permit: Permit, looking: Future[list[AddrInfoType]]) -> None:
+        permit.release()
         if not lookup.answer.done():  # somebody still waits
             if error := looking.exception():
                 lookup.answer.set_exception(error)

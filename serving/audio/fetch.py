@@ -37,8 +37,8 @@ from serving.errors import (
     InvalidAudioUrl,
     Overloaded,
 )
-from serving.scheduling.fair_queue import Room
-from serving.types import ANYONE
+from serving.scheduling.shared_capacity import SharedCapacity
+from serving.types import NO_TENANT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from yarl import URL
 
     from serving.config import Settings
-    from serving.types import Share
+    from serving.scheduling.shared_capacity import Permit
+    from serving.types import SchedulingClass
 
 MAX_REDIRECTS = 5
 
@@ -99,7 +100,7 @@ class Fetcher:
             self._spool = None
 
     @asynccontextmanager
-    async def fetch(self, url: str, share: Share = ANYONE) -> AsyncIterator[Path]:
+    async def fetch(self, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Path]:
         """Download the file behind an http(s) URL. It is there until the context is left. `share` says whose it is.
 
         Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, uses no
@@ -111,18 +112,18 @@ class Fetcher:
         hop = parse_url(url)
         if self._spool is None:
             raise RuntimeError("the fetcher is not running")
-        async with self._spool.file(share) as file:
+        async with self._spool.file(scheduling_class) as file:
             with _translated():
                 async with asyncio.timeout(self._settings.fetch_timeout_s):
-                    await self._download(hop, file, share)
+                    await self._download(hop, file, scheduling_class)
                 file.close()
-            if not file.nbytes:
+            if not file.permit.amount:
                 raise AudioEmpty
             yield file.path
 
-    async def _download(self, hop: URL, file: _SpoolFile, share: Share) -> None:
+    async def _download(self, hop: URL, file: _SpoolFile, scheduling_class: SchedulingClass) -> None:
         for _ in range(MAX_REDIRECTS + 1):
-            async with self._get(hop, share) as response:
+            async with self._get(hop, scheduling_class) as response:
                 if response.status not in _REDIRECTS:
                     await self._read(response, file)
                     return
@@ -130,9 +131,9 @@ class Fetcher:
         raise DownloadFailed(f"{DownloadFailed.message} It redirects more than {MAX_REDIRECTS} times.")
 
     @asynccontextmanager
-    async def _get(self, url: URL, share: Share) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _get(self, url: URL, scheduling_class: SchedulingClass) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one request over a connection of its own: nothing of it is shared with another caller's."""
-        pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port), share))
+        pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port), scheduling_class))
         connector = aiohttp.TCPConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
         session = aiohttp.ClientSession(
             connector=connector,
@@ -146,10 +147,10 @@ class Fetcher:
         async with session, session.get(url, allow_redirects=False) as response:
             yield response
 
-    async def _resolve(self, host: str, port: int, share: Share) -> list[AddrInfoType]:
+    async def _resolve(self, host: str, port: int, scheduling_class: SchedulingClass) -> list[AddrInfoType]:
         """Every address of the host, literal or name, all of them allowed."""
         try:
-            found = await self._resolver.resolve(host, port, share)
+            found = await self._resolver.resolve(host, port, scheduling_class)
         except (OSError, UnicodeError) as error:
             log.info("a host could not be resolved", extra={"host": host, "reason": str(error)})
             raise DownloadFailed from None
@@ -165,7 +166,7 @@ class Fetcher:
         if (response.content_length or 0) > limit:
             raise AudioTooLarge
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            if file.nbytes + len(chunk) > limit:
+            if file.permit.amount + len(chunk) > limit:
                 raise AudioTooLarge
             file.write(chunk)
 
@@ -220,19 +221,19 @@ class _Spool:
         new = Path(tempfile.mkdtemp(prefix=f".{_SPOOL_PREFIX}", dir=parent))
         self._lock = _lock(new)
         self._directory = new.rename(parent / new.name.removeprefix("."))
-        self._room = Room(max_bytes)
+        self._capacity = SharedCapacity(max_bytes, reason="spool")
 
     @property
     def taken_bytes(self) -> int:
         """Disk that downloads take."""
-        return self._room.taken
+        return self._capacity.used
 
     @asynccontextmanager
-    async def file(self, share: Share) -> AsyncIterator[_SpoolFile]:
+    async def file(self, scheduling_class: SchedulingClass) -> AsyncIterator[_SpoolFile]:
         """Make a file that is removed when the context is left. Raises `Overloaded` if it cannot be made."""
         path = self._directory / uuid.uuid4().hex
         try:
-            file = _SpoolFile(self._room, share, path)
+            file = _SpoolFile(self._capacity.permit(scheduling_class), path)
         except OSError:
             log.exception("a file for a download could not be made")
             raise Overloaded(reason="spool") from None
@@ -245,7 +246,7 @@ class _Spool:
                 # Writing pays no thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
                 await asyncio.shield(asyncio.to_thread(path.unlink))
             finally:
-                self._room.add(share, -file.nbytes)
+                file.permit.release()
 
     def remove(self) -> None:
         """Remove the directory."""
@@ -256,18 +257,14 @@ class _Spool:
 class _SpoolFile:
     """A download on its way to disk."""
 
-    def __init__(self, room: Room, share: Share, path: Path) -> None:
+    def __init__(self, permit: Permit, path: Path) -> None:
         self.path = path
-        self.nbytes = 0
-        self._room = room
-        self._share = share
+        self.permit = permit
         self._file: BinaryIO = path.open("xb", buffering=_CHUNK_BYTES)
 
     def write(self, chunk: bytes) -> None:
         """Append. Raises `Overloaded` if downloads take all the disk they may, `OSError` if there is none."""
-        if not self._room.take(self._share, len(chunk)):
-            raise Overloaded(reason="spool")
-        self.nbytes += len(chunk)
+        self.permit.grow(len(chunk))
         self._file.write(chunk)
 
     def close(self) -> None:

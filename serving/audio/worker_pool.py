@@ -27,14 +27,17 @@ import numpy as np
 from serving import errors
 from serving.observability.context import REQUEST_ID
 from serving.observability.cpu_time import CpuTime
-from serving.scheduling.fair_queue import DrainRate, FairLine, Room, shortest_first
-from serving.types import ANYONE, SAMPLE_RATE, Features
+from serving.scheduling.drain_rate import DrainRate
+from serving.scheduling.fair_queue import FairQueue, shortest_first
+from serving.scheduling.shared_capacity import SharedCapacity
+from serving.types import NO_TENANT, SAMPLE_RATE, Features
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from serving.config import Settings
-    from serving.types import Share
+    from serving.scheduling.shared_capacity import Permit
+    from serving.types import SchedulingClass
 
 _MESSAGE_BYTES = 65_536
 """No message from a worker is longer."""
@@ -81,20 +84,20 @@ class Prepared:
 
 @dataclass(eq=False, slots=True)
 class _Task:
-    share: Share
+    scheduling_class: SchedulingClass
     clip: str | Path
     audio_s: float
     """A guess."""
     cost: float
     """Seconds of a worker: what is expected of it, then what it took."""
+    permit: Permit
+    """Memory of the features, held from their arrival until the context is left."""
     answer: asyncio.Future[Prepared]
     arrived_s: float
     queue_s: float = 0.0
     began: float = 0.0
     again: bool = False
     """Its first worker was ended from outside."""
-    nbytes: int = 0
-    """Memory of the features, from their arrival until the context is left."""
     request_id: str = field(default_factory=REQUEST_ID.get)
 
 
@@ -124,9 +127,9 @@ class AudioWorkers:
         self._program = program
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
-        self._queue: FairLine[_Task] = FairLine(self._order, patience_s=_PATIENCE_S, now_s=time.perf_counter)
+        self._queue: FairQueue[_Task] = FairQueue(self._order, patience_s=_PATIENCE_S, now_s=time.perf_counter)
         self._drain = DrainRate()
-        self._features = Room(settings.max_features_bytes)
+        self._features = SharedCapacity(settings.max_features_bytes)
         self._running = False
         self.deaths = 0
         self._busy_s = 0.0
@@ -167,7 +170,7 @@ class AudioWorkers:
     @property
     def outstanding_bytes(self) -> int:
         """Memory of features whose contexts have not been left."""
-        return self._features.taken
+        return self._features.used
 
     async def start(self) -> None:
         """Start the processes and wait until each is ready. Raises `Internal` if one cannot start.
@@ -195,7 +198,7 @@ class AudioWorkers:
             await asyncio.to_thread(worker.process.wait)
 
     @asynccontextmanager
-    async def prepare(self, clip: str | Path, share: Share = ANYONE) -> AsyncIterator[Prepared]:
+    async def prepare(self, clip: str | Path, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
         """Features of a clip: base64 text, or the path of a file. Leaving the context gives their memory back.
 
         `share` says whose clip it is.
@@ -212,7 +215,8 @@ class AudioWorkers:
             raise errors.InvalidAudioUrl
         now, audio_s = time.perf_counter(), min(_guess_s(clip), self._settings.max_audio_s)
         cost = _CLIP_COST_S + audio_s / _TIMES_REALTIME
-        task = _Task(share, clip, audio_s, cost, self._loop.create_future(), now)
+        permit = self._features.permit(scheduling_class)
+        task = _Task(scheduling_class, clip, audio_s, cost, permit, self._loop.create_future(), now)
         del clip  # up to 10 MiB that nobody needs once a worker is done with it
         self._queue.add(task)
         if not self._queue.fits(task, self._settings.max_audio_queue):
@@ -224,7 +228,7 @@ class AudioWorkers:
             yield await task.answer
         finally:
             self._queue.discard(task)
-            self._features.add(share, -task.nbytes)
+            task.permit.release()
             self._dispatch()
 
     def _dispatch(self) -> None:
@@ -241,7 +245,7 @@ class AudioWorkers:
                 self._queue.discard(task)
                 _fail(task, errors.Overloaded())
                 continue
-            self._queue.take(task)
+            self._queue.dequeue(task)
             self._drain.add(task.audio_s, time.perf_counter())
             task.began = time.perf_counter()
             task.queue_s = task.began - task.arrived_s
@@ -259,8 +263,8 @@ class AudioWorkers:
         """The clip whose turn it is."""
         huge = sum(worker.task is not None and worker.task.audio_s > _HUGE_S for worker in self._workers)
         room_for_huge = huge < max(1, self._settings.audio_workers - 1)
-        for task in self._queue.turns():
-            if (room_for_huge or task.audio_s <= _HUGE_S) and self._features.open_to(task.share):
+        for task in self._queue.in_order():
+            if (room_for_huge or task.audio_s <= _HUGE_S) and self._features.may_acquire(task.scheduling_class):
                 return task
         return None
 
@@ -298,7 +302,7 @@ class AudioWorkers:
         """Its worker is done with it."""
         took_s = time.perf_counter() - task.began
         self._busy_s += took_s
-        self._queue.settle(task, took_s)
+        self._queue.correct_cost(task, took_s)
 
     def _deliver(self, task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:
         if "traceback" in reply:
@@ -311,8 +315,7 @@ class AudioWorkers:
             nbytes = 4 * mels * frames
             memory = mmap.mmap(descriptors[0], nbytes, mmap.MAP_PRIVATE)
             log_mel = np.frombuffer(memory, np.float32).reshape(mels, frames)
-            task.nbytes = nbytes
-            self._features.add(task.share, nbytes)
+            task.permit.count(nbytes)
             task.answer.set_result(
                 Prepared(Features(log_mel, reply["samples"]), task.queue_s, reply["decode_s"], reply["features_s"])
             )

@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING
 
 from serving.engine.base import Load, context_tokens
 from serving.errors import AudioTooLong, CaptionerError, EngineStalled, NotReady, Overloaded
-from serving.scheduling.fair_queue import DrainRate, FairLine, shortest_first
-from serving.types import ANYONE, FinishReason
+from serving.scheduling.drain_rate import DrainRate
+from serving.scheduling.fair_queue import FairQueue, shortest_first
+from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from serving.config import Settings
     from serving.engine.base import Engine, EngineDelta
-    from serving.types import Features, Sampling, Share
+    from serving.types import Features, Sampling, SchedulingClass
 
 _SURPLUS = 16
 """One caption in so many is admitted beyond what the engine runs at the same time, at least one."""
@@ -80,7 +81,7 @@ class OutputEstimate:
 class _Caption:
     """One caption on its way through the gate. `reserved_tokens` counts from its admission."""
 
-    share: Share
+    scheduling_class: SchedulingClass
     arrived_s: float
     audio_s: float
     input_tokens: int
@@ -109,7 +110,7 @@ class GatedEngine:
         self._settings = settings
         self._places = settings.max_num_seqs + max(1, settings.max_num_seqs // _SURPLUS)
         patience_s = settings.max_engine_wait_s / 2
-        self._line: FairLine[_Caption] = FairLine(self._order, patience_s=patience_s, now_s=_now_s)
+        self._queue: FairQueue[_Caption] = FairQueue(self._order, patience_s=patience_s, now_s=_now_s)
         self._running: set[_Caption] = set()
         self._kv_tokens = 0
         self._long_prefill: _Caption | None = None
@@ -123,10 +124,10 @@ class GatedEngine:
     @property
     def load(self) -> Load:
         """See `Engine`. The tokens of context are those reserved."""
-        waiting_s = sum(caption.audio_s for caption in self._line)
+        waiting_s = sum(caption.audio_s for caption in self._queue)
         return Load(
             running=len(self._running),
-            waiting=len(self._line),
+            waiting=len(self._queue),
             audio_s=waiting_s + sum(caption.audio_s for caption in self._running),
             kv_tokens=self._kv_tokens,
             kv_capacity_tokens=self._engine.load.kv_capacity_tokens,
@@ -141,7 +142,7 @@ class GatedEngine:
     @property
     def longest_wait_s(self) -> float:
         """How long the caption that has waited longest has done so; 0 if none waits."""
-        return _now_s() - min((caption.arrived_s for caption in self._line), default=_now_s())
+        return _now_s() - min((caption.arrived_s for caption in self._queue), default=_now_s())
 
     @property
     def inner(self) -> Engine:
@@ -174,15 +175,15 @@ class GatedEngine:
         await self._engine.stop()
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`. Raises `Overloaded` too, and `AudioTooLong` for what would not fit even alone."""
         await self.check_health()
-        caption = self._caption(features, sampling, share)
+        caption = self._caption(features, sampling, scheduling_class)
         try:
             await self._turn(caption)
             queue_s = _now_s() - caption.arrived_s
-            async with aclosing(self._engine.generate(request_id, features, sampling, share)) as deltas:
+            async with aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once handed over
                 while delta := await self._next(deltas):
                     self._progress(caption, delta)
@@ -191,14 +192,14 @@ class GatedEngine:
         finally:
             self._leave(caption)
 
-    def _caption(self, features: Features, sampling: Sampling, share: Share) -> _Caption:
+    def _caption(self, features: Features, sampling: Sampling, scheduling_class: SchedulingClass) -> _Caption:
         input_tokens, capacity_tokens = context_tokens(features), self._engine.load.kv_capacity_tokens
         if input_tokens >= capacity_tokens:
             raise AudioTooLong(
                 f"The audio is too long: it takes {input_tokens} tokens of the engine's context of {capacity_tokens}."
             )
         caption = _Caption(
-            share=share,
+            scheduling_class=scheduling_class,
             arrived_s=_now_s(),
             audio_s=features.duration_s,
             input_tokens=input_tokens,
@@ -221,11 +222,11 @@ class GatedEngine:
 
     async def _turn(self, caption: _Caption) -> None:
         """Wait for the caption's turn."""
-        self._line.add(caption)
+        self._queue.add(caption)
         self._admit()
         if caption.turn.done():
             return
-        if not self._line.fits(caption, self._settings.max_engine_queue):
+        if not self._queue.fits(caption, self._settings.max_engine_queue):
             raise self._overloaded("engine_queue")
         try:
             async with asyncio.timeout(self._settings.max_engine_wait_s):
@@ -234,13 +235,13 @@ class GatedEngine:
             raise self._overloaded("engine_wait") from None
 
     def _overloaded(self, reason: str) -> Overloaded:
-        backlog_s = sum(caption.audio_s for caption in self._line)
+        backlog_s = sum(caption.audio_s for caption in self._queue)
         return Overloaded(retry_after_s=self._drain.retry_after_s(backlog_s, _now_s()), reason=reason)
 
     def _admit(self) -> None:
         """Let in what there is room for. To be called whenever room may have become free."""
         while len(self._running) < self._places and (caption := self._first()):
-            self._line.take(caption)
+            self._queue.dequeue(caption)
             self._running.add(caption)
             self._reserve(caption, self._expected_tokens(caption))
             if caption.long:
@@ -255,7 +256,7 @@ class GatedEngine:
         Nobody passes one that waits for room in the context, or it would starve.
         """
         capacity_tokens = self._engine.load.kv_capacity_tokens
-        for caption in self._line.turns():
+        for caption in self._queue.in_order():
             if not (caption.long and self._long_prefill):
                 fits = self._kv_tokens + self._expected_tokens(caption) <= capacity_tokens
                 return caption if fits or not self._running else None
@@ -304,7 +305,7 @@ class GatedEngine:
         if used_tokens > caption.reserved_tokens:
             most_tokens = caption.input_tokens + caption.max_output_tokens
             self._reserve(caption, max(used_tokens, min(caption.reserved_tokens + _GROWTH_TOKENS, most_tokens)))
-            self._line.settle(caption, _cost(caption, caption.reserved_tokens - caption.input_tokens))
+            self._queue.correct_cost(caption, _cost(caption, caption.reserved_tokens - caption.input_tokens))
         if self._long_prefill is caption:
             self._long_prefill = None
             self._admit()
@@ -315,8 +316,8 @@ class GatedEngine:
             self._running.remove(caption)
             # What it did not take of what was expected, or took beyond it. One that was cut before the engine had read
             # it pays for the reading even so.
-            self._line.settle(caption, _cost(caption, caption.output_tokens))
-        self._line.discard(caption)
+            self._queue.correct_cost(caption, _cost(caption, caption.output_tokens))
+        self._queue.discard(caption)
         self._reserve(caption, 0)
         if self._long_prefill is caption:
             self._long_prefill = None
@@ -332,14 +333,14 @@ class GatedEngine:
                 self._give_up()
 
     def _give_up(self) -> None:
-        log.error("the engine makes no progress", extra={"running": len(self._running), "waiting": len(self._line)})
+        log.error("the engine makes no progress", extra={"running": len(self._running), "waiting": len(self._queue)})
         self._stalled = True
         self._turn_away(EngineStalled())
         for owed in self._owed:
             owed.reschedule(_now_s())
 
     def _turn_away(self, error: CaptionerError) -> None:
-        for caption in self._line.clear():
+        for caption in self._queue.clear():
             if not caption.turn.done():
                 caption.turn.set_exception(error)
 

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from serving.types import ANYONE, SAMPLE_RATE
+from serving.types import NO_TENANT, SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
-    from serving.types import Features, FinishReason, Sampling, Share
+    from serving.types import Features, FinishReason, Sampling, SchedulingClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """Yield deltas until one has a finish reason. `share` says whose it is, for where work waits.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import EngineDelta, Tally
 from serving.errors import EngineFailed, NotReady
-from serving.types import ANYONE, FinishReason
+from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
     from serving.engine.base import Load
-    from serving.types import Features, Sampling, Share
+    from serving.types import Features, Sampling, SchedulingClass
 
 _STORY = (
     "A quiet room opens the clip, then a steady hum rises, a distant voice says something brief, and the hum fades."
@@ -100,10 +100,10 @@ class FakeEngine:
         self._dead.set()
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        del share  # the order was chosen in front
+        del scheduling_class  # the order was chosen in front
         ended = "aborted"
         try:
             await self.check_health()

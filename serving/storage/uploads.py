@@ -35,14 +35,15 @@ from serving.errors import (
     UploadNotFound,
     UploadTooLarge,
 )
-from serving.scheduling.fair_queue import Room
-from serving.types import Share
+from serving.scheduling.shared_capacity import SharedCapacity
+from serving.types import SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from contextlib import AbstractAsyncContextManager
 
     from serving.config import Settings
+    from serving.scheduling.shared_capacity import Permit
 
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 _KEY_BYTES = 1023
@@ -52,7 +53,7 @@ _SWEEP_S = 600.0
 _GRACE_S = 3600.0
 """An expired file stays this long for those who had opened it, and a half-written one for its writer."""
 
-_GREED = 1
+_ALPHA = 1.0
 """One owner may have as much as it leaves free. Files stay for days, so others cannot wait until some are gone."""
 
 _SHARE_FULL = "Your uploaded files take all the space that one caller's may take. They are removed when they expire."
@@ -178,14 +179,14 @@ class DirectoryUploads(UploadPolicies):
         super().__init__(settings)
         parent = settings.uploads_dir or Path(tempfile.gettempdir())
         self._directory = parent / f"captioner-uploads-{os.geteuid()}"
-        self._room = Room(settings.max_uploads_bytes, _GREED)
+        self._capacity = SharedCapacity(settings.max_uploads_bytes, reason="uploads", alpha=_ALPHA)
         self.received_bytes = 0
         self._sweeping: asyncio.Task[None] | None = None
 
     @property
     def used_bytes(self) -> int:
         """Disk that files take, other replicas' as of the last sweep."""
-        return self._room.taken
+        return self._capacity.used
 
     async def start(self) -> None:
         """Make the directory, or take it over with what it holds. Raises `PermissionError` if it is another user's."""
@@ -209,7 +210,7 @@ class DirectoryUploads(UploadPolicies):
         if path.exists():
             raise UploadExists
         name = f"{_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
-        with _Partial(self, grant.owner, self._directory / name, grant.max_bytes) as partial:
+        with _Partial(self, self.permit(grant.owner), self._directory / name, grant.max_bytes) as partial:
             yield partial
             partial.publish(path)
 
@@ -227,25 +228,24 @@ class DirectoryUploads(UploadPolicies):
 
     async def sweep(self) -> None:
         """Remove what is expired or was left half-written, and count what remains, other replicas' files included."""
-        before = self._room.by_flow
+        before = self._capacity.used_by_tenant
         found = await asyncio.to_thread(self._sweep)
-        for flow in before.keys() | found.keys():
-            # The difference: keeps what was received meanwhile.
-            self._room.add(Share(flow), found.get(flow, 0) - before.get(flow, 0))
+        self._capacity.recount(before, found)  # by the difference, which keeps what was received meanwhile
 
-    def take(self, owner: str, nbytes: int) -> None:
+    def permit(self, owner: str) -> Permit:
+        """Return a permit for the disk that one file of `owner` takes."""
+        return self._capacity.permit(SchedulingClass(_digest(owner)))
+
+    def grow(self, permit: Permit, nbytes: int) -> None:
         """Count bytes that go to disk. Raises `Overloaded` if the disk we may use is full, or the owner's share is."""
-        if self._room.take(Share(_digest(owner)), nbytes):
-            return
-        used_bytes = self._room.taken
-        if used_bytes + nbytes <= self._settings.max_uploads_bytes:
-            raise Overloaded(_SHARE_FULL, retry_after_s=60, reason="uploads")
-        log.warning("the uploads directory is full", extra={"used_bytes": used_bytes})
-        raise Overloaded(reason="uploads")
-
-    def give_back(self, owner: str, nbytes: int) -> None:
-        """Count bytes that did not stay."""
-        self._room.add(Share(_digest(owner)), -nbytes)
+        try:
+            permit.grow(nbytes)
+        except Overloaded:
+            used_bytes = self._capacity.used
+            if used_bytes + nbytes <= self._capacity.size:
+                raise Overloaded(_SHARE_FULL, retry_after_s=60, reason="uploads") from None
+            log.warning("the uploads directory is full", extra={"used_bytes": used_bytes})
+            raise
 
     def _path(self, key: str, owner: str, model: str) -> Path:
         digest = hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()
@@ -276,13 +276,11 @@ class DirectoryUploads(UploadPolicies):
 class _Partial:
     """A file on its way into the directory: under a name of its own until it is whole."""
 
-    def __init__(self, store: DirectoryUploads, owner: str, path: Path, max_bytes: int) -> None:
+    def __init__(self, store: DirectoryUploads, permit: Permit, path: Path, max_bytes: int) -> None:
         self._store = store
-        self._owner = owner
+        self._permit = permit
         self._path = path
         self._max_bytes = max_bytes
-        self._nbytes = 0
-        self._published = False
 
     def __enter__(self) -> Self:
         try:
@@ -297,14 +295,12 @@ class _Partial:
         with suppress(OSError):
             self._file.close()
         self._path.unlink(missing_ok=True)
-        if not self._published:
-            self._store.give_back(self._owner, self._nbytes)
+        self._permit.release()
 
     async def write(self, chunk: bytes) -> None:
-        if self._nbytes + len(chunk) > self._max_bytes:
+        if self._permit.amount + len(chunk) > self._max_bytes:
             raise UploadTooLarge
-        self._store.take(self._owner, len(chunk))
-        self._nbytes += len(chunk)
+        self._store.grow(self._permit, len(chunk))
         try:
             self._file.write(chunk)
         except OSError:
@@ -321,8 +317,8 @@ class _Partial:
         except OSError:
             log.exception("an upload could not be stored")
             raise Overloaded from None
-        self._published = True
-        self._store.received_bytes += self._nbytes
+        self._store.received_bytes += self._permit.amount
+        self._permit.keep()
 
 
 def _digest(owner: str) -> str:

@@ -21,7 +21,7 @@ from serving.tenancy.billing.prices import Price, PriceList
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.key_hashing import Pepper, make_key
 from serving.tenancy.plans import State
-from serving.types import Caller, Region, Share
+from serving.types import Caller, Region, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -170,7 +170,7 @@ class Keyring:
     def _unknown(self, key: str) -> Caller:
         """A caller who need not tell who it is: told from others by whatever key it sends."""
         tenant_id = f"{ANONYMOUS}-{self._pepper.digest(key)[:12]}" if key else ANONYMOUS
-        return Caller(tenant_id, ANONYMOUS, self._region, Share(tenant_id))
+        return Caller(tenant_id, ANONYMOUS, self._region, SchedulingClass(tenant_id))
 
 
 def development_key(settings: Settings, database: sa.Engine) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any
 
-from serving.types import Caller, FreeQuota, Limits, Region, Share
+from serving.types import Caller, FreeQuota, Limits, Region, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,7 +49,7 @@ def caller(plan: Row, tenant: Row, key: Row) -> Caller:
         tenant["id"],
         key["id"],
         Region(tenant["region"]),
-        Share(tenant["id"], plan["weight"], plan["priority"]),
+        SchedulingClass(tenant["id"], plan["weight"], plan["priority"]),
         limits(plan["tenant_limits"], tenant["limits"]),
         limits(plan["key_limits"], key["limits"]),
         free_quota(plan, tenant),

@@ -27,7 +27,7 @@ from serving import errors
 from serving.audio import egress, fetch
 from serving.audio.fetch import Fetcher
 from serving.config import Settings
-from serving.types import ANYONE, Share
+from serving.types import NO_TENANT, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -150,9 +150,9 @@ async def fetching(
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - not a server
 
 
-async def get(fetcher: Fetcher, url: str, share: Share = ANYONE) -> bytes:
+async def get(fetcher: Fetcher, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> bytes:
     """Download and read."""
-    async with fetcher.fetch(url, share) as path:
+    async with fetcher.fetch(url, scheduling_class) as path:
         return path.read_bytes()
 
 
@@ -663,11 +663,11 @@ async def test_no_tenant_fills_the_disk_of_downloads(tmp_path: Path, outside: Si
     outside.answers |= {"/part": response(bytes(MIB)), "/small": response(bytes(MIB // 8))}
     async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
         for _ in range(7):
-            await under_way.enter_async_context(fetcher.fetch(outside.url("/part"), Share("greedy")))
+            await under_way.enter_async_context(fetcher.fetch(outside.url("/part"), SchedulingClass("greedy")))
         with pytest.raises(errors.Overloaded) as caught:
-            await get(fetcher, outside.url("/part"), Share("greedy"))
+            await get(fetcher, outside.url("/part"), SchedulingClass("greedy"))
         assert caught.value.reason == "spool"
-        async with fetcher.fetch(outside.url("/small"), Share("other")) as path:
+        async with fetcher.fetch(outside.url("/small"), SchedulingClass("other")) as path:
             assert path.stat().st_size == MIB // 8
     async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
         for _ in range(8):
@@ -694,17 +694,17 @@ async def test_one_tenants_slow_names_hold_up_no_other_tenant(tmp_path: Path, ou
     names = SlowNames()
     fast = f"http://fast.test:{outside.port}/clip"
     async with fetching(tmp_path, names, fetch_timeout_s=1) as fetcher:
-        slow = (get(fetcher, f"http://slow{number}.test/clip", Share("greedy")) for number in range(40))
+        slow = (get(fetcher, f"http://slow{number}.test/clip", SchedulingClass("greedy")) for number in range(40))
         outcomes = await asyncio.gather(*slow, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {errors.DownloadTimeout}
         assert len(names.asked) == 16, "half of the threads"
-        others = (get(fetcher, f"http://slow{number}.test/clip", Share("second")) for number in range(40))
+        others = (get(fetcher, f"http://slow{number}.test/clip", SchedulingClass("second")) for number in range(40))
         await asyncio.gather(*others, return_exceptions=True)
         with pytest.raises(errors.DownloadTimeout):
-            await get(fetcher, fast, Share("greedy"))
+            await get(fetcher, fast, SchedulingClass("greedy"))
         fetcher._settings = fetcher._settings.model_copy(update={"fetch_timeout_s": 30})
-        assert await get(fetcher, fast, Share("other")) == BODY
-        waiting = asyncio.create_task(get(fetcher, fast, Share("greedy")))
+        assert await get(fetcher, fast, SchedulingClass("other")) == BODY
+        waiting = asyncio.create_task(get(fetcher, fast, SchedulingClass("greedy")))
         await asyncio.sleep(0.1)
         assert not waiting.done()
         names.go.set()
@@ -716,7 +716,7 @@ async def test_many_lookups_of_one_tenant_all_come_to_their_turn(tmp_path: Path,
     """More at once than there are threads are not refused."""
     async with fetching(tmp_path, SlowNames()) as fetcher:
         url = f"http://fast.test:{outside.port}/clip"
-        assert await asyncio.gather(*(get(fetcher, url, Share("one")) for _ in range(100))) == [BODY] * 100
+        assert await asyncio.gather(*(get(fetcher, url, SchedulingClass("one")) for _ in range(100))) == [BODY] * 100
 
 
 @pytest.mark.parametrize("when", ["write", "close"])

@@ -19,12 +19,12 @@ from serving.engine.admission_control import GatedEngine, OutputEstimate
 from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
-from serving.types import ANYONE, Features, Sampling
+from serving.types import NO_TENANT, Features, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Coroutine, Iterator
 
-    from serving.types import Share
+    from serving.types import SchedulingClass
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
@@ -73,11 +73,11 @@ class Watched(FakeEngine):
         self.seen = Seen([])
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         self.seen.order.append(request_id)
-        async with aclosing(super().generate(request_id, features, sampling, share)) as deltas:
+        async with aclosing(super().generate(request_id, features, sampling, scheduling_class)) as deltas:
             async for delta in deltas:
                 self.seen.most = max(self.seen.most, self.load.running)
                 yield delta
@@ -96,9 +96,17 @@ async def gated(faults: Faults | None = None, **changes: Any) -> AsyncGenerator[
         await gate.stop()
 
 
-async def run(gate: GatedEngine, name: str = "id", seconds: float = 5, share: Share = ANYONE, **sampling: Any) -> int:
+async def run(
+    gate: GatedEngine,
+    name: str = "id",
+    seconds: float = 5,
+    scheduling_class: SchedulingClass = NO_TENANT,
+    **sampling: Any,
+) -> int:
     """One caption to its end; how many tokens it had."""
-    return sum([delta.tokens async for delta in gate.generate(name, clip(seconds), Sampling(**sampling), share)])
+    return sum(
+        [delta.tokens async for delta in gate.generate(name, clip(seconds), Sampling(**sampling), scheduling_class)]
+    )
 
 
 def assert_empty(gate: GatedEngine) -> None:

@@ -21,7 +21,7 @@ from serving.engine.remote.client import RemoteEngine
 from serving.engine.remote.server import EngineServer
 from serving.engine.remote.wire import frame, known, read_frame
 from serving.errors import EngineFailed, NotReady, Overloaded
-from serving.types import MELS, Features, FinishReason, Sampling, Share
+from serving.types import MELS, Features, FinishReason, Sampling, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -311,7 +311,7 @@ async def spoken(one: Replica) -> AsyncIterator[tuple[asyncio.StreamReader, asyn
 def request(frames: int, **more: Any) -> bytes:
     """The beginning of one, whose features are to come."""
     header = {"op": "generate", "id": 0, "request_id": "r", "samples": 160 * frames, "frames": frames}
-    return b"".join(frame({**header, "sampling": asdict(Sampling()), "share": asdict(Share()), **more}))
+    return b"".join(frame({**header, "sampling": asdict(Sampling()), "share": asdict(SchedulingClass()), **more}))
 
 
 FEATURES = b"".join(frame({"op": "features", "id": 0}, bytes(4 * MELS * 100)))
@@ -345,7 +345,10 @@ async def test_a_front_that_stops_in_the_middle_loses_its_room(monkeypatch: pyte
 async def test_an_update_may_add_fields() -> None:
     """Of a newer front to an older engine, and the other way round; what is unknown is passed over."""
     async with replica(settings()) as one, spoken(one) as (reader, writer):
-        newer: dict[str, Any] = {"share": asdict(Share()) | {"new": 1}, "sampling": asdict(Sampling()) | {"new": 1}}
+        newer: dict[str, Any] = {
+            "share": asdict(SchedulingClass()) | {"new": 1},
+            "sampling": asdict(Sampling()) | {"new": 1},
+        }
         writer.write(request(100, **newer, new=1) + FEATURES)
         async with asyncio.timeout(10):
             while (header := (await read_frame(reader))[0])["op"] != "deltas":

@@ -13,7 +13,7 @@ import pytest
 from serving.config import Settings
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import Overloaded
-from serving.types import ANYONE
+from serving.types import NO_TENANT
 from tests.sdk.clients import CLIENTS, NATIVE, Client, every_client, every_way
 from tests.sdk.served_here import ServedHere
 from tests.service import RunningService
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from serving.engine.base import EngineDelta
-    from serving.types import Features, Sampling, Share
+    from serving.types import Features, Sampling, SchedulingClass
     from tests.sdk.drivers.calls import Outcome
     from tests.sdk.tap import Tap
 
@@ -153,11 +153,11 @@ class Crowded(FakeEngine):
     """An engine that is overrun after three tokens of each caption."""
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         said = 0
-        async for delta in super().generate(request_id, features, sampling, share):
+        async for delta in super().generate(request_id, features, sampling, scheduling_class):
             if said == 3:
                 raise Overloaded
             said += 1

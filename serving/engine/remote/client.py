@@ -19,12 +19,12 @@ from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.remote.wire import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.observability.context import TRACE
-from serving.types import ANYONE, FinishReason
+from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
-    from serving.types import Features, Sampling, Share
+    from serving.types import Features, Sampling, SchedulingClass
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class RemoteEngine:
             raise NotReady
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         refused: set[_Replica] = set()
@@ -96,7 +96,7 @@ class RemoteEngine:
             begun = False
             self.retries += bool(refused)
             try:
-                async with aclosing(replica.generate(request_id, features, sampling, share)) as deltas:
+                async with aclosing(replica.generate(request_id, features, sampling, scheduling_class)) as deltas:
                     async for delta in deltas:
                         if not begun:
                             begun = True
@@ -167,7 +167,7 @@ class _Replica:
         await asyncio.wait((self._running,))
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         number, mailbox, writer = next(self._numbers), _Mailbox(), self._writer
@@ -178,7 +178,7 @@ class _Replica:
         ended = False
         try:
             # While the features go out, the answer may come already: a refusal.
-            sending = asyncio.create_task(_send(writer, number, request_id, features, sampling, share))
+            sending = asyncio.create_task(_send(writer, number, request_id, features, sampling, scheduling_class))
             del features
             try:
                 while not ended:
@@ -324,11 +324,11 @@ async def _send(  # noqa: PLR0917 - one call
     request_id: str,
     features: Features,
     sampling: Sampling,
-    share: Share,
+    scheduling_class: SchedulingClass,
 ) -> None:
     """Send a request. Pieces wait for the socket, so that those of several clips alternate."""
     header = {"op": "generate", "id": number, "request_id": request_id, "sampling": asdict(sampling)}
-    header |= {"share": asdict(share), "samples": features.samples, "frames": features.log_mel.shape[1]}
+    header |= {"share": asdict(scheduling_class), "samples": features.samples, "frames": features.log_mel.shape[1]}
     if trace := TRACE.get():
         header["trace"] = dict(trace)
     with suppress(OSError):  # whoever reads the answers learns of it

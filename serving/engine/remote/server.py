@@ -16,8 +16,8 @@ import numpy as np
 from serving.engine.remote.wire import SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.observability.context import REQUEST_ID, TRACE
-from serving.scheduling.fair_queue import Room
-from serving.types import FRAMES_PER_S, MELS, Features, Sampling, Share
+from serving.scheduling.shared_capacity import SharedCapacity
+from serving.types import FRAMES_PER_S, MELS, Features, Sampling, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ class EngineServer:
         self.settings = settings
         self.engine = engine
         self.draining = False
-        self.features_room = Room(settings.max_features_bytes)
+        self.features = SharedCapacity(settings.max_features_bytes)
         self._secret = secret
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
@@ -59,7 +59,7 @@ class EngineServer:
     @property
     def features_bytes(self) -> int:
         """Memory of features that have not been consumed."""
-        return self.features_room.taken
+        return self.features.used
 
     @property
     def running(self) -> int:
@@ -204,7 +204,7 @@ class _Connection:
 
     def _accept(self, header: dict[str, Any]) -> None:
         settings, number, frames = self._server.settings, int(header["id"]), int(header["frames"])
-        incoming = _Incoming(header, frames)
+        incoming = _Incoming(header, frames, self._server.features)
         if number in self.generations or frames <= 0:
             raise LinkError(f"{frames} frames for generation {number}")
         self.generations[number] = None
@@ -213,9 +213,12 @@ class _Connection:
             self._fail(number, NotReady())
         elif frames > settings.max_audio_s * FRAMES_PER_S:
             self._fail(number, AudioTooLong())
-        elif not self._server.features_room.take(incoming.share, incoming.nbytes):
-            self._fail(number, Overloaded())
         else:
+            try:
+                incoming.permit.grow(incoming.nbytes)
+            except Overloaded as error:
+                self._fail(number, error)
+                return
             incoming.allocate()
             self._incoming[number] = incoming
 
@@ -228,17 +231,18 @@ class _Connection:
     async def _generate(self, number: int, incoming: _Incoming) -> None:
         """Run one generation to its end. Its features count as memory until the engine has consumed them."""
         pace_s, loop = self._server.settings.handover_interval_s, asyncio.get_running_loop()
-        share, held = incoming.share, incoming.nbytes
+        scheduling_class, permit = incoming.scheduling_class, incoming.permit
         try:
             request_id, features, sampling = incoming.request()
             REQUEST_ID.set(request_id)
             TRACE.set(incoming.trace)
             del incoming
-            async with aclosing(self._server.engine.generate(request_id, features, sampling, share)) as deltas:
+            async with aclosing(
+                self._server.engine.generate(request_id, features, sampling, scheduling_class)
+            ) as deltas:
                 del features
                 async for delta in deltas:
-                    self._server.features_room.add(share, -held)
-                    held = 0
+                    permit.release()
                     self._hand_over(number, delta)
                     if delta.finish_reason is not None:
                         return
@@ -253,7 +257,7 @@ class _Connection:
             log.exception("a generation failed unexpectedly")
             self._fail(number, Internal())
         finally:
-            self._server.features_room.add(share, -held)
+            permit.release()
             self.generations.pop(number, None)
 
     def _abort(self, number: int) -> None:
@@ -266,7 +270,7 @@ class _Connection:
     def _drop(self, number: int) -> None:
         """Forget features that have not arrived in full."""
         if incoming := self._incoming.pop(number, None):
-            self._server.features_room.add(incoming.share, -incoming.nbytes)
+            incoming.permit.release()
             del self.generations[number]
 
     def _hand_over(self, number: int, delta: EngineDelta) -> None:
@@ -327,9 +331,10 @@ class _Connection:
 class _Incoming:
     """A request whose features are arriving."""
 
-    def __init__(self, header: dict[str, Any], frames: int) -> None:
+    def __init__(self, header: dict[str, Any], frames: int, features: SharedCapacity) -> None:
         self.nbytes = 4 * MELS * frames
-        self.share = known(Share, header.get("share", {}))
+        self.scheduling_class = known(SchedulingClass, header.get("share", {}))
+        self.permit = features.permit(self.scheduling_class)
         self._header = header
         self.frames = frames
         self.heard_s = time.monotonic()

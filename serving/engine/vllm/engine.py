@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import Tally
 from serving.errors import EngineFailed, NotReady
-from serving.types import ANYONE, Sampling
+from serving.types import NO_TENANT, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import EngineDelta, Load
     from serving.engine.vllm.async_llm import LoadedModel
-    from serving.types import Features, Share
+    from serving.types import Features, SchedulingClass
 
 
 class VllmEngine:
@@ -90,10 +90,10 @@ class VllmEngine:
             raise EngineFailed
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, share: Share = ANYONE
+        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        del share  # the order was chosen in front
+        del scheduling_class  # the order was chosen in front
         if self._model is None:
             raise NotReady
         with self._tally.count(features):
