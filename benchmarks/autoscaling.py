@@ -25,8 +25,8 @@ from clusters import BIN, Callers, Cluster
 RESULT = Path(__file__).parent / "results" / "autoscaling.json"
 TOKENS, FEW, MANY = 24, 2, 24
 FLAGS = (
-    "--no-auth --engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.1 --max-num-seqs=6 --engines=1 --max-engines=4 "
-    "--engine-audio-s=10 --scale-down-after-s=20 --fronts=1 --max-fronts=1 --audio-workers=1 --front-cpus=0.2 "
+    "--no-auth --engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.1 --max-num-seqs=6 --min-engine-replicas=1 --max-engine-replicas=4 "
+    "--target-audio-seconds-per-engine=10 --scale-down-after-s=20 --min-frontends=1 --max-frontends=1 --audio-workers=1 --frontend-cpus=0.2 "
     "--engine-cpus=0.2 --shutdown-grace-s=60"
 )
 PHASES = (("quiet", 20, FEW), ("step", 90, MANY), ("quiet", 60, FEW), ("spike", 10, MANY), ("quiet", 60, FEW))
@@ -34,7 +34,7 @@ PHASES = (("quiet", 20, FEW), ("step", 90, MANY), ("quiet", 60, FEW), ("spike", 
 
 
 class Watch(threading.Thread):
-    """Writes down once a second how many engines there are as processes, and how many the front finds ready."""
+    """Writes down once a second how many engines there are as processes, and how many the frontend finds ready."""
 
     def __init__(self, cluster: Cluster) -> None:
         super().__init__(daemon=True)
@@ -45,7 +45,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         """Until it is told to end."""
         while not self._ended.wait(1):
-            with suppress(OSError):  # Ray's proxy is busy, or the front
+            with suppress(OSError):  # Ray's proxy is busy, or the frontend
                 self.samples.append(
                     {
                         "at": time.time(),

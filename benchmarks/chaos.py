@@ -3,7 +3,7 @@
     python benchmarks/chaos.py [--kills 100]
 
 Real Ray Serve on this machine, fake engines of a fixed speed. Every process of the service and of Ray's part of it is a
-target: engine and front replicas, audio workers, the directory, Serve's controller, HAProxy, its manager, Ray's own
+target: engine and frontend replicas, audio workers, the directory, Serve's controller, HAProxy, its manager, Ray's own
 proxy behind it, idle Ray workers. The head (GCS) comes last: without an external Redis its loss ends a cluster, and it
 is told when.
 """
@@ -27,7 +27,7 @@ from clusters import BIN, Callers, Cluster
 
 TARGETS = (
     ("engine", 20),
-    ("front", 20),
+    ("frontend", 20),
     ("audio worker", 14),
     ("haproxy", 10),
     ("proxy manager", 6),
@@ -41,8 +41,8 @@ TARGETS = (
 RESULT = Path(__file__).parent / "results" / "chaos.json"
 USERS, TOKENS = 6, 24
 FLAGS = (
-    "--engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.05 --fronts=2 --max-fronts=2 --engines=2 --max-engines=2 "
-    "--audio-workers=1 --front-cpus=0.2 --engine-cpus=0.2 --shutdown-grace-s=60"
+    "--engine=fake --fake-ttft-s=0.3 --fake-tpot-s=0.05 --min-frontends=2 --max-frontends=2 --min-engine-replicas=2 --max-engine-replicas=2 "
+    "--audio-workers=1 --frontend-cpus=0.2 --engine-cpus=0.2 --shutdown-grace-s=60"
 )
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     result: dict[str, Any] = {"settings": FLAGS, "users": USERS, "load_average": [os.getloadavg()]}
     with Cluster(command, directory, given.port, {}) as cluster:
         result["ready_s"] = round(cluster.wait_ready(), 1)
-        time.sleep(10)  # until the second front and engine are there, too
+        time.sleep(10)  # until the second frontend and engine are there, too
         with Callers(cluster, USERS, max_pause_s=0.6, tokens=TOKENS) as callers:
             time.sleep(10)
             chaos = Chaos(cluster, callers, given.seed)

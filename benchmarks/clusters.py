@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = {
     "engine": "ray::ServeReplica:captioner:engine",
-    "front": "ray::ServeReplica:captioner:front",
+    "frontend": "ray::ServeReplica:captioner:frontend",
     "directory": "ray::ServeReplica:captioner:directory",
     "controller": "ray::ServeController",
     "proxy manager": "ray::HAProxyManager",

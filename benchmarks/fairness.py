@@ -191,7 +191,7 @@ def main() -> None:
         command = [str(BIN / "captioner"), "serve", "--port=0", f"--data-dir={directory}", *FLAGS.split()]
         log = directory / "log"
         with log.open("w") as out:
-            service = subprocess.Popen([*command, f"--spool-dir={directory}"], stderr=out, stdout=out)
+            service = subprocess.Popen([*command, f"--download-dir={directory}"], stderr=out, stdout=out)
         try:
             while not (found := re.search(r"ready after .* on (http://[^\s\"]+)", log.read_text())):
                 if service.poll() is not None:

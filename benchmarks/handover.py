@@ -32,7 +32,7 @@ class Paced(Captioner):
 
     @property
     def command(self) -> list[str]:
-        return [*super().command, f"--handover-interval-s={self._interval_s}"]
+        return [*super().command, f"--stream-flush-interval-s={self._interval_s}"]
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def figures(one: Round) -> dict[str, float]:
     """What is compared."""
     return {
         "requests/s": one.requests / one.wall_s,
-        "front, CPU ms a request": 1000 * one.use.cpu_s["front"] / one.requests,
+        "frontend, CPU ms a request": 1000 * one.use.cpu_s["frontend"] / one.requests,
         "engine, CPU ms a request": 1000 * one.use.cpu_s["engine core"] / one.requests,
         "TTFT p50, ms": 1000 * median(answer.ttft_s for answer in one.answers if answer.ttft_s is not None),
         "E2E p50, s": median(answer.e2e_s for answer in one.answers),

@@ -4,7 +4,7 @@
     python benchmarks/instrumentation.py --engine vllm --requests 64      # with vLLM's own metrics against none
 
 Both services run at the same time; only one of them is asked at a time, and which goes first alternates. With the fake
-engine, which costs nothing, the front's CPU sets the pace: so this is the worst case. A scraper reads `/metrics` of the
+engine, which costs nothing, the frontend's CPU sets the pace: so this is the worst case. A scraper reads `/metrics` of the
 instrumented one every 5 s, three times as often as it would.
 """
 

@@ -48,16 +48,16 @@ FLAGS = (
     f"--fake-tpot-s={PER_TOKEN_S}",
     f"--fake-fail-share={FAIL_SHARE}",
     "--fake-ttft-s=0.02",
-    "--handover-interval-s=0.01",
+    "--stream-flush-interval-s=0.01",
     "--allow-ignore-eos",
-    "--deadline-s=3",
+    "--response-timeout-s=3",
     "--shutdown-grace-s=20",
 )
 _START_S = 120
 _CLIENT_S = 60
 
 
-class Front:
+class Frontend:
     """One API process, with a directory of its own, which is killed and started again. A context."""
 
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
@@ -68,7 +68,7 @@ class Front:
         directory.mkdir()
         self._environment = os.environ | environment | {"CAPTIONER_API_KEYS": KEY}
         self._flags = [*FLAGS, f"--port={self.port}", f"--data-dir={self.data}", f"--fake-log={self.engine_log}"]
-        self._flags += [f"--uploads-dir={directory}", f"--spool-dir={directory}"]
+        self._flags += [f"--uploads-dir={directory}", f"--download-dir={directory}"]
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -204,10 +204,10 @@ async def ask(port: int, kind: str, chance: random.Random) -> Seen:
 class Chaos:
     """One run."""
 
-    def __init__(self, fronts: list[Front], database: Postgres, seed: int) -> None:
+    def __init__(self, frontends: list[Frontend], database: Postgres, seed: int) -> None:
         self.seen: list[Seen] = []
         self.kills = self.outages = self.unsent = 0
-        self._fronts = fronts
+        self._frontends = frontends
         self._database = database
         self._chance = random.Random(seed)
         self._left = 0
@@ -227,7 +227,7 @@ class Chaos:
             self._left -= 1
             [kind] = self._chance.choices(KINDS, WEIGHTS)
             try:
-                self.seen.append(await ask(self._chance.choice(self._fronts).port, kind, self._chance))
+                self.seen.append(await ask(self._chance.choice(self._frontends).port, kind, self._chance))
             except OSError:  # nobody listens, in this moment
                 self.unsent += 1
                 self._left += 1
@@ -241,10 +241,10 @@ class Chaos:
             await make()
 
     async def _kill(self) -> None:
-        front = self._chance.choice(self._fronts)
-        await front.serves()  # to kill one that does not even serve yet would be too easy
+        frontend = self._chance.choice(self._frontends)
+        await frontend.serves()  # to kill one that does not even serve yet would be too easy
         await asyncio.sleep(self._chance.random())
-        await asyncio.to_thread(front.kill)
+        await asyncio.to_thread(frontend.kill)
         self.kills += 1
 
     async def _outage(self) -> None:
@@ -254,11 +254,11 @@ class Chaos:
         await asyncio.to_thread(self._database.start)
 
 
-def handed_over(fronts: list[Front]) -> Counter[str]:
+def handed_over(frontends: list[Frontend]) -> Counter[str]:
     """Tokens by request, as the engines tell."""
     tokens: Counter[str] = Counter()
-    for front in fronts:
-        for line in front.engine_log.read_text().splitlines():
+    for frontend in frontends:
+        for line in frontend.engine_log.read_text().splitlines():
             request_id, count = line.split()
             tokens[request_id] += int(count)
     return tokens
@@ -356,25 +356,25 @@ async def chaos(
     with ExitStack() as stack:
         database, redis = stack.enter_context(Postgres()), stack.enter_context(Redis())
         environment = {"CAPTIONER_DATABASE_URL": database.url} | shared(redis)
-        fronts = [stack.enter_context(Front(directory / str(number), environment)) for number in range(2)]
-        for front in fronts:
-            await front.serves()
-        run, began = Chaos(fronts, database, seed), time.monotonic()
+        frontends = [stack.enter_context(Frontend(directory / str(number), environment)) for number in range(2)]
+        for frontend in frontends:
+            await frontend.serves()
+        run, began = Chaos(frontends, database, seed), time.monotonic()
         await run.run(requests, concurrency, kills=kills, outages=outages)
         took_s = time.monotonic() - began
-        for front in fronts:
-            await front.serves()
+        for frontend in frontends:
+            await frontend.serves()
         # Limits in memory hold for one process: a budget is tried on one, which is killed as well.
-        fronts[1].stop()
+        frontends[1].stop()
         await asyncio.sleep(2)
         budget = set_budget(database, 50 * requests // 10)
         await asyncio.sleep(2)
-        last = Chaos(fronts[:1], database, seed + 1)
+        last = Chaos(frontends[:1], database, seed + 1)
         await last.run(max(100, requests // 5), concurrency // 2, kills=1, outages=0)
-        await fronts[0].serves()
-        fronts[0].stop()
+        await frontends[0].serves()
+        frontends[0].stop()
         rows = everything(database)
-        result = audit(rows, run.seen + last.seen, handed_over(fronts))
+        result = audit(rows, run.seen + last.seen, handed_over(frontends))
         result["budget"] = spent = {
             "tokens": budget,
             "billed": billed_tokens(rows),
@@ -383,7 +383,7 @@ async def chaos(
         }
         if not spent["refused"] or spent["billed"] > budget + spent["most_in_flight"]:
             result["wrong"]["budget"] = [json.dumps(spent)]
-        left = [str(path) for front in fronts for path in front.data.glob("journal/*")]
+        left = [str(path) for frontend in frontends for path in frontend.data.glob("journal/*")]
         if left:
             result["wrong"]["journals left"] = left
     return {

@@ -29,7 +29,7 @@ PARTS = {
     "ray::": "Ray",
     "ray/": "Ray",
 }
-"""Part by the first sign that stands in the process's command line. The first process of a family is its front."""
+"""Part by the first sign that stands in the process's command line. The first process of a family is its frontend."""
 
 ENGINE = ("engine core", "engine worker")
 """Parts that run the model. All others are what serving it costs."""
@@ -74,7 +74,7 @@ class Family:
     def part(self, process: psutil.Process) -> str:
         """The part that a member plays."""
         if process.pid == self.root.pid:
-            return "front"
+            return "frontend"
         command = " ".join(process.cmdline())
         return next((part for sign, part in PARTS.items() if sign in command), "other")
 

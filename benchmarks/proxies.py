@@ -3,7 +3,7 @@
     python benchmarks/proxies.py [--requests 200] [--rounds 3]
 
 Real Ray Serve on this machine, a fake engine, 256 tokens streamed for clips of 1 s. The ways differ in Ray's settings
-alone; "front's own port" is the third way without HAProxy's hop: direct ingress, as far as Ray offers it.
+alone; "frontend's own port" is the third way without HAProxy's hop: direct ingress, as far as Ray offers it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULT = ROOT / "benchmarks/results/proxies.json"
 MODEL, TOKENS = "qwen3-omni-30b-a3b-captioner", 256
 FLAGS = (
     f"--no-auth --allow-ignore-eos --log-level=warning --engine=fake --fake-ttft-s=0.2 --fake-tpot-s=0.01 "
-    f"--fake-tokens={TOKENS} --fronts=1 --max-fronts=1 --engines=1 --max-engines=1 --audio-workers=1 --front-cpus=0.2 "
+    f"--fake-tokens={TOKENS} --min-frontends=1 --max-frontends=1 --min-engine-replicas=1 --max-engine-replicas=1 --audio-workers=1 --frontend-cpus=0.2 "
     "--engine-cpus=0.2 --shutdown-grace-s=10"
 )
 WAYS = {
@@ -79,7 +79,7 @@ def measure(way: str, port: int, clips: list[Clip], given: argparse.Namespace) -
             (config,) = directory.glob("*/haproxy.cfg")
             address = re.findall(r"^ *server \S+ (\S+:\d+) check(?!.* backup)", config.read_text(), re.MULTILINE)[0]
             direct = Target(f"http://{address}/v1/chat/completions", MODEL, TOKENS)
-            told["front's own port"] = figures(family, direct, clips, given.concurrency, given.rounds)
+            told["frontend's own port"] = figures(family, direct, clips, given.concurrency, given.rounds)
     return told
 
 

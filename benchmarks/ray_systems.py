@@ -16,14 +16,14 @@ SAME_PRIORITY = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class CaptionerCluster(Captioner):
-    """This service on Ray Serve, with one front and one engine."""
+    """This service on Ray Serve, with one frontend and one engine."""
 
     name = "captioner cluster"
     subcommand = "cluster"
 
     @property
     def command(self) -> list[str]:
-        return [*super().command, "--max-fronts=1", "--max-engines=1"]
+        return [*super().command, "--max-frontends=1", "--max-engine-replicas=1"]
 
     @property
     def environment(self) -> dict[str, str]:

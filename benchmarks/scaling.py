@@ -59,12 +59,12 @@ def engines(port: int, requests: int, rounds: int, counts: tuple[int, ...]) -> d
     for count in counts:
         clips = alike(CLIPS, requests * count, 1)
         make(clips)
-        command = f"cluster {ENGINE} --engines={count} --max-engines={count} --fronts=1 --max-fronts=1 "
-        command += "--audio-workers=1 --front-cpus=0.2 --engine-cpus=0.2"
+        command = f"cluster {ENGINE} --min-engine-replicas={count} --max-engine-replicas={count} --min-frontends=1 --max-frontends=1 "
+        command += "--audio-workers=1 --frontend-cpus=0.2 --engine-cpus=0.2"
         found = requests_per_s(command, port, clips, AT_ONCE * count * 2, rounds)
         points.append({"count": count, "requests_per_s": found})
         print("engines", points[-1], flush=True)
-    note = f"each makes {AT_ONCE} captions at a time, 2.8 s each (1.43/s); clips of 1 s; Ray Serve, one front"
+    note = f"each makes {AT_ONCE} captions at a time, 2.8 s each (1.43/s); clips of 1 s; Ray Serve, one frontend"
     return {"name": "engine replicas", "note": note, "points": points}
 
 
@@ -77,7 +77,7 @@ def workers(port: int, requests: int, rounds: int) -> dict[str, Any]:
         found = requests_per_s(f"serve {INSTANT} --audio-workers={count}", port, clips, WORKER_CALLERS, rounds)
         points.append({"count": count, "requests_per_s": found})
         print("audio workers", points[-1], flush=True)
-    note = f"30 s MP3, 48 kHz stereo; {os.cpu_count()} cores, which front and callers share"
+    note = f"30 s MP3, 48 kHz stereo; {os.cpu_count()} cores, which frontend and callers share"
     return {"name": "audio workers", "note": note, "points": points}
 
 

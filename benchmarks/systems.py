@@ -228,7 +228,7 @@ class Captioner(Server):
             "--enforce-eager" if setup.enforce_eager else "--no-enforce-eager",
             "--allow-ignore-eos",
             "--no-auth",
-            f"--spool-dir={self._scratch}",
+            f"--download-dir={self._scratch}",
             f"--data-dir={self._scratch / 'data'}",
             f"--uploads-dir={self._scratch / 'uploads'}",
         ]

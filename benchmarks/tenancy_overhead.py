@@ -75,7 +75,7 @@ def served(*flags: str) -> Iterator[str]:
             )
         command = [str(CAPTIONER), "serve", "--port=0", "--engine=fake", "--audio-workers=1", f"--data-dir={name}"]
         with log.open("w") as out:
-            service = subprocess.Popen([*command, f"--spool-dir={name}", *flags], stdout=out, stderr=out)
+            service = subprocess.Popen([*command, f"--download-dir={name}", *flags], stdout=out, stderr=out)
         try:
             while not (found := re.search(r"ready after .* on (http://[^\s\"]+)", log.read_text())):
                 if service.poll() is not None:

@@ -3,7 +3,7 @@
     python benchmarks/updates.py [--updates 20]
 
 Real Ray Serve on this machine, as an operator runs it: `ray start --head`, then `serve deploy` with deploy/serve's
-file, in which one setting changes each time. Each change replaces every front and every engine replica. Locust asks in
+file, in which one setting changes each time. Each change replaces every frontend and every engine replica. Locust asks in
 both dialects, whole and streamed, and checks every answer; whatever is not a right and whole answer counts as lost.
 """
 
@@ -27,7 +27,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy" / "serve"
 RESULT = Path(__file__).parent / "results" / "updates.json"
 USERS, TOKENS = 6, 24
 DRAINING_S = 5
-"""How long a front stays reachable once it is to go, at least: 30 s by default, made less so that it ends today."""
+"""How long a frontend stays reachable once it is to go, at least: 30 s by default, made less so that it ends today."""
 
 SETTINGS = {
     "auth": False,
@@ -35,12 +35,12 @@ SETTINGS = {
     "fake_ttft_s": 0.3,
     "fake_tpot_s": 0.05,
     "fake_tokens": TOKENS,
-    "fronts": 2,
-    "max_fronts": 2,
-    "engines": 2,
-    "max_engines": 2,
+    "min_frontends": 2,
+    "max_frontends": 2,
+    "min_engine_replicas": 2,
+    "max_engine_replicas": 2,
     "audio_workers": 1,
-    "front_cpus": 0.2,
+    "frontend_cpus": 0.2,
     "engine_cpus": 0.2,
     "shutdown_grace_s": 120,
 }
@@ -112,9 +112,9 @@ def main() -> None:
         with Callers(cluster, USERS, max_pause_s=0.6, tokens=TOKENS) as callers:
             time.sleep(10)
             for number in range(given.updates):
-                before = {process.pid for kind in ("front", "engine") for process in cluster.processes()[kind]}
+                before = {process.pid for kind in ("frontend", "engine") for process in cluster.processes()[kind]}
                 took_s = update(client, deployed(given.port, heartbeat_s=10 + number))
-                after = {process.pid for kind in ("front", "engine") for process in cluster.processes()[kind]}
+                after = {process.pid for kind in ("frontend", "engine") for process in cluster.processes()[kind]}
                 lost = [ending for ending in callers.endings() if ending["outcome"] != "answered"]
                 result["updates"].append({"took_s": took_s, "kept": len(before & after), "lost_so_far": len(lost)})
                 print(f"{number + 1}: {result['updates'][-1]} {lost[-3:]}", flush=True)

@@ -30,9 +30,18 @@ COPIES = {
 }
 
 ELSEWHERE = {
-    *("config", "host", "port", "model", "tensor_parallel", "shutdown_grace_s", "deadline_s", "stream_deadline_s"),
-    *("fronts", "max_fronts", "front_cpus", "engines", "max_engines", "engine_cpus", "engine_on_gpu", "node_roles"),
-    *("uploads_dir", "spool_dir", "data_dir", "admin_host", "admin_port", "metrics_port", "auth"),
+    *("config", "host", "port", "model", "tensor_parallel", "shutdown_grace_s", "response_timeout_s", "stream_timeout_s"),
+    *(
+        "min_frontends",
+        "max_frontends",
+        "frontend_cpus",
+        "min_engine_replicas",
+        "max_engine_replicas",
+        "engine_cpus",
+        "engine_on_gpu",
+        "pin_roles_to_nodes",
+    ),
+    *("uploads_dir", "download_dir", "data_dir", "admin_host", "admin_port", "metrics_port", "auth"),
 }
 """Settings that the chart sets itself; secrets are a further kind. In `settings` they are refused."""
 
@@ -88,9 +97,9 @@ MORE: dict[str, dict[str, Any]] = {
     "ray.upgrade.incremental.stepSizePercent": {"type": "integer", "minimum": 0, "maximum": 100},
     "ray.upgrade.incremental.maxSurgePercent": {"type": "integer", "minimum": 0, "maximum": 100},
     "ray.upgrade.incremental.intervalSeconds": POSITIVE,
-    "front.replicas.min": POSITIVE,
-    "front.replicas.max": POSITIVE,
-    "front.cpus": POSITIVE,
+    "frontend.replicas.min": POSITIVE,
+    "frontend.replicas.max": POSITIVE,
+    "frontend.cpus": POSITIVE,
     "engine.replicas.max": POSITIVE,
     "engine.cpus": POSITIVE,
     "secrets.values": {

@@ -154,16 +154,16 @@ class Settings(BaseSettings):
     allow_ignore_eos: bool = Field(default=False, description="Accept `ignore_eos` in requests (benchmarks only)")
 
     # Load that is taken in; past it requests get 503 with Retry-After
-    max_inflight: int = Field(512, ge=1, description="Requests under way at once")
-    max_inflight_body_bytes: int = Field(1024 * MIB, ge=MIB, description="Memory for request bodies at once")
+    max_concurrent_requests: int = Field(512, ge=1, description="Requests under way at once")
+    max_body_memory_bytes: int = Field(1024 * MIB, ge=MIB, description="Memory for request bodies at once")
     max_features_bytes: int = Field(512 * MIB, ge=MIB, description="Memory for features that wait for the engine")
-    max_spool_bytes: int = Field(8 * 1024 * MIB, ge=MIB, description="Disk for downloads under way")
+    max_downloads_bytes: int = Field(8 * 1024 * MIB, ge=MIB, description="Disk for downloads under way")
     max_audio_queue: int = Field(256, ge=1, description="Clips that wait for an audio worker")
     max_engine_queue: int = Field(256, ge=1, description="Captions that wait for the engine")
     max_engine_wait_s: float = Field(120, gt=0, description="How long one waits for it; the longest clip yields half")
 
     # Watchdog
-    stall_s: float = Field(
+    engine_stall_timeout_s: float = Field(
         120, gt=0, description="An engine that owes tokens and takes no step for this long has failed"
     )
 
@@ -184,48 +184,52 @@ class Settings(BaseSettings):
         description="Hosts (`media.internal`, `media.internal:9000`) and networks (`10.1.0.0/16`) that downloads may "
         "reach though the guard would refuse them, on any port unless one is named",
     )
-    spool_dir: Path | None = Field(None, description="Directory for downloads under way; default: the system's")
+    download_dir: Path | None = Field(None, description="Directory for downloads under way; default: the system's")
 
     # Answers
-    deadline_s: float = Field(280, gt=0, description="Time for a whole (not streamed) answer; then what there is")
-    stream_deadline_s: float = Field(3600, gt=0, description="Time for a streamed answer; then it ends as `length`")
+    response_timeout_s: float = Field(
+        280, gt=0, description="Time for a whole (not streamed) answer; then what there is"
+    )
+    stream_timeout_s: float = Field(3600, gt=0, description="Time for a streamed answer; then it ends as `length`")
     heartbeat_s: float = Field(15, gt=0, description="Longest silence on a stream before a keep-alive comment")
-    header_grace_s: float = Field(
+    first_byte_timeout_s: float = Field(
         10, gt=0, description="How long a stream waits for the first token before it sends its status line"
     )
-    head_timeout_s: float = Field(
+    header_timeout_s: float = Field(
         30, gt=0, description="How long a client may take for the head of a request; then its connection is dropped"
     )
     write_timeout_s: float = Field(
         60, gt=0, description="How long a client may read nothing of what waits for it; then its connection is dropped"
     )
 
-    handover_interval_s: float = Field(
+    stream_flush_interval_s: float = Field(
         0.05, ge=0, description="Least time between two pieces of one caption, the first two excepted; 0: each token"
     )
 
-    # Cluster (`captioner cluster`): fronts that take requests, and engine replicas with one model each
-    fronts: int = Field(1, ge=1, description="Cluster: fronts at least")
-    max_fronts: int = Field(8, ge=1, description="Cluster: fronts at most")
-    front_cpus: float = Field(1, ge=0, description="Cluster: CPUs that a front and its audio workers reserve")
-    front_busy_workers: float = Field(
+    # Cluster (`captioner cluster`): frontends that take requests, and engine replicas with one model each
+    min_frontends: int = Field(1, ge=1, description="Cluster: frontends at least")
+    max_frontends: int = Field(8, ge=1, description="Cluster: frontends at most")
+    frontend_cpus: float = Field(1, ge=0, description="Cluster: CPUs that a frontend and its audio workers reserve")
+    target_clips_per_audio_worker: float = Field(
         0.75,
         gt=0,
-        description="Cluster: clips per audio worker, or share of a core that a front's event loop takes, "
-        "at which more fronts are started",
+        description="Cluster: clips per audio worker, or share of a core that a frontend's event loop takes, "
+        "at which more frontends are started",
     )
-    engines: int = Field(1, ge=0, description="Cluster: engine replicas at least; 0 frees the GPUs when nobody asks")
-    max_engines: int = Field(8, ge=1, description="Cluster: engine replicas at most")
+    min_engine_replicas: int = Field(
+        1, ge=0, description="Cluster: engine replicas at least; 0 frees the GPUs when nobody asks"
+    )
+    max_engine_replicas: int = Field(8, ge=1, description="Cluster: engine replicas at most")
     engine_cpus: float = Field(1, ge=0, description="Cluster: CPUs that an engine replica reserves")
     engine_on_gpu: bool = Field(
         default=False, description="Cluster: an engine replica takes `tensor_parallel` GPUs of one machine; else none"
     )
-    node_roles: bool = Field(
+    pin_roles_to_nodes: bool = Field(
         default=False,
-        description="Cluster: each front takes 1 of a node's Ray resource `front`, each engine replica 1 of `engine`; "
-        "so that fronts stay off the GPU machines",
+        description="Cluster: each frontend takes 1 of a node's Ray resource `frontend`, each engine replica 1 of `engine`; "
+        "so that frontends stay off the GPU machines",
     )
-    engine_audio_s: float = Field(
+    target_audio_seconds_per_engine: float = Field(
         900, gt=0, description="Cluster: seconds of audio under way in an engine at which another one is started"
     )
     scale_down_after_s: float = Field(300, ge=0, description="Cluster: how long fewer replicas must be enough")
@@ -329,8 +333,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Settings:
-        if self.fronts > self.max_fronts or self.engines > self.max_engines:
-            raise ValueError("max_fronts and max_engines must not be below fronts and engines")
+        if self.min_frontends > self.max_frontends or self.min_engine_replicas > self.max_engine_replicas:
+            raise ValueError(
+                "max_frontends and max_engine_replicas must not be below min_frontends and min_engine_replicas"
+            )
         return self
 
     @model_validator(mode="after")

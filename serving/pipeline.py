@@ -60,7 +60,7 @@ class Captioner:
         self._fetcher = fetcher
         self._uploads = uploads
         self._on_not_ready = on_not_ready
-        self._slots = SharedCapacity(settings.max_inflight, reason="inflight")
+        self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
 
     @property
     def in_flight(self) -> int:

@@ -28,7 +28,7 @@ os.environ["CAPTIONER_DATA_DIR"] = _DATA.name  # nor does what is tested touch w
 @pytest.fixture(scope="session")
 def fake_service() -> Iterator[RunningService]:
     """The whole service with the fake engine: fast, and deterministic, each token by itself."""
-    with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--handover-interval-s=0") as service:
+    with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--stream-flush-interval-s=0") as service:
         yield service
 
 

@@ -22,8 +22,8 @@ class RunningService:
     def __init__(self, *flags: str, start_timeout_s: float = 60) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-")
         directory = Path(self._directory.name)
-        self.spool, self.uploads, self.data = directory / "spool", directory / "uploads", directory / "data"
-        self.spool.mkdir()
+        self.downloads, self.uploads, self.data = directory / "downloads", directory / "uploads", directory / "data"
+        self.downloads.mkdir()
         self._log = (directory / "log").open("w+")
         asks_for_keys = any(flag.startswith(("--api-keys", "--auth")) for flag in flags)
         self._flags = flags if asks_for_keys else ("--no-auth", *flags)
@@ -32,7 +32,7 @@ class RunningService:
 
     def __enter__(self) -> Self:
         command = [str(Path(sys.executable).with_name("captioner")), "serve", "--port=0"]
-        command += [f"--spool-dir={self.spool}", f"--uploads-dir={self.uploads}", f"--data-dir={self.data}"]
+        command += [f"--download-dir={self.downloads}", f"--uploads-dir={self.uploads}", f"--data-dir={self.data}"]
         command += self._flags
         self.process = subprocess.Popen(command, stderr=self._log, stdout=self._log)
         deadline = time.monotonic() + self._start_timeout_s

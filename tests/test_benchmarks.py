@@ -73,16 +73,16 @@ def test_a_wrong_answer_is_no_figure(status: int, body: bytes) -> None:
         read(status, {}, [(1.0, body)], 1.0, stream=True).check(Asked("m", 3, "any"), 0)
 
 
-def a_round(wall_s: float, front_s: float) -> dict[str, Any]:
+def a_round(wall_s: float, frontend_s: float) -> dict[str, Any]:
     """Make a round of ten requests."""
     return {
         "requests": 10,
         "audio_s": 300.0,
         "wall_s": wall_s,
-        "cpu_s": {"front": front_s, "audio workers": 0.5, "engine core": 2.0},
+        "cpu_s": {"frontend": frontend_s, "audio workers": 0.5, "engine core": 2.0},
         "machine_cpu_s": 9.0,
         "load_generator_cpu_s": 0.1,
-        "memory_mib": {"front": 700, "engine core": 2000},
+        "memory_mib": {"frontend": 700, "engine core": 2000},
         "ttft_s": [0.1] * 9 + [1.0],
         "e2e_s": [2.0] * 10,
     }

@@ -71,7 +71,7 @@ def until(condition: Any, *, within_s: float = 60) -> None:
 
 def test_who_sends_no_whole_head_is_dropped() -> None:
     """Nothing at all, part of a first one, or of a second one; a slow body is another matter, and so is a rest."""
-    with RunningService("--engine=fake", "--head-timeout-s=1") as service:
+    with RunningService("--engine=fake", "--header-timeout-s=1") as service:
         head = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
         with connect(service) as silent, connect(service) as slow, connect(service) as second, connect(service) as fair:
             slow.sendall(head)
@@ -132,9 +132,9 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
         engine="fake",
         fake_tokens=1000,
         fake_tpot_s=60 if silent_engine else 0.001,
-        handover_interval_s=0,
+        stream_flush_interval_s=0,
         heartbeat_s=0.05,
-        header_grace_s=0.05,
+        first_byte_timeout_s=0.05,
         write_timeout_s=0.2,
     )
     engine, metrics = GatedEngine(FakeEngine(settings), settings), Metrics()

@@ -45,13 +45,13 @@ async def _leave_mid_stream(url: str, path: str, body: dict[str, object], *, aft
 
 
 def _held(service: RunningService) -> tuple[int, int, int]:
-    """Open files and child processes of the service, and its files in the spool directory.
+    """Open files and child processes of the service, and its files in the download directory.
 
     Not those of its database: how many of a bounded pool's connections are open depends on what ran at the same time.
     """
     process = psutil.Process(service.process.pid)
     database = sum("captioner.db" in file.path for file in process.open_files())
-    downloads = [path for path in service.spool.rglob("*") if path.is_file()]
+    downloads = [path for path in service.downloads.rglob("*") if path.is_file()]
     return process.num_fds() - database, len(process.children(recursive=True)), len(downloads)
 
 
@@ -95,7 +95,7 @@ async def test_fake_engine_is_left_clean(endless_service: RunningService, media:
 
 
 async def test_clients_that_leave_during_the_download(endless_service: RunningService) -> None:
-    """A client that leaves while its audio is fetched ends the fetch and frees the spool."""
+    """A client that leaves while its audio is fetched ends the fetch and frees the download directory."""
     service = endless_service
     stuck: list[asyncio.StreamWriter] = []
     all_stuck = asyncio.Event()

@@ -33,7 +33,7 @@ CLIP = data_url(wav(1))
 @pytest.fixture(scope="module")
 def slow_start() -> Iterator[RunningService]:
     """The first token comes after 1.5 s; status lines wait 0.3 s, heartbeats 0.2 s, answers 1 s or (stream) 4 s."""
-    flags = ("--header-grace-s=0.3", "--heartbeat-s=0.2", "--deadline-s=1", "--stream-deadline-s=4")
+    flags = ("--first-byte-timeout-s=0.3", "--heartbeat-s=0.2", "--response-timeout-s=1", "--stream-timeout-s=4")
     with RunningService("--engine=fake", "--fake-ttft-s=1.5", *flags) as service:
         yield service
 
@@ -41,7 +41,7 @@ def slow_start() -> Iterator[RunningService]:
 @pytest.fixture(scope="module")
 def slow_tokens() -> Iterator[RunningService]:
     """A token each 0.2 s, for 24 tokens; answers end after 1 s, streams after 2 s; two requests at once."""
-    flags = ("--deadline-s=1", "--stream-deadline-s=2", "--max-inflight=2")
+    flags = ("--response-timeout-s=1", "--stream-timeout-s=2", "--max-concurrent-requests=2")
     with RunningService("--engine=fake", "--fake-tpot-s=0.2", *flags) as service:
         yield service
 
@@ -94,7 +94,7 @@ def test_stream_beats_before_the_first_token(slow_start: RunningService, path: s
 
 def test_error_after_the_status_line_is_an_event() -> None:
     """An error after the first heartbeat ends the stream as the dialect's own error event."""
-    flags = ("--fake-ttft-s=30", "--header-grace-s=0.1", "--stream-deadline-s=3")
+    flags = ("--fake-ttft-s=30", "--first-byte-timeout-s=0.1", "--stream-timeout-s=3")
     with RunningService("--engine=fake", *flags) as service:
         native = httpx.post(
             service.url + NATIVE, json=native_body(CLIP), headers={"x-dashscope-sse": "enable"}, timeout=30
@@ -132,7 +132,7 @@ def test_body_over_the_cap(fake_service: RunningService) -> None:
 
 def test_body_memory_is_bounded() -> None:
     """Bodies that together pass the memory for bodies are refused as overload, and the memory is given back."""
-    with RunningService("--engine=fake", f"--max-inflight-body-bytes={4 * 2**20}") as service:
+    with RunningService("--engine=fake", f"--max-body-memory-bytes={4 * 2**20}") as service:
         host, port = service.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as stuck:
             stuck.sendall(f"POST {NATIVE} HTTP/1.1\r\nhost: x\r\ncontent-length: 4000000\r\n\r\n".encode())

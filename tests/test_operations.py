@@ -46,7 +46,7 @@ async def test_probes_follow_the_engine() -> None:
 
 async def test_a_stalled_engine_is_told() -> None:
     """An engine that stops in the middle ends its captions, and the probes say so."""
-    settings = Settings(auth=False, audio_workers=1, stall_s=0.5)
+    settings = Settings(auth=False, audio_workers=1, engine_stall_timeout_s=0.5)
     engine = GatedEngine(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
     app = create_app(settings, engine)
     transport = httpx.ASGITransport(app)
@@ -93,7 +93,7 @@ async def test_overload_is_refused_and_counted() -> None:
             body = answer.json()
             assert body.get("code") == "ModelServingError" or body["error"]["code"] == "service_unavailable"
         service.settle()
-        assert service.metric("captioner_rejected_total", reason="engine_queue") == 4
+        assert service.metric("captioner_requests_shed_total", reason="engine_queue") == 4
         assert service.metric("captioner_engine_kv_tokens") == service.metric("captioner_engine_waiting") == 0
 
 

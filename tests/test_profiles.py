@@ -50,8 +50,8 @@ def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch
     assert settings.long_tokens_per_step is not None
     assert settings.long_tokens_per_step <= settings.step_tokens
     if found := re.match(r"(\d+)x", path.stem):
-        assert int(found[1]) == settings.tensor_parallel * settings.engines
-        assert settings.engines == 1 or settings.engine_on_gpu
+        assert int(found[1]) == settings.tensor_parallel * settings.min_engine_replicas
+        assert settings.min_engine_replicas == 1 or settings.engine_on_gpu
         assert settings.dtype == "bfloat16"
         assert settings.is_embedded is False
         assert ("fp8" in path.stem) == (settings.quantization is not None)

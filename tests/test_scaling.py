@@ -135,7 +135,7 @@ def test_noise_does_not_make_it_flap(seed: int) -> None:
     assert changes <= 2
 
 
-def test_a_front_tells_how_busy_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frontend_tells_how_busy_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """The share of a core that the thread has taken since it was asked last."""
     clock = SimpleNamespace(passed_s=100.0, used_s=7.0)
     clocks = SimpleNamespace(monotonic=lambda: clock.passed_s, thread_time=lambda: clock.used_s)

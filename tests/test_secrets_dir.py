@@ -28,15 +28,20 @@ def test_a_file_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag comes before a variable, that before a secret, that before the TOML file."""
     (tmp_path / "captioner_port").write_text("3")
-    (tmp_path / "captioner_fronts").write_text("3")
+    (tmp_path / "captioner_frontends").write_text("3")
     (tmp_path / "captioner_engines").write_text("3")
     (tmp_path / "file.toml").write_text("port = 4\nfronts = 4\nengines = 4\nmax_engines = 4\n")
     monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("CAPTIONER_CONFIG", str(tmp_path / "file.toml"))
     monkeypatch.setenv("CAPTIONER_PORT", "2")
-    monkeypatch.setenv("CAPTIONER_FRONTS", "2")
+    monkeypatch.setenv("CAPTIONER_MIN_FRONTENDS", "2")
     settings = Settings.load(["--port=1"])
-    assert (settings.port, settings.fronts, settings.engines, settings.max_engines) == (1, 2, 3, 4)
+    assert (settings.port, settings.min_frontends, settings.min_engine_replicas, settings.max_engine_replicas) == (
+        1,
+        2,
+        3,
+        4,
+    )
 
 
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,8 @@ OVERVIEW = Board(
                 {"{{dialect}} {{code}}": f"sum by (dialect, code) (rate(captioner_requests_total[{RATE}])) > 0"},
                 "stack",
             ),
-            Panel("Refused for want of room", "reqps", rate("captioner_rejected_total", "reason")),
-            Panel("Refused by callers' limits", "reqps", rate("captioner_limited_total", "limit")),
+            Panel("Refused for want of room", "reqps", rate("captioner_requests_shed_total", "reason")),
+            Panel("Refused by callers' limits", "reqps", rate("captioner_requests_rate_limited_total", "limit")),
         ],
         "Waiting": [
             Panel("Time to the first token, by length of the audio", "s", quantiles(TTFT, "length")),
@@ -172,7 +172,7 @@ ENGINE = Board(
                 "{{instance}}": "captioner_engine_kv_tokens / (captioner_engine_kv_capacity_tokens > 0)"
             }),
             Panel("Steps", "ops", {"{{instance}}": f"rate(captioner_engine_steps_total[{RATE}])"}),
-            Panel("Silence while tokens are owed", "s", {"{{instance}}": "captioner_engine_silent_seconds"}),
+            Panel("Silence while tokens are owed", "s", {"{{instance}}": "captioner_engine_stalled_seconds"}),
         ],
         "Speed": [
             Panel("Wait for the engine", "s", quantiles(STAGE, of='stage="engine_queue"')),
@@ -218,7 +218,7 @@ TENANTS = Board(
                 f"/ (sum by (tenant) (rate(captioner_tenant_requests_total[{RATE}])) > 0)"
             }),
             Panel("Refused by a limit", "reqps", {
-                "{{tenant}} {{limit}}": f"sum by (tenant, limit) (rate(captioner_tenant_limited_total[{RATE}]))"
+                "{{tenant}} {{limit}}": f"sum by (tenant, limit) (rate(captioner_tenant_requests_rate_limited_total[{RATE}]))"
             }),
             Panel("Share of requests that failed", "percentunit", {
                 "{{tenant}}": "sum by (tenant) "
@@ -241,7 +241,7 @@ TENANTS = Board(
 AUTOSCALING = Board(
     "captioner-autoscaling",
     "Captioner: autoscaling",
-    "How many fronts and engines there are, and what they are scaled by.",
+    "How many frontends and engines there are, and what they are scaled by.",
     {
         "Replicas": [
             Panel("Processes scraped", "none", {"{{role}}": 'count by (role) (up{job="captioner"} == 1)'}),
@@ -259,11 +259,11 @@ AUTOSCALING = Board(
         "What they are scaled by": [
             Panel("Audio under way in each engine", "s", {
                 "{{instance}}": "captioner_engine_running_audio_seconds + captioner_engine_waiting_audio_seconds"
-            }, about="Another engine is started at `engine_audio_s`."),
-            Panel("Clips for each audio worker of a front", "none", {
+            }, about="Another engine is started at `target_audio_seconds_per_engine`."),
+            Panel("Clips for each audio worker of a frontend", "none", {
                 "{{instance}}": "(captioner_audio_workers_busy + captioner_audio_queue_depth) / captioner_audio_workers"
-            }, about="Another front is started at `front_busy_workers`."),
-            Panel("Refused for want of room", "reqps", rate("captioner_rejected_total", "reason")),
+            }, about="Another frontend is started at `target_clips_per_audio_worker`."),
+            Panel("Refused for want of room", "reqps", rate("captioner_requests_shed_total", "reason")),
         ],
         "Ray Serve's own": [
             Panel("Replicas that Ray wants", "none", {

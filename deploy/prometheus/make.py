@@ -60,7 +60,7 @@ def records(pace: Pace) -> dict[str, Any]:
     w5 = pace(5 * MINUTE)
     rules = [
         _record("captioner:audio_seconds:rate5m", f"sum(rate(captioner_audio_seconds_total[{w5}]))"),
-        _record("captioner:audio_in_seconds:rate5m", f"sum(rate(captioner_audio_in_seconds_total[{w5}]))"),
+        _record("captioner:audio_in_seconds:rate5m", f"sum(rate(captioner_audio_decoded_seconds_total[{w5}]))"),
         _record("captioner:requests:rate5m", f"sum by (outcome) (rate(captioner_requests_total[{w5}]))"),
         _record(
             "captioner:backlog_audio_seconds",
@@ -193,7 +193,7 @@ def _causes(made: _Alerts) -> None:
     )
     made.add(
         "CaptionerEngineStalled",
-        f"captioner_engine_silent_seconds > {pace.seconds(MINUTE)}",
+        f"captioner_engine_stalled_seconds > {pace.seconds(MINUTE)}",
         "The engine at {{ $labels.instance }} owes tokens and takes no step.",
         severity="page",
         lasting=15,
@@ -291,13 +291,13 @@ def _tickets(made: _Alerts) -> None:
     )
     made.add(
         "CaptionerBudgetExhausted",
-        f'sum by (tenant) (increase(captioner_tenant_limited_total{{limit="budget_exhausted"}}[{pace(HOUR)}])) > 0',
+        f'sum by (tenant) (increase(captioner_tenant_requests_rate_limited_total{{limit="budget_exhausted"}}[{pace(HOUR)}])) > 0',
         "Tenant {{ $labels.tenant }} is refused: its budget is spent.",
         severity="ticket",
     )
     made.add(
         "CaptionerBoundNear",
-        'captioner_saturation_ratio{resource=~"inflight|bodies|spool|features|uploads"} > 0.9',
+        'captioner_saturation_ratio{resource=~"concurrent_requests|bodies|downloads|features|uploads"} > 0.9',
         "{{ $labels.resource }} of {{ $labels.instance }} is nearly full; past its bound requests are refused.",
         severity="ticket",
         lasting=10 * MINUTE,

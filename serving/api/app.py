@@ -78,7 +78,7 @@ def create_app(
         keys=tenancy.keys,
         admissions=tenancy.admissions,
         metrics=metrics,
-        bodies=SharedCapacity(settings.max_inflight_body_bytes, reason="bodies"),
+        bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
         openai=OpenAICodec(settings),
         dashscope=DashScopeCodec(settings),
     )

@@ -86,7 +86,7 @@ class CaptionEndpoint:
             exchange.reply = reply
             record.stream = reply.stream
             record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
-            deadline_s = self.settings.stream_deadline_s if reply.stream else self.settings.deadline_s
+            deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
             async with self.admissions.of(caller, record, request) as admission:
                 exchange.admission = admission
                 deltas = self.captioner.caption(
@@ -152,9 +152,9 @@ class _Exchange:
         await self._plain(200, "application/json", headers, body)
 
     async def stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
-        """Answer piece by piece. The status line waits for the first piece, but no longer than `header_grace_s`."""
+        """Answer piece by piece. The status line waits for the first piece, but no longer than `first_byte_timeout_s`."""
         heartbeat = asyncio.create_task(self._keep_alive())
-        pace_s, loop = self._settings.handover_interval_s, asyncio.get_running_loop()
+        pace_s, loop = self._settings.stream_flush_interval_s, asyncio.get_running_loop()
         try:
             async for delta in deltas:
                 began = time.perf_counter()
@@ -182,7 +182,7 @@ class _Exchange:
                 await self._send({"type": "http.response.body", "body": self.reply.error_frame(error)})
 
     async def _keep_alive(self) -> None:
-        await asyncio.sleep(self._settings.header_grace_s)
+        await asyncio.sleep(self._settings.first_byte_timeout_s)
         if not self._started:
             await self._write(HEARTBEAT)
         while True:

@@ -36,14 +36,14 @@ def watch_service(service: Service) -> None:
     watch("captioner_uploads_bytes", lambda: uploads.used_bytes)
     watch("captioner_upload_received_bytes_total", lambda: uploads.received_bytes)
     taken: dict[str, Callable[[], float]] = {
-        "inflight": lambda: service.captioner.in_flight / settings.max_inflight,
-        "bodies": lambda: service.bodies.used / settings.max_inflight_body_bytes,
-        "spool": lambda: service.fetcher.spooled_bytes / settings.max_spool_bytes,
+        "concurrent_requests": lambda: service.captioner.in_flight / settings.max_concurrent_requests,
+        "bodies": lambda: service.bodies.used / settings.max_body_memory_bytes,
+        "downloads": lambda: service.fetcher.used_bytes / settings.max_downloads_bytes,
         "audio_queue": lambda: workers.queued / settings.max_audio_queue,
         "features": lambda: workers.outstanding_bytes / settings.max_features_bytes,
         "uploads": lambda: uploads.used_bytes / settings.max_uploads_bytes,
     }
-    cpu: dict[str, Callable[[], float]] = {"front": time.process_time, "audio": lambda: workers.cpu_s}
+    cpu: dict[str, Callable[[], float]] = {"frontend": time.process_time, "audio": lambda: workers.cpu_s}
     if isinstance(engine, RemoteEngine):
         watch("captioner_engine_replicas", lambda: sum(engine.replicas.values()))
         watch("captioner_engine_replicas_ready", lambda: engine.replicas["ready"])
@@ -69,7 +69,7 @@ def watch_service(service: Service) -> None:
 
 
 def watch_replica(metrics: Gauges, engine: Engine, settings: Settings) -> None:
-    """Tell what an engine replica of a cluster has taken on: the front's part of its metrics is told by fronts."""
+    """Tell what an engine replica of a cluster has taken on: the frontend's part of its metrics is told by frontends."""
     taken = _watch_engine(metrics, engine, settings)
     cpu = _engine_cpu(engine)
     metrics.watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
@@ -87,7 +87,7 @@ def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[s
     watch("captioner_engine_kv_capacity_tokens", lambda: engine.load.kv_capacity_tokens)
     watch("captioner_engine_steps_total", lambda: engine.steps)
     if isinstance(engine, GatedEngine):
-        watch("captioner_engine_silent_seconds", lambda: engine.silent_s)
+        watch("captioner_engine_stalled_seconds", lambda: engine.silent_s)
     watch("captioner_engine_gpus", lambda: model.gpus if (model := _vllm(engine)) else 0)
     # vLLM keeps its own in the default registry of the process that talks to the model's.
     metrics.include(prometheus_client.REGISTRY, "vllm:")

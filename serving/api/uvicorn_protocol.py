@@ -25,7 +25,7 @@ _LINGER_S = 2.0
 class _Connection(HttpToolsProtocol):
     """A connection whose requests have heads of a bounded size that come in time, and whose client must read."""
 
-    head_timeout_s: float
+    header_timeout_s: float
     write_timeout_s: float
     _drop: TimerHandle | None = None
     _head_due: TimerHandle | None = None
@@ -136,7 +136,7 @@ class _Connection(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._head_due is None:
-            self._head_due = self.loop.call_later(self.head_timeout_s, self.transport.abort)
+            self._head_due = self.loop.call_later(self.header_timeout_s, self.transport.abort)
 
     def _head_has_come(self) -> None:
         if self._head_due is not None:
@@ -179,11 +179,11 @@ class _Connection(HttpToolsProtocol):
 
 
 def use_everywhere(settings: Settings) -> None:
-    """Have these connections in servers of this process that someone else configures, too (Ray Serve's fronts)."""
+    """Have these connections in servers of this process that someone else configures, too (Ray Serve's frontends)."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = protocol(settings)  # type: ignore[assignment] # it takes a class as well
 
 
 def protocol(settings: Settings) -> type[HttpToolsProtocol]:
     """What uvicorn makes of each connection (its `http`)."""
-    bounds = {"head_timeout_s": settings.head_timeout_s, "write_timeout_s": settings.write_timeout_s}
+    bounds = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.write_timeout_s}
     return type("Connection", (_Connection,), bounds)

@@ -56,7 +56,7 @@ MAX_REDIRECTS = 5
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _HEADERS = {"User-Agent": "captioner", "Accept-Encoding": "identity"}
 _CHUNK_BYTES = 256 * 1024
-_SPOOL_PREFIX = "captioner-spool-"
+_DOWNLOADS_PREFIX = "captioner-downloads-"
 
 TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
     aiohttp.ClientConnectionError: DownloadFailed,
@@ -80,24 +80,26 @@ class Fetcher:
         self._settings = settings
         self._getaddrinfo = getaddrinfo
         self._guard = EgressGuard(settings)
-        self._spool: _Spool | None = None
+        self._downloads: _DownloadDirectory | None = None
 
     @property
-    def spooled_bytes(self) -> int:
+    def used_bytes(self) -> int:
         """Disk that downloads take."""
-        return self._spool.taken_bytes if self._spool else 0
+        return self._downloads.taken_bytes if self._downloads else 0
 
     async def start(self) -> None:
         """Make the directory for downloads, and remove those that killed services left behind."""
         self._resolver = Resolver(self._getaddrinfo, patience_s=self._settings.fetch_timeout_s / 2)
-        self._spool = _Spool(self._settings.spool_dir or Path(tempfile.gettempdir()), self._settings.max_spool_bytes)
+        self._downloads = _DownloadDirectory(
+            self._settings.download_dir or Path(tempfile.gettempdir()), self._settings.max_downloads_bytes
+        )
 
     async def stop(self) -> None:
         """Remove the directory. Idempotent."""
-        if self._spool is not None:
+        if self._downloads is not None:
             self._resolver.stop()
-            self._spool.remove()
-            self._spool = None
+            self._downloads.remove()
+            self._downloads = None
 
     @asynccontextmanager
     async def fetch(self, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Path]:
@@ -110,9 +112,9 @@ class Fetcher:
         when downloads fill the disk they may take, or the tenant's do its share of it.
         """
         hop = parse_url(url)
-        if self._spool is None:
+        if self._downloads is None:
             raise RuntimeError("the fetcher is not running")
-        async with self._spool.file(scheduling_class) as file:
+        async with self._downloads.file(scheduling_class) as file:
             with _translated():
                 async with asyncio.timeout(self._settings.fetch_timeout_s):
                     await self._download(hop, file, scheduling_class)
@@ -121,7 +123,7 @@ class Fetcher:
                 raise AudioEmpty
             yield file.path
 
-    async def _download(self, hop: URL, file: _SpoolFile, scheduling_class: SchedulingClass) -> None:
+    async def _download(self, hop: URL, file: _DownloadFile, scheduling_class: SchedulingClass) -> None:
         for _ in range(MAX_REDIRECTS + 1):
             async with self._get(hop, scheduling_class) as response:
                 if response.status not in _REDIRECTS:
@@ -157,7 +159,7 @@ class Fetcher:
         self._guard.check(host, port, (ipaddress.ip_address(info[4][0]) for info in found))
         return found
 
-    async def _read(self, response: aiohttp.ClientResponse, file: _SpoolFile) -> None:
+    async def _read(self, response: aiohttp.ClientResponse, file: _DownloadFile) -> None:
         if response.status // 100 != HTTPStatus.OK // 100:
             raise DownloadFailed(f"{DownloadFailed.message} The server answered with status {response.status}.")
         if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
@@ -205,7 +207,7 @@ class _Pinned(AbstractResolver):
         return socket.socket(family, kind, protocol)
 
 
-class _Spool:
+class _DownloadDirectory:
     """A directory of our own for downloads under way, and the bound on what they take together.
 
     It is locked. A service that was killed leaves its directory but not its lock, so the next one can tell and sweep.
@@ -213,15 +215,15 @@ class _Spool:
 
     def __init__(self, parent: Path, max_bytes: int) -> None:
         parent.mkdir(parents=True, exist_ok=True)
-        for other in parent.glob(f"{_SPOOL_PREFIX}*"):
+        for other in parent.glob(f"{_DOWNLOADS_PREFIX}*"):
             with suppress(OSError):  # its owner lives, or is another user
                 os.close(_lock(other))
                 shutil.rmtree(other)
         # Locked before it gets the name that others sweep.
-        new = Path(tempfile.mkdtemp(prefix=f".{_SPOOL_PREFIX}", dir=parent))
+        new = Path(tempfile.mkdtemp(prefix=f".{_DOWNLOADS_PREFIX}", dir=parent))
         self._lock = _lock(new)
         self._directory = new.rename(parent / new.name.removeprefix("."))
-        self._capacity = SharedCapacity(max_bytes, reason="spool")
+        self._capacity = SharedCapacity(max_bytes, reason="downloads")
 
     @property
     def taken_bytes(self) -> int:
@@ -229,14 +231,14 @@ class _Spool:
         return self._capacity.used
 
     @asynccontextmanager
-    async def file(self, scheduling_class: SchedulingClass) -> AsyncIterator[_SpoolFile]:
+    async def file(self, scheduling_class: SchedulingClass) -> AsyncIterator[_DownloadFile]:
         """Make a file that is removed when the context is left. Raises `Overloaded` if it cannot be made."""
         path = self._directory / uuid.uuid4().hex
         try:
-            file = _SpoolFile(self._capacity.permit(scheduling_class), path)
+            file = _DownloadFile(self._capacity.permit(scheduling_class), path)
         except OSError:
             log.exception("a file for a download could not be made")
-            raise Overloaded(reason="spool") from None
+            raise Overloaded(reason="downloads") from None
         try:
             yield file
         finally:
@@ -254,7 +256,7 @@ class _Spool:
         os.close(self._lock)
 
 
-class _SpoolFile:
+class _DownloadFile:
     """A download on its way to disk."""
 
     def __init__(self, permit: Permit, path: Path) -> None:
@@ -311,5 +313,5 @@ def _translate(error: aiohttp.ClientError | OSError) -> CaptionerError:
     if isinstance(error, TimeoutError):
         return DownloadTimeout()
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Overloaded(reason="spool")
+        return Overloaded(reason="downloads")
     return DownloadFailed()

@@ -47,15 +47,15 @@ USAGE = """usage: captioner serve [--config FILE] [settings …]   start the ser
        captioner version"""
 
 RAY_ENVIRONMENT = {
-    # HAProxy before the fronts, and no thread or process between it and our application.
+    # HAProxy before the frontends, and no thread or process between it and our application.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # An old HAProxy goes on with its streams after each change of the fronts: let it until the longest has ended.
+    # An old HAProxy goes on with its streams after each change of the frontends: let it until the longest has ended.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.cluster.ingress_middleware:middlewares",
     # Ray's own default of 15 would put the whole service behind anything else on the machine.
     "RAY_worker_niceness": "0",
-    # A request whose front dies before it has answered anything goes to another one, if it fits into HAProxy's buffer
+    # A request whose frontend dies before it has answered anything goes to another one, if it fits into HAProxy's buffer
     # (16 kB: audio by its URL does).
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     # Once: HAProxy's own default is three times.

@@ -21,7 +21,7 @@ class Rule:
     """Bounds and pace of one kind of replica.
 
     One replica is meant to have `work_per_replica` under way: audio-seconds for an engine, clips per audio worker for a
-    front. More replicas come at once; fewer only when for `down_after_s` fewer would have been enough.
+    frontend. More replicas come at once; fewer only when for `down_after_s` fewer would have been enough.
     """
 
     least: int

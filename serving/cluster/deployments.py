@@ -1,9 +1,9 @@
-"""The service on Ray Serve: fronts, engine replicas, and the directory by which they find each other.
+"""The service on Ray Serve: frontends, engine replicas, and the directory by which they find each other.
 
-    client ─► HAProxy ─► Front (HTTP, fetch, decode, log-mel) ═ a socket each ═► EngineReplica (vLLM)
+    client ─► HAProxy ─► Frontend (HTTP, fetch, decode, log-mel) ═ a socket each ═► EngineReplica (vLLM)
                               └─ every 2 s ────► Directory ◄──── every 2 s ─┘
 
-A front is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
+A frontend is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
 the processes, replaces them, scales them and updates them; requests and tokens do not pass through it, so they go on
 while Ray's own parts restart. The only file of the application that imports ray (`node.py` does to leave a cluster).
 """
@@ -90,7 +90,7 @@ class EngineReplica:
 
     # Ray awaits it.
     async def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Return when the engine has loaded and the fronts know of it.
+        """Return when the engine has loaded and the frontends know of it.
 
         From then on Ray counts the replica in, and in an update takes an older one away.
         """
@@ -141,7 +141,7 @@ class EngineReplica:
             await asyncio.sleep(EVERY_S)
 
     async def _known(self) -> None:
-        """Wait until the directory tells of this replica, and the fronts have had the time to ask and to connect.
+        """Wait until the directory tells of this replica, and the frontends have had the time to ask and to connect.
 
         The directory is replaced in each update, too, and has to learn first.
         """
@@ -154,7 +154,7 @@ class EngineReplica:
 
 
 @serve.ingress()
-class Front:
+class Frontend:
     """The service as on one machine, but for the engine."""
 
     # Ray awaits it.
@@ -163,7 +163,7 @@ class Front:
     ) -> None:
         """Return when it has found the engines: from then on Ray sends it requests."""
         # The replicas set the pace already.
-        settings = Settings(**overrides | {"handover_interval_s": 0})
+        settings = Settings(**overrides | {"stream_flush_interval_s": 0})
         _configure_logs(settings)
         use_everywhere(settings)
         engine = ClusterEngine(directory, engines)
@@ -173,7 +173,7 @@ class Front:
         self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
         metrics.watch("captioner_replicas_lost_total", lambda: self._presence.lost)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        await self._presence.start(host, settings.metrics_port, "front")
+        await self._presence.start(host, settings.metrics_port, "frontend")
         await engine.start()
 
     async def __del__(self) -> None:
@@ -217,33 +217,41 @@ def build(overrides: Overrides) -> serve.Application:
     Raises `ValidationError` for settings that do not fit.
     """
     settings = Settings(**overrides)
-    if settings.max_fronts > 1 and settings.upload_secret is None:
-        raise ValueError("several fronts need one CAPTIONER_UPLOAD_SECRET in the environment of all")
+    if settings.max_frontends > 1 and settings.upload_secret is None:
+        raise ValueError("several frontends need one CAPTIONER_UPLOAD_SECRET in the environment of all")
     directory = serve.deployment(name="directory", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_NO_LIMIT)(
         Directory
     ).bind(_ray_targets)
     gpus = settings.tensor_parallel if settings.engine_on_gpu else 0
-    front_place, engine_place = ({"front": 1}, {"engine": 1}) if settings.node_roles else ({}, {})
+    frontend_place, engine_place = ({"frontend": 1}, {"engine": 1}) if settings.pin_roles_to_nodes else ({}, {})
     engines = serve.deployment(
         name="engine",
         # One bundle lies on one machine: tensor parallelism wants the fast links within it.
         placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {}) | engine_place],
         placement_group_strategy="STRICT_PACK",
         ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus, "resources": engine_place},
-        **_replicas(settings, settings.engines, settings.max_engines, settings.engine_audio_s),
+        **_replicas(
+            settings,
+            settings.min_engine_replicas,
+            settings.max_engine_replicas,
+            settings.target_audio_seconds_per_engine,
+        ),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
         health_check_period_s=_METRICS_EVERY_S,
     )(EngineReplica).bind(overrides, directory)
     return serve.deployment(
-        name="front",
-        ray_actor_options={"num_cpus": settings.front_cpus, "resources": front_place},
+        name="frontend",
+        ray_actor_options={"num_cpus": settings.frontend_cpus, "resources": frontend_place},
         **_replicas(
-            settings, settings.fronts, settings.max_fronts, settings.front_busy_workers * settings.audio_workers
+            settings,
+            settings.min_frontends,
+            settings.max_frontends,
+            settings.target_clips_per_audio_worker * settings.audio_workers,
         ),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
-    )(Front).bind(overrides, directory, engines)
+    )(Frontend).bind(overrides, directory, engines)
 
 
 def _replicas(settings: Settings, least: int, most: int, work_per_replica: float) -> dict[str, Any]:
@@ -329,7 +337,7 @@ def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -
 
 
 def _drain(within_s: float, hurry: threading.Event) -> None:
-    """Let fronts and engines end what they have. `serve.shutdown` alone would kill HAProxy under their streams."""
+    """Let frontends and engines end what they have. `serve.shutdown` alone would kill HAProxy under their streams."""
     began = time.monotonic()
     serve.delete("captioner", _blocking=False)
     while "captioner" in serve.status().applications and time.monotonic() - began < within_s:

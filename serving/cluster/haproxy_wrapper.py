@@ -1,8 +1,8 @@
 #!/usr/bin/env -S python3 -P
 """HAProxy as Ray starts it, but for what it says by itself: 503 in the caller's dialect, with `Retry-After`.
 
-Ray's configuration answers 404 in plain text until it knows the fronts, a bare 500 where none can be reached, and sends
-requests to Ray's own proxy when all fronts are away, which speaks no dialect either. This program stands in HAProxy's
+Ray's configuration answers 404 in plain text until it knows the frontends, a bare 500 where none can be reached, and sends
+requests to Ray's own proxy when all frontends are away, which speaks no dialect either. This program stands in HAProxy's
 place (`RAY_SERVE_HAPROXY_BINARY_PATH`), changes the configuration that it is told to read, and becomes HAProxy.
 """
 

@@ -1,4 +1,4 @@
-"""What stands between Ray's part of a front and our application."""
+"""What stands between Ray's part of a frontend and our application."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Edge:
-    """Outermost in each front: what clients send does not steer Ray, and an answer has one request id, ours."""
+    """Outermost in each frontend: what clients send does not steer Ray, and an answer has one request id, ours."""
 
     _STEERING = frozenset(
         (b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
@@ -35,5 +35,5 @@ class Edge:
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts around each front (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
+    """What Ray puts around each frontend (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
     return [Middleware(Edge)]

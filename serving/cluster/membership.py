@@ -1,4 +1,4 @@
-"""How fronts find engine replicas, and Prometheus both: the directory, and the engine that it amounts to for a front.
+"""How frontends find engine replicas, and Prometheus both: the directory, and the engine that it amounts to for a frontend.
 
 What reaches it through Ray comes as deployment handles; nothing here imports ray.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EVERY_S = 2.0
-"""How often engine replicas register and fronts ask. A call through Ray costs a millisecond of CPU at both ends."""
+"""How often engine replicas register and frontends ask. A call through Ray costs a millisecond of CPU at both ends."""
 
 ANSWER_S = 5.0
 _FORGET_AFTER_S = 20.0
-"""Longer than a replica is silent whose call was lost (`EVERY_S`, `ANSWER_S`, `EVERY_S`). There is no hurry: fronts see
+"""Longer than a replica is silent whose call was lost (`EVERY_S`, `ANSWER_S`, `EVERY_S`). There is no hurry: frontends see
 by their connections whether it is there."""
 
 _NODES_EVERY_S = 30.0
@@ -36,7 +36,7 @@ _FIND_ENGINES_S = 20.0
 
 
 class Directory:
-    """Knows where the engine replicas are, and the secret by which they know their fronts.
+    """Knows where the engine replicas are, and the secret by which they know their frontends.
 
     It keeps nothing: started anew it has learnt all again after `EVERY_S`, and makes itself unknown until then.
     """
@@ -98,7 +98,7 @@ class ClusterEngine(RemoteEngine):
         with suppress(TimeoutError):
             async with asyncio.timeout(_FIND_ENGINES_S):
                 await self._told_once.wait()
-                while self.replicas["not_ready"] and not self.replicas["ready"]:  # noqa: ASYNC110 - once in a front's life
+                while self.replicas["not_ready"] and not self.replicas["ready"]:  # noqa: ASYNC110 - once in a frontend's life
                     await asyncio.sleep(0.1)
 
     async def stop(self) -> None:

@@ -102,7 +102,7 @@ class GatedEngine:
     overtaken for at most half of that time.
 
     A watchdog ends everything as `EngineStalled`, for good, when the engine owes deltas and has not taken a step
-    for `stall_s`. A client that does not read is not owed any; a long prefill is many steps.
+    for `engine_stall_timeout_s`. A client that does not read is not owed any; a long prefill is many steps.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
@@ -153,7 +153,7 @@ class GatedEngine:
     def silent_s(self) -> float:
         """How long the engine has taken no step though it owes tokens; 0 if it works."""
         ticks = _STALL_TICKS if self._stalled else self._silent_ticks
-        return ticks * self._settings.stall_s / _STALL_TICKS
+        return ticks * self._settings.engine_stall_timeout_s / _STALL_TICKS
 
     async def start(self) -> None:
         """See `Engine`."""
@@ -326,7 +326,7 @@ class GatedEngine:
     async def _watch(self) -> None:
         steps = 0
         while not self._stalled:
-            await asyncio.sleep(self._settings.stall_s / _STALL_TICKS)
+            await asyncio.sleep(self._settings.engine_stall_timeout_s / _STALL_TICKS)
             before, steps = steps, self._engine.steps
             self._silent_ticks = self._silent_ticks + 1 if self._owed and steps == before else 0
             if self._silent_ticks > _STALL_TICKS:

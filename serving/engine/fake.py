@@ -66,7 +66,7 @@ class FakeEngine:
         self._tokens = settings.fake_tokens
         self._text = settings.fake_text
         self._stall_file = settings.fake_stall_file
-        self._merges = settings.handover_interval_s > 0
+        self._merges = settings.stream_flush_interval_s > 0
         self._fail_share = settings.fake_fail_share
         self._log = _Log(settings.fake_log) if settings.fake_log else None
         self._turns: contextlib.AbstractAsyncContextManager[Any] = (

@@ -44,12 +44,12 @@ OTHER, NOBODY = "other", "none"
 """Tenants beyond the bound, all together; and requests of which nobody knows whose they are."""
 
 DIALECTS = ("openai", "dashscope")
-REASONS = ("inflight", "bodies", "spool", "audio_queue", "engine_queue", "engine_wait", "capacity")
+REASONS = ("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait", "capacity")
 
 WATCHED = {
     # The process
     "captioner_ready": "Whether this process can make captions now, as /readyz tells.",
-    "captioner_cpu_seconds_total": "CPU time by part: front (this process), audio (its workers, those that have died "
+    "captioner_cpu_seconds_total": "CPU time by part: frontend (this process), audio (its workers, those that have died "
     "included), engine (the processes of the model).",
     # Audio workers
     "captioner_audio_workers": "Audio workers that there should be.",
@@ -61,7 +61,7 @@ WATCHED = {
     "(16 kB a second).",
     "captioner_features_bytes": "Memory of features that wait for the engine.",
     "captioner_body_bytes": "Memory of request bodies under way.",
-    "captioner_saturation_ratio": "How much of a bound is taken, by resource: inflight, bodies, spool, audio_queue, "
+    "captioner_saturation_ratio": "How much of a bound is taken, by resource: concurrent_requests, bodies, downloads, audio_queue, "
     "features, engine_queue, kv_cache, uploads, journal.",
     # The engine, told where it runs
     "captioner_engine_running": "Captions in the engine.",
@@ -71,13 +71,13 @@ WATCHED = {
     "captioner_engine_kv_tokens": "Tokens of context reserved in the engine.",
     "captioner_engine_kv_capacity_tokens": "Tokens of context that fit in the engine; 0 until it has loaded.",
     "captioner_engine_steps_total": "Steps that the engine has taken.",
-    "captioner_engine_silent_seconds": "How long the engine has taken no step though it owes tokens; 0 if it works.",
+    "captioner_engine_stalled_seconds": "How long the engine has taken no step though it owes tokens; 0 if it works.",
     "captioner_engine_gpus": "GPUs that the engine holds.",
-    # A front's view of a cluster: the same from all fronts, so take the maximum
-    "captioner_engine_replicas": "Engine replicas known to this front.",
+    # A frontend's view of a cluster: the same from all frontends, so take the maximum
+    "captioner_engine_replicas": "Engine replicas known to this frontend.",
     "captioner_engine_replicas_ready": "Of these, can take captions.",
     "captioner_engine_retries_total": "Captions asked for a second time, of another replica.",
-    "captioner_replicas_lost_total": "Replicas that ended without saying so, by replica (front, engine), as the "
+    "captioner_replicas_lost_total": "Replicas that ended without saying so, by replica (frontend, engine), as the "
     "directory has seen it.",
     # Uploads
     "captioner_uploads_bytes": "Disk that uploaded files take, other replicas' included.",
@@ -158,17 +158,19 @@ class Metrics(Gauges):
             "code",
         )
         self._rejected = self._counter(
-            "captioner_rejected",
-            "Caption requests refused for want of room, by reason: inflight, bodies, spool, audio_queue, engine_queue "
+            "captioner_requests_shed",
+            "Caption requests refused for want of room, by reason: concurrent_requests, bodies, downloads, audio_queue, engine_queue "
             "(full), engine_wait (too long), capacity (any other).",
             "reason",
         )
         self._limited = self._counter(
-            "captioner_limited", "Caption requests refused by a limit of the caller's, by the error's name.", "limit"
+            "captioner_requests_rate_limited",
+            "Caption requests refused by a limit of the caller's, by the error's name.",
+            "limit",
         )
         self._in_flight = Gauge("captioner_requests_in_flight", "Caption requests under way.", registry=self.registry)
         self._audio_in = self._counter(
-            "captioner_audio_in_seconds", "Seconds of audio decoded, whatever became of the caption.", "dialect"
+            "captioner_audio_decoded_seconds", "Seconds of audio decoded, whatever became of the caption.", "dialect"
         )
         self._audio = self._counter("captioner_audio_seconds", "Seconds of audio of finished captions.", "dialect")
         self._tokens = self._counter(
@@ -222,7 +224,10 @@ class Metrics(Gauges):
             "captioner_tenant_wait_seconds", "Time that a tenant's requests stood in queues, all together.", "tenant"
         )
         self._tenant_limited = self._counter(
-            "captioner_tenant_limited", "Requests refused by a limit of the tenant's, by limit.", "tenant", "limit"
+            "captioner_tenant_requests_rate_limited",
+            "Requests refused by a limit of the tenant's, by limit.",
+            "tenant",
+            "limit",
         )
         self._tenant_cost = self._counter(
             "captioner_tenant_cost",

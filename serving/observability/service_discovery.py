@@ -1,7 +1,7 @@
 """How Prometheus finds and reads every process: targets of its HTTP service discovery, and a listener for metrics.
 
 One machine: the service's own port tells all. In a cluster each process listens on a port of its own, since a request
-to the service's port reaches any front; every front tells all of them (`/metrics/targets`).
+to the service's port reaches any frontend; every frontend tells all of them (`/metrics/targets`).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Presence:
         leave: Callable[[str], Awaitable[None]],
     ) -> None:
         self.targets: list[Target] = []
-        self.lost = {"front": 0, "engine": 0}
+        self.lost = {"frontend": 0, "engine": 0}
         self._listener = listener
         self._tell = tell
         self._leave = leave
@@ -128,7 +128,7 @@ class Register:
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._now_s = now_s
         self._seen: dict[str, tuple[Target, str, float]] = {}
-        self._lost = {"front": 0, "engine": 0}
+        self._lost = {"frontend": 0, "engine": 0}
 
     def note(self, target: Target, process: str) -> tuple[list[Target], dict[str, int]]:
         """A process is there; return where all are, and how many were lost so far, by role.

@@ -137,14 +137,14 @@ async def fetching(
     tmp_path: Path, names: Callable[..., Any] | None = None, **changes: object
 ) -> AsyncIterator[Fetcher]:
     """Run a fetcher to which only OUTSIDE is public; nothing may be left in its directory."""
-    values = {"spool_dir": tmp_path, "fetch_allow": (f"{OUTSIDE}/32",), "fetch_timeout_s": 20, **changes}
+    values = {"download_dir": tmp_path, "fetch_allow": (f"{OUTSIDE}/32",), "fetch_timeout_s": 20, **changes}
     fetcher = Fetcher(Settings.model_validate(values), getaddrinfo=names or Names())
     await fetcher.start()
     try:
         yield fetcher
         assert not files(tmp_path)
-        assert fetcher._spool
-        assert fetcher._spool.taken_bytes == 0
+        assert fetcher._downloads
+        assert fetcher._downloads.taken_bytes == 0
     finally:
         await fetcher.stop()
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - not a server
@@ -226,7 +226,7 @@ async def test_our_network_is_not_reached_by_any_spelling(tmp_path: Path, inside
     def system(host: str, port: int, **options: Any) -> Any:
         return socket.getaddrinfo(host, port, **options) if "local" in host else Names()(host, port, **options)
 
-    values = {"spool_dir": tmp_path, **changes}
+    values = {"download_dir": tmp_path, **changes}
     fetcher = Fetcher(Settings.model_validate(values), getaddrinfo=system)
     await fetcher.start()
     with pytest.raises((errors.DownloadFailed, errors.InvalidAudioUrl)):
@@ -419,7 +419,7 @@ async def test_only_the_request_is_sent(tmp_path: Path, outside: Site, monkeypat
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     outside.answers["/start"] = response(b"", "302 Found", "Location: /clip", "Set-Cookie: a=b; Path=/")
-    async with fetching(tmp_path / "spool") as fetcher:
+    async with fetching(tmp_path / "downloads") as fetcher:
         assert await get(fetcher, outside.url("/start")) == BODY
     for head in outside.requests:
         names = {line.partition(":")[0].lower() for line in head.split("\r\n")[1:] if line}
@@ -650,7 +650,7 @@ async def test_the_consumers_time_is_not_the_downloads(tmp_path: Path, outside: 
 async def test_downloads_share_a_bounded_disk(tmp_path: Path, outside: Site) -> None:
     """When downloads under way fill the disk they may take, the next is refused for now, and fits later."""
     outside.answers |= {"/half": response(bytes(MIB // 2)), "/more": response(bytes(MIB // 2 + 1))}
-    async with fetching(tmp_path, max_spool_bytes=MIB) as fetcher:
+    async with fetching(tmp_path, max_downloads_bytes=MIB) as fetcher:
         async with fetcher.fetch(outside.url("/half")):
             with pytest.raises(errors.Overloaded):
                 await get(fetcher, outside.url("/more"))
@@ -661,15 +661,15 @@ async def test_downloads_share_a_bounded_disk(tmp_path: Path, outside: Site) -> 
 async def test_no_tenant_fills_the_disk_of_downloads(tmp_path: Path, outside: Site) -> None:
     """However much one has under way, another's download finds room; without tenants one may take all of it."""
     outside.answers |= {"/part": response(bytes(MIB)), "/small": response(bytes(MIB // 8))}
-    async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
+    async with fetching(tmp_path, max_downloads_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
         for _ in range(7):
             await under_way.enter_async_context(fetcher.fetch(outside.url("/part"), SchedulingClass("greedy")))
         with pytest.raises(errors.Overloaded) as caught:
             await get(fetcher, outside.url("/part"), SchedulingClass("greedy"))
-        assert caught.value.reason == "spool"
+        assert caught.value.reason == "downloads"
         async with fetcher.fetch(outside.url("/small"), SchedulingClass("other")) as path:
             assert path.stat().st_size == MIB // 8
-    async with fetching(tmp_path, max_spool_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
+    async with fetching(tmp_path, max_downloads_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
         for _ in range(8):
             await under_way.enter_async_context(fetcher.fetch(outside.url("/part")))
 
@@ -786,9 +786,9 @@ from serving.audio.fetch import Fetcher
 from serving.config import Settings
 
 async def main():
-    fetcher = Fetcher(Settings(spool_dir=Path(sys.argv[1])))
+    fetcher = Fetcher(Settings(download_dir=Path(sys.argv[1])))
     await fetcher.start()
-    (fetcher._spool._directory / "left").write_text("over")
+    (fetcher._downloads._directory / "left").write_text("over")
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -800,7 +800,7 @@ async def test_what_killed_services_left_is_swept_and_what_others_use_is_not(tmp
     dead = await asyncio.create_subprocess_exec(sys.executable, "-c", SPOOLING, str(tmp_path))
     await dead.wait()
     (left,) = files(tmp_path)
-    first, second = (Fetcher(Settings(spool_dir=tmp_path, fetch_allow=(OUTSIDE,))) for _ in range(2))
+    first, second = (Fetcher(Settings(download_dir=tmp_path, fetch_allow=(OUTSIDE,))) for _ in range(2))
     await first.start()
     assert not left.parent.exists()
     async with first.fetch(outside.url()) as path:
@@ -849,7 +849,7 @@ async def test_https_is_verified_by_name(
     names = Names(clips_test=[[OUTSIDE]], other_test=[[OUTSIDE]])
     site = Site(OUTSIDE, {"/clip": response(BODY)})
     good = trusted and host == "clips.test"
-    async with site.running(server), fetching(tmp_path / "spool", names) as fetcher:
+    async with site.running(server), fetching(tmp_path / "downloads", names) as fetcher:
         with contextlib.nullcontext() if good else pytest.raises(errors.DownloadFailed):
             assert await get(fetcher, f"https://{host}:{site.port}/clip") == BODY
     assert len(site.requests) == good

@@ -17,23 +17,23 @@ from page import page
 HOSTILE = '<script>alert("x")</script>'
 
 
-def a_round(wall_s: float, front_s: float) -> dict[str, Any]:
+def a_round(wall_s: float, frontend_s: float) -> dict[str, Any]:
     """Make a round of ten requests."""
     return {
         "requests": 10,
         "audio_s": 360.0,
         "wall_s": wall_s,
-        "cpu_s": {"front": front_s, "engine core": 2.0},
+        "cpu_s": {"frontend": frontend_s, "engine core": 2.0},
         "machine_cpu_s": 9.0,
         "load_generator_cpu_s": 0.1,
-        "memory_mib": {"front": 700, "engine core": 2000},
+        "memory_mib": {"frontend": 700, "engine core": 2000},
         "ttft_s": [0.1] * 9 + [1.0],
         "e2e_s": [2.0] * 10,
     }
 
 
 def comparison(**conditions: Any) -> dict[str, Any]:
-    """Make a run of two systems, of which the first has three times the requests/s and half of the front's CPU."""
+    """Make a run of two systems, of which the first has three times the requests/s and half of the frontend's CPU."""
     rounds = {
         "captioner": [a_round(2.0, 0.5), a_round(4.0, 0.5)],
         "vllm serve": [a_round(6.0, 1.0), a_round(12.0, 1.0)],
@@ -61,8 +61,8 @@ def suite(*loads: float, **more: Any) -> dict[str, Any]:
             "ttft_s": percentiles,
             "e2e_s": percentiles,
             "stages_s": {"decode": 0.0625, "generate": 1.5},
-            "cpu_s_per_audio_hour": {"front": 3.5, "engine core": 22.0},
-            "memory_mib": {"front": 712.0},
+            "cpu_s_per_audio_hour": {"frontend": 3.5, "engine core": 22.0},
+            "memory_mib": {"frontend": 712.0},
         }
         for load in loads
     ]

@@ -31,9 +31,9 @@ def test_figures_are_of_right_answers_after_the_warm_up() -> None:
     assert not suite.summary([line(3.0)] * 4, 2.0)["meets_slo"]
 
 
-def a_point(load: float, *ttft_s: float, front_s: float = 10.0) -> dict[str, Any]:
+def a_point(load: float, *ttft_s: float, frontend_s: float = 10.0) -> dict[str, Any]:
     """Make a load with a round for each time to the first text."""
-    cpu = {"front": front_s, "engine core": 40.0}
+    cpu = {"frontend": frontend_s, "engine core": 40.0}
     rounds = [{"load": load, **suite.summary([line(of)] * 4, 2.0), "cpu_s_per_audio_hour": cpu} for of in ttft_s]
     told = [line(of) | {"run": number} for number, of in enumerate(ttft_s) for _ in range(4)]
     return {"load": load, **suite.summary(told, 2.0, spans=len(ttft_s)), "cpu_s_per_audio_hour": cpu, "rounds": rounds}
@@ -59,7 +59,7 @@ def test_a_run_that_is_worse_than_the_kept_one_is_a_breach() -> None:
     assert breaches(a_run(a_point(4, 1.2, 1.3)), kept, 0.25) == []
     assert breaches(a_run(a_point(4, 1.3, 1.9)), kept, 0.25) == [], "one round is as good as before"
     assert breaches(a_run(a_point(4, 1.8, 1.9)), kept, 0.25) == ["load 4: p95 of TTFT is 1.36 times what it was"]
-    told = breaches(a_run(a_point(4, 3.0, 3.0, front_s=20.0)), kept, 0.25)
+    told = breaches(a_run(a_point(4, 3.0, 3.0, frontend_s=20.0)), kept, 0.25)
     assert [of.partition(" is ")[0] for of in told] == [
         "load 4: the SLO",
         "load 4: p95 of TTFT",
@@ -73,12 +73,12 @@ def test_a_run_that_is_worse_than_the_kept_one_is_a_breach() -> None:
 
 
 def test_another_machine_is_compared_only_in_what_its_speed_does_not_matter_for() -> None:
-    """All twice as slow is no breach; what grows faster with the load is, and a front that costs more."""
+    """All twice as slow is no breach; what grows faster with the load is, and a frontend that costs more."""
     kept = a_run(a_point(1, 0.5), a_point(4, 1.0), machine="another")
     assert breaches(a_run(a_point(1, 1.0), a_point(4, 2.0)), kept, 0.25) == []
     told = breaches(a_run(a_point(1, 0.5), a_point(4, 2.0)), kept, 0.25)
     assert told == ["load 4: p95 of TTFT beside the least load's is 2.00 times what it was"]
-    assert len(breaches(a_run(a_point(1, 0.5, front_s=20), a_point(4, 1.0, front_s=20)), kept, 0.25)) == 2
+    assert len(breaches(a_run(a_point(1, 0.5, frontend_s=20), a_point(4, 1.0, frontend_s=20)), kept, 0.25)) == 2
     assert breaches(a_run(a_point(4, 9.0)), a_run(a_point(4, 1.0), machine="another"), 0.25)
 
 

@@ -103,15 +103,18 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         }
     },
     "from zero": {"engine": {"replicas": {"min": 0, "max": 4}, "idleTimeoutSeconds": 900}},
-    "many": {"engine": {"replicas": {"min": 8, "max": 64}, "gpus": 8}, "front": {"replicas": {"min": 16, "max": 128}}},
+    "many": {
+        "engine": {"replicas": {"min": 8, "max": 64}, "gpus": 8},
+        "frontend": {"replicas": {"min": 16, "max": 128}},
+    },
     "another GPU": {"engine": {"gpuResource": "amd.com/gpu", "gpus": 2, "runtimeClassName": "amd"}},
     "scheduling of all": {
         "head": {k: v for k, v in SCHEDULED.items() if k != "topologySpreadConstraints"},
-        "front": SCHEDULED,
+        "frontend": SCHEDULED,
         "engine": SCHEDULED,
     },
     "no spreading, own budgets": {
-        "front": {"spread": False, "minAvailable": 1},
+        "frontend": {"spread": False, "minAvailable": 1},
         "engine": {"spread": False, "minAvailable": 1, "replicas": {"min": 2}},
     },
     "a priority class": {"priorityClass": {"create": True, "value": 1000000, "preemptionPolicy": "Never"}},
@@ -190,7 +193,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
                 "apiVersion": "v1",
                 "kind": "ConfigMap",
                 "metadata": {"name": "{{ .Release.Name }}-more"},
-                "data": {"n": "{{ .Values.front.cpus }}"},
+                "data": {"n": "{{ .Values.frontend.cpus }}"},
             },
             "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {}\n",
         ]

@@ -20,11 +20,11 @@ def read(cluster: dict[str, Any], serve: dict[str, Any]) -> dict[str, Any]:
     """One release."""
     (application,) = ServeDeploySchema(**serve).applications
     assert application.import_path == "serving.cluster.deployments:build"
-    front = build(dict(application.args))._bound_deployment
+    frontend = build(dict(application.args))._bound_deployment
     wants = {}
     for deployment in [
-        front,
-        *(each._bound_deployment for each in front.init_args if hasattr(each, "_bound_deployment")),
+        frontend,
+        *(each._bound_deployment for each in frontend.init_args if hasattr(each, "_bound_deployment")),
     ]:
         config = deployment._replica_config
         options = config.ray_actor_options

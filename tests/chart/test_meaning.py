@@ -51,14 +51,14 @@ def test_what_runs_is_finished_before_a_pod_is_killed(helm: Path, longest: int, 
     """Kill > leaving > the replicas' shutdown > the longest request, each with room; all from one value."""
     manifests = template(helm, {"drain": {"longestRequestSeconds": longest, "marginSeconds": margin}})
     args = serve_config(manifests)["applications"][0]["args"]
-    assert args["stream_deadline_s"] == longest
-    assert args["deadline_s"] <= min(longest, 280)
+    assert args["stream_timeout_s"] == longest
+    assert args["response_timeout_s"] <= min(longest, 280)
     assert args["shutdown_grace_s"] >= longest + margin
-    for component in ("front", "engine"):
+    for component in ("frontend", "engine"):
         spec = group(manifests, component)["template"]["spec"]
         leaving = told_to_leave(spec)
         # A replica is stopped at the latest when only its shutdown's time is left: by then another should have started.
-        assert leaving - args["shutdown_grace_s"] >= (60 if component == "front" else 600)
+        assert leaving - args["shutdown_grace_s"] >= (60 if component == "frontend" else 600)
         assert spec["terminationGracePeriodSeconds"] >= leaving + 30 + margin
     environment = only(manifests, "ConfigMap", "x-captioner-ray")["data"]
     assert int(environment["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) >= longest + margin
@@ -82,7 +82,7 @@ def test_without_ray_a_pod_stops_in_order(helm: Path) -> None:
     sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     told = tomllib.loads(only(manifests, "ConfigMap", "x-captioner-settings")["data"]["captioner.toml"])
     assert sleep >= 5
-    assert told["shutdown_grace_s"] > told["stream_deadline_s"]
+    assert told["shutdown_grace_s"] > told["stream_timeout_s"]
     assert spec["terminationGracePeriodSeconds"] >= sleep + told["shutdown_grace_s"] + 30 + MARGIN
 
 
@@ -121,7 +121,7 @@ def test_what_is_reached_from_outside_is_what_callers_need(helm: Path) -> None:
 def test_a_slow_load_is_not_taken_for_a_failure(helm: Path, profile: str) -> None:
     """No probe of a Ray pod asks the engine, and starting may take as long as a load at the slowest reading."""
     manifests = template(helm, {}, profile)
-    for component in ("head", "front", "engine"):
+    for component in ("head", "frontend", "engine"):
         container = group(manifests, component)["template"]["spec"]["containers"][0]
         for probe in ("startupProbe", "livenessProbe"):
             assert container[probe]["httpGet"] == {"path": "/api/healthz", "port": 52365}
@@ -150,10 +150,10 @@ def test_without_ray_the_start_up_probe_outlasts_the_load(helm: Path) -> None:
 def test_a_budget_lets_a_node_be_drained_and_keeps_the_service(helm: Path, least: int, spare: int | None) -> None:
     """One pod may go; where there is only one there is no budget, which would stop the drain for ever."""
     replicas = {"replicas": {"min": least, "max": 8}}
-    manifests = template(helm, {"front": replicas, "engine": replicas})
+    manifests = template(helm, {"frontend": replicas, "engine": replicas})
     budgets = {each["metadata"]["name"]: each["spec"] for each in manifests if each["kind"] == "PodDisruptionBudget"}
-    assert set(budgets) == (set() if spare is None else {"x-captioner-front", "x-captioner-engine"})
-    for component in ("front", "engine") if spare else ():
+    assert set(budgets) == (set() if spare is None else {"x-captioner-frontend", "x-captioner-engine"})
+    for component in ("frontend", "engine") if spare else ():
         spec = budgets[f"x-captioner-{component}"]
         # Of pods that belong to no Deployment Kubernetes knows no share and no maximum.
         assert spec["minAvailable"] == spare
@@ -188,12 +188,12 @@ def read_by_ray(helm: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_fronts_and_engines_find_their_own_nodes_and_no_others(
+def test_frontends_and_engines_find_their_own_nodes_and_no_others(
     helm: Path, profile: str, read_by_ray: dict[str, Any]
 ) -> None:
     """By Ray's own reading: what each deployment asks for fits one kind of node, and one of it in each pod."""
     nodes, wants = read_by_ray[profile]["nodes"], read_by_ray[profile]["wants"]
-    for name in ("front", "engine"):
+    for name in ("frontend", "engine"):
         fits = [
             kind
             for kind, node in nodes.items()
@@ -203,9 +203,12 @@ def test_fronts_and_engines_find_their_own_nodes_and_no_others(
         assert min(nodes[name]["resources"][what] // need for what, need in wants[name].items()) == 1
     args = serve_config(template(helm, {}, profile))["applications"][0]["args"]
     assert nodes["headgroup"]["resources"]["CPU"] == 0
-    assert "GPU" not in nodes["front"]["resources"]
+    assert "GPU" not in nodes["frontend"]["resources"]
     assert wants["engine"].get("GPU", 0) == (args["tensor_parallel"] if args["engine_on_gpu"] else 0)
-    assert (nodes["front"]["max_workers"], nodes["engine"]["max_workers"]) == (args["max_fronts"], args["max_engines"])
+    assert (nodes["frontend"]["max_workers"], nodes["engine"]["max_workers"]) == (
+        args["max_frontends"],
+        args["max_engine_replicas"],
+    )
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -213,7 +216,7 @@ def test_the_serve_config_is_one_that_ray_and_the_service_take(
     helm: Path, profile: str, read_by_ray: dict[str, Any]
 ) -> None:
     """By Ray's schema and by building the application (see `read_by_ray`); numbers are whole numbers."""
-    assert set(read_by_ray[profile]["wants"]) == {"front", "engine", "directory"}
+    assert set(read_by_ray[profile]["wants"]) == {"frontend", "engine", "directory"}
     args = serve_config(template(helm, COMBINATIONS["big numbers"], profile))["applications"][0]["args"]
     assert Settings(**args).max_upload_bytes == 10485759
     assert isinstance(args["max_upload_bytes"], int)
@@ -230,14 +233,14 @@ def test_a_profile_is_that_of_the_service_with_its_arithmetic(profile: str) -> N
             assert line in text
     if told["tensor_parallel"] > 1:
         assert values["engine"]["gpus"] == told["tensor_parallel"]
-    for name in set(told) - {"model", "tensor_parallel", "engines", "max_engines", "engine_on_gpu"}:
+    for name in set(told) - {"model", "tensor_parallel", "min_engine_replicas", "max_engine_replicas", "engine_on_gpu"}:
         assert values["settings"][name] == told[name]
 
 
 def test_shared_memory_is_memory_and_fits_the_container(helm: Path) -> None:
     """It is a volume in memory, smaller than the container's limit, and Ray's object store fits in."""
     for profile in PROFILES:
-        for component in ("head", "front", "engine"):
+        for component in ("head", "frontend", "engine"):
             spec = pod_of({}, helm, component, profile)
             (volume,) = [each["emptyDir"] for each in spec["volumes"] if each["name"] == "shm"]
             assert {"name": "shm", "mountPath": SHM} in spec["containers"][0]["volumeMounts"]
@@ -255,7 +258,7 @@ def size(quantity: str) -> float:
 def test_scheduling_is_passed_on(helm: Path) -> None:
     """Whatever Kubernetes has for it, in every group; spreading is a list."""
     manifests = template(helm, COMBINATIONS["scheduling of all"])
-    for component in ("head", "front", "engine"):
+    for component in ("head", "frontend", "engine"):
         spec = group(manifests, component)["template"]["spec"]
         for key in ("nodeSelector", "tolerations", "affinity", "priorityClassName"):
             assert spec[key] == COMBINATIONS["scheduling of all"][component][key]
@@ -266,9 +269,9 @@ def test_scheduling_is_passed_on(helm: Path) -> None:
         assert group(manifests, component)["template"]["metadata"]["labels"]["team"] == "audio"
 
 
-def test_fronts_and_engines_are_spread(helm: Path) -> None:
+def test_frontends_and_engines_are_spread(helm: Path) -> None:
     """Over zones and nodes, each kind by itself, where that is possible."""
-    for component in ("front", "engine"):
+    for component in ("frontend", "engine"):
         template_ = group(template(helm), component)["template"]
         constraints = template_["spec"]["topologySpreadConstraints"]
         assert {each["topologyKey"] for each in constraints} == {
@@ -289,7 +292,7 @@ def test_secrets_reach_who_needs_them(helm: Path) -> None:
             knows = bool(
                 names & {"CAPTIONER_DATABASE_URL", "CAPTIONER_REDIS_URL", "CAPTIONER_KEY_PEPPER", "CAPTIONER_API_KEYS"}
             )
-            assert knows == who.endswith((" front", "-admin", "-tenants")), who
+            assert knows == who.endswith((" frontend", "-admin", "-tenants")), who
             assert ("CAPTIONER_ADMIN_TOKEN" in names) == who.endswith("-admin"), who
         assert not any("sk-hidden" in json.dumps(each) for each in manifests if each["kind"] != "Secret")
 
@@ -298,7 +301,7 @@ def test_external_stores_are_told_by_secret_references(helm: Path) -> None:
     """Host and user in the URL, the password by a variable from the Secret; nothing of the chart's own is made."""
     manifests = template(helm, COMBINATIONS["external stores"])
     assert not [each for each in manifests if each["kind"] == "StatefulSet"]
-    env = {each["name"]: each for each in group(manifests, "front")["template"]["spec"]["containers"][0]["env"]}
+    env = {each["name"]: each for each in group(manifests, "frontend")["template"]["spec"]["containers"][0]["env"]}
     assert env["CAPTIONER_DATABASE_URL"]["value"] == (
         "postgresql+psycopg://captioner:$(DATABASE_PASSWORD)@db.example.com:5432/captioner?sslmode=verify-full"
     )
@@ -313,7 +316,7 @@ def test_external_stores_are_told_by_secret_references(helm: Path) -> None:
 def test_a_database_may_be_told_by_its_url_alone(helm: Path) -> None:
     """The whole of it from a Secret: neither host nor password is asked for, and the chart's own is not used."""
     manifests = template(helm, COMBINATIONS["a database by its URL"])
-    env = {each["name"]: each for each in group(manifests, "front")["template"]["spec"]["containers"][0]["env"]}
+    env = {each["name"]: each for each in group(manifests, "frontend")["template"]["spec"]["containers"][0]["env"]}
     assert env["CAPTIONER_DATABASE_URL"]["valueFrom"]["secretKeyRef"] == {"name": "db", "key": "database-url"}
     assert "DATABASE_PASSWORD" not in env
 
@@ -323,7 +326,7 @@ def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
 
     def told(values: dict[str, Any]) -> str:
         manifests = template(helm, values)
-        for component in ("head", "front", "engine"):
+        for component in ("head", "frontend", "engine"):
             (container,) = group(manifests, component)["template"]["spec"]["containers"]
             assert {"configMapRef": {"name": "x-captioner-ray"}} in container["envFrom"]
         return str(only(manifests, "ConfigMap", "x-captioner-ray")["data"]["RAY_SERVE_HAPROXY_BINARY_PATH"])
@@ -442,7 +445,7 @@ def test_rules_and_dashboards_are_shipped(helm: Path) -> None:
     ]
     assert len(boards) >= 6
     ports = [each["port"] for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]]
-    for component in ("front", "engine"):
+    for component in ("frontend", "engine"):
         container = group(manifests, component)["template"]["spec"]["containers"][0]
         assert {each["name"] for each in container["ports"]} >= set(ports)
     metrics_port = serve_config(manifests)["applications"][0]["args"]["metrics_port"]

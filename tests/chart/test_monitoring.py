@@ -24,9 +24,9 @@ ALONE = COMBINATIONS["monitoring"] | COMBINATIONS["without Ray"]
 PROCESSES = {
     ("head", RAY, "ray"),
     ("head", HAPROXY, "haproxy"),
-    ("front", RAY, "ray"),
-    ("front", HAPROXY, "haproxy"),
-    ("front", CAPTIONS, "front"),
+    ("frontend", RAY, "ray"),
+    ("frontend", HAPROXY, "haproxy"),
+    ("frontend", CAPTIONS, "frontend"),
     ("engine", RAY, "ray"),
     ("engine", HAPROXY, "haproxy"),
     ("engine", CAPTIONS, "engine"),
@@ -97,11 +97,11 @@ def monitored(helm: Path) -> list[Manifest]:
 
 
 def test_every_process_is_scraped_with_its_role(helm: Path, monitored: list[Manifest]) -> None:
-    """As `/metrics/targets` tells them: Ray and HAProxy in each pod, fronts, engines; without Ray the one process."""
+    """As `/metrics/targets` tells them: Ray and HAProxy in each pod, frontends, engines; without Ray the one process."""
     found = list(targets(monitored))
     assert {(component, port, labels["role"]) for component, port, labels in found} == PROCESSES
     alone = list(targets(template(helm, ALONE)))
-    assert [(component, port, labels["role"]) for component, port, labels in alone] == [("front", 8000, "server")]
+    assert [(component, port, labels["role"]) for component, port, labels in alone] == [("frontend", 8000, "server")]
     assert {labels["job"] for _, _, labels in [*found, *alone]} == {"captioner"}
 
 
@@ -135,9 +135,11 @@ def test_alerts_tell_the_service_from_what_is_around_it(monitored: list[Manifest
     def roles(alert: str) -> list[set[str]]:
         return [{labels["role"] for labels in chosen(selector, found)} for selector in rules[alert]]
 
-    assert roles("CaptionerNothingScraped") == [{"front", "engine"}]
-    assert roles("CaptionerNotReady") == [{"front", "ray", "haproxy"}]  # of which fronts alone tell `captioner_ready`
-    assert roles("CaptionerTargetDown") == [{"ray"}, {"front", "engine"}]
+    assert roles("CaptionerNothingScraped") == [{"frontend", "engine"}]
+    assert roles("CaptionerNotReady") == [
+        {"frontend", "ray", "haproxy"}
+    ]  # of which frontends alone tell `captioner_ready`
+    assert roles("CaptionerTargetDown") == [{"ray"}, {"frontend", "engine"}]
 
 
 def variables(pod: Manifest) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def variables(pod: Manifest) -> dict[str, Any]:
 def test_scrapes_show_the_token_that_is_asked_for(
     helm: Path, values: dict[str, Any], secret: str, *, alone: bool
 ) -> None:
-    """Fronts and engines ask for the Secret's token, and the PodMonitor shows it to them and to nobody else."""
+    """Frontends and engines ask for the Secret's token, and the PodMonitor shows it to them and to nobody else."""
     assert "metrics_token" in Settings.model_fields
     asked = COMBINATIONS["administration"] | (ALONE if alone else COMBINATIONS["monitoring"])
     manifests = template(helm, asked | {"secrets": values})
@@ -165,7 +167,7 @@ def test_scrapes_show_the_token_that_is_asked_for(
         if told := variables(pod).get("CAPTIONER_METRICS_TOKEN"):
             assert told == {"secretKeyRef": key}, who
             knows.add(pod["metadata"]["labels"][COMPONENT])
-    assert knows == ({"front"} if alone else {"front", "engine"})
+    assert knows == ({"frontend"} if alone else {"frontend", "engine"})
     shown = {
         each["port"]: each["authorization"]
         for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]

@@ -23,7 +23,7 @@ def pod(component: str, release: str = "x") -> End:
     return End(labels | {"app.kubernetes.io/component": component})
 
 
-RAY = ("head", "front", "engine")
+RAY = ("head", "frontend", "engine")
 OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "test")
 CALLER = End({"app": "web"}, "shop")
 DNS = End({"k8s-app": "kube-dns"}, "kube-system")
@@ -73,7 +73,7 @@ def test_callers_reach_the_service_and_nothing_else(network: Network) -> None:
         for port in (8000, 8265, 10001, 6379, 5432, 52365, 8100, 9464, 8080, 30000)
         if network.allows(CALLER, pod(name), port)
     }
-    assert reached == {("front", 8000), ("engine", 8000)}
+    assert reached == {("frontend", 8000), ("engine", 8000)}
 
 
 def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
@@ -83,14 +83,14 @@ def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
         assert not network.allows(pod(name), End(address="8.8.8.8"), 53, protocol)
 
 
-def test_fronts_download_from_public_addresses_only(network: Network) -> None:
+def test_frontends_download_from_public_addresses_only(network: Network) -> None:
     """On the ports of downloads; no private range and no cloud's metadata, on any port."""
     for web, port in product((WEB, WEB6), (80, 443, 8000, 8080, 8443)):
-        assert network.allows(pod("front"), web, port)
-    assert not network.allows(pod("front"), WEB, 22)
+        assert network.allows(pod("frontend"), web, port)
+    assert not network.allows(pod("frontend"), WEB, 22)
     for address, port in product((*METADATA, *PRIVATE), (80, 443, 8000, 8080, 8443)):
-        assert not network.allows(pod("front"), End(address=address), port), address
-    for name in set(OURS) - {"front", "model"}:
+        assert not network.allows(pod("frontend"), End(address=address), port), address
+    for name in set(OURS) - {"frontend", "model"}:
         assert not network.allows(pod(name), WEB, 443), name
         assert not network.allows(pod(name), End(address="169.254.169.254"), 80), name
 
@@ -110,7 +110,7 @@ def test_the_checkpoint_is_fetched_by_who_fetches_it(helm: Path, network: Networ
 def test_the_test_reaches_where_it_asks(helm: Path, network: Network) -> None:
     """The serving pods; or, where a URL is given, what may be behind it: a proxy's pods, or an address on its port."""
     gateway = End({"app": "gateway"}, "gateways")
-    assert network.allows(pod("test"), pod("front"), 8000)
+    assert network.allows(pod("test"), pod("frontend"), 8000)
     assert not network.allows(pod("test"), gateway, 8080)
     assert not network.allows(pod("test"), WEB, 443)
     for url, port in (("https://c.example.com", 443), ("http://10.0.0.1", 80), ("http://c.example.com:8443/x", 8443)):
@@ -121,15 +121,15 @@ def test_the_test_reaches_where_it_asks(helm: Path, network: Network) -> None:
                 assert elsewhere.allows(pod("test"), End(address=address), each) == (each == port)
         assert not any(elsewhere.allows(pod("test"), End(address=each), port) for each in METADATA)
         assert not elsewhere.allows(pod("test"), pod("redis"), 6379)
-        assert not elsewhere.allows(pod("front"), WEB, 22)
+        assert not elsewhere.allows(pod("frontend"), WEB, 22)
 
 
 def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
-    """The database by fronts, administration and bootstrap; Redis by Ray's head too; engines use neither."""
-    users = {"postgresql": {"front", "admin", "tenants"}, "redis": {"front", "admin", "tenants", "head"}}
+    """The database by frontends, administration and bootstrap; Redis by Ray's head too; engines use neither."""
+    users = {"postgresql": {"frontend", "admin", "tenants"}, "redis": {"frontend", "admin", "tenants", "head"}}
     for store, port in (("postgresql", 5432), ("redis", 6379)):
         assert {name for name in OURS if network.allows(pod(name), pod(store), port)} == users[store]
-        for stranger in (CALLER, PROMETHEUS, pod("front", release="other")):
+        for stranger in (CALLER, PROMETHEUS, pod("frontend", release="other")):
             assert not network.allows(stranger, pod(store), port)
         assert not any(network.allows(pod(store), pod(name), 8000) for name in OURS)
 
@@ -137,10 +137,10 @@ def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
 def test_external_stores_are_reached_where_they_are(helm: Path) -> None:
     """In their networks, on their ports, and private addresses beside them stay closed."""
     network = Network(template(helm, COMBINATIONS["external stores"]))
-    assert network.allows(pod("front"), End(address="10.3.0.9"), 5432)
+    assert network.allows(pod("frontend"), End(address="10.3.0.9"), 5432)
     assert network.allows(pod("head"), End(address="10.4.0.9"), 6380)
-    assert not network.allows(pod("front"), End(address="10.3.0.9"), 6380)
-    assert not network.allows(pod("front"), End(address="10.5.0.9"), 5432)
+    assert not network.allows(pod("frontend"), End(address="10.3.0.9"), 6380)
+    assert not network.allows(pod("frontend"), End(address="10.5.0.9"), 5432)
     assert not network.allows(pod("engine"), End(address="10.3.0.9"), 5432)
 
 
@@ -162,7 +162,7 @@ def test_the_operator_and_the_autoscaler_work(network: Network) -> None:
 
 @pytest.mark.parametrize("name", ["defaults", "monitoring"])
 def test_prometheus_scrapes_and_no_more(helm: Path, name: str) -> None:
-    """Ray, HAProxy, and each port that a front or engine may take; whether there is a PodMonitor or not."""
+    """Ray, HAProxy, and each port that a frontend or engine may take; whether there is a PodMonitor or not."""
     values = COMBINATIONS[name] | {"networkPolicy": {"callers": [{"podSelector": {"matchLabels": {"app": "web"}}}]}}
     manifests = template(helm, values)
     network, first = Network(manifests), serve_config(manifests)["applications"][0]["args"]["metrics_port"]
@@ -173,14 +173,14 @@ def test_prometheus_scrapes_and_no_more(helm: Path, name: str) -> None:
     for port in (8265, 6379, ports[-1] + 1):
         assert not any(network.allows(PROMETHEUS, pod(who), port) for who in OURS)
     # Where `/metrics/targets` is asked: what Ray's Service chooses, also where callers are few.
-    assert {who for who in OURS if network.allows(PROMETHEUS, pod(who), 8000)} == {"front", "engine"}
+    assert {who for who in OURS if network.allows(PROMETHEUS, pod(who), 8000)} == {"frontend", "engine"}
 
 
 def test_traces_are_sent_where_the_collector_is(helm: Path) -> None:
-    """By fronts and engines, on its port; without it named by nobody."""
+    """By frontends and engines, on its port; without it named by nobody."""
     collector = End({"app": "collector"}, "tracing")
     traced = COMBINATIONS["settings of every kind"]
-    for values, tracing in ((traced, {"front", "engine"}), (traced | COMBINATIONS["without Ray"], {"front"})):
+    for values, tracing in ((traced, {"frontend", "engine"}), (traced | COMBINATIONS["without Ray"], {"frontend"})):
         network = Network(template(helm, values))
         assert {who for who in OURS if network.allows(pod(who), collector, 4318)} == tracing
         assert not any(network.allows(pod(who), collector, 4317) for who in OURS)
@@ -212,18 +212,18 @@ def test_an_empty_list_means_nobody(helm: Path) -> None:
     network = Network(template(helm, closed | {"monitoring": {"podMonitor": {"enabled": True}}}))
     for who, name, port in product((CALLER, OPERATOR, PROMETHEUS, WEB), OURS, (8000, 8265, 8080, 9101, 9464)):
         assert not network.allows(who, pod(name), port)
-    assert network.allows(pod("test"), pod("front"), 8000)
+    assert network.allows(pod("test"), pod("frontend"), 8000)
     assert not network.allows(pod("head"), API, 443)
-    assert not network.allows(pod("front"), DNS, 53, "UDP")
+    assert not network.allows(pod("frontend"), DNS, 53, "UDP")
 
 
 def test_without_ray_the_same_holds(helm: Path) -> None:
     """One kind of pod, which takes callers and downloads."""
     network = Network(template(helm, COMBINATIONS["without Ray"]))
-    assert network.allows(CALLER, pod("front"), 8000)
-    assert network.allows(pod("front"), WEB, 443)
-    assert network.allows(pod("front"), pod("redis"), 6379)
-    assert not network.allows(pod("front"), End(address="169.254.169.254"), 80)
+    assert network.allows(CALLER, pod("frontend"), 8000)
+    assert network.allows(pod("frontend"), WEB, 443)
+    assert network.allows(pod("frontend"), pod("redis"), 6379)
+    assert not network.allows(pod("frontend"), End(address="169.254.169.254"), 80)
     assert not network.allows(CALLER, pod("redis"), 6379)
 
 

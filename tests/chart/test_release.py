@@ -141,7 +141,7 @@ def test_the_life_of_a_release(api: Api) -> None:
     assert api.secret() == secrets  # else uploads, keys and passwords would be void
     assert second["spec"]["rayClusterConfig"] == first["spec"]["rayClusterConfig"]  # a setting makes no new cluster
 
-    bad = '--set-json=front.volumes=[{"name": "x", "configMap": {"nome": "typo"}}]'
+    bad = '--set-json=frontend.volumes=[{"name": "x", "configMap": {"nome": "typo"}}]'
     told = api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT, "--rollback-on-failure", bad, fails=True)
     assert "nome" in told
     assert api.rayservice()["spec"] == second["spec"]

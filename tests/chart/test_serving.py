@@ -57,24 +57,24 @@ def test_the_try_out_profile_starts_and_captions(helm: Path, tmp_path: Path) -> 
     Changed are ports, and the places of volumes. Then the chart's own test finds good captions.
     """
     manifests = template(helm, {}, "cpu-embedded")
-    head, front, engine = (group(manifests, each) for each in ("head", "front", "engine"))
-    containers = [each["template"]["spec"]["containers"][0] for each in (head, front, engine)]
+    head, frontend, engine = (group(manifests, each) for each in ("head", "frontend", "engine"))
+    containers = [each["template"]["spec"]["containers"][0] for each in (head, frontend, engine)]
     assert len({json.dumps([each["command"], each["args"]]) for each in containers}) == 1
     node = head | {
         "resources": {
             "CPU": "2",
-            **{name: each["resources"][name] for name, each in (("front", front), ("engine", engine))},
+            **{name: each["resources"][name] for name, each in (("frontend", frontend), ("engine", engine))},
         }
     }
 
     port, dashboard = free_port(), free_port()
     ports = {name: free_port() for name in ("port", "dashboard_agent_listen_port", "metrics_export_port")}
-    variables = environment(manifests, "front", tmp_path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+    variables = environment(manifests, "frontend", tmp_path) | {"PATH": f"{BIN}:{os.environ['PATH']}"}
     variables["KUBERAY_GEN_RAY_START_CMD"] = start_command(node, head=True, dashboard_port=dashboard, **ports)
     config = serve_config(manifests)
     config["http_options"]["port"] = port
     args = config["applications"][0]["args"]
-    args |= {name: placed(args[name], tmp_path) for name in ("uploads_dir", "data_dir", "spool_dir")}
+    args |= {name: placed(args[name], tmp_path) for name in ("uploads_dir", "data_dir", "download_dir")}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
 
     command = [*containers[0]["command"], *containers[0]["args"]]

@@ -53,15 +53,15 @@ def test_a_typo_is_refused_in_every_section(helm: Path) -> None:
     [
         ({"settings": {"max_inflght": 1}}, "max_inflght"),
         ({"settings": {"max_num_seqs": "many"}}, "max_num_seqs"),
-        ({"settings": {"deadline_s": 60}}, "deadline_s"),  # follows from drain
+        ({"settings": {"response_timeout_s": 60}}, "response_timeout_s"),  # follows from drain
         ({"settings": {"api_keys": ["k"]}}, "api_keys"),  # a secret
-        ({"front": {"topologySpreadConstraints": {}}}, "topologySpreadConstraints"),
+        ({"frontend": {"topologySpreadConstraints": {}}}, "topologySpreadConstraints"),
         ({"engine": {"gpus": "2"}}, "gpus"),
         ({"workload": "pods"}, "workload"),
-        ({"front": {"replicas": {"min": 0}}}, "min"),
-        ({"front": {"replicas": {"min": 9}}}, "front.replicas: min 9 is above max 8"),
+        ({"frontend": {"replicas": {"min": 0}}}, "min"),
+        ({"frontend": {"replicas": {"min": 9}}}, "frontend.replicas: min 9 is above max 8"),
         ({"engine": {"minAvailable": 3}}, "no node could be drained"),
-        ({"front": {"minAvailable": 2}}, "front.minAvailable is not below front.replicas.min"),
+        ({"frontend": {"minAvailable": 2}}, "frontend.minAvailable is not below frontend.replicas.min"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": 0}}}, "set maxUnavailable to 1"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": "0%"}}}, "set maxUnavailable to 1"),
         ({"uploads": {"storage": "emptyDir"}}, "use pvc"),

@@ -1,4 +1,4 @@
-"""One cluster for all tests: two fronts, two fake engines."""
+"""One cluster for all tests: two frontends, two fake engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FLAGS = (
     "--engine=fake --fake-ttft-s=0.1 --fake-tpot-s=0.02 --allow-ignore-eos --log-format=json "
-    "--fronts=2 --max-fronts=2 --front-cpus=0.1 --engines=2 --max-engines=2 --engine-cpus=0.1 "
+    "--min-frontends=2 --max-frontends=2 --frontend-cpus=0.1 --min-engine-replicas=2 --max-engine-replicas=2 --engine-cpus=0.1 "
     # Little room, so that a test can fill it.
     "--audio-workers=1 --max-num-seqs=8 --max-engine-queue=2 --shutdown-grace-s=10"
 )

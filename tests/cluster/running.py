@@ -29,7 +29,7 @@ PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP")
 BIN = Path(sys.executable).parent
 
 ENGINE = "ray::ServeReplica:captioner:engine"
-FRONT = "ray::ServeReplica:captioner:front"
+FRONTEND = "ray::ServeReplica:captioner:frontend"
 
 
 _given: set[int] = set()
@@ -125,16 +125,16 @@ class RunningCluster:
                     found.add(process.pid)
         return found
 
-    def fronts(self) -> list[str]:
-        """Addresses of the fronts that HAProxy knows."""
+    def frontends(self) -> list[str]:
+        """Addresses of the frontends that HAProxy knows."""
         (config,) = self.directory.glob("*/haproxy.cfg")  # in a directory for the node
         text = config.read_text()
         servers = re.findall(r"^ *server (\S+) (\S+:\d+) check(?!.* backup)", text, re.MULTILINE)
         return sorted({f"http://{address}" for _, address in servers})
 
-    def engines(self, front: str) -> int:
-        """How many engines are ready in the eyes of a front."""
-        return round(metric(front, "captioner_engine_replicas_ready"))
+    def engines(self, frontend: str) -> int:
+        """How many engines are ready in the eyes of a frontend."""
+        return round(metric(frontend, "captioner_engine_replicas_ready"))
 
     def engine_running(self) -> float:
         """Captions in the engines, as their replicas tell where `/metrics/targets` says."""
@@ -144,10 +144,12 @@ class RunningCluster:
             raise KeyError("captioner_engine_running")
         return sum(metric(f"http://{address}", "captioner_engine_running") for address in engines)
 
-    def whole(self, fronts: int = 2, engines: int = 2) -> bool:
-        """Whether so many fronts see so many engines."""
+    def whole(self, frontends: int = 2, engines: int = 2) -> bool:
+        """Whether so many frontends see so many engines."""
         with suppress(httpx.TransportError, OSError, KeyError, ValueError):
-            return len(self.fronts()) == fronts and all(self.engines(front) == engines for front in self.fronts())
+            return len(self.frontends()) == frontends and all(
+                self.engines(frontend) == engines for frontend in self.frontends()
+            )
         return False
 
     def _members(self) -> list[psutil.Process]:

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.cluster
 
 DOWN_AFTER_S = 3
 FLAGS = (
-    "--engine=fake --fake-ttft-s=0.1 --fake-tpot-s=0.02 --allow-ignore-eos --fronts=1 --max-fronts=1 --front-cpus=0.1 "
-    f"--engines=0 --max-engines=2 --engine-audio-s=1.5 --scale-down-after-s={DOWN_AFTER_S} --engine-cpus=0.1 "
+    "--engine=fake --fake-ttft-s=0.1 --fake-tpot-s=0.02 --allow-ignore-eos --min-frontends=1 --max-frontends=1 --frontend-cpus=0.1 "
+    f"--min-engine-replicas=0 --max-engine-replicas=2 --target-audio-seconds-per-engine=1.5 --scale-down-after-s={DOWN_AFTER_S} --engine-cpus=0.1 "
     "--audio-workers=1 --shutdown-grace-s=10"
 )
 
@@ -33,7 +33,7 @@ def sleepy() -> Iterator[RunningCluster]:
     with RunningCluster(
         ["captioner", "cluster", f"--port={port}", *FLAGS.split()], port, CAPTIONER_API_KEYS="sesame"
     ) as cluster:
-        cluster.wait(lambda: cluster.get("/healthz") and cluster.fronts())
+        cluster.wait(lambda: cluster.get("/healthz") and cluster.frontends())
         yield cluster
 
 

@@ -1,4 +1,4 @@
-"""Fronts and engine replicas under real Ray Serve: the same answers as of one process, and what is lost with one."""
+"""Frontends and engine replicas under real Ray Serve: the same answers as of one process, and what is lost with one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from serving.engine.remote.wire import SILENCE_S
 from tests import test_upgrade_offers as wire
-from tests.cluster.running import ENGINE, FRONT, RunningCluster, until
+from tests.cluster.running import ENGINE, FRONTEND, RunningCluster, until
 from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, events, native_body, upload_fields, wav
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def ends(lines: Iterator[str]) -> str:
 
 
 def test_offers_to_upgrade_are_ignored(cluster: RunningCluster) -> None:
-    """Through HAProxy and at each front, whose servers Ray starts: the body behind an offer is this request's."""
-    for url in (cluster.url, *cluster.fronts()):
+    """Through HAProxy and at each frontend, whose servers Ray starts: the body behind an offer is this request's."""
+    for url in (cluster.url, *cluster.frontends()):
         with wire.connect(int(url.rpartition(":")[2])) as client:
             offering = wire.post(0.4, *wire.OFFERS["h2c"], key="sesame")
             client.sendall(offering[:200])
@@ -120,11 +120,11 @@ def test_offers_to_upgrade_are_ignored(cluster: RunningCluster) -> None:
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
 def test_a_caption_is_the_same_in_every_way(cluster: RunningCluster, dialect: str) -> None:
-    """Whole and streamed, through HAProxy and at each front; one request id, ours, whatever the client sends."""
+    """Whole and streamed, through HAProxy and at each frontend; one request id, ours, whatever the client sends."""
     own = KEY | {"x-request-id": "mine", "x-request-timeout-seconds": "0.01", "serve_multiplexed_model_id": "x"}
     answers = [
         caption(ask(url, dialect, headers=headers, stream=streamed))
-        for url in (cluster.url, *cluster.fronts())
+        for url in (cluster.url, *cluster.frontends())
         for streamed in (False, True)
         for headers in (KEY, own)
     ]
@@ -145,7 +145,7 @@ def test_errors_are_told_in_the_callers_dialect(cluster: RunningCluster, dialect
 
 
 def test_paths_that_nobody_knows_and_operators_own(cluster: RunningCluster) -> None:
-    """They reach the fronts as well: 404 in the dialect, models, readiness, metrics."""
+    """They reach the frontends as well: 404 in the dialect, models, readiness, metrics."""
     unknown = httpx.get(f"{cluster.url}/v1/nothing", headers=KEY)
     assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "Not found!")
     assert httpx.get(f"{cluster.url}/v1/models", headers=KEY).json()["data"][0]["id"] == MODEL
@@ -168,9 +168,9 @@ def test_too_much_at_once_is_refused_with_when_to_come_again(cluster: RunningClu
     until(lambda: cluster.engine_running() == 0)
 
 
-def test_an_upload_through_one_front_is_found_by_the_other(cluster: RunningCluster) -> None:
+def test_an_upload_through_one_frontend_is_found_by_the_other(cluster: RunningCluster) -> None:
     """The policy of one is honoured by the other, and the file is there for both."""
-    one, other = cluster.fronts()
+    one, other = cluster.frontends()
     query = {"action": "getPolicy", "model": MODEL}
     policy = httpx.get(f"{one}/api/v1/uploads", params=query, headers=KEY).json()["data"]
     key = f"{policy['upload_dir']}/clip.wav"
@@ -229,21 +229,21 @@ def test_an_engine_that_stands_still_gets_no_more_and_what_it_has_moves(cluster:
         waiting = [pool.submit(ask, cluster.url, "native") for _ in range(6)]
         assert {caption(each.result())[1] for each in waiting} == {24}
         assert SILENCE_S - 2 < time.monotonic() - began < SILENCE_S + 8
-        until(lambda: all(cluster.engines(front) == 1 for front in cluster.fronts()), 5)
+        until(lambda: all(cluster.engines(frontend) == 1 for frontend in cluster.frontends()), 5)
         began = time.monotonic()
         caption(ask(cluster.url, "compatible"))
         assert time.monotonic() - began < 5
         assert cluster.ready()
 
 
-def test_a_killed_front_is_replaced_and_the_other_answers(cluster: RunningCluster) -> None:
+def test_a_killed_frontend_is_replaced_and_the_other_answers(cluster: RunningCluster) -> None:
     """The proxy turns to the other one at once, also with what the lost one had taken but not begun to answer."""
     short = data_url(wav(0.2))  # the proxy can send again what fits into its buffer
-    victim = min(cluster.pids(FRONT))
+    victim = min(cluster.pids(FRONTEND))
     os.kill(victim, signal.SIGKILL)
     for _ in range(5):
         caption(ask(cluster.url, "native", audio=short))
-    cluster.wait(lambda: len(cluster.pids(FRONT)) == 2)
+    cluster.wait(lambda: len(cluster.pids(FRONTEND)) == 2)
 
 
 def test_each_request_is_told_in_one_line_of_the_log(cluster: RunningCluster) -> None:

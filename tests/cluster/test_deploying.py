@@ -15,7 +15,14 @@ from tests.cluster.test_cluster import ask, caption
 pytestmark = pytest.mark.cluster
 
 DEPLOY = Path(__file__).parents[2] / "deploy" / "serve"
-FEW = {"engine": "fake", "fronts": 1, "max_fronts": 1, "front_cpus": 0.1, "engines": 1, "max_engines": 1}
+FEW = {
+    "engine": "fake",
+    "min_frontends": 1,
+    "max_frontends": 1,
+    "frontend_cpus": 0.1,
+    "min_engine_replicas": 1,
+    "max_engine_replicas": 1,
+}
 FEW |= {"engine_cpus": 0.1, "engine_on_gpu": False, "audio_workers": 1, "fake_ttft_s": 0.1, "fake_tpot_s": 0.01}
 
 

@@ -25,28 +25,28 @@ RAYS_CONFIGURATION = """
 import sys
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions
-directory, port, metrics, stats, front, fallback = sys.argv[1], *map(int, sys.argv[2:])
+directory, port, metrics, stats, frontend, fallback = sys.argv[1], *map(int, sys.argv[2:])
 options = HTTPOptions(host="127.0.0.1", port=port)
 configuration = HAProxyConfig(
     http_options=options, socket_path=f"{directory}/admin.sock", metrics_port=metrics, stats_port=stats,
     server_state_base=directory, server_state_file=f"{directory}/state", metrics_socket_path=f"{directory}/m.sock",
 )
 api = HAProxyApi(cfg=configuration, config_file_path=f"{directory}/haproxy.cfg")
-if front:
+if frontend:
     api.set_backend_configs({"http-captioner": BackendConfig(
         name="http-captioner", path_prefix="/", app_name="captioner",
-        servers=[ServerConfig(name="front", host="127.0.0.1", port=front)],
+        servers=[ServerConfig(name="frontend", host="127.0.0.1", port=frontend)],
         fallback_server=ServerConfig(name="fallback", host="127.0.0.1", port=fallback),
     )})
 api._generate_config_file_internal()
 """
 
 
-@pytest.fixture(params=["knows no front", "knows a front that is gone"])
+@pytest.fixture(params=["knows no frontend", "knows a frontend that is gone"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """HAProxy as Ray would start it in `serving/cluster/haproxy_wrapper.py`'s place."""
-    port, front = free_port(), free_port() if "gone" in request.param else 0
-    numbers = [str(number) for number in (port, free_port(), free_port(), front, free_port())]
+    port, frontend = free_port(), free_port() if "gone" in request.param else 0
+    numbers = [str(number) for number in (port, free_port(), free_port(), frontend, free_port())]
     made = [sys.executable, "-c", RAYS_CONFIGURATION, str(tmp_path), *numbers]
     subprocess.run(made, check=True, timeout=200)
     program = [haproxy.__file__, "-db", "-f", str(tmp_path / "haproxy.cfg")]
@@ -70,8 +70,8 @@ def _answers(url: str) -> bool:
     return True
 
 
-def test_without_a_front_a_caller_is_told_in_its_dialect(url: str) -> None:
-    """503 with `Retry-After` and one request id, as a front without an engine says it; never Ray's own texts."""
+def test_without_a_frontend_a_caller_is_told_in_its_dialect(url: str) -> None:
+    """503 with `Retry-After` and one request id, as a frontend without an engine says it; never Ray's own texts."""
     for path, codec in (
         ("/v1/chat/completions", OpenAICodec(Settings())),
         ("/compatible-mode/v1/chat/completions", OpenAICodec(Settings())),

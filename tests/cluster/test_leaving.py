@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from serving.cli.main import RAY_ENVIRONMENT
-from tests.cluster.running import BIN, ENGINE, FRONT, RunningCluster, free_port, until
+from tests.cluster.running import BIN, ENGINE, FRONTEND, RunningCluster, free_port, until
 from tests.cluster.test_cluster import KEY, ask, caption, ends, stream
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ SETTINGS = {
     "fake_ttft_s": 0.1,
     "fake_tpot_s": 0.02,
     "allow_ignore_eos": True,
-    "front_cpus": 0.1,
+    "frontend_cpus": 0.1,
     "engine_cpus": 0.1,
-    "max_fronts": 1,
-    "max_engines": 1,
+    "max_frontends": 1,
+    "max_engine_replicas": 1,
     "audio_workers": 1,
     "shutdown_grace_s": 60,
-    "node_roles": True,
+    "pin_roles_to_nodes": True,
 }
 SERVE = """
 import json, sys, ray
@@ -57,7 +57,7 @@ def start(*flags: str) -> list[str]:
 
 
 class Nodes:
-    """A head without work, and nodes with a place for a front and an engine each, all on this machine."""
+    """A head without work, and nodes with a place for a frontend and an engine each, all on this machine."""
 
     def __init__(self, cluster: RunningCluster, address: str, stack: ExitStack) -> None:
         self.cluster = cluster
@@ -67,7 +67,7 @@ class Nodes:
 
     def add(self, name: str) -> None:
         """Start one."""
-        command = start(f"--address={self.address}", "--num-cpus=1", '--resources={"front": 1, "engine": 1}')
+        command = start(f"--address={self.address}", "--num-cpus=1", '--resources={"frontend": 1, "engine": 1}')
         environment = self.cluster.environment | {"RAY_CLOUD_INSTANCE_ID": name}
         with (self.cluster.directory / name).open("w") as log:
             self._started[name] = self._stack.enter_context(
@@ -123,7 +123,7 @@ def test_a_node_that_leaves_costs_no_request(nodes: Nodes) -> None:
 
     with ThreadPoolExecutor(1) as pool:
         calling = pool.submit(callers)
-        before = running.pids(FRONT) | running.pids(ENGINE)
+        before = running.pids(FRONTEND) | running.pids(ENGINE)
         try:
             with stream(running.url, "native", max_tokens=500, ignore_eos=True) as lines:
                 leave = [str(BIN / "captioner"), "leave", "--address", nodes.address, "--instance=one"]
@@ -138,6 +138,6 @@ def test_a_node_that_leaves_costs_no_request(nodes: Nodes) -> None:
     assert set(answers) == {200}, answers
     until(running.ready)
     assert caption(ask(running.url, "compatible", headers=KEY))
-    after = running.pids(FRONT) | running.pids(ENGINE)
+    after = running.pids(FRONTEND) | running.pids(ENGINE)
     assert len(after) == 2
     assert not before & after

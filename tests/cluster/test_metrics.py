@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster.running import ENGINE, FRONT, RunningCluster
+from tests.cluster.running import ENGINE, FRONTEND, RunningCluster
 from tests.cluster.test_cluster import KEY, ask, caption
 from tests.observability.chain import Chain
 from tests.observability.test_live import all_expressions, documented
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.cluster
 CLIPS = {seconds: data_url(wav(seconds)) for seconds in (0.5, 1.0, 2.25)}
 WORKER = "serving.audio.worker"
 
-NOT_HERE = {"captioner_tenant_limited_total"}
+NOT_HERE = {"captioner_tenant_requests_rate_limited_total"}
 """Appears with the first refusal by a limit of a tenant's: `tests/observability` makes one."""
 
 FIGURES = {
@@ -37,7 +37,7 @@ FIGURES = {
     "native requests": 'captioner_requests_total{outcome="finished",dialect="dashscope"}',
     "refused": 'captioner_requests_total{outcome="client_error"}',
     "audio": "captioner_audio_seconds_total",
-    "decoded": "captioner_audio_in_seconds_total",
+    "decoded": "captioner_audio_decoded_seconds_total",
     "output tokens": 'captioner_tokens_total{kind="output"}',
     "audio tokens": 'captioner_tokens_total{kind="audio"}',
     "first tokens": "captioner_time_to_first_token_seconds_count",
@@ -66,8 +66,8 @@ class Counted:
         """Ask in both dialects, whole and streamed; wait until Prometheus has counted the same, and nothing more."""
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(self._ask, range(requests)))
-        for front in self.cluster.fronts():
-            refused = ask(front, "native", audio="file:///etc/passwd")
+        for frontend in self.cluster.frontends():
+            refused = ask(frontend, "native", audio="file:///etc/passwd")
             assert refused.status_code == 400
             self.client["refused"] += 1
         try:
@@ -111,26 +111,26 @@ def counted(running_cluster: RunningCluster, tmp_path_factory: pytest.TempPathFa
 
         def seen() -> bool:
             up = {each["metric"]["role"]: int(each["value"][1]) for each in chain.query(roles)}
-            return {role: up.get(role) for role in ("front", "engine")} == {"front": 2, "engine": 2}
+            return {role: up.get(role) for role in ("frontend", "engine")} == {"frontend": 2, "engine": 2}
 
         chain.until(seen)
         yield Counted(running_cluster, chain)
 
 
-def test_sums_over_fronts_are_what_a_client_counted(counted: Counted) -> None:
-    """Requests, audio-seconds and tokens, exactly; both fronts have had some; every documented metric is there."""
+def test_sums_over_frontends_are_what_a_client_counted(counted: Counted) -> None:
+    """Requests, audio-seconds and tokens, exactly; both frontends have had some; every documented metric is there."""
     counted.load(24)
     assert len(counted.chain.query(f"sum by (instance) ({FIGURES['requests']}) > 0")) == 2
     assert not documented() - counted.chain.names() - NOT_HERE
 
 
 def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
-    """The front counts for it: sums stay exact, and no counter of a front goes back."""
+    """The frontend counts for it: sums stay exact, and no counter of a frontend goes back."""
     deaths = counted.chain.value("sum(captioner_audio_worker_deaths_total)")
     workers = [
         child.pid
-        for front in counted.cluster.pids(FRONT)
-        for child in psutil.Process(front).children(recursive=True)
+        for frontend in counted.cluster.pids(FRONTEND)
+        for child in psutil.Process(frontend).children(recursive=True)
         if WORKER in " ".join(child.cmdline())
     ]
     assert len(workers) == 2
@@ -143,14 +143,14 @@ def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
         assert not counted.chain.query(f"resets({counter}[1h]) > 0")
 
 
-def test_a_killed_front_leaves_its_counts_behind(counted: Counted) -> None:
+def test_a_killed_frontend_leaves_its_counts_behind(counted: Counted) -> None:
     """What it had counted stays in sums over time, its successor begins at zero; that it was lost is told."""
-    lost = counted.chain.value('max(captioner_replicas_lost_total{replica="front"})')
-    victim = min(counted.cluster.pids(FRONT))
+    lost = counted.chain.value('max(captioner_replicas_lost_total{replica="frontend"})')
+    victim = min(counted.cluster.pids(FRONTEND))
     os.kill(victim, signal.SIGKILL)
-    counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONT) and counted.cluster.whole())
+    counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONTEND) and counted.cluster.whole())
     counted.load(12)
-    counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{replica="front"})') > lost)
+    counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{replica="frontend"})') > lost)
 
 
 def test_engines_that_end_again_and_again_are_told(counted: Counted) -> None:
@@ -169,9 +169,9 @@ def test_engines_that_end_again_and_again_are_told(counted: Counted) -> None:
 
 
 def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
-    """`promtool check metrics` has nothing to say of any front or engine replica."""
+    """`promtool check metrics` has nothing to say of any frontend or engine replica."""
     targets = httpx.get(f"{counted.cluster.url}/metrics/targets", headers=KEY, timeout=30).json()
-    ours = [each["targets"][0] for each in targets if each["labels"]["role"] in ("front", "engine")]
+    ours = [each["targets"][0] for each in targets if each["labels"]["role"] in ("frontend", "engine")]
     assert len(ours) >= 4
     command = [program("promtool"), "check", "metrics"]
     for target in ours:

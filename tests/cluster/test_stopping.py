@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cluster
 
 FLAGS = (
     "--engine=fake --fake-ttft-s=0.1 --fake-tpot-s=0.02 --allow-ignore-eos --log-format=json "
-    "--max-fronts=1 --front-cpus=0.1 --max-engines=1 --engine-cpus=0.1 --audio-workers=1 --shutdown-grace-s=60"
+    "--max-frontends=1 --frontend-cpus=0.1 --max-engine-replicas=1 --engine-cpus=0.1 --audio-workers=1 --shutdown-grace-s=60"
 )
 
 
@@ -24,7 +24,7 @@ def test_a_stop_lets_streams_end() -> None:
     port = free_port()
     command = ["captioner", "cluster", f"--port={port}", *FLAGS.split()]
     with RunningCluster(command, port, CAPTIONER_API_KEYS="sesame") as cluster:
-        cluster.wait(lambda: cluster.whole(fronts=1, engines=1))
+        cluster.wait(lambda: cluster.whole(frontends=1, engines=1))
         with stream(cluster.url, "compatible", max_tokens=500, ignore_eos=True) as lines:
             cluster.process.send_signal(signal.SIGTERM)
             began = time.monotonic()

@@ -176,7 +176,7 @@ async def test_fails_after_tokens(tokens: int) -> None:
 async def test_some_fail_and_all_is_logged(tmp_path: Path) -> None:
     """A share of the captions fails, always the same ones, and the log tells what each has handed over."""
     log = tmp_path / "handed-over"
-    engine = await started(fake_fail_share=0.5, fake_tokens=5, fake_log=log, handover_interval_s=0)
+    engine = await started(fake_fail_share=0.5, fake_tokens=5, fake_log=log, stream_flush_interval_s=0)
     counted: dict[str, int] = {}
     failed: list[list[str]] = [[], []]
     for round_ in failed:

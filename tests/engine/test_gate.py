@@ -393,10 +393,12 @@ def test_stopping_turns_away_what_waits() -> None:
 
 @pytest.mark.parametrize("after", [0, 7])
 def test_an_engine_without_progress_is_given_up(after: int, caplog: pytest.LogCaptureFixture) -> None:
-    """What runs, waits and comes ends as `EngineStalled` after `stall_s`; health tells; it is logged once."""
+    """What runs, waits and comes ends as `EngineStalled` after `engine_stall_timeout_s`; health tells; it is logged once."""
 
     async def main() -> None:
-        async with gated(Faults(hang_after_tokens=after), max_num_seqs=1, stall_s=30, max_engine_wait_s=100) as parts:
+        async with gated(
+            Faults(hang_after_tokens=after), max_num_seqs=1, engine_stall_timeout_s=30, max_engine_wait_s=100
+        ) as parts:
             gate, engine = parts
             tasks = [asyncio.create_task(run(gate)) for _ in range(4)]
             await asyncio.sleep(29)
@@ -422,7 +424,7 @@ def test_slow_is_not_stalled() -> None:
     """One token from anyone within the time is progress; so is nothing to do."""
 
     async def main() -> None:
-        async with gated(fake_ttft_s=29, fake_tpot_s=25, fake_tokens=3, stall_s=30) as (gate, _):
+        async with gated(fake_ttft_s=29, fake_tpot_s=25, fake_tokens=3, engine_stall_timeout_s=30) as (gate, _):
             assert list(await asyncio.gather(run(gate), run(gate))) == [3, 3]
             await asyncio.sleep(1000)
             assert await run(gate) == 3
@@ -434,7 +436,7 @@ def test_a_long_prefill_is_no_stall() -> None:
     """Steps count as progress, though nobody gets a token."""
 
     async def main() -> None:
-        async with gated(fake_ttft_s=300, stall_s=30) as (gate, engine):
+        async with gated(fake_ttft_s=300, engine_stall_timeout_s=30) as (gate, engine):
             task = asyncio.create_task(run(gate))
             while not task.done():
                 engine.steps += 1
@@ -448,7 +450,10 @@ def test_a_client_that_does_not_read_is_no_stall() -> None:
     """The engine owes nothing to a caption whose last delta has not been taken."""
 
     async def main() -> None:
-        async with gated(stall_s=30) as (gate, _), aclosing(gate.generate("id", clip(5), Sampling())) as deltas:
+        async with (
+            gated(engine_stall_timeout_s=30) as (gate, _),
+            aclosing(gate.generate("id", clip(5), Sampling())) as deltas,
+        ):
             await anext(deltas)
             await asyncio.sleep(300)
             await anext(deltas)
@@ -461,7 +466,7 @@ def test_a_process_that_was_suspended_has_not_stalled() -> None:
     """A jump of the clock is one tick."""
 
     async def main() -> None:
-        async with gated(fake_ttft_s=2, stall_s=30) as (gate, _):
+        async with gated(fake_ttft_s=2, engine_stall_timeout_s=30) as (gate, _):
             task = asyncio.create_task(run(gate))
             await asyncio.sleep(1)
             loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Engine replicas behind sockets: a front finds in them one engine, whatever happens to any of them."""
+"""Engine replicas behind sockets: a frontend finds in them one engine, whatever happens to any of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Replica:
 
     @property
     def address(self) -> str:
-        """Where fronts reach it."""
+        """Where frontends reach it."""
         return f"127.0.0.1:{self.server.port}"
 
 
@@ -65,7 +65,7 @@ async def replica(given: Settings, faults: Faults | None = None) -> AsyncIterato
 
 
 @asynccontextmanager
-async def front(*replicas: Replica, secret: str = SECRET) -> AsyncIterator[RemoteEngine]:
+async def frontend(*replicas: Replica, secret: str = SECRET) -> AsyncIterator[RemoteEngine]:
     """An engine that finds the replicas."""
     engine = RemoteEngine()
     engine.update([each.address for each in replicas], secret)
@@ -106,7 +106,7 @@ async def test_a_caption_is_the_same_through_a_socket() -> None:
     given = settings()
     local = FakeEngine(given)
     await local.start()
-    async with replica(given) as one, front(one) as engine:
+    async with replica(given) as one, frontend(one) as engine:
         for features in (clip(0.01), clip(1), clip(60)):
             assert told(await collect(engine, features)) == told(await collect(local, features))
         limited = told(await collect(engine, clip(1), max_tokens=5))
@@ -117,8 +117,8 @@ async def test_a_caption_is_the_same_through_a_socket() -> None:
 
 async def test_tokens_are_handed_over_together_but_the_first_at_once() -> None:
     """Between the first piece and the last, one piece an interval."""
-    given = settings(fake_tpot_s=0.005, handover_interval_s=0.05)
-    async with replica(given) as one, front(one) as engine:
+    given = settings(fake_tpot_s=0.005, stream_flush_interval_s=0.05)
+    async with replica(given) as one, frontend(one) as engine:
         deltas = await collect(engine, clip())
     assert deltas[0].tokens == 1
     assert 3 <= len(deltas) <= 12
@@ -128,7 +128,7 @@ async def test_tokens_are_handed_over_together_but_the_first_at_once() -> None:
 async def test_closing_a_caption_aborts_it_in_the_replica() -> None:
     """Before the first token, and in the middle."""
     given = settings(fake_ttft_s=0.2, fake_tpot_s=0.2)
-    async with replica(given) as one, front(one) as engine:
+    async with replica(given) as one, frontend(one) as engine:
         waiting = asyncio.create_task(collect(engine, clip()))
         await until(lambda: one.fake.load.running == 1)
         waiting.cancel()
@@ -145,7 +145,7 @@ async def test_a_clip_goes_where_its_context_has_room() -> None:
     small, large = settings(fake_kv_tokens=1000, fake_tpot_s=0.5), settings(fake_tpot_s=0.5)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for given in (small, large)]
-        engine = await stack.enter_async_context(front(*replicas))
+        engine = await stack.enter_async_context(frontend(*replicas))
         engine.update([replicas[0].address], SECRET)
         running = [asyncio.create_task(collect(engine, clip(40)))]
         await until(lambda: replicas[0].fake.load.running == 1)
@@ -166,7 +166,7 @@ async def test_a_lost_replica_costs_only_what_had_begun() -> None:
     async with AsyncExitStack() as stack:
         lost = await stack.enter_async_context(replica(slow))
         other = await stack.enter_async_context(replica(fast))
-        engine = await stack.enter_async_context(front(lost))
+        engine = await stack.enter_async_context(frontend(lost))
         unbegun = asyncio.create_task(collect(engine, clip()))
         await until(lambda: lost.fake.load.running == 1)
         engine.update([lost.address, other.address], SECRET)
@@ -174,7 +174,7 @@ async def test_a_lost_replica_costs_only_what_had_begun() -> None:
         await lost.server.stop()
         assert told(await unbegun)[1] == 20
         assert (engine.retries, other.fake.finished) == (1, 1)
-    async with replica(settings(fake_tpot_s=0.2)) as one, front(one) as engine:
+    async with replica(settings(fake_tpot_s=0.2)) as one, frontend(one) as engine:
         async with aclosing(engine.generate("r", clip(), Sampling())) as deltas:
             await anext(deltas)
             await one.server.stop()
@@ -190,7 +190,7 @@ async def test_a_clip_is_tried_twice_at_most() -> None:
     faults = Faults(fail_after_tokens=0)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(settings(), faults)) for _ in range(3)]
-        engine = await stack.enter_async_context(front(*replicas))
+        engine = await stack.enter_async_context(frontend(*replicas))
         with pytest.raises(EngineFailed):
             await collect(engine, clip())
         assert sum(each.fake.failed for each in replicas) == 2
@@ -201,7 +201,7 @@ async def test_work_goes_where_the_least_audio_is() -> None:
     given = settings(fake_ttft_s=0.5)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for _ in range(2)]
-        engine = await stack.enter_async_context(front(*replicas))
+        engine = await stack.enter_async_context(frontend(*replicas))
         captions = [asyncio.create_task(collect(engine, clip(100)))]
         await asyncio.sleep(0.05)
         captions += [asyncio.create_task(collect(engine, clip(1))) for _ in range(6)]
@@ -214,7 +214,7 @@ async def test_a_draining_replica_gets_no_more_and_ends_what_it_has() -> None:
     given = settings(fake_ttft_s=0.3)
     async with AsyncExitStack() as stack:
         old = await stack.enter_async_context(replica(given))
-        engine = await stack.enter_async_context(front(old))
+        engine = await stack.enter_async_context(frontend(old))
         last = asyncio.create_task(collect(engine, clip()))
         await until(lambda: old.fake.load.running == 1)
         new = await stack.enter_async_context(replica(given))
@@ -232,7 +232,7 @@ async def test_a_draining_replica_gets_no_more_and_ends_what_it_has() -> None:
 async def test_a_refusal_arrives_with_its_reason() -> None:
     """Features beyond the replica's memory, and a full queue, are `Overloaded`, with when to come again."""
     given = settings(max_features_bytes=2**20)
-    async with replica(given) as one, front(one) as engine:
+    async with replica(given) as one, frontend(one) as engine:
         with pytest.raises(Overloaded) as refused:
             await collect(engine, clip(60))
         assert refused.value.retry_after_s >= 1
@@ -242,7 +242,7 @@ async def test_a_refusal_arrives_with_its_reason() -> None:
 
 async def test_nobody_enters_without_the_secret() -> None:
     """A stranger is hung up on, and so is whoever speaks nonsense; others go on."""
-    async with replica(settings()) as one, front(one) as engine, front(one, secret=SECRET * 2) as stranger:
+    async with replica(settings()) as one, frontend(one) as engine, frontend(one, secret=SECRET * 2) as stranger:
         await asyncio.sleep(0.2)
         with pytest.raises(NotReady):
             await collect(stranger, clip())
@@ -258,7 +258,7 @@ async def test_nobody_enters_without_the_secret() -> None:
 
 async def test_a_long_clip_on_its_way_does_not_hold_up_a_short_one() -> None:
     """Their features alternate on the connection."""
-    async with replica(settings()) as one, front(one) as engine:
+    async with replica(settings()) as one, frontend(one) as engine:
         long = asyncio.create_task(collect(engine, clip(2000)))
         await asyncio.sleep(0)
         await collect(engine, clip(1))
@@ -270,7 +270,7 @@ async def test_features_are_let_go() -> None:
     """After a caption, a failure, and a refusal nothing holds them, even before the collector runs."""
     gc.disable()
     try:
-        async with replica(settings(max_features_bytes=2**22)) as one, front(one) as engine:
+        async with replica(settings(max_features_bytes=2**22)) as one, frontend(one) as engine:
             for seconds, faults in ((1.0, Faults()), (1.0, Faults(fail_after_tokens=0)), (60.0, Faults())):
                 one.fake.faults = faults
                 features = clip(seconds)
@@ -287,8 +287,8 @@ async def test_features_are_let_go() -> None:
 
 
 async def test_features_are_let_go_once_a_caption_has_begun() -> None:
-    """They are no longer counted from then on, so a front must not keep them while the caption is written."""
-    async with replica(settings(fake_tpot_s=0.05)) as one, front(one) as engine:
+    """They are no longer counted from then on, so a frontend must not keep them while the caption is written."""
+    async with replica(settings(fake_tpot_s=0.05)) as one, frontend(one) as engine:
         features = clip(1)
         gone = weakref.ref(features.log_mel)
         async with aclosing(engine.generate("r", features, Sampling())) as deltas:
@@ -300,7 +300,7 @@ async def test_features_are_let_go_once_a_caption_has_begun() -> None:
 
 @asynccontextmanager
 async def spoken(one: Replica) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A front's end of the wire, and nobody behind it."""
+    """A frontend's end of the wire, and nobody behind it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", one.server.port)
     writer.writelines(frame({"secret": SECRET}))
     await read_frame(reader)
@@ -330,7 +330,7 @@ async def test_an_end_right_behind_the_features_leaves_nothing(*, hang_up: bool)
         assert (one.server.running, one.server.features_bytes, one.fake.load.running) == (0, 0, 0)
 
 
-async def test_a_front_that_stops_in_the_middle_loses_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_frontend_that_stops_in_the_middle_loses_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features that go no further count for nothing after a while, and their request is refused."""
     monkeypatch.setattr(servers, "_STALLED_S", 0.5)
     async with replica(settings()) as one, spoken(one) as (reader, writer):
@@ -343,7 +343,7 @@ async def test_a_front_that_stops_in_the_middle_loses_its_room(monkeypatch: pyte
 
 
 async def test_an_update_may_add_fields() -> None:
-    """Of a newer front to an older engine, and the other way round; what is unknown is passed over."""
+    """Of a newer frontend to an older engine, and the other way round; what is unknown is passed over."""
     async with replica(settings()) as one, spoken(one) as (reader, writer):
         newer: dict[str, Any] = {
             "share": asdict(SchedulingClass()) | {"new": 1},
@@ -356,7 +356,7 @@ async def test_an_update_may_add_fields() -> None:
     assert known(Load, {**asdict(Load(1, 2, 3.0, 4, 5)), "new": 6}) == Load(1, 2, 3.0, 4, 5)
 
 
-async def test_a_front_connects_anew_after_nonsense(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_frontend_connects_anew_after_nonsense(caplog: pytest.LogCaptureFixture) -> None:
     """An engine that breaks the protocol is lost for the moment, and said to be so, not for good."""
     said: list[dict[str, Any]] = [
         {"op": "state"},
@@ -381,7 +381,7 @@ async def test_who_has_waited_his_time_does_not_wait_again_elsewhere() -> None:
     given = settings(fake_ttft_s=5, max_num_seqs=1, max_engine_wait_s=0.3)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for _ in range(2)]
-        engine = await stack.enter_async_context(front(*replicas))
+        engine = await stack.enter_async_context(frontend(*replicas))
         running = [asyncio.create_task(collect(engine, clip())) for _ in range(4)]
         await until(lambda: all(each.fake.load.running == 2 for each in replicas))  # a place and one more
         with pytest.raises(Overloaded) as refused:

@@ -45,7 +45,7 @@ ONLY_IN_A_CLUSTER = {
     "captioner_engine_retries_total",
     "captioner_replicas_lost_total",
 }
-ONLY_WITH_EVENTS = {"captioner_tenant_limited_total"}
+ONLY_WITH_EVENTS = {"captioner_tenant_requests_rate_limited_total"}
 """Labelled by tenant, so it appears with the first refusal."""
 ONLY_WITH_GPUS = {"captioner:gpu_seconds_per_audio_hour"}
 
@@ -67,7 +67,13 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """Both, once for all tests of this file."""
     directory = tmp_path_factory.mktemp("chain")
     stall = directory / "stall"
-    flags = ["--engine=fake", "--audio-workers=2", "--max-num-seqs=2", "--stall-s=40", f"--fake-stall-file={stall}"]
+    flags = [
+        "--engine=fake",
+        "--audio-workers=2",
+        "--max-num-seqs=2",
+        "--engine-stall-timeout-s=40",
+        f"--fake-stall-file={stall}",
+    ]
     flags += ["--fake-tpot-s=0.005", "--fake-ttft-s=0.02", "--allow-ignore-eos"]
     with Postgres() as database:
         flags.append(f"--database-url={database.url}")
@@ -110,7 +116,7 @@ def test_sums_are_what_a_client_counted(live: Live) -> None:
         assert chain.value(f'sum(captioner_requests_total{{outcome="finished",dialect="{dialect}"}})') == len(mine)
         heard_s = sum(seconds for _, seconds, _ in mine)
         assert chain.value(f'captioner_audio_seconds_total{{dialect="{dialect}"}}') == heard_s
-        assert chain.value(f'captioner_audio_in_seconds_total{{dialect="{dialect}"}}') == heard_s
+        assert chain.value(f'captioner_audio_decoded_seconds_total{{dialect="{dialect}"}}') == heard_s
     output = sum(tokens for _, _, tokens in told)
     assert chain.value('captioner_tokens_total{kind="output"}') == output
     assert chain.value('sum(captioner_tenant_tokens_total{kind="output"})') == output

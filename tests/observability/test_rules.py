@@ -63,7 +63,7 @@ EVALUATED = {"15s": "30s", "1m": "2m", "5m": "10m"}
 
 
 def requests(finished: str, failed: str) -> dict[str, str]:
-    """Requests of two fronts, so that sums matter."""
+    """Requests of two frontends, so that sums matter."""
     return {
         'captioner_requests_total{instance="a",dialect="openai",outcome="finished",code="stop"}': finished,
         'captioner_requests_total{instance="b",dialect="dashscope",outcome="finished",code="stop"}': finished,
@@ -125,12 +125,12 @@ CASES = [
     Case("CaptionerNotReady", "8m", {READY: "0x100"}),
     Case("CaptionerNotReady", "15m",
          {READY: "0x100", 'captioner_ready{job="captioner",instance="b"}': "1x100"}),
-    Case("CaptionerEngineStalled", "3m", {'captioner_engine_silent_seconds{instance="a"}': "0 0 0 30 66x90"},
+    Case("CaptionerEngineStalled", "3m", {'captioner_engine_stalled_seconds{instance="a"}': "0 0 0 30 66x90"},
          A),
-    Case("CaptionerEngineStalled", "20m", {'captioner_engine_silent_seconds{instance="a"}': "0 36 12x90"}),
+    Case("CaptionerEngineStalled", "20m", {'captioner_engine_stalled_seconds{instance="a"}': "0 36 12x90"}),
     Case("CaptionerReplicaCrashLoop", "10m",
          {'captioner_replicas_lost_total{instance="a",replica="engine"}': "0 1 1 2 2 2 3 3 4x90",
-          'captioner_replicas_lost_total{instance="a",replica="front"}': "0x100"}, [{"replica": "engine"}]),
+          'captioner_replicas_lost_total{instance="a",replica="frontend"}': "0x100"}, [{"replica": "engine"}]),
     Case("CaptionerReplicaCrashLoop", "10m",
          {'captioner_replicas_lost_total{instance="a",replica="engine"}': "0 0 1x90"}),
     Case("CaptionerReplicaCrashLoop", "10m",
@@ -157,7 +157,7 @@ CASES = [
          [{"job": "captioner", "instance": "b"}]),
     Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x10 1x90"}),
     Case("CaptionerTargetDown", "10m", {UP: "0x100"}, beside=("CaptionerNothingScraped",)),
-    # A PodMonitor's targets: Ray's agent is in every pod, a front or engine and HAProxy only where Ray has placed them.
+    # A PodMonitor's targets: Ray's agent is in every pod, a frontend or engine and HAProxy only where Ray has placed them.
     Case("CaptionerTargetDown", "10m",
          {'up{job="captioner",instance="p",role="ray",endpoint="metrics"}': "0x100"},
          [{"job": "captioner", "instance": "p", "role": "ray", "endpoint": "metrics"}]),
@@ -190,10 +190,10 @@ CASES = [
          {'captioner_tenant_tokens_total{tenant="t",kind="audio"}': "0+20x300 6000+2000x50",
           'captioner_tenant_tokens_total{tenant="new",kind="audio"}': "0x305 0+600000x50"}),
     Case("CaptionerBudgetExhausted", "10m",
-         {'captioner_tenant_limited_total{tenant="t",limit="budget_exhausted"}': "0 0 0 1 2x90"},
+         {'captioner_tenant_requests_rate_limited_total{tenant="t",limit="budget_exhausted"}': "0 0 0 1 2x90"},
          [{"tenant": "t"}]),
     Case("CaptionerBudgetExhausted", "10m",
-         {'captioner_tenant_limited_total{tenant="t",limit="requests_limited"}': "0+1x90"}),
+         {'captioner_tenant_requests_rate_limited_total{tenant="t",limit="requests_limited"}': "0+1x90"}),
     Case("CaptionerBoundNear", "20m", {'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.95x100"},
          [{"instance": "a", "resource": "uploads"}]),
     # A full context is what an engine at work has.

@@ -15,7 +15,7 @@ class Clock:
         return self.now_s
 
 
-def target(port: int, role: str = "front") -> Target:
+def target(port: int, role: str = "frontend") -> Target:
     """A process as it tells of itself."""
     return {"targets": [f"10.0.0.1:{port}"], "labels": {"role": role}}
 
@@ -25,12 +25,12 @@ def test_one_that_falls_silent_is_lost() -> None:
     clock = Clock()
     register = Register(clock)
     register.note(target(1, "engine"), "a")
-    assert register.note(target(2), "b") == ([target(1, "engine"), target(2)], {"front": 0, "engine": 0})
+    assert register.note(target(2), "b") == ([target(1, "engine"), target(2)], {"frontend": 0, "engine": 0})
     clock.now_s = FORGET_AFTER_S
-    assert register.note(target(2), "b")[1] == {"front": 0, "engine": 0}
+    assert register.note(target(2), "b")[1] == {"frontend": 0, "engine": 0}
     clock.now_s += 0.1
     for _ in range(2):
-        assert register.note(target(2), "b") == ([target(2)], {"front": 0, "engine": 1})
+        assert register.note(target(2), "b") == ([target(2)], {"frontend": 0, "engine": 1})
 
 
 def test_one_that_listens_where_another_did_follows_on_a_lost_one() -> None:
@@ -38,7 +38,7 @@ def test_one_that_listens_where_another_did_follows_on_a_lost_one() -> None:
     register = Register(Clock())
     register.note(target(1), "a")
     for _ in range(2):
-        assert register.note(target(1), "b") == ([target(1)], {"front": 1, "engine": 0})
+        assert register.note(target(1), "b") == ([target(1)], {"frontend": 1, "engine": 0})
 
 
 def test_one_that_says_farewell_is_not_lost() -> None:
@@ -48,10 +48,10 @@ def test_one_that_says_farewell_is_not_lost() -> None:
     register.note(target(1), "a")
     register.strike("10.0.0.1:1")
     register.strike("10.0.0.1:1")
-    assert register.note(target(1), "b") == ([target(1)], {"front": 0, "engine": 0})
+    assert register.note(target(1), "b") == ([target(1)], {"frontend": 0, "engine": 0})
     register.strike("10.0.0.1:1")
     clock.now_s = 2 * FORGET_AFTER_S
-    assert register.note(target(2), "c") == ([target(2)], {"front": 0, "engine": 0})
+    assert register.note(target(2), "c") == ([target(2)], {"frontend": 0, "engine": 0})
 
 
 def test_no_metric_has_a_label_that_its_target_has_too() -> None:

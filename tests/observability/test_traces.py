@@ -131,7 +131,7 @@ async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a cluster the engine replica works in the front's trace."""
+    """In a cluster the engine replica works in the frontend's trace."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
     await engine.start()
     server, remote = EngineServer(SETTINGS, engine, lambda: "secret"), RemoteEngine()

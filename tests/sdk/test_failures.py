@@ -114,7 +114,7 @@ def strict() -> Iterator[RunningService]:
 @pytest.fixture(scope="module")
 def late() -> Iterator[RunningService]:
     """The service with an engine that says nothing before the deadline."""
-    flags = ("--fake-ttft-s=60", "--deadline-s=0.3", "--stream-deadline-s=0.3")
+    flags = ("--fake-ttft-s=60", "--response-timeout-s=0.3", "--stream-timeout-s=0.3")
     with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
 
@@ -175,9 +175,9 @@ class Loading(FakeEngine):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings for services in this process."""
-    uploads, spool = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("spool")
+    uploads, spool = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("downloads")
     return Settings(
-        engine="fake", auth=False, audio_workers=1, handover_interval_s=0, uploads_dir=uploads, spool_dir=spool
+        engine="fake", auth=False, audio_workers=1, stream_flush_interval_s=0, uploads_dir=uploads, download_dir=spool
     )
 
 
@@ -236,7 +236,7 @@ RETRYING = list({(client.environment, client.driver): client for client in RETRY
 
 def test_retries_after_overload(tap: Tap) -> None:
     """Refused for want of room, each client that retries waits as long as it was told to, and is served."""
-    flags = ("--engine=fake", "--audio-workers=1", "--fake-tpot-s=0.15", f"--max-inflight={len(RETRYING)}")
+    flags = ("--engine=fake", "--audio-workers=1", "--fake-tpot-s=0.15", f"--max-concurrent-requests={len(RETRYING)}")
     with RunningService(*flags) as service, ThreadPoolExecutor(2 * len(RETRYING)) as pool:
         for client in RETRYING:
             tap.perform(client, service, action="models")

@@ -41,7 +41,7 @@ def paced() -> Iterator[RunningService]:
 def beating() -> Iterator[RunningService]:
     """Eight tokens, one each 50 ms, the first after 150 ms, and a keep-alive each 10 ms."""
     flags = ("--fake-ttft-s=0.15", "--fake-tpot-s=0.05", f"--fake-tokens={BEATING_TOKENS}")
-    beats = ("--header-grace-s=0.01", "--heartbeat-s=0.01")
+    beats = ("--first-byte-timeout-s=0.01", "--heartbeat-s=0.01")
     with RunningService("--engine=fake", "--audio-workers=1", *flags, *beats) as service:
         yield service
 

@@ -99,7 +99,7 @@ annotations:
     secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: upload-secret}
 {{- end -}}
 
-{{/* Variables of what knows the callers: fronts, administration, bootstrap. */}}
+{{/* Variables of what knows the callers: frontends, administration, bootstrap. */}}
 {{- define "captioner.callersEnv" -}}
 - name: CAPTIONER_API_KEYS
   valueFrom:
@@ -131,7 +131,7 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* Variables of what tells metrics: fronts and engines. */}}
+{{/* Variables of what tells metrics: frontends and engines. */}}
 {{- define "captioner.metricsEnv" -}}
 {{- if .Values.monitoring.token -}}
 - name: CAPTIONER_METRICS_TOKEN
@@ -213,7 +213,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- end }}
 {{- end -}}
 
-{{/* Uploads that all fronts see, and the ledger's journal of this pod. */}}
+{{/* Uploads that all frontends see, and the ledger's journal of this pod. */}}
 {{- define "captioner.frontVolumes" -}}
 - name: uploads
   {{- if eq .Values.uploads.storage "pvc" }}
@@ -223,7 +223,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
   emptyDir: {sizeLimit: {{ .Values.uploads.size | quote }}}
   {{- end }}
 - name: data
-  emptyDir: {sizeLimit: {{ .Values.front.dataSize | quote }}}
+  emptyDir: {sizeLimit: {{ .Values.frontend.dataSize | quote }}}
 {{- end -}}
 
 {{- define "captioner.frontMounts" -}}

@@ -2,7 +2,7 @@
 {{- define "captioner.rayPod" -}}
 {{- $root := .root -}}
 {{- $times := include "captioner.times" $root | fromJson -}}
-{{- $front := eq .component "front" -}}
+{{- $frontend := eq .component "frontend" -}}
 {{- $engine := eq .component "engine" -}}
 metadata:
   {{- include "captioner.podMetadata" . | nindent 2 }}
@@ -35,7 +35,7 @@ spec:
       args: ['ulimit -n 65536 || true; eval exec "$KUBERAY_GEN_RAY_START_CMD"']
       env:
         {{- include "captioner.baseEnv" $root | nindent 8 }}
-        {{- if $front }}
+        {{- if $frontend }}
         {{- include "captioner.callersEnv" $root | nindent 8 }}
         {{- end }}
         {{- if ne .component "head" }}
@@ -72,7 +72,7 @@ spec:
       {{- if eq .component "head" }}
       readinessProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" 60) | nindent 8 }}
       {{- else }}
-      # Takes traffic as long as its proxy has fronts to pass it to. At once out of it when the node leaves the cluster.
+      # Takes traffic as long as its proxy has frontends to pass it to. At once out of it when the node leaves the cluster.
       readinessProbe:
         httpGet: {path: /-/healthz, port: 8000}
         periodSeconds: 5
@@ -100,7 +100,7 @@ spec:
         {{- else }}
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
-        {{- if $front }}
+        {{- if $frontend }}
         {{- include "captioner.frontMounts" $root | nindent 8 }}
         {{- end }}
         {{- with .role.volumeMounts }}
@@ -115,7 +115,7 @@ spec:
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ .role.shmSize | quote }}}
     {{- end }}
-    {{- if $front }}
+    {{- if $frontend }}
     {{- include "captioner.frontVolumes" $root | nindent 4 }}
     {{- end }}
     {{- if and (eq .component "head") $root.Values.ray.autoscaler.enabled }}

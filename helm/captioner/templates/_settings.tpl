@@ -14,15 +14,15 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 {{- $grace := add $longest $margin -}}
 {{- $proxy := add 30 $margin -}}
 {{- $engineStop := 30 -}}
-{{- $front := add 60 $grace $proxy -}}
+{{- $frontend := add 60 $grace $proxy -}}
 {{- $engine := add $load $grace $proxy -}}
 {{- dict
   "longest" $longest
   "whole" (min $longest 280)
   "grace" $grace
   "load" $load
-  "frontPreStop" $front
-  "frontTermination" (add $front $engineStop $margin)
+  "frontPreStop" $frontend
+  "frontTermination" (add $frontend $engineStop $margin)
   "enginePreStop" $engine
   "engineTermination" (add $engine $engineStop $margin)
   "clusterDeletion" (add $grace $proxy)
@@ -47,25 +47,25 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 {{- $ray := eq .Values.workload "rayservice" -}}
 {{- $given := dict
   "shutdown_grace_s" $times.grace
-  "stream_deadline_s" $times.longest
-  "deadline_s" $times.whole
-  "audio_workers" (int .Values.front.cpus)
+  "stream_timeout_s" $times.longest
+  "response_timeout_s" $times.whole
+  "audio_workers" (int .Values.frontend.cpus)
   "tensor_parallel" (max 1 (int .Values.engine.gpus))
   "uploads_dir" "/var/lib/captioner/uploads"
-  "spool_dir" "/tmp"
+  "download_dir" "/tmp"
   "data_dir" "/var/lib/captioner/data"
   "log_format" "json"
 -}}
 {{- if $ray -}}
 {{- $given = merge $given (dict
-  "fronts" .Values.front.replicas.min
-  "max_fronts" .Values.front.replicas.max
-  "front_cpus" .Values.front.cpus
-  "engines" .Values.engine.replicas.min
-  "max_engines" .Values.engine.replicas.max
+  "min_frontends" .Values.frontend.replicas.min
+  "max_frontends" .Values.frontend.replicas.max
+  "frontend_cpus" .Values.frontend.cpus
+  "min_engine_replicas" .Values.engine.replicas.min
+  "max_engine_replicas" .Values.engine.replicas.max
   "engine_cpus" .Values.engine.cpus
   "engine_on_gpu" (gt (int .Values.engine.gpus) 0)
-  "node_roles" true
+  "pin_roles_to_nodes" true
   "metrics_port" 9464) -}}
 {{- else -}}
 {{- $_ := set $given "host" "0.0.0.0" -}}

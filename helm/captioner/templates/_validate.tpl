@@ -3,7 +3,7 @@
 {{- $v := .Values -}}
 {{- $ray := eq $v.workload "rayservice" -}}
 {{- $errors := list -}}
-{{- range $role := list "front" "engine" -}}
+{{- range $role := list "frontend" "engine" -}}
 {{- $replicas := get (get $v $role) "replicas" -}}
 {{- if gt (int $replicas.min) (int $replicas.max) -}}
 {{- $errors = append $errors (printf "%s.replicas: min %v is above max %v" $role $replicas.min $replicas.max) -}}
@@ -13,11 +13,11 @@
 {{- $errors = append $errors (printf "%s.minAvailable is not below %s.replicas.min: no node could be drained" $role $role) -}}
 {{- end -}}
 {{- end -}}
-{{- $fronts := ternary (int $v.front.replicas.max) (int $v.engine.replicas.max) $ray -}}
-{{- if and (gt $fronts 1) (eq $v.uploads.storage "emptyDir") -}}
+{{- $frontends := ternary (int $v.frontend.replicas.max) (int $v.engine.replicas.max) $ray -}}
+{{- if and (gt $frontends 1) (eq $v.uploads.storage "emptyDir") -}}
 {{- $errors = append $errors "uploads.storage: emptyDir is for one pod that takes requests; what is uploaded to one, another would not find: use pvc" -}}
 {{- end -}}
-{{- if and (gt $fronts 1) (eq $v.postgresql.mode "none") -}}
+{{- if and (gt $frontends 1) (eq $v.postgresql.mode "none") -}}
 {{- $errors = append $errors "postgresql.mode: none gives each pod a database of its own, with other keys and bills: use bundled or external" -}}
 {{- end -}}
 {{- range $store := list "postgresql" "redis" -}}

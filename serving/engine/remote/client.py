@@ -1,4 +1,4 @@
-"""Engine replicas behind sockets, as one engine: what runs in each front of a cluster (`server.py` is the other end).
+"""Engine replicas behind sockets, as one engine: what runs in each frontend of a cluster (`server.py` is the other end).
 
 Each clip goes to the replica with the least work in audio-seconds that still has room in its KV cache. A replica that
 is lost (its process, its node, its network) or ails gets no more at once. What it had not begun to answer is asked once

@@ -1,4 +1,4 @@
-"""An engine behind a socket: what runs in each engine replica, for the fronts of a cluster (`remote.py`)."""
+"""An engine behind a socket: what runs in each engine replica, for the frontends of a cluster (`remote.py`)."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 _HELLO_S = 5.0
 _WRITE_BUFFER_BYTES = 1024 * 1024
-"""When a front reads this much too slowly, its deltas wait here, merged."""
+"""When a frontend reads this much too slowly, its deltas wait here, merged."""
 
 _STALLED_S = 30.0
-"""A front that sends nothing of a request it has begun for so long has stopped; one whose machine is gone is noticed
+"""A frontend that sends nothing of a request it has begun for so long has stopped; one whose machine is gone is noticed
 sooner, by the states that nothing acknowledges."""
 
 
 class EngineServer:
-    """Serves `engine` to fronts that know the secret. It neither starts nor stops the engine."""
+    """Serves `engine` to frontends that know the secret. It neither starts nor stops the engine."""
 
     def __init__(self, settings: Settings, engine: Engine, secret: Callable[[], str]) -> None:
         self.settings = settings
@@ -63,7 +63,7 @@ class EngineServer:
 
     @property
     def running(self) -> int:
-        """Generations under way for fronts, those that wait included."""
+        """Generations under way for frontends, those that wait included."""
         return sum(len(connection.generations) for connection in self._connections)
 
     async def start(self, host: str, port: int = 0) -> None:
@@ -71,7 +71,7 @@ class EngineServer:
         self._server = await asyncio.start_server(self._serve, host, port)
 
     async def drain(self) -> None:
-        """Tell the fronts to send no more, and return when all that runs has ended."""
+        """Tell the frontends to send no more, and return when all that runs has ended."""
         self.draining = True
         for connection in self._connections:
             connection.tell_state()
@@ -90,7 +90,7 @@ class EngineServer:
             await asyncio.sleep(0.01)
 
     async def state(self) -> dict[str, Any]:
-        """What fronts are told, again and again."""
+        """What frontends are told, again and again."""
         ready, failed = True, False
         try:
             await self.engine.check_health()
@@ -114,14 +114,14 @@ class EngineServer:
             await connection.run()
         except (OSError, asyncio.IncompleteReadError, LinkError, TimeoutError) as error:
             if isinstance(error, LinkError):
-                log.warning("a front broke the protocol: %s", error)
+                log.warning("a frontend broke the protocol: %s", error)
         finally:
             await connection.end()
             self._connections.discard(connection)
 
 
 class _Connection:
-    """One front."""
+    """One frontend."""
 
     def __init__(self, server: EngineServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.generations: dict[int, asyncio.Task[None] | None] = {}  # None while its features arrive
@@ -142,7 +142,7 @@ class _Connection:
         return sum(incoming.frames for incoming in self._incoming.values()) / FRAMES_PER_S
 
     async def run(self) -> None:
-        """Answer frames until the front hangs up."""
+        """Answer frames until the frontend hangs up."""
         telling = asyncio.create_task(self._tell_states())
         try:
             while True:
@@ -167,7 +167,7 @@ class _Connection:
         self._writer.close()
 
     async def end(self) -> None:
-        """Abort what runs for this front, whose connection is gone."""
+        """Abort what runs for this frontend, whose connection is gone."""
         self._writer.close()
         for number in list(self._incoming):
             self._drop(number)
@@ -196,7 +196,7 @@ class _Connection:
             self._state_due.clear()
 
     def _drop_stalled(self) -> None:
-        """Give up requests whose front has stopped in the middle of their features: others wait for that room."""
+        """Give up requests whose frontend has stopped in the middle of their features: others wait for that room."""
         latest = time.monotonic() - _STALLED_S
         for number in [number for number, incoming in self._incoming.items() if incoming.heard_s < latest]:
             self._drop(number)
@@ -230,7 +230,7 @@ class _Connection:
 
     async def _generate(self, number: int, incoming: _Incoming) -> None:
         """Run one generation to its end. Its features count as memory until the engine has consumed them."""
-        pace_s, loop = self._server.settings.handover_interval_s, asyncio.get_running_loop()
+        pace_s, loop = self._server.settings.stream_flush_interval_s, asyncio.get_running_loop()
         scheduling_class, permit = incoming.scheduling_class, incoming.permit
         try:
             request_id, features, sampling = incoming.request()
@@ -343,7 +343,7 @@ class _Incoming:
 
     @property
     def trace(self) -> dict[str, str] | None:
-        """The trace that the front is in."""
+        """The trace that the frontend is in."""
         return self._header.get("trace")
 
     def allocate(self) -> None:

@@ -1,6 +1,6 @@
-"""The wire between a front and an engine replica: one TCP connection, frames in both directions.
+"""The wire between a frontend and an engine replica: one TCP connection, frames in both directions.
 
-A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The front speaks first:
+A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The frontend speaks first:
 
     ► hello {secret}                                        ◄ state {ready, failed, draining, load, seen}, steadily
     ► generate {id, request_id, samples, frames, sampling,  ► features {id} + a piece of the log-mel, until all is there
@@ -11,7 +11,7 @@ A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The 
                                                             ◄ error {id, error, message}: an exception of our tree
 
 `seen` is the last generation that had come when `load` was told. Why not Ray's own calls:
-deploy/notes/0005-fronts-and-engines.md. Everything is data; nothing is unpickled.
+deploy/notes/0005-frontends-and-engines.md. Everything is data; nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Limits counted in this process: for one machine with one front, and while Redis does not answer."""
+"""Limits counted in this process: for one machine with one frontend, and while Redis does not answer."""
 
 from __future__ import annotations
 
