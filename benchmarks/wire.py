@@ -256,7 +256,7 @@ def _streamed(pieces: Pieces, e2e_s: float) -> Answer:
         itl_s=(times[-1] - times[0]) / (counted["output_tokens"] - 1)
         if times and counted["output_tokens"] > 1
         else None,
-        engine_stall_timeout_s=max(gaps, default=None),
+        stall_s=max(gaps, default=None),
     )
 
 

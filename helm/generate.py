@@ -30,7 +30,16 @@ COPIES = {
 }
 
 ELSEWHERE = {
-    *("config", "host", "port", "model", "tensor_parallel", "shutdown_grace_s", "response_timeout_s", "stream_timeout_s"),
+    *(
+        "config",
+        "host",
+        "port",
+        "model",
+        "tensor_parallel",
+        "shutdown_grace_s",
+        "response_timeout_s",
+        "stream_timeout_s",
+    ),
     *(
         "min_frontends",
         "max_frontends",

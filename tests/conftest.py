@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from tests.media import MediaServer
-from tests.service import RunningService
+from tests.support.media import MediaServer
+from tests.support.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,4 +21,4 @@ COPY . .
 RUN rm -rf serving && ln -s /opt/captioner/app/serving serving && chown 10001:10001 .
 USER 10001:10001
 ENTRYPOINT ["python", "-m", "pytest", "-p", "no:cacheprovider"]
-CMD ["tests/test_line.py"]
+CMD ["tests/scheduling/test_sorted_queue.py"]

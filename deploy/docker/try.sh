@@ -167,10 +167,10 @@ chart() { # the chart's pod of a release without Ray, as rendered; needs helm, a
 
 tests() { # the project's own tests, inside
   need buildah podman
-  say "tests inside the image: ${*:-tests/test_operations.py tests/protocols tests/audio}"
+  say "tests inside the image: ${*:-tests/api/test_operations.py tests/api/dialects tests/audio}"
   buildah bud --isolation chroot --network host --format docker --layers "${ca[@]}" --build-arg "IMAGE=$image" \
     --ignorefile deploy/docker/test.Dockerfile.dockerignore -f deploy/docker/test.Dockerfile -t "$image-test" .
-  [ $# -gt 0 ] || set -- tests/test_operations.py tests/protocols tests/audio
+  [ $# -gt 0 ] || set -- tests/api/test_operations.py tests/api/dialects tests/audio
   podman run --rm --network host "$image-test" "$@"
 }
 

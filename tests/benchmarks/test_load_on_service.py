@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.benchmarks.test_locustfile import run
-from tests.service import RunningService
+from tests.support.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,7 +16,7 @@ from tests.chart.rendering import CHART
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.service import RunningService
+    from tests.support.service import RunningService
 
 FILES = CHART / "files"
 

@@ -14,9 +14,19 @@ import httpx
 import pytest
 
 from serving.engine.remote.wire import SILENCE_S
-from tests import test_upgrade_offers as wire
+from tests.api import test_upgrade_offers as wire
 from tests.cluster.running import ENGINE, FRONTEND, RunningCluster, until
-from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, events, native_body, upload_fields, wav
+from tests.support.wire import (
+    COMPATIBLE,
+    MODEL,
+    NATIVE,
+    compatible_body,
+    data_url,
+    events,
+    native_body,
+    upload_fields,
+    wav,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

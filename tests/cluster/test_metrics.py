@@ -18,8 +18,8 @@ from tests.cluster.running import ENGINE, FRONTEND, RunningCluster
 from tests.cluster.test_cluster import KEY, ask, caption
 from tests.observability.chain import Chain
 from tests.observability.test_live import all_expressions, documented
-from tests.programs import program
-from tests.wire import data_url, wav
+from tests.support.programs import program
+from tests.support.wire import data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,7 @@ from deploy.embedded.corpus import music, procedural, speech
 from deploy.embedded.corpus.captions import Event, Facts, parse
 from deploy.embedded.corpus.pool import SAMPLE_RATE, trimmed
 from deploy.embedded.corpus.scenes import NOISE_DB, PEAK_DB
-from tests.programs import program, sound_font
+from tests.support.programs import program, sound_font
 
 if TYPE_CHECKING:
     import numpy.typing as npt

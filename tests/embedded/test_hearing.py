@@ -18,7 +18,7 @@ import soxr
 from deploy.embedded.corpus.pool import SAMPLE_RATE
 from tests.audio.clips import with_av, with_soundfile
 from tests.embedded.known_sounds import Clip, assert_told, at_once, in_turn, played, recorded, sound, voice
-from tests.wire import (
+from tests.support.wire import (
     COMPATIBLE,
     NATIVE,
     ask_compatible,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from tests.media import MediaServer
-    from tests.service import RunningService
+    from tests.support.media import MediaServer
+    from tests.support.service import RunningService
 
     Samples = npt.NDArray[np.float32]
 

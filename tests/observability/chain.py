@@ -17,7 +17,7 @@ import yaml
 
 from tests.cluster.running import free_port
 from tests.observability.test_rules import DEPLOY, make
-from tests.programs import program
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -27,9 +27,9 @@ from serving.tenancy import database as store
 from serving.tenancy import schema
 from tests.observability.chain import Chain
 from tests.observability.test_rules import ALERTS, DEPLOY, load
-from tests.programs import program
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, events, native_body, upload, wav
+from tests.support.programs import program
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, events, native_body, upload, wav
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from stores import Postgres

@@ -14,11 +14,11 @@ import pytest
 from serving.observability.context import REQUEST_ID
 from serving.observability.logging import JsonFormatter, TextFormatter, redact
 from serving.observability.request_record import STAGES
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
-    from tests.media import MediaServer
+    from tests.support.media import MediaServer
 
 AUDIO = data_url(wav(0.2), "audio/wav")
 

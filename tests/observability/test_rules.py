@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from serving.observability import metrics
-from tests.programs import program
+from tests.support.programs import program
 
 if TYPE_CHECKING:
     from types import ModuleType

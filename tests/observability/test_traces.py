@@ -22,7 +22,7 @@ from serving.engine.remote.server import EngineServer
 from serving.observability.context import TRACE
 from serving.observability.request_record import STAGES
 from serving.observability.tracing import OpenTelemetry
-from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, wav
+from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

@@ -10,15 +10,15 @@ import pytest
 import soundfile
 
 from tests.sdk.clients import NATIVE, Client, every_client, every_stream, every_way
-from tests.service import RunningService
-from tests.wire import ask_native, data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import ask_native, data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.media import MediaServer
     from tests.sdk.tap import Tap
+    from tests.support.media import MediaServer
 
 CLIP = wav(2)
 TOKENS = (25 + 8, 24, 57)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.sdk.clients import CLIENTS, Client, every_way
-from tests.wire import ask_native, data_url, wav
+from tests.support.wire import ask_native, data_url, wav
 
 if TYPE_CHECKING:
     from tests.sdk.tap import Tap
-    from tests.service import RunningService
+    from tests.support.service import RunningService
 
 CLIP = data_url(wav(2))
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 48}

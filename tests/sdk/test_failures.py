@@ -16,8 +16,8 @@ from serving.errors import Overloaded
 from serving.types import NO_TENANT
 from tests.sdk.clients import CLIENTS, NATIVE, Client, every_client, every_way
 from tests.sdk.served_here import ServedHere
-from tests.service import RunningService
-from tests.wire import ask_native, data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import ask_native, data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator

@@ -10,8 +10,8 @@ import pytest
 from tests.sdk.clients import CLIENTS, NATIVE, Client
 from tests.sdk.drivers.calls import MODEL
 from tests.sdk.environments import bare_variables, python_environment
-from tests.service import RunningService
-from tests.wire import data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

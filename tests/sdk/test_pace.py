@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.sdk.clients import Client, every_client, every_stream
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, ask_native, compatible_body, data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, ask_native, compatible_body, data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,11 +11,11 @@ import pytest
 
 from tests.sdk.relay import Exchange
 from tests.sdk.wire_rules import UUID, events, violations
-from tests.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, native_body, wav
+from tests.support.wire import COMPATIBLE, MODEL, NATIVE, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
     from tests.sdk.tap import Tap
-    from tests.service import RunningService
+    from tests.support.service import RunningService
 
 CLIP = data_url(wav(1))
 TEXT_GENERATION = "/api/v1/services/aigc/text-generation/generation"

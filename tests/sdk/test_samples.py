@@ -14,14 +14,14 @@ import soundfile
 
 from tests.sdk.clients import node_script
 from tests.sdk.environments import HERE, bare_variables, python_environment
-from tests.wire import ask_native, data_url, events
+from tests.support.wire import ask_native, data_url, events
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.media import MediaServer
     from tests.sdk.tap import Tap
-    from tests.service import RunningService
+    from tests.support.media import MediaServer
+    from tests.support.service import RunningService
 
 SAMPLES = HERE / "samples"
 PLACEHOLDER = "SUQzBAAAAAAAI1RTU0UAAAAPAAADTGF2ZjU4LjI5...."

@@ -15,7 +15,7 @@ from serving.tenancy.key_hashing import Pepper
 from serving.tenancy.ledger.usage_record import now_ms
 from tests.sdk.clients import Client, every_client, every_way
 from tests.sdk.test_failures import CLIP, Failure, assert_failed
-from tests.service import RunningService
+from tests.support.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 
 from tests.sdk.clients import CLIENTS, Client
-from tests.service import RunningService
-from tests.wire import ask_native, data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import ask_native, data_url, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from serving.api.admin import create_admin_app
 from serving.config import Settings
-from tests.service import RunningService
+from tests.support.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

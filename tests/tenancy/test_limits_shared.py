@@ -14,8 +14,8 @@ from serving.tenancy.admin.service import Administration
 from serving.tenancy.database import connect, migrate
 from serving.tenancy.key_hashing import Pepper
 from serving.tenancy.limits.limiter import WINDOW_S
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, compatible_body, data_url, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, compatible_body, data_url, wav
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from stores import Postgres
 
-from tests.service import RunningService
+from tests.support.service import RunningService
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

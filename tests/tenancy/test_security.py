@@ -19,8 +19,8 @@ from serving.tenancy.admin.service import Administration
 from serving.tenancy.database import connect
 from serving.tenancy.key_hashing import Pepper, make_key
 from serving.tenancy.keys import Keyring
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, upload_fields, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, upload_fields, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
 from serving.errors import ClientError
-from tests.protocols.bad_requests import DASHSCOPE, OPENAI, Case
+from tests.api.dialects.bad_requests import DASHSCOPE, OPENAI, Case
 
 if TYPE_CHECKING:
     from serving.api.dialects.base import Codec, HttpError

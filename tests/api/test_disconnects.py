@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, ask_compatible, compatible_body, data_url, native_body, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, NATIVE, ask_compatible, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.media import MediaServer
+    from tests.support.media import MediaServer
 
 CLIENTS = 200
 

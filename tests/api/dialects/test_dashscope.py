@@ -13,8 +13,8 @@ from serving.api.dialects.base import HEARTBEAT, MAX_TEXT_BYTES
 from serving.api.dialects.dashscope import DashScopeCodec, DashScopeReply
 from serving.config import Settings
 from serving.types import CaptionDelta, FinishReason, Usage
-from tests.protocols.bad_requests import GOOD, MODEL, native
-from tests.protocols.clients import dashscope_1x, httpx_sse
+from tests.api.dialects.bad_requests import GOOD, MODEL, native
+from tests.api.dialects.clients import dashscope_1x, httpx_sse
 
 SETTINGS = Settings()
 REQUEST_ID = "d532f72c-e75b-4ffb-a1ef-d2465e758958"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from tests.service import RunningService
-from tests.wire import (
+from tests.support.service import RunningService
+from tests.support.wire import (
     COMPATIBLE,
     NATIVE,
     ask_compatible,

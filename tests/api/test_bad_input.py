@@ -11,10 +11,10 @@ import httpx
 import psutil
 import pytest
 
+from tests.api.dialects.bad_requests import BAD_URL, DASHSCOPE, OPENAI
 from tests.audio.clips import clip
-from tests.protocols.bad_requests import BAD_URL, DASHSCOPE, OPENAI
-from tests.service import RunningService
-from tests.wire import (
+from tests.support.service import RunningService
+from tests.support.wire import (
     COMPATIBLE,
     MODEL,
     NATIVE,
@@ -30,8 +30,8 @@ from tests.wire import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.media import MediaServer
-    from tests.protocols.bad_requests import Case
+    from tests.api.dialects.bad_requests import Case
+    from tests.support.media import MediaServer
 
 DOWNLOAD_FAILED = "Failed to download multimodal content."
 TIMED_OUT = "Download the media resource timed out"

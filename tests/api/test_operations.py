@@ -19,11 +19,20 @@ from serving.config import Settings
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine, Faults
 from serving.observability.request_record import STAGES
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
+from tests.support.service import RunningService
+from tests.support.wire import (
+    COMPATIBLE,
+    NATIVE,
+    ask_compatible,
+    ask_native,
+    compatible_body,
+    data_url,
+    native_body,
+    wav,
+)
 
 if TYPE_CHECKING:
-    from tests.media import MediaServer
+    from tests.support.media import MediaServer
 
 
 async def test_probes_follow_the_engine() -> None:

@@ -15,8 +15,17 @@ from serving.tenancy import database as store
 from serving.tenancy import schema
 from serving.tenancy.usage_session import Admissions
 from serving.types import FinishReason
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, NATIVE, ask_compatible, ask_native, compatible_body, data_url, native_body, wav
+from tests.support.service import RunningService
+from tests.support.wire import (
+    COMPATIBLE,
+    NATIVE,
+    ask_compatible,
+    ask_native,
+    compatible_body,
+    data_url,
+    native_body,
+    wav,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

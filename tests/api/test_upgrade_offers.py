@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from tests.cluster.running import free_port
-from tests.programs import program
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, compatible_body, data_url, events, wav
+from tests.support.programs import program
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, compatible_body, data_url, events, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,9 +18,9 @@ from serving.api.dialects.openai import OpenAICodec, OpenAIReply
 from serving.config import Settings
 from serving.errors import ClientError, EngineFailed
 from serving.types import CaptionDelta, FinishReason, Usage
-from tests.protocols.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
-from tests.protocols.bad_requests import GOOD, MODEL, compatible, native
-from tests.protocols.clients import dashscope_1x, httpx_sse, openai_chunks
+from tests.api.dialects.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
+from tests.api.dialects.bad_requests import GOOD, MODEL, compatible, native
+from tests.api.dialects.clients import dashscope_1x, httpx_sse, openai_chunks
 
 if TYPE_CHECKING:
     from serving.api.dialects.base import Reply

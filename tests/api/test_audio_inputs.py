@@ -12,14 +12,14 @@ import pytest
 
 from serving.types import SAMPLE_RATE, billed_audio_tokens
 from tests.audio.clips import Clip, clip, clip_names
-from tests.wire import ask_compatible, ask_native, data_url, upload
+from tests.support.wire import ask_compatible, ask_native, data_url, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.media import MediaServer
-    from tests.service import RunningService
-    from tests.wire import Answer
+    from tests.support.media import MediaServer
+    from tests.support.service import RunningService
+    from tests.support.wire import Answer
 
 TABLE = Path(__file__).with_name("AUDIO_INPUTS.md")
 FORMS = ("URL", "data URL", "bare base64", "upload")
@@ -27,7 +27,7 @@ RESOLVE = {"x-dashscope-ossresourceresolve": "enable"}
 
 HEAD = """# Every format through every form of input
 
-Made by `tests/test_audio_inputs.py`, which fails when this page is not true (`UPDATE_TABLES=1 make test` writes it
+Made by `tests/api/test_audio_inputs.py`, which fails when this page is not true (`UPDATE_TABLES=1 make test` writes it
 anew). Each clip holds the same sound; the figures are seconds, as decoded by the service.
 
 """

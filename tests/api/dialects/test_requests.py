@@ -13,7 +13,7 @@ from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
 from serving.config import Settings
 from serving.types import CaptionRequest, InlineAudio, Sampling, UploadedAudio, UrlAudio
-from tests.protocols.bad_requests import GOOD, MODEL, URL, compatible, native, user
+from tests.api.dialects.bad_requests import GOOD, MODEL, URL, compatible, native, user
 
 if TYPE_CHECKING:
     from serving.types import AudioSource

@@ -11,7 +11,7 @@ from base64 import b64encode
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests.protocols.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
+from tests.api.dialects.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -12,8 +12,8 @@ from serving.api.dialects.base import HEARTBEAT
 from serving.api.dialects.openai import OpenAICodec, OpenAIReply
 from serving.config import Settings
 from serving.types import CaptionDelta, FinishReason, Usage
-from tests.protocols.bad_requests import GOOD, MODEL, compatible
-from tests.protocols.clients import openai_chunks
+from tests.api.dialects.bad_requests import GOOD, MODEL, compatible
+from tests.api.dialects.clients import openai_chunks
 
 SETTINGS = Settings()
 REQUEST_ID = "f4155bf9-b860-49d6-8ee2-092da7359097"

@@ -27,8 +27,8 @@ from serving.pipeline import Captioner
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.tenancy.usage_session import Admissions
 from serving.types import Caller, Features, SchedulingClass
-from tests.service import RunningService
-from tests.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
+from tests.support.service import RunningService
+from tests.support.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

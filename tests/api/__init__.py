@@ -1,0 +1,1 @@
+"""HTTP: endpoints, connections and dialects."""
