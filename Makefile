@@ -10,6 +10,7 @@ LOCKS := deploy/requirements
 # latter everywhere.
 BUILD ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := .venv/bin
+JOBS ?= 2
 SERVE := $(if $(filter cuda,$(BUILD)),.venv-cuda,.venv)
 
 # `make serve PORT=9000 MODEL=… TENSOR_PARALLEL=2`: short names for the most used settings.
@@ -41,15 +42,27 @@ settings: $(SERVE)/serve.stamp ## List every setting
 	@$(SERVE)/bin/captioner serve --help
 
 .PHONY: test
-test: check .venv/dev.stamp ## Install if needed, then all checks and tests
-	$(BIN)/pytest
+test: check .venv/dev.stamp ## Install if needed, then all checks and tests (20 minutes on two cores)
+	$(BIN)/pytest -n $(JOBS) --durations=25
+
+# Tests of which none starts a process, a server, an engine or a cluster (tests/needs.py).
+FAST := not ($(subst $(eval) , or ,process store engine cluster sdk chart))
+
+.PHONY: test-fast
+test-fast: .venv/dev.stamp ## Lint, types, and every test that needs no process, server, engine, cluster, client or Helm
+	@$(MAKE) --no-print-directory --output-sync=target -j 3 check fast-tests
+
+.PHONY: fast-tests
+fast-tests: .venv/dev.stamp
+	$(BIN)/pytest -q -n $(JOBS) -m "$(FAST)"
 
 .PHONY: check
-check: .venv/dev.stamp ## Lint, types, import contract
+check: .venv/dev.stamp ## Lint, types, import contract, spelling
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
 
 .PHONY: format
 format: .venv/dev.stamp ## Format the code

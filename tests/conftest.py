@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests import needs
 from tests.support.media import MediaServer
 from tests.support.service import RunningService
 
@@ -23,6 +24,28 @@ for name in [name for name in os.environ if name.startswith("CAPTIONER_")]:
     del os.environ[name]  # what this shell would serve is not what is tested
 _DATA = tempfile.TemporaryDirectory(prefix="captioner-test-data-")
 os.environ["CAPTIONER_DATA_DIR"] = _DATA.name  # nor does what is tested touch what this user serves
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks of `tests/needs.py`."""
+    for name, meaning in needs.NEEDS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with what it needs, before `-m` selects, and with the group that shares it under `-n`.
+
+    All tests of the real engine run one after the other in one process, which loads the model once, as do those of the
+    real cluster; else a file's tests stay together, and with them what its fixtures made.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function):
+            found = needs.of(item)
+            for need in sorted(found):
+                item.add_marker(need)
+            group = next((need for need in ("engine", "cluster") if need in found), str(item.path))
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

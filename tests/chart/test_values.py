@@ -43,9 +43,9 @@ def test_a_typo_is_refused_in_every_section(helm: Path) -> None:
     for path in found:
         if path == ("networkPolicy", "dns", "to"):
             continue
-        with pytest.raises(Refused, match=r"(?i)additional propert.*mispelt"):
-            template(helm, nested((*path, "mispelt"), 1))
-    template(helm, {"global": {"mispelt": 1}})
+        with pytest.raises(Refused, match=r"(?i)additional propert.*misspelt"):
+            template(helm, nested((*path, "misspelt"), 1))
+    template(helm, {"global": {"misspelt": 1}})
 
 
 @pytest.mark.parametrize(
