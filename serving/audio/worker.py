@@ -44,7 +44,7 @@ _MESSAGE_BYTES = 65_536
 
 _TRACEBACK_CHARS = 8_000
 _NICENESS = 5
-"""Where all cores are busy, captions that run go before clips that come (deploy/notes/0004)."""
+"""Where all cores are busy, captions that run go before clips that come (deploy/adr/0004)."""
 _PR_SET_PDEATHSIG = 1
 _WHITESPACE = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")

@@ -11,7 +11,7 @@ A frame is two lengths (big-endian, 32 bits each), a JSON header and bytes. The 
                                                             ◄ error {id, error, message}: an exception of our tree
 
 `seen` is the last generation that had come when `load` was told. Why not Ray's own calls:
-deploy/notes/0005-frontends-and-engines.md. Everything is data; nothing is unpickled.
+deploy/adr/0005-frontends-and-engines.md. Everything is data; nothing is unpickled.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Only this, `executor.py`, `scheduler.py`, `thinker.py` and `cpu_layers.py` impor
 vLLM turns a waveform into features on one thread of this process, under this process's GIL. Our audio workers have made
 them already, so a request is handed over as vLLM's own preprocessing would have left it (its "engine input": expanded
 prompt, features, placeholder range), and none of that preprocessing runs. A test holds our input against vLLM's own for
-the same clip, so that an upgrade which changes it is noticed. Figures: deploy/notes/0001-precomputed-features.md.
+the same clip, so that an upgrade which changes it is noticed. Figures: deploy/adr/0001-precomputed-features.md.
 
 Nothing that a client made reaches vLLM but features and checked sampling parameters: no text, URL, media id, cache salt
 or processor argument. Prefix and processor caches are off: each audio is new, so they would only spend memory, and no
@@ -347,7 +347,7 @@ def _keeping_memory() -> Iterator[None]:
     """Start processes whose allocator (glibc's) keeps what it has on a machine without GPU.
 
     A step takes hundreds of MB for the clips that it encodes, by default in mappings that are given back after it and
-    faulted in anew in the next one, page by page (deploy/notes/0004).
+    faulted in anew in the next one, page by page (deploy/adr/0004).
     """
     wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)} if current_platform.is_cpu() else {}
     added = {name: value for name, value in wanted.items() if name not in os.environ}

@@ -2,7 +2,7 @@
 
 With a model as small as the embedded one, most of a step is not arithmetic but the calls around it: normalisation in
 seven operations, rotation on three equal axes, layers of dispatch around the experts, a sort of the whole vocabulary.
-Here the same kernels of vLLM are called directly (figures: deploy/notes/0004). Nothing of this runs on a GPU, where
+Here the same kernels of vLLM are called directly (figures: deploy/adr/0004). Nothing of this runs on a GPU, where
 CUDA graphs hide such costs. What does not look as expected stays as vLLM has it.
 """
 
