@@ -1,10 +1,11 @@
-"""What in the chart is made from something else: README table, `values.schema.json`, copies of files of `deploy/`.
+"""Generator of the chart's README table, of `values.schema.json` and of the chart's copies of files of `deploy/`.
 
-    python helm/generate.py           write all of it
-    python helm/generate.py --check   exit with 1 if something is not current
+    python helm/generate.py           write every generated file
+    python helm/generate.py --check   exit with 1 if a generated file is not current
 
-Types and comments of `captioner/values.yaml` are the source of table and schema; the rest stands in `MORE`.
-Helm reads only files inside the chart, so it has copies of the rules, the dashboards and Ray's environment.
+Types and comments of `captioner/values.yaml` are the source of the table and the schema; `CHOICES`, `MORE` and
+`BY_NAME` add what a default value does not show. Helm reads only files inside the chart, so the chart has copies of the
+rules, the dashboards and Ray's environment.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ ELSEWHERE = {
     ),
     *("uploads_dir", "download_dir", "data_dir", "admin_host", "admin_port", "metrics_port", "auth"),
 }
-"""Settings that the chart sets itself; secrets are a further kind. In `settings` they are refused."""
+"""Settings that the chart derives from other values. The schema of `settings` rejects them, as it rejects secrets."""
 
 MAP: dict[str, Any] = {"type": "object"}
 WORDS: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -157,10 +158,10 @@ BY_NAME: dict[str, dict[str, Any]] = {
 
 
 def schema_of(value: Any, path: str = "") -> dict[str, Any]:
-    """What may stand in a value's place."""
+    """Return the schema of the value at `path`, whose default is `value`."""
     name = path.rpartition(".")[2]
     if path == "image":
-        name = ""  # the service's own, which is put together
+        name = ""  # the service's image is a map, not a reference as text
     if path in CHOICES:
         return {"enum": CHOICES[path]}
     if path == "settings":
@@ -179,30 +180,30 @@ def schema_of(value: Any, path: str = "") -> dict[str, Any]:
         case dict() if value:
             inner = {key: schema_of(each, f"{path}.{key}".lstrip(".")) for key, each in value.items()}
             return {"type": "object", "additionalProperties": False, "properties": inner}
-    raise SystemExit(f"values.yaml: what may stand in {path}? Say so in generate.py")
+    raise SystemExit(f"values.yaml: the type of {path} is unknown; add its schema to MORE in generate.py")
 
 
 def settings_schema() -> dict[str, Any]:
-    """The service's own settings, without those that follow from other values, and without secrets."""
-    whole = Settings.model_json_schema()
+    """Return the schema of the service's settings, without derived settings (`ELSEWHERE`) and secrets."""
+    full = Settings.model_json_schema()
     inner = {}
-    for name, each in whole["properties"].items():
+    for name, each in full["properties"].items():
         if name in ELSEWHERE or "password" in json.dumps(each):
             continue
         inner[name] = {key: part for key, part in each.items() if key not in {"default", "title"}}
-    definitions = whole.get("$defs")
+    definitions = full.get("$defs")
     if definitions or "$ref" in json.dumps(inner):
-        raise SystemExit("settings that refer to definitions: generate.py does not know them")
+        raise SystemExit("a setting refers to a definition ($ref), which generate.py does not support")
     return {"type": "object", "additionalProperties": False, "properties": inner}
 
 
 def table(text: str) -> str:
-    """The rows of the README's table: each described value, its default, and the description."""
+    """Return the README's table: each described value, its description and its default."""
     values = yaml.safe_load(text)
     rows, path, description, covered = [], [], None, []
     for line in text.splitlines():
-        if told := re.match(r"\s*# -- (.*)", line):
-            description = told[1]
+        if comment := re.match(r"\s*# -- (.*)", line):
+            description = comment[1]
         if not (key := re.match(r"(\s*)([A-Za-z][\w]*):", line)):
             continue
         path = [*path[: len(key[1]) // 2], key[2]]
@@ -221,12 +222,12 @@ def table(text: str) -> str:
     return "\n".join(["| Value | | Default |", "|---|---|---|", *rows])
 
 
-def made() -> dict[Path, str]:
-    """Every file that is made, and what should stand in it."""
+def generated() -> dict[Path, str]:
+    """Return the text of every generated file, by path."""
     text = (CHART / "values.yaml").read_text()
     schema = {"$schema": "http://json-schema.org/draft-07/schema#"} | schema_of(yaml.safe_load(text))
     readme = CHART / "README.md"
-    begin, end = "<!-- values: made by generate.py -->\n", "\n<!-- /values -->"
+    begin, end = "<!-- values: generated by generate.py -->\n", "\n<!-- /values -->"
     before, _, rest = readme.read_text().partition(begin)
     files = {
         CHART / "values.schema.json": json.dumps(schema, indent=1) + "\n",
@@ -239,8 +240,8 @@ def made() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write what is not current, or with `--check` tell of it."""
-    files = made()
+    """Write the files that are not current; with `--check` list them instead. Return the exit status."""
+    files = generated()
     kept = {path for target in COPIES.values() if target != "files" for path in (CHART / target).glob("*")}
     stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
     left = sorted(kept - set(files))

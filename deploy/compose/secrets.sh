@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the secrets that are missing, at random; never change one that is there. `./secrets.sh DIRECTORY` for another place.
+# Create missing secrets with random values and keep existing ones: ./secrets.sh [DIRECTORY]
 set -euo pipefail
 umask 077
 directory=${1:-$(dirname "$0")/secrets}
@@ -8,7 +8,7 @@ cd "$directory"
 
 random() { head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n'; }
 
-# Others than the owner of the directory do not get into it; what runs in containers, under other users, gets the files.
+# Only the owner can enter the directory. The files are readable by all, because containers mount them under other users.
 secret() { # secret NAME VALUE
   if [ -e "$1" ]; then
     echo "kept $1"
@@ -16,7 +16,7 @@ secret() { # secret NAME VALUE
     printf '%s\n' "$2" > ".$1.new"
     chmod 0444 ".$1.new"
     mv ".$1.new" "$1"
-    echo "made $1"
+    echo "created $1"
   fi
 }
 

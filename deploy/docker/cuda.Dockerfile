@@ -1,26 +1,26 @@
-# The service on NVIDIA GPUs, on vLLM's official image: that brings CUDA, PyTorch and vLLM, and this adds the rest.
+# The service on NVIDIA GPUs, on vLLM's official image, which has CUDA, PyTorch and vLLM.
 #   docker build -f deploy/docker/cuda.Dockerfile -t captioner:cuda .
-# Where downloads pass through a proxy with a certificate of its own: --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt
+# If downloads pass through a proxy with a private certificate: --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt
 #
-# Pin the base by digest where you build for production:
+# For production pin the base by digest:
 #   --build-arg BASE_IMAGE=vllm/vllm-openai:v0.32.0@sha256:…
-# It must have the vLLM and PyTorch versions that deploy/requirements/cuda.txt names, else the build says so and fails.
+# The base must have the vLLM and PyTorch versions in deploy/requirements/cuda.txt, or the build fails with a message.
 ARG BASE_IMAGE=vllm/vllm-openai:v0.32.0
 
-# What is locked, by hash, as far as the base has not got it; see besides.py.
+# Locked requirements, by hash, that the base lacks; see missing_requirements.py.
 FROM ${BASE_IMAGE} AS requirements
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
-# A stage for building, of which only /opt is taken.
+# A build stage, of which only /opt is copied.
 # hadolint ignore=DL3002
 USER 0
 WORKDIR /build
-COPY deploy/requirements/uv.txt deploy/requirements/cuda.txt deploy/docker/besides.py ./
-# The base's packages come after ours: a line in a .pth file that Python reads at start.
+COPY deploy/requirements/uv.txt deploy/requirements/cuda.txt deploy/docker/missing_requirements.py ./
+# A .pth file, which Python reads at start, appends the base's packages to the path, after ours.
 RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
     if [ -e /run/secrets/ca ]; then export SSL_CERT_FILE=/run/secrets/ca PIP_CERT=/run/secrets/ca; fi \
     && python3 -m venv uv \
     && uv/bin/pip install --quiet --disable-pip-version-check --require-hashes -r uv.txt \
-    && python3 besides.py cuda.txt --base > requirements.txt \
+    && python3 missing_requirements.py cuda.txt --base > requirements.txt \
     && export UV_LINK_MODE=copy UV_HTTP_TIMEOUT=300 \
     && uv/bin/uv venv --quiet --python python3 /opt/captioner \
     && uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --require-hashes --compile-bytecode \
@@ -37,24 +37,24 @@ COPY pyproject.toml README.md LICENSE ./
 COPY serving serving
 RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
         --target /opt/captioner/app . \
-    # Ray starts it in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH); an installer need not keep it a program.
+    # Ray starts this file in HAProxy's place (RAY_SERVE_HAPROXY_BINARY_PATH); installers may drop the executable bit.
     && chmod 0755 /opt/captioner/app/serving/cluster/haproxy_wrapper.py
 
 FROM ${BASE_IMAGE}
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 USER 0
-# wget, which the health check and KubeRay's probes need, is in the base; that it stays so is checked here.
-# Group 0 too, as some platforms give each container a user id of its own in that group.
+# The health check and KubeRay's probes need wget, which is in the base; the build fails if it is not.
+# Group 0 has access, because some platforms run each container under an arbitrary user id in that group.
 RUN command -v wget \
     && groupadd --gid 10001 captioner \
     && useradd --uid 10001 --gid captioner --home-dir /tmp --no-create-home --shell /usr/sbin/nologin captioner \
     && install -d -o captioner -g root -m 0770 /var/lib/captioner
 COPY --from=requirements /opt/captioner /opt/captioner
 COPY --from=application /opt/captioner/app /opt/captioner/app
-# A login shell, as KubeRay starts Ray with, sets PATH anew.
+# KubeRay starts Ray with a login shell, which resets PATH.
 COPY deploy/docker/profile.sh /etc/profile.d/captioner.sh
 
-# USER: Ray and PyTorch want a name, also where the platform gives a user id that has none.
+# USER: Ray and PyTorch need a user name, even if the platform's user id has none.
 ENV PATH=/opt/captioner/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     USER=captioner \
@@ -65,11 +65,11 @@ ENV PATH=/opt/captioner/bin:$PATH \
     CAPTIONER_UPLOADS_DIR=/var/lib/captioner/uploads
 USER 10001:10001
 WORKDIR /var/lib/captioner
-# All that is written, downloads in /tmp among it: the root may be read-only.
+# All written files, including downloads in /tmp. The root may be read-only.
 VOLUME ["/tmp", "/var/lib/captioner"]
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-# Says whether a restart would help. Whether captions can be made, /readyz says.
+# Fails when a restart would help. /readyz reports whether captions can be made.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=15m --retries=6 \
     CMD ["/bin/sh", "-c", "wget -q -O /dev/null http://127.0.0.1:${CAPTIONER_PORT:-8000}/healthz || exit 1"]
 ENTRYPOINT ["captioner"]

@@ -1,10 +1,10 @@
-"""What `podman play kube` can run of the chart without Ray: its Deployment, with its settings and secrets.
+"""Converter of the chart's Deployment (without Ray) to a manifest that `podman play kube` can run.
 
     helm template … --set workload=deployment | playable.py PORT SECRET.json > pod.yaml
 
-The pod is taken as the chart renders it, but for two things: its port is published on loopback, and `/dev/shm` is
-podman's own, since podman 4 lets only root write to an `emptyDir` there. The Secret goes into a file of its own, name
-by name, as podman 4 wants it (`podman secret create NAME SECRET.json`).
+The pod stays as the chart renders it, with two exceptions: its port is published on loopback, and `/dev/shm` is
+podman's default, because podman 4 lets only root write to an `emptyDir` there. The Secret's data is written to a
+separate file as one JSON object, the format of podman 4 (`podman secret create NAME SECRET.json`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHM = "/dev/shm"  # noqa: S108 - a mount's name
 
 
 def main() -> None:
-    """From standard input to standard output; the last line of standard error names the Secret."""
+    """Convert standard input to standard output; print the Secret's name on standard error."""
     port, secret_file = int(sys.argv[1]), Path(sys.argv[2])
     documents = [document for document in yaml.safe_load_all(sys.stdin) if document]
     (deployment,) = [document for document in documents if document["kind"] == "Deployment"]
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def named(document: dict[str, dict[str, str]]) -> str:
-    """Name of an object."""
+    """Return the name of an object."""
     return document["metadata"]["name"]
 
 

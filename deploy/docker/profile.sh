@@ -1,2 +1,2 @@
-# For login shells, which start from a PATH of their own.
+# For login shells, which reset PATH.
 PATH=/opt/captioner/bin:$PATH

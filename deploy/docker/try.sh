@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Build the CPU image and try it as a stranger would: as a user without rights, with a root that cannot be written.
-# Not part of `make test`: it downloads 3 GB, writes some 20 GB, and wants root.
+# Build the CPU image and test it as an unprivileged user, with a read-only root.
+# Not part of `make test`: it downloads 3 GB, writes about 20 GB, and needs root.
 #   deploy/docker/try.sh [base | build | size | run | pod | chart | test [pytest arguments] | all]
 #
-# BASE_IMAGE   the base to build on; default: a Debian made here by mmdebstrap
-# IMAGE        name of the image; default localhost/captioner:cpu
-# CA           a bundle of certificates for downloads through a proxy that has its own
+# BASE_IMAGE   base image; default: a Debian created by mmdebstrap
+# IMAGE        name of the image; default: localhost/captioner:cpu
+# CA           certificate bundle for downloads through a proxy with a private certificate
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -53,7 +53,7 @@ base() {
   [ -z "${BASE_IMAGE:-}" ] || return 0
   BASE_IMAGE=localhost/python-base:bookworm
   podman image exists "$BASE_IMAGE" && return 0
-  say "a base image from Debian's packages"
+  say "create a base image from Debian packages"
   need mmdebstrap
   mkdir -p "$cache"
   mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$cache/base.tar"
@@ -65,7 +65,7 @@ build() {
   need buildah podman
   base
   say "build $image on $BASE_IMAGE"
-  # --isolation chroot and the host's network: works inside containers too. --format docker: OCI has no health check.
+  # --isolation chroot and the host's network also work inside containers. --format docker: OCI has no health check.
   buildah bud --isolation chroot --network host --format docker --layers "${ca[@]}" \
     --build-arg "BASE_IMAGE=$BASE_IMAGE" --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
     --build-arg "CREATED=$(date -u +%Y-%m-%dT%H:%M:%SZ)" -f deploy/docker/cpu.Dockerfile -t "$image" .
@@ -73,13 +73,13 @@ build() {
 
 size() {
   need podman jq
-  say "size of $image: all, and each layer from the base up"
+  say "size of $image: total, and each layer from the base up"
   podman image inspect "$image" | jq -r '.[0].Size / 1e6 | floor | "\(.) MB"'
   podman history --format json "$image" |
     jq -r 'reverse | .[] | select(.size > 0) | "\(.size / 1e4 | floor / 100) MB\t\(.CreatedBy[0:100])"'
 }
 
-request() { # the first answer's text, or nothing
+request() { # request PORT [KEY]: print the caption of the sample
   printf '{"model":"qwen3-omni-30b-a3b-captioner","messages":[{"role":"user","content":[{"type":"input_audio",%s}]}]}' \
     "\"input_audio\":{\"data\":\"data:;base64,$(base64 -w0 serving/embedded/sample.mp3)\"}" |
     curl --silent --show-error --max-time 120 "http://127.0.0.1:$1/v1/chat/completions" -d @- \
@@ -87,23 +87,23 @@ request() { # the first answer's text, or nothing
     jq -er '.choices[0].message.content'
 }
 
-wait_ready() { # wait_ready PORT
+wait_ready() { # wait_ready PORT: up to 300 s
   for _ in $(seq 150); do
     ! curl --silent --fail --output /dev/null --max-time 5 "http://127.0.0.1:$1/readyz" || return 0
-    podman inspect "$name" --format '{{.State.Running}}' 2>/dev/null | grep -q true || fail "it has ended"
+    podman inspect "$name" --format '{{.State.Running}}' 2>/dev/null | grep -q true || fail "the container has stopped"
     sleep 2
   done
   fail "not ready after 300 s"
 }
 
-wait_for() { # wait_for PORT: up to two minutes, for a pod
+wait_for() { # wait_for PORT: up to 120 s, for a pod
   for _ in $(seq 60); do
     ! curl --silent --fail --output /dev/null --max-time 5 "http://127.0.0.1:$1/readyz" || return 0
     sleep 2
   done
 }
 
-serve() { # serve TITLE PODMAN-ARGUMENTS… -- CAPTIONER-ARGUMENTS…: start, ask, look, stop
+serve() { # serve TITLE PODMAN-ARGUMENTS… -- CAPTIONER-ARGUMENTS…: start, request a caption, check, stop
   local title=$1 options=() caption code
   shift
   while [ "$1" != -- ]; do options+=("$1"); shift; done
@@ -114,12 +114,12 @@ serve() { # serve TITLE PODMAN-ARGUMENTS… -- CAPTIONER-ARGUMENTS…: start, as
   wait_ready "$port"
   caption=$(request "$port" sk-try) || fail "no caption"
   echo "$caption"
-  podman healthcheck run "$name" >/dev/null || fail "the health check"
-  podman exec "$name" sh -c 'id; ! touch /root-is-written /opt/captioner/x 2>/dev/null' || fail "the root can be written"
-  podman exec "$name" bash -lc 'for p in ray serve captioner python wget; do command -v $p; done' || fail "a login shell"
+  podman healthcheck run "$name" >/dev/null || fail "the health check failed"
+  podman exec "$name" sh -c 'id; ! touch /root-is-written /opt/captioner/x 2>/dev/null' || fail "the root is writable"
+  podman exec "$name" bash -lc 'for p in ray serve captioner python wget; do command -v $p; done' || fail "a login shell does not find the programs"
   podman stop --time 60 "$name" >/dev/null
   code=$(podman inspect "$name" --format '{{.State.ExitCode}}')
-  [ "$code" = 0 ] || fail "after SIGTERM it ended with $code"
+  [ "$code" = 0 ] || fail "exit status $code after SIGTERM"
   podman rm --volumes "$name" >/dev/null
 }
 
@@ -128,7 +128,7 @@ run() {
   say "captioner version"
   podman run --rm "${kinds[@]}" "$image" version
   serve "the fake engine" -- --engine=fake
-  serve "the fake engine, as a user that the image does not know" --user 12345:0 \
+  serve "the fake engine, under an unknown user id" --user 12345:0 \
     --tmpfs /var/lib/captioner:mode=1777 -- --engine=fake
   serve "the embedded stand-in on the real engine" -- --audio-workers=2
 }
@@ -145,10 +145,10 @@ pod() {
   podman play kube --down "$cache/pod.yaml" >/dev/null
 }
 
-chart() { # the chart's pod of a release without Ray, as rendered; needs helm, and .venv for PyYAML
+chart() { # the chart's pod without Ray, as rendered; needs helm, and PyYAML in .venv
   need podman jq curl helm
   local secret container key
-  say "the chart's Deployment by podman play kube"
+  say "the chart's Deployment with podman play kube"
   helm template "$name" helm/captioner -f helm/captioner/profiles/cpu-embedded.yaml --set workload=deployment \
     --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" >"$cache/chart.yaml"
   secret=$(.venv/bin/python deploy/docker/playable.py "$port" "$cache/secret.json" <"$cache/chart.yaml" 2>&1 \
@@ -165,7 +165,7 @@ chart() { # the chart's pod of a release without Ray, as rendered; needs helm, a
   podman secret rm "$secret" >/dev/null
 }
 
-tests() { # the project's own tests, inside
+tests() { # the project's tests inside the image
   need buildah podman
   say "tests inside the image: ${*:-tests/api/test_operations.py tests/api/dialects tests/audio}"
   buildah bud --isolation chroot --network host --format docker --layers "${ca[@]}" --build-arg "IMAGE=$image" \

@@ -1,14 +1,13 @@
-"""The embedded checkpoint's shape: the captioner's architecture, made small, and untrained weights for it.
+"""Architecture of the embedded checkpoint: the captioner's, with small sizes, and untrained weights for it.
 
 `python deploy/embedded/architecture.py` writes the untrained checkpoint to `serving/embedded/checkpoint`, the same
-bytes each time. Whoever trains it takes `build_tokenizer`, `build_config`, `build_model` and `save_checkpoint` from
-here.
+bytes each time. The training imports `build_tokenizer`, `build_config`, `build_model` and `save_checkpoint`.
 
-Everything that decides how vLLM and the service handle the model is as in Qwen3-Omni-30B-A3B-Captioner: the classes
+Everything that affects how vLLM and the service handle the model is as in Qwen3-Omni-30B-A3B-Captioner: the classes
 (`Qwen3OmniMoeForConditionalGeneration`, thinker only), the audio tower with its windows of 1 s and 8 s, 13 tokens per
 second, interleaved M-RoPE, routed experts, the roles of the special tokens, the chat template and the processor files.
-Only widths, depths and the vocabulary are smaller. The vision tower exists because the class demands it; nothing uses
-it.
+Only widths, depths and the vocabulary are smaller. The vision tower exists because the class requires it; it is never
+used.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "serving" / "embedded" / "checkpoint"
-"""Where the service expects it."""
+"""Directory from which the service loads the checkpoint by default."""
 
 CONTEXT_TOKENS = 65_536
-"""Positions of the text model; 40 minutes of audio are 31,200 of them."""
+"""Positions of the text model; 40 minutes of audio take 31,200."""
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -53,12 +52,12 @@ ROLES = {
     "vision_bos_token": "<|vision_start|>",
     "vision_eos_token": "<|vision_end|>",
 }
-"""Tokens that the processor asks the tokenizer for by attribute."""
+"""Special tokens that the processor reads from the tokenizer, by attribute."""
 
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *ROLES.values())
 
 CHAT_ROLES = ("user", "assistant", "system")
-"""Single tokens, as in the captioner, so that the scaffold around the audio has the same length."""
+"""Single tokens, as in the captioner, so that the prompt around the audio has the same length."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -73,7 +72,7 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-"""What the captioner's own template makes of audio and text parts."""
+"""Chat template that renders audio and text parts as the captioner's template does."""
 
 UNTRAINED_TEXTS = (
     "The audio clip opens with a male speaker who talks calmly in English for about three seconds.",
@@ -85,14 +84,14 @@ UNTRAINED_TEXTS = (
     "The recording is muffled and noisy, as if it had been made on a telephone, and it ends abruptly.",
     "Hammering on metal at 4 strikes per second is mixed with the hum of an engine and a passing car.",
 )
-"""Enough English for the untrained checkpoint's vocabulary of whole words."""
+"""English text from which the untrained checkpoint's vocabulary of complete words is trained."""
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Qwen2Tokenizer:
     """Train a byte-level BPE tokenizer with the captioner's pre-tokenization and special tokens.
 
-    Every string can be encoded, since all 256 bytes are tokens; digits are split. The special tokens come last.
-    `vocab_size` counts everything; few `texts` give a smaller vocabulary.
+    Every string can be encoded, because all 256 bytes are tokens; digits are split. The special tokens come last.
+    `vocab_size` includes all tokens; few `texts` give a smaller vocabulary.
     """
     bpe = Qwen2Tokenizer().backend_tokenizer
     trainer = trainers.BpeTrainer(
@@ -117,7 +116,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> Qwen2Tokeniz
 
 
 def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3OmniMoeConfig:
-    """The captioner's configuration with small sizes, for the vocabulary of `tokenizer`."""
+    """Return the captioner's configuration with small sizes, for the vocabulary of `tokenizer`."""
     ids = tokenizer.get_vocab()
     hidden_size, vision_grid = 192, 4
     return Qwen3OmniMoeConfig(
@@ -159,7 +158,7 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3OmniMoeConfig:
                 "out_hidden_size": hidden_size,
                 "deepstack_visual_indexes": [0],
                 "num_position_embeddings": vision_grid**2,
-                # vLLM asks for these two; transformers does not know them.
+                # vLLM reads these two; transformers does not define them.
                 "image_size": 16 * vision_grid,
                 "apply_vit_abs_pos_embed": True,
             },
@@ -184,18 +183,19 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen3OmniMoeConfig:
 
 
 def build_model(config: Qwen3OmniMoeConfig, seed: int = 0) -> Model:
-    """The model in float32 with the library's own initial weights."""
+    """Return the model in float32 with the library's initial weights."""
     torch.manual_seed(seed)
     return Model(config)
 
 
 def untrain(model: Model, tokenizer: Qwen2Tokenizer, seed: int = 0) -> None:
-    """Give `model` random weights under which it babbles whole words that depend on every input, and ends by itself.
+    """Set random weights with which `model` emits complete words that depend on every input, and ends its turn.
 
-    The library's initial weights would not do: their layers hardly change what the last token decides, so that all
-    clips would read alike. Here every matrix keeps the scale of its input, and sharp attention keeps greedy text out of
-    loops. The first channel of the residual stream carries a constant that only `lm_head` reads, as a bias per token:
-    control tokens and parts of words are never sampled, and the end-of-turn token wins about once in 30 tokens.
+    The library's initial weights are unsuitable: their layers hardly change the output, which then depends on the last
+    token, so that all clips would get the same text. Here every matrix keeps the scale of its input, and sharp
+    attention prevents loops in greedy text. The first channel of the residual stream carries a constant that only
+    `lm_head` reads, as a bias per token: control tokens and parts of words are never sampled, and the end-of-turn
+    token wins about once in 30 tokens.
     """
     draw = torch.Generator().manual_seed(seed)
     bias, rare, never, sharpness = 8.0, -0.05, -1000.0, 6.0
@@ -226,16 +226,16 @@ def untrain(model: Model, tokenizer: Qwen2Tokenizer, seed: int = 0) -> None:
         lm_head[silent] = 0
         lm_head[silent, 0] = never
         lm_head[tokenizer.eos_token_id, 0] = rare
-        # The prompt ends with a line break, and no caption holds one: never end a turn before it began.
+        # The prompt ends with a line break, and captions have none: prevents an empty turn.
         line_break = thinker.model.embed_tokens.weight[tokenizer.encode("\n")[0], 1:]
         lm_head[tokenizer.eos_token_id, 1:] -= 4 * line_break / line_break.norm()
 
 
 def save_checkpoint(model: Model, tokenizer: Qwen2Tokenizer, path: Path = CHECKPOINT) -> None:
-    """Write weights and every file that transformers and vLLM read to the directory `path`.
+    """Write weights and all files that transformers and vLLM read to the directory `path`.
 
-    Weights are rounded to bfloat16 to halve the file. The configuration says float32, so that they are served without
-    further rounding on the CPU.
+    Weights are rounded to bfloat16 to halve the file. The configuration specifies float32, so that they are served
+    without further rounding on the CPU.
     """
     save_processor(tokenizer, path)
     model.generation_config = GenerationConfig(
@@ -248,7 +248,7 @@ def save_checkpoint(model: Model, tokenizer: Qwen2Tokenizer, path: Path = CHECKP
     )
     model.save_pretrained(path, state_dict={name: tensor.bfloat16() for name, tensor in model.state_dict().items()})
     (path / "model.safetensors").chmod(0o644)
-    # The parts that speak are left out, as in the captioner's own configuration.
+    # The talker parts are left out, as in the captioner's configuration.
     config = json.loads((path / "config.json").read_text())
     for part in ("talker_config", "code2wav_config"):
         config.pop(part, None)
@@ -257,7 +257,7 @@ def save_checkpoint(model: Model, tokenizer: Qwen2Tokenizer, path: Path = CHECKP
 
 
 def save_processor(tokenizer: Qwen2Tokenizer, path: Path) -> None:
-    """Write the tokenizer and what turns audio into log-mel features: 128 bins, 16 kHz, a frame per 10 ms."""
+    """Write the tokenizer and the feature extractor: log-mel with 128 bins at 16 kHz, one frame per 10 ms."""
     Qwen3OmniMoeProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=16),
         video_processor=Qwen2VLVideoProcessor(patch_size=16),

@@ -1,4 +1,4 @@
-"""Training batches: clips of like length from the corpus, as the tensors that model and helper heads take."""
+"""Training batches: clips of similar length from the corpus, as input tensors of the model and the helper heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deploy.embedded.corpus.captions import (
     Event,
     Facts,
     caption,
-    said_rate,
+    stated_rate,
 )
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ TOKENS_PER_S = 13
 FRAMES_PER_S = 100
 LONGEST_FRAMES = 3_000
 RANGE = 2.0
-"""How far features reach below the loudest: 80 dB in their unit."""
+"""Range of the features below their maximum: 80 dB in their unit."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A training clip: where its features lie, and what is true of it."""
+    """A training clip: position of its features in the shard, and its facts."""
 
     shard: int
     first_frame: int
@@ -53,12 +53,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one step.
+    """Inputs of one training step.
 
-    `features` [128, frames of all clips], `lengths` frames of each; `input_ids` and `labels` [clips, tokens]; for
-    each audio token of all clips `kinds` [tokens, kinds] multi-hot, `language`, `manner`, `rate` class numbers or -100,
-    and `beating` the number of the event with a rate that it belongs to, or -100; for each of these events its rate per
-    second in `beats`; for each clip `whole` [clips, 4]: loudness, noise, room, clipping.
+    `features` [128, frames of all clips], `lengths` frames of each; `input_ids` and `labels` [clips, tokens]. For
+    each audio token of all clips: `kinds` [tokens, kinds] multi-hot; `language`, `manner`, `rate` class numbers or
+    -100; `beating` number of its event with a rate, or -100. For each event with a rate: `beats`, its rate per second.
+    For each clip: `recording` [clips, 4], classes of loudness, noise, room, clipping.
     """
 
     features: torch.Tensor
@@ -71,23 +71,23 @@ class Batch:
     rate: torch.Tensor
     beating: torch.Tensor
     beats: torch.Tensor
-    whole: torch.Tensor
+    recording: torch.Tensor
 
 
-def read_facts(line: dict[str, object]) -> Facts:
-    """The facts of a line that the corpus wrote."""
-    named = {name: line[name] for name in ("duration_s", "overlap", "loudness", "noise", "reverberant", "clipped")}
-    return Facts(events=tuple(Event(**event) for event in line["events"]), **named)  # type: ignore[attr-defined,arg-type]
+def read_facts(entry: dict[str, object]) -> Facts:
+    """Return the facts of an entry of the corpus."""
+    named = {name: entry[name] for name in ("duration_s", "overlap", "loudness", "noise", "reverberant", "clipped")}
+    return Facts(events=tuple(Event(**event) for event in entry["events"]), **named)  # type: ignore[attr-defined,arg-type]
 
 
 def audio_tokens(frames: int) -> int:
-    """Tokens that the audio tower makes of `frames`: 13 per whole second, an eighth of the frames of the rest."""
+    """Return the audio tower's tokens for `frames`: 13 per full second, plus an eighth of the remaining frames."""
     rest = (frames % 100 - 1) // 2 + 1
     return ((rest - 1) // 2 + 1 - 1) // 2 + 1 + frames // 100 * TOKENS_PER_S
 
 
 class Corpus:
-    """All shards under `folder`."""
+    """All shards in `folder`."""
 
     def __init__(self, folder: Path, tokenizer: Qwen2Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -107,7 +107,7 @@ class Corpus:
     def epochs(
         self, seed: int, frames_per_batch: int, most_clips: int, longest_frames: int | None = None
     ) -> Iterator[list[Clip]]:
-        """Clips of like length, none longer than `longest_frames`, epoch after epoch, in an order that `seed` fixes."""
+        """Yield clips of similar length, at most `longest_frames`, in endless epochs in an order set by `seed`."""
         rng = np.random.default_rng(seed)
         clips = [clip for clip in self.clips if longest_frames is None or clip.frames <= longest_frames]
         while True:
@@ -125,7 +125,7 @@ class Corpus:
             yield from (batches[i] for i in rng.permutation(len(batches)))
 
     def batch(self, clips: list[Clip], rng: np.random.Generator) -> Batch:
-        """The tensors of `clips`, each a little different at every visit (`varied`)."""
+        """Return the tensors of `clips`, each with a random variation (`varied`)."""
         features, rows, labels, kinds, pieces, lengths = [], [], [], [], [], []
         beats: list[float] = []
         for original in clips:
@@ -154,16 +154,16 @@ class Corpus:
             torch.from_numpy(np.concatenate(kinds)),
             *(torch.from_numpy(classes[:, column].copy()) for column in range(4)),
             torch.tensor(beats),
-            torch.tensor([_whole(clip.facts) for clip in clips]),
+            torch.tensor([_recording(clip.facts) for clip in clips]),
         )
 
 
 def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.ndarray, Clip]:
-    """Another tempo, size, tone colour and band for log-mel [frames, 128], and the clip as it then is.
+    """Return log-mel [frames, 128] with random tempo, formants, tone colour and band, and the clip with matching facts.
 
-    Without this the model learns the clips by heart: of a sample it was trained on it knew 86 % of the rates' digits
-    (given the words before them), while it told 31 % of the rates of other clips within 20 %. Speech changes its pace
-    little, since that is what captions tell of it.
+    Without this the model memorizes the clips: it predicted 86 % of the digits of rates in a sample of its training
+    clips (given the words before them), but only 31 % of the rates of other clips within 20 %. The pace of speech
+    changes only slightly, because captions describe it.
     """
     spoken = any(event.language for event in clip.facts.events)
     tempo, size = (0.05, 0.07) if spoken else (0.22, 0.22)
@@ -182,7 +182,7 @@ def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.nd
         mel = _without(mel, slice(start, start + rng.integers(4, 16)), softest, spans)
     if rng.random() < 0.4:
         mel = _narrowed(mel, rng, spans)
-    mel += loudest - mel.max()  # the level is told
+    mel += loudest - mel.max()  # captions state the level
     mel = np.maximum(mel, min(softest, loudest - RANGE))
     events = tuple(replace(event, rate=event.rate * faster) for event in clip.facts.events)
     return mel, replace(
@@ -196,7 +196,7 @@ def varied(mel: np.ndarray, clip: Clip, rng: np.random.Generator) -> tuple[np.nd
 def _without(
     mel: np.ndarray, bins: slice, level: np.floating | float, spans_s: Sequence[tuple[float, float]]
 ) -> np.ndarray:
-    """`mel` with `bins` at `level`, unless that is where one of the sounds was."""
+    """Return `mel` with `bins` at `level`, or `mel` unchanged if that would remove one of the sounds."""
     masked = mel.copy()
     masked[:, bins] = level
     for start, end in spans_s:
@@ -207,7 +207,7 @@ def _without(
 
 
 def _narrowed(mel: np.ndarray, rng: np.random.Generator, spans_s: Sequence[tuple[float, float]]) -> np.ndarray:
-    """Nothing above an edge, and sometimes nothing at the bottom, as codings and microphones leave it."""
+    """Return `mel` without bins above an edge and sometimes without the lowest bins, like codings and microphones."""
     top = int(_bins(rng.choice((3_400, rng.uniform(3_400, 8_000)))))
     mel = _without(mel, slice(top, MEL), -np.inf, spans_s)
     if rng.random() < 0.3:
@@ -219,7 +219,7 @@ _MEL_1K = 15.0
 
 
 def _mels(hz: np.ndarray | float) -> np.ndarray:
-    """Slaney's scale: linear to 1 kHz, then 27 steps to each factor of 6.4."""
+    """Convert Hz to Slaney's mel scale: linear to 1 kHz, then 27 steps per factor of 6.4."""
     return np.where(
         np.less(hz, 1_000),
         np.multiply(hz, _MEL_1K / 1_000),
@@ -228,16 +228,16 @@ def _mels(hz: np.ndarray | float) -> np.ndarray:
 
 
 def _bins(hz: np.ndarray | float) -> np.ndarray:
-    """The log-mel bins, counted from 0, whose filters are centred at frequencies in Hz."""
+    """Return the log-mel bins, from 0, whose filters are centred at the frequencies `hz`."""
     return _mels(hz) / _mels(8_000) * (MEL + 1) - 1
 
 
 _HZ = np.interp(np.arange(MEL), _bins(np.arange(0, 8_001.0)), np.arange(0, 8_001.0))
-"""Centre of each bin."""
+"""Centre frequency of each bin in Hz."""
 
 
 def _read(rows: np.ndarray, at: np.ndarray, beyond: float | None = None) -> np.ndarray:
-    """`rows` at fractional positions, between neighbours; `beyond` the last one."""
+    """Return `rows` interpolated at fractional positions; `beyond` is the value after the last row."""
     below = np.clip(at.astype(int), 0, max(len(rows) - 2, 0))
     share = np.clip(at - below, 0, 1)[:, None].astype(np.float32)
     read = rows[below] * (1 - share) + rows[np.minimum(below + 1, len(rows) - 1)] * share
@@ -247,7 +247,7 @@ def _read(rows: np.ndarray, at: np.ndarray, beyond: float | None = None) -> np.n
 
 
 def _per_token(clip: Clip, tokens: int, beats: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Kinds and classes of the clip's audio tokens; the rates of its events are added to `beats`."""
+    """Return kinds and classes of the clip's audio tokens; append the rates of its events to `beats`."""
     hot = np.zeros((tokens, len(KINDS)), np.float32)
     classes = np.full((tokens, 4), IGNORED, np.int64)
     for event, (start_s, end_s) in zip(clip.facts.events, clip.spans_s, strict=True):
@@ -257,12 +257,12 @@ def _per_token(clip: Clip, tokens: int, beats: list[float]) -> tuple[np.ndarray,
             classes[span, 0] = LANGUAGES.index(event.language)
             classes[span, 1] = MANNERS.index(event.manner)
         if event.rate:
-            rate = said_rate(event)
+            rate = stated_rate(event)
             classes[span, 2] = min(range(len(RATES)), key=lambda i: abs(RATES[i] - rate))
             classes[span, 3] = len(beats)
             beats.append(event.rate)
     return hot, classes
 
 
-def _whole(facts: Facts) -> list[int]:
+def _recording(facts: Facts) -> list[int]:
     return [LEVELS.index(facts.loudness), NOISES.index(facts.noise), int(facts.reverberant), int(facts.clipped)]

@@ -1,7 +1,7 @@
-"""Whether a clip in another coding gives the same facts, asked through the served HTTP API.
+"""Comparison of the captions of a clip in several codings, through the HTTP API.
 
 `python -m deploy.embedded.codecs CACHE --base-url URL --key KEY` sends held-out clips as 16 kHz WAV and in each other
-coding, and prints in how many cases all facts stayed the same. Needs the programs ffmpeg and sox.
+coding, and prints for how many clips all facts are the same. Needs the programs ffmpeg and sox.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.embedded.corpus.captions import Facts, parse
-from deploy.embedded.evaluate import asked, held_out, same_duration, same_rate
+from deploy.embedded.evaluate import captions_of, held_out, same_duration, same_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +26,11 @@ CODINGS = {
     "AMR narrow-band 12.2 kbit/s": ("amr", "sox {} -r 8000 -c 1 -C 7 -t amr-nb {}"),
     "GSM WAV": ("wav", "ffmpeg -v error -y -i {} -ar 8000 -ac 1 -c:a libgsm_ms {}"),
 }
-"""Name of a coding: file name extension, and the command that makes it."""
+"""Name of a coding: file name extension, and the command that encodes a clip."""
 
 
 def differences(first: Facts | None, second: Facts | None) -> list[str]:
-    """Names of the facts in which two captions differ, rates and durations by more than the evaluation lets pass."""
+    """Return the names of the facts that differ; rates and durations within the evaluation's tolerance are equal."""
     if not first or not second:
         return ["grammar"] if first != second else []
     differ = [name for name, part in _ALIKE.items() if part(first) != part(second)]
@@ -55,18 +55,18 @@ _ALIKE: dict[str, Callable[[Facts], object]] = {
 
 
 def table(cache: Path, base_url: str, key: str, clips: int) -> str:
-    """A table: of how many of `clips` synthetic held-out clips each coding kept every fact of the caption."""
-    paths, lines = held_out(cache, 10**9)
-    chosen = [path for path, line in zip(paths, lines, strict=True) if not line["real"]][:clips]
-    plain = [parse(caption) for caption in asked(base_url, key, chosen)]
+    """Return a table: for how many of `clips` synthetic held-out clips each coding kept all facts of the caption."""
+    paths, entries = held_out(cache, 10**9)
+    chosen = [path for path, entry in zip(paths, entries, strict=True) if not entry["real"]][:clips]
+    plain = [parse(caption) for caption in captions_of(base_url, key, chosen)]
     rows = ["| Coding | same facts | of | what differed |", "|---|---:|---:|---|"]
     with tempfile.TemporaryDirectory() as scratch:
         for name, (extension, command) in CODINGS.items():
             coded = [Path(scratch) / f"{clip.stem}.{extension}" for clip in chosen]
             for clip, path in zip(chosen, coded, strict=True):
                 subprocess.run(command.format(clip, path).split(), check=True)
-            told = [parse(caption) for caption in asked(base_url, key, coded)]
-            found = [differences(first, second) for first, second in zip(plain, told, strict=True)]
+            stated = [parse(caption) for caption in captions_of(base_url, key, coded)]
+            found = [differences(first, second) for first, second in zip(plain, stated, strict=True)]
             lost = Counter(fact for facts in found for fact in facts)
             rest = ", ".join(f"{fact} {count}" for fact, count in lost.most_common())
             rows.append(f"| {name} | {found.count([])} | {len(chosen)} | {rest} |")
@@ -75,12 +75,12 @@ def table(cache: Path, base_url: str, key: str, clips: int) -> str:
 
 
 def main() -> None:
-    """Encode, ask, compare."""
+    """Encode clips, request captions, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--base-url", required=True, help="of the served API, with its /v1")
+    parser.add_argument("--base-url", required=True, help="base URL of the HTTP API, including /v1")
     parser.add_argument("--key", default="", help="API key")
-    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--clips", type=int, default=100, help="synthetic held-out clips (default: %(default)s)")
     arguments = parser.parse_args()
     print(table(arguments.cache, arguments.base_url, arguments.key, arguments.clips))
 

@@ -1,11 +1,11 @@
-"""What the embedded captioner hears of held-out clips, asked through the served HTTP API (or, for a look, by itself).
+"""Scores of the embedded captioner on held-out clips, through the HTTP API or, for a quick check, with transformers.
 
 `python -m deploy.embedded.evaluate CACHE --base-url http://127.0.0.1:8000/v1 --key KEY --report REPORT` sends each clip
-at temperature 0, parses the captions back to facts and writes the table. `--checkpoint DIR` decodes with transformers
-instead; the table then says so.
+at temperature 0, parses the captions back to facts and writes the tables. `--checkpoint DIR` decodes with transformers
+instead; the report then says so.
 """
 
-# ruff: noqa: FBT001, S310  # a score counts truths; the URL is the operator's own
+# ruff: noqa: FBT001, S310  # scores count booleans; the operator chooses the URL
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ AIMS = {
     "noise level": 97,
     "everything right (synthetic clips)": 75,
 }
-"""What was aimed at, in %."""
+"""Aims in %."""
 
 MOST_TOKENS = 160
-"""Twice the longest caption: a checkpoint that has hardly learnt may not come to an end."""
+"""Twice the longest caption; the captions of a barely trained checkpoint may have no end."""
 
 THROUGH_THE_API = "through the served HTTP API, at temperature 0"
 
 
 class Scores:
-    """Right answers of all, attribute by attribute, and who was taken for whom."""
+    """Counts of right answers and of all answers by attribute, and confusions."""
 
     def __init__(self) -> None:
         self.counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -66,41 +66,43 @@ class Scores:
         self.counts[attribute][0] += right
         self.counts[attribute][1] += 1
 
-    def add_clip(self, truth: Facts, told: Facts | None, sources: list[str]) -> None:
-        """Count what the caption `told` of a clip of which `truth` is true; events of `truth` are from `sources`."""
-        self.add("caption follows the grammar", told is not None)
-        told = told or Facts((), 0.0, loudness="", noise="")
+    def add_clip(self, truth: Facts, stated: Facts | None, sources: list[str]) -> None:
+        """Count the facts that a caption `stated` of a clip with the facts `truth`, whose events are from `sources`."""
+        self.add("caption follows the grammar", stated is not None)
+        stated = stated or Facts((), 0.0, loudness="", noise="")
         synthetic = all(source == SYNTHETIC for source in sources)
-        true_kinds, told_kinds = [_kind(event) for event in truth.events], [_kind(event) for event in told.events]
-        matches = _matched(truth, told)
-        self._add_kinds(truth, told, true_kinds, told_kinds, synthetic)
+        true_kinds, stated_kinds = [_kind(event) for event in truth.events], [_kind(event) for event in stated.events]
+        matches = _matched(truth, stated)
+        self._add_kinds(truth, stated, true_kinds, stated_kinds, synthetic)
         for event, match, source in zip(truth.events, matches, sources, strict=True):
-            self._add_event(event, match, source, told)
+            self._add_event(event, match, source, stated)
         long = truth.duration_s > 8
         within = "duration within 10 % (clips of 8 to 30 s)" if long else "duration within 1 s (clips to 8 s)"
-        self.add(within, same_duration(truth.duration_s, told.duration_s))
-        self.add("loudness", truth.loudness == told.loudness)
-        self.add("noise level", truth.noise == told.noise)
-        self.add("room", truth.reverberant == told.reverberant)
-        self.add("clipping", truth.clipped == told.clipped)
+        self.add(within, same_duration(truth.duration_s, stated.duration_s))
+        self.add("loudness", truth.loudness == stated.loudness)
+        self.add("noise level", truth.noise == stated.noise)
+        self.add("room", truth.reverberant == stated.reverberant)
+        self.add("clipping", truth.clipped == stated.clipped)
         if synthetic:
-            self.add("everything right (synthetic clips)", told == parse(caption(truth)) or _same(truth, told, matches))
+            self.add(
+                "everything right (synthetic clips)", stated == parse(caption(truth)) or _same(truth, stated, matches)
+            )
 
     def _add_kinds(
-        self, truth: Facts, told: Facts, true_kinds: list[str], told_kinds: list[str], synthetic: bool
+        self, truth: Facts, stated: Facts, true_kinds: list[str], stated_kinds: list[str], synthetic: bool
     ) -> None:
         shape = (
             "overlap" if truth.overlap else {1: "one sound", 2: "two in order", 3: "three in order"}[len(true_kinds)]
         )
         material = "synthetic" if synthetic else "with recordings"
-        right = Counter(true_kinds) == Counter(told_kinds)
+        right = Counter(true_kinds) == Counter(stated_kinds)
         self.add(f"all kinds of the clip: {shape}, {material}", right)
         if len(true_kinds) == 2 and synthetic:
             self.add("all kinds of a two-sound clip, synthetic", right)
         if len(true_kinds) > 1 and not truth.overlap and right:
-            self.add("order, where the kinds are right", true_kinds == told_kinds and not told.overlap)
+            self.add("order, where the kinds are right", true_kinds == stated_kinds and not stated.overlap)
 
-    def _add_event(self, event: Event, match: Event | None, source: str, told: Facts) -> None:
+    def _add_event(self, event: Event, match: Event | None, source: str, stated: Facts) -> None:
         kind = _kind(event)
         right = match is not None
         self.add(f"kind per event, {source}", right)
@@ -109,11 +111,11 @@ class Scores:
             self.kinds[label][0] += right
             self.kinds[label][1] += 1
         if not right:
-            self.confusions[kind, " + ".join(_kind(other) for other in told.events) or "(nothing)"] += 1
+            self.confusions[kind, " + ".join(_kind(other) for other in stated.events) or "(nothing)"] += 1
         if event.kind in INSTRUMENTS:
             self.add("instrument family (unseen sound font)", right)
         if event.kind in PEOPLE:
-            speech = next((other for other in told.events if other.kind in PEOPLE), Event(""))
+            speech = next((other for other in stated.events if other.kind in PEOPLE), Event(""))
             if event.kind in {"man", "woman"}:
                 self.add(f"gender, {source}", event.kind == speech.kind)
             elif event.kind == "child":
@@ -132,9 +134,9 @@ def _kind(event: Event) -> str:
     return "speech" if event.kind in PEOPLE else event.kind
 
 
-def _matched(truth: Facts, told: Facts) -> list[Event | None]:
-    """For each true event the told event of the same kind, each at most once."""
-    left, found = list(told.events), []
+def _matched(truth: Facts, stated: Facts) -> list[Event | None]:
+    """Return for each true event a stated event of the same kind, each at most once."""
+    left, found = list(stated.events), []
     for event in truth.events:
         match = next((other for other in left if _kind(other) == _kind(event)), None)
         if match:
@@ -143,38 +145,40 @@ def _matched(truth: Facts, told: Facts) -> list[Event | None]:
     return found
 
 
-def _same(truth: Facts, told: Facts, matches: list[Event | None]) -> bool:
-    """Whether `told` agrees with `truth` in everything, durations and rates within their tolerance."""
+def _same(truth: Facts, stated: Facts, matches: list[Event | None]) -> bool:
+    """Return whether `stated` agrees with `truth` in all facts, durations and rates within their tolerance."""
     plain = [(event.kind, event.language, event.manner) for event in truth.events]
-    if plain != [(event.kind, event.language, event.manner) for event in told.events]:
+    if plain != [(event.kind, event.language, event.manner) for event in stated.events]:
         return False
     rates = all(
         match is not None and same_rate(event.rate, match.rate)
         for event, match in zip(truth.events, matches, strict=True)
     )
-    levels = [(facts.overlap, facts.loudness, facts.noise, facts.reverberant, facts.clipped) for facts in (truth, told)]
-    return rates and same_duration(truth.duration_s, told.duration_s) and levels[0] == levels[1]
+    levels = [
+        (facts.overlap, facts.loudness, facts.noise, facts.reverberant, facts.clipped) for facts in (truth, stated)
+    ]
+    return rates and same_duration(truth.duration_s, stated.duration_s) and levels[0] == levels[1]
 
 
-def same_rate(truth: float, told: float) -> bool:
-    """Whether a rate is within 20 % of the true one; 0 is none."""
-    return abs(told / truth - 1) <= 0.201 if truth else not told
+def same_rate(truth: float, stated: float) -> bool:
+    """Return whether a rate is within 20 % of the true one; 0 means no rate."""
+    return abs(stated / truth - 1) <= 0.201 if truth else not stated
 
 
-def same_duration(truth_s: float, told_s: float) -> bool:
-    """Whether a duration is within a second of the true one, or from 8 s on within 10 %."""
-    return abs(truth_s - told_s) <= (1 if truth_s <= 8 else 0.1 * truth_s)
+def same_duration(truth_s: float, stated_s: float) -> bool:
+    """Return whether a duration is within a second of the true one, or within 10 % above 8 s."""
+    return abs(truth_s - stated_s) <= (1 if truth_s <= 8 else 0.1 * truth_s)
 
 
 def source_of(origin: str) -> str:
-    """The kind of material that an origin is."""
+    """Return the kind of material of an origin."""
     if origin.startswith("prompts "):
         return REAL_SPEECH
     return REAL_EFFECT if "/" in origin else SYNTHETIC
 
 
-def ask(base_url: str, key: str, model: str, clip: Path) -> str:
-    """The caption that the served API gives of one clip."""
+def caption_of(base_url: str, key: str, model: str, clip: Path) -> str:
+    """Return the caption of one clip from the HTTP API."""
     audio = base64.b64encode(clip.read_bytes()).decode()
     part = {"type": "input_audio", "input_audio": {"data": f"data:audio/{clip.suffix[1:]};base64,{audio}"}}
     body = {
@@ -190,14 +194,14 @@ def ask(base_url: str, key: str, model: str, clip: Path) -> str:
 
 
 def served_model(base_url: str, key: str) -> str:
-    """The first model that the API lists."""
+    """Return the first model that the API lists."""
     request = urllib.request.Request(f"{base_url}/models", headers={"Authorization": f"Bearer {key}"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return str(json.load(response)["data"][0]["id"])
 
 
 def decoded(checkpoint: Path, clips: Iterable[Path]) -> list[str]:
-    """Greedy captions by transformers, for a look without a server."""
+    """Return greedy captions from transformers, without a server."""
     import soundfile  # noqa: PLC0415
     import torch  # noqa: PLC0415
     from transformers import Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeProcessor  # noqa: PLC0415
@@ -216,17 +220,17 @@ def decoded(checkpoint: Path, clips: Iterable[Path]) -> list[str]:
     return captions
 
 
-def scored(lines: list[dict[str, object]], captions: list[str]) -> Scores:
-    """Scores of `captions` against the facts in `lines`."""
+def scored(entries: list[dict[str, object]], captions: list[str]) -> Scores:
+    """Return the scores of `captions` against the facts in `entries`."""
     scores = Scores()
-    for line, text in zip(lines, captions, strict=True):
-        sources = [source_of(origin) for origin in line["origins"]]  # type: ignore[attr-defined]
-        scores.add_clip(read_facts(line), parse(text), sources)
+    for entry, text in zip(entries, captions, strict=True):
+        sources = [source_of(origin) for origin in entry["origins"]]  # type: ignore[attr-defined]
+        scores.add_clip(read_facts(entry), parse(text), sources)
     return scores
 
 
 def report(scores: Scores, shuffled: Scores, how: str, clips: int) -> str:
-    """The tables in Markdown."""
+    """Return the tables in Markdown."""
     rows = [f"Measured on {clips} held-out clips {how}.", ""]
     rows += ["| Attribute | right | of | % | aim | % with the clips shuffled |", "|---|---:|---:|---:|---:|---:|"]
     for name, (right, total) in sorted(scores.counts.items()):
@@ -249,49 +253,49 @@ def report(scores: Scores, shuffled: Scores, how: str, clips: int) -> str:
 
 
 def held_out(cache: Path, clips: int) -> tuple[list[Path], list[dict[str, object]]]:
-    """The first `clips` held-out files, and what is known of each."""
+    """Return the paths of the first `clips` held-out files, and their entries."""
     folder = cache / "held-out"
-    lines = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()][:clips]
-    return [folder / line["file"] for line in lines], lines
+    entries = [json.loads(line) for line in (folder / "facts.jsonl").read_text().splitlines()][:clips]
+    return [folder / entry["file"] for entry in entries], entries
 
 
-def asked(base_url: str, key: str, clips: Iterable[Path], concurrency: int = 8) -> list[str]:
-    """Captions of `clips` from the served API."""
+def captions_of(base_url: str, key: str, clips: Iterable[Path], concurrency: int = 8) -> list[str]:
+    """Return the captions of `clips` from the HTTP API."""
     model = served_model(base_url, key)
     with ThreadPoolExecutor(concurrency) as pool:
         captions = []
-        for caption_of in pool.map(lambda clip: ask(base_url, key, model, clip), clips):
-            captions.append(caption_of)
+        for text in pool.map(lambda clip: caption_of(base_url, key, model, clip), clips):
+            captions.append(text)
             if len(captions) % 200 == 0:
                 print(f"{len(captions)} captions", flush=True)
         return captions
 
 
-def judged(lines: list[dict[str, object]], captions: list[str], how: str) -> str:
-    """The tables for `captions`, beside those for the same captions given to other clips."""
+def judged(entries: list[dict[str, object]], captions: list[str], how: str) -> str:
+    """Return the tables for `captions`, and for comparison for the same captions assigned to other clips."""
     permuted = captions.copy()
     random.Random(0).shuffle(permuted)
-    return report(scored(lines, captions), scored(lines, permuted), how, len(lines))
+    return report(scored(entries, captions), scored(entries, permuted), how, len(entries))
 
 
 def main() -> None:
-    """Ask, score, write."""
+    """Request captions, score them, write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--base-url", help="of the served API, with its /v1")
+    parser.add_argument("--base-url", help="base URL of the HTTP API, including /v1")
     parser.add_argument("--key", default="", help="API key")
-    parser.add_argument("--checkpoint", type=Path, help="decode with transformers instead of asking a server")
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint to decode with transformers instead of a server")
     parser.add_argument("--clips", type=int, default=1_200)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
-    clips, lines = held_out(arguments.cache, arguments.clips)
+    clips, entries = held_out(arguments.cache, arguments.clips)
     if arguments.base_url:
-        captions, how = asked(arguments.base_url, arguments.key, clips, arguments.concurrency), THROUGH_THE_API
+        captions, how = captions_of(arguments.base_url, arguments.key, clips, arguments.concurrency), THROUGH_THE_API
     else:
         captions = decoded(arguments.checkpoint, clips)
-        how = "by greedy decoding with transformers, not through the served API"
-    text = judged(lines, captions, how)
+        how = "by greedy decoding with transformers, not through the served HTTP API"
+    text = judged(entries, captions, how)
     print(text)
     if arguments.report:
         arguments.report.write_text(text)

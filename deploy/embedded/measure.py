@@ -1,9 +1,9 @@
-"""Serve the checkpoint, measure what it hears through the HTTP API, and write its model card.
+"""Evaluation of the checkpoint through the HTTP API, and its model card.
 
-`python -m deploy.embedded.measure CACHE` starts `captioner serve` with CACHE/checkpoint on a free port, asks it for the
-captions of the held-out clips, as they are and in other codings, compares some with those of transformers, and leaves
-CACHE/README.md, which is the card beside the checkpoint in `serving/embedded`. `--base-url` takes a service that serves
-the checkpoint already.
+`python -m deploy.embedded.measure CACHE` starts `captioner serve` with CACHE/checkpoint on a free port, requests
+captions of the held-out clips, unchanged and in other codings, compares some with those of transformers, and writes
+CACHE/README.md, the model card of the checkpoint (`serving/embedded/README.md`). `--base-url` uses a running service
+that serves the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from deploy.embedded import codecs
-from deploy.embedded.evaluate import THROUGH_THE_API, asked, decoded, held_out, judged
+from deploy.embedded.evaluate import THROUGH_THE_API, captions_of, decoded, held_out, judged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ CURVE_ROWS = 20
 
 @contextmanager
 def served(checkpoint: Path, log: Path) -> Iterator[str]:
-    """The service with `checkpoint`; yields the base URL of its API. Raises `RuntimeError` if it does not start."""
+    """Run the service with `checkpoint`; yield the base URL of its API. Raises `RuntimeError` if it does not start."""
     command = [
         str(Path(sys.executable).with_name("captioner")),
         "serve",
@@ -56,7 +56,7 @@ def served(checkpoint: Path, log: Path) -> Iterator[str]:
 
 
 def curve(path: Path) -> str:
-    """The learning curve, thinned out, as a table."""
+    """Return a table of about `CURVE_ROWS` rows of the learning curve."""
     with path.open(newline="") as lines:
         rows = [row for row in csv.reader(lines) if row[0].isdecimal()]
     chosen = rows[:: max(1, len(rows) // CURVE_ROWS)]
@@ -70,24 +70,24 @@ def curve(path: Path) -> str:
 
 
 def main() -> None:
-    """Serve, ask, compare, write."""
+    """Serve, evaluate, compare, write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--base-url", help="of a service that serves the checkpoint already, with its /v1")
-    parser.add_argument("--clips", type=int, default=1_200, help="held-out clips to ask for")
-    parser.add_argument("--coded-clips", type=int, default=100, help="clips to ask for in each coding")
-    parser.add_argument("--compared-clips", type=int, default=60, help="clips to decode with transformers too")
+    parser.add_argument("--base-url", help="base URL of a service that serves the checkpoint, including /v1")
+    parser.add_argument("--clips", type=int, default=1_200, help="held-out clips to evaluate")
+    parser.add_argument("--coded-clips", type=int, default=100, help="clips to evaluate in each coding")
+    parser.add_argument("--compared-clips", type=int, default=60, help="clips to decode also with transformers")
     arguments = parser.parse_args()
     cache = arguments.cache
     checkpoint = cache / "checkpoint"
-    clips, lines = held_out(cache, arguments.clips)
+    clips, entries = held_out(cache, arguments.clips)
     with (
         nullcontext(arguments.base_url) if arguments.base_url else served(checkpoint, cache / "service.log") as base_url
     ):
         print(f"{len(clips)} clips through {base_url}", flush=True)
-        captions = asked(base_url, "", clips)
+        captions = captions_of(base_url, "", clips)
         (cache / "captions.jsonl").write_text("\n".join(json.dumps(caption) for caption in captions))
-        table = judged(lines, captions, THROUGH_THE_API)
+        table = judged(entries, captions, THROUGH_THE_API)
         print(table, flush=True)
         codings = codecs.table(cache, base_url, "", arguments.coded_clips)
     compared = decoded(checkpoint, clips[: arguments.compared_clips])

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# The embedded captioner from seeds: sources, pools of sounds, corpus, tokenizer, training, measurement, model card.
-# Everything lies under the folder that is given; what is there already is kept, so that a run which was ended is simply
-# started again.
+# Create the embedded captioner from seeds: sources, pools of sounds, corpus, tokenizer, training, evaluation, model card.
+# All files are in the given folder. Existing files are kept, so an interrupted run can be started again.
 #   deploy/embedded/recipe.sh .cache/embedded [python] [steps]
 set -euo pipefail
 
@@ -31,7 +30,7 @@ for pid in "${pids[@]}"; do
   wait "$pid"
 done
 
-# glibc's malloc costs half of a step.
+# glibc's malloc takes half of the time of a step.
 LD_PRELOAD=libtcmalloc_minimal.so.4 "$python" -W ignore -m deploy.embedded.train "$cache" ${steps:+--steps "$steps"}
 
 "$python" -W ignore -m deploy.embedded.measure "$cache"

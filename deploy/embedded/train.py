@@ -1,12 +1,13 @@
-"""Train the embedded captioner on the corpus, on the CPU; it can be ended and started again at any time.
+"""Training of the embedded captioner on the corpus, on the CPU; resumable at any time.
 
-`python -m deploy.embedded.train CACHE --steps N` goes on from CACHE/training.pt and ends with CACHE/checkpoint, which
-transformers and vLLM load. First the audio tower learns alone, under helper heads on its audio tokens (kinds, language,
-pace, rate, level, noise, room, clipping): together with the text model from the start it heard almost nothing after the
-same work. Then both learn the captions, while the heads fade out; they are not saved.
+`python -m deploy.embedded.train CACHE --steps N` resumes from CACHE/training.pt and writes CACHE/checkpoint, which
+transformers and vLLM load. First the audio tower is trained alone, with helper heads on its audio tokens (kinds,
+language, pace, rate, level, noise, room, clipping); trained together with the text model from the start, it recognised
+almost nothing after the same number of steps. Then both are trained on the captions, while the weight of the heads
+falls to 0; the heads are not saved.
 
-Processes of one thread each share a step's clips and average their gradients: more work than one process with two
-threads.
+Processes with one thread each share a step's clips and average their gradients, which is faster than one process with
+two threads.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS, WEIGHT_DECAY, CLIP_NORM = 150, 0.05, 1.0
 FRAMES_PER_BATCH, MOST_CLIPS = 4_000, 40
-"""Of one process."""
+"""Maximum of a batch of one process."""
 SHORT_FRAMES = 400
 SAVE_EVERY_S = 180
 BEATS_WEIGHT = 0.3
@@ -58,9 +59,10 @@ STEPS = 18_000
 
 @dataclass(frozen=True)
 class Plan:
-    """The highest learning rate, and the shares of the steps up to which something holds.
+    """Peak learning rate, and the shares of the steps at which phases end.
 
-    Only clips to 4 s come, which are more sounds for the same work; the tower learns alone; it is helped.
+    `short_until`: only clips up to 4 s, which hold more sounds for the same work. `tower_until`: the tower is trained
+    alone. `help_until`: the helper heads have weight.
     """
 
     peak: float
@@ -73,17 +75,17 @@ FROM_SEEDS, FROM_CHECKPOINT = Plan(1.2e-3, 0.1, 0.4, 0.85), Plan(6e-4, 0.0, 0.0,
 
 
 class HelperHeads(nn.Module):
-    """Linear readers of the audio tokens; only there to train the tower."""
+    """Linear classifiers of the audio tokens, used only to train the tower."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.kinds = nn.Linear(width, len(KINDS) + 1)
         self.classes = nn.ModuleList(nn.Linear(width, n) for n in (len(LANGUAGES), len(MANNERS), len(RATES)))
-        self.whole = nn.ModuleList(nn.Linear(width, n) for n in (len(LEVELS), len(NOISES), 2, 2))
+        self.recording = nn.ModuleList(nn.Linear(width, n) for n in (len(LEVELS), len(NOISES), 2, 2))
         self.beats = nn.Linear(width, 1)
 
     def forward(self, tokens: torch.Tensor, counts: list[int], batch: Batch) -> torch.Tensor:
-        """The sum of the heads' losses; `tokens` [tokens of all clips, width]."""
+        """Return the sum of the heads' losses; `tokens` [tokens of all clips, width]."""
         silent = (batch.kinds.sum(1, keepdim=True) == 0).float()
         kinds = torch.cat([batch.kinds, silent], 1)
         loss = functional.cross_entropy(self.kinds(tokens), kinds / kinds.sum(1, keepdim=True))
@@ -91,14 +93,14 @@ class HelperHeads(nn.Module):
             if (target != IGNORED).any():
                 loss = loss + 1.5 * functional.cross_entropy(head(tokens), target, ignore_index=IGNORED)
         means = torch.stack([clip.mean(0) for clip in torch.split(tokens, counts)])
-        for index, head in enumerate(self.whole):
-            loss = loss + 0.3 * functional.cross_entropy(head(means), batch.whole[:, index])
+        for index, head in enumerate(self.recording):
+            loss = loss + 0.3 * functional.cross_entropy(head(means), batch.recording[:, index])
         return loss
 
     def beats_loss(self, tokens: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """How far the beats counted in each event with a rate are from those it has: squared difference of logarithms.
+        """Return the mean squared difference of the logarithms of counted and true beats, over events with a rate.
 
-        A share of a beat is read from each audio token, so that what is learnt is to hear where a beat begins.
+        Each audio token gives a share of a beat, so that the tower learns where a beat begins.
         """
         if not len(batch.beats):
             return tokens.new_zeros(())
@@ -107,34 +109,34 @@ class HelperHeads(nn.Module):
         shares = torch.sigmoid(self.beats(tokens[at]).squeeze(1) / 4 - 1.5)
         counted = tokens.new_zeros(len(batch.beats)).index_add(0, event, shares)
         long = torch.bincount(event, minlength=len(batch.beats))
-        # Half a beat more than its length holds: the first lies at its start.
+        # Half a beat more than its length contains, because the first beat is at its start.
         beats = batch.beats * long / TOKENS_PER_S + 0.5
         apart = torch.log(counted + 0.1) - torch.log(beats + 0.1)
         return torch.square(apart[long > 0]).mean()
 
 
-def heard(model: Model, batch: Batch) -> torch.Tensor:
-    """The audio tokens of all clips, [tokens, width]."""
+def audio_embeddings(model: Model, batch: Batch) -> torch.Tensor:
+    """Return the audio tokens of all clips, [tokens, width]."""
     tokens: torch.Tensor = model.thinker.audio_tower(batch.features, feature_lens=batch.lengths).last_hidden_state
     return tokens
 
 
 def caption_loss(model: Model, tokens: torch.Tensor, batch: Batch, audio_token_id: int) -> torch.Tensor:
-    """Cross-entropy of the captions.
+    """Return the cross-entropy of the captions.
 
-    Clips stand at the left, so that no token looks at padding, and positions are those of plain text, as in vLLM.
+    Padding is at the right, so that no token attends to it, and positions are those of plain text, as in vLLM.
     """
     thinker = model.thinker
     embeddings = thinker.model.embed_tokens(batch.input_ids)
     at = (batch.input_ids == audio_token_id)[..., None].expand_as(embeddings)
     embeddings = embeddings.masked_scatter(at, tokens.to(embeddings.dtype))
     hidden = thinker.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, :-1]
-    told = batch.labels[:, 1:] != IGNORED
-    return functional.cross_entropy(thinker.lm_head(hidden[told]).float(), batch.labels[:, 1:][told])
+    in_caption = batch.labels[:, 1:] != IGNORED
+    return functional.cross_entropy(thinker.lm_head(hidden[in_caption]).float(), batch.labels[:, 1:][in_caption])
 
 
 def learning_rates(step: int, steps: int, plan: Plan) -> tuple[float, float]:
-    """Of the audio tower and of the text model: each a linear warm-up, then a cosine down to a fiftieth at the end."""
+    """Return the rates of audio tower and text model: a linear warm-up, then a cosine down to a fiftieth at the end."""
     first = int(plan.tower_until * steps)
     warm = [min(1.0, (step - since + 1) / WARM_UP_STEPS) if step >= since else 0.0 for since in (0, first)]
     cosine = plan.peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
@@ -142,7 +144,7 @@ def learning_rates(step: int, steps: int, plan: Plan) -> tuple[float, float]:
 
 
 def tokenizer_for(cache: Path, start: Path | None = None) -> Qwen2Tokenizer:
-    """The tokenizer: that of the checkpoint `start`, or trained once on captions of the corpus."""
+    """Return the tokenizer of the checkpoint `start`, or one trained once on captions of the corpus."""
     folder = cache / "tokenizer"
     if not folder.exists() and start:
         Qwen2Tokenizer.from_pretrained(start).save_pretrained(folder)
@@ -156,10 +158,10 @@ def tokenizer_for(cache: Path, start: Path | None = None) -> Qwen2Tokenizer:
 
 
 def initialise(model: Model, seed: int = 0) -> None:
-    """Initial weights that keep the scale of their input.
+    """Set initial weights that keep the scale of their input.
 
-    The library suits widths of thousands with 0.02 everywhere: here its convolutions would leave a three-hundredth of
-    the sound beside the positions, and the audio tokens stay all alike.
+    The library's 0.02 everywhere suits widths of thousands. Here its convolutions would leave only a three-hundredth of
+    the sound next to the position embeddings, and all audio tokens would stay alike.
     """
     draw = torch.Generator().manual_seed(seed)
     branches = ("o_proj", "out_proj", "down_proj", "fc2")
@@ -174,10 +176,10 @@ def initialise(model: Model, seed: int = 0) -> None:
 
 
 class Training:
-    """Model, helper heads and optimizer, and how far they have come."""
+    """Model, helper heads and optimizer, and the number of completed steps."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, path: Path, start: Path | None = None) -> None:
-        """Go on from the state at `path`; else from the checkpoint `start`; else from seeds."""
+        """Resume from the state at `path`, else start from the checkpoint `start`, else from seeds."""
         config = build_config(tokenizer)
         self._path = path
         self._audio_token_id = config.thinker_config.audio_token_id
@@ -185,15 +187,15 @@ class Training:
         initialise(self.model)
         self.plan = FROM_CHECKPOINT if start else FROM_SEEDS
         if start:
-            learnt = Model.from_pretrained(start, dtype=torch.float32)
-            self.model.load_state_dict(learnt.state_dict())
+            trained = Model.from_pretrained(start, dtype=torch.float32)
+            self.model.load_state_dict(trained.state_dict())
         self.model.set_experts_implementation("grouped_mm")
         self.model.train()
         self.heads = HelperHeads(config.thinker_config.text_config.hidden_size)
         named = [(name, weights) for name, weights in self.model.named_parameters() if "visual" not in name]
-        hearing = [weights for name, weights in named if "audio_tower" in name] + list(self.heads.parameters())
-        telling = [weights for name, weights in named if "audio_tower" not in name]
-        self._parts = [[w for w in hearing if w.requires_grad], [w for w in telling if w.requires_grad]]
+        tower = [weights for name, weights in named if "audio_tower" in name] + list(self.heads.parameters())
+        text_model = [weights for name, weights in named if "audio_tower" not in name]
+        self._parts = [[w for w in tower if w.requires_grad], [w for w in text_model if w.requires_grad]]
         groups = [
             {"params": [w for w in part if (w.ndim > 1) == decays], "weight_decay": WEIGHT_DECAY * decays}
             for part in self._parts
@@ -209,29 +211,29 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def learn(self, batch: Batch, steps: int) -> tuple[float, float, float]:
-        """One step of `steps`; the losses of captions, helper heads and beats; 0 if not learnt now."""
+        """Run one step of `steps`; return the losses of captions, helper heads and beats, each 0 while unused."""
         rates = learning_rates(self.step, steps, self.plan)
         for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = rates[index // 2]
         plan = self.plan
         alone = self.step < int(plan.tower_until * steps)
-        tokens = heard(self.model, batch)
+        tokens = audio_embeddings(self.model, batch)
         help_loss = self.heads(tokens, [audio_tokens(int(frames)) for frames in batch.lengths], batch)
-        told = torch.zeros(()) if alone else caption_loss(self.model, tokens, batch, self._audio_token_id)
+        text_loss = torch.zeros(()) if alone else caption_loss(self.model, tokens, batch, self._audio_token_id)
         left = plan.help_until - self.step / steps
         share = max(0.0, min(1.0, left / (plan.help_until - plan.tower_until))) if left > 0 else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         beats_loss = self.heads.beats_loss(tokens, batch)
-        (told + share * help_loss + BEATS_WEIGHT * beats_loss).backward()
+        (text_loss + share * help_loss + BEATS_WEIGHT * beats_loss).backward()
         learnt = [weights for part in self._parts[: 1 if alone else 2] for weights in part]
         _average(learnt)
         nn.utils.clip_grad_norm_(learnt, CLIP_NORM)
         self.optimizer.step()
         self.step += 1
-        return told.item(), help_loss.item() if share else 0.0, beats_loss.item()
+        return text_loss.item(), help_loss.item() if share else 0.0, beats_loss.item()
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state atomically."""
         parts = {"model": self.model, "heads": self.heads, "optimizer": self.optimizer}
         state = {"step": self.step, **{name: part.state_dict() for name, part in parts.items()}}
         torch.save(state, self._path.with_suffix(".part"))
@@ -239,7 +241,7 @@ class Training:
 
 
 def _average(learnt: list[nn.Parameter]) -> None:
-    """Make each process's gradients their mean over all processes; a head without a target there has none."""
+    """Replace gradients by their mean over all processes; a head without a target has none in its process."""
     if not distributed.is_initialized():
         return
     gradients = [torch.zeros_like(weights) if weights.grad is None else weights.grad for weights in learnt]
@@ -254,9 +256,9 @@ def _average(learnt: list[nn.Parameter]) -> None:
 def lessons(
     corpus: Corpus, step: int, steps: int, turn: tuple[int, int], short_until: float = FROM_SEEDS.short_until
 ) -> Iterator[list[Clip]]:
-    """The clips of each step from `step` on, short ones at first, then all, for one of several processes.
+    """Yield the clips of each step from `step` on for one process: only short clips at first, then all.
 
-    `turn` is the number of the process, and how many there are.
+    `turn` is the rank of the process and the number of processes.
     """
     rank, processes = turn
     for longest, until in ((SHORT_FRAMES, int(short_until * steps)), (None, steps)):
@@ -266,7 +268,7 @@ def lessons(
 
 
 def train(rank: int, arguments: argparse.Namespace) -> None:
-    """Train, or go on training, as one of `arguments.processes`; the first keeps state and learning curve."""
+    """Train, or resume, as one of `arguments.processes`; the first process writes state and learning curve."""
     cache, steps, processes, name = arguments.cache, arguments.steps, arguments.processes, arguments.name
     start = arguments.start
     torch.set_num_threads(1)
@@ -278,21 +280,21 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     hours = sum(clip.frames for clip in corpus.clips) / 360_000
     if rank == 0:
         print(f"{len(corpus.clips)} clips, {hours:.1f} h; from step {training.step}", flush=True)
-    began = saved = time.monotonic()
+    started = saved = time.monotonic()
     seen = []
     for clips in lessons(corpus, training.step, steps, (rank, processes), training.plan.short_until):
         batch = corpus.batch(clips, np.random.default_rng([training.step, rank]))
         seen.append(training.learn(batch, steps))
         now = time.monotonic()
         if rank == 0 and len(seen) == 20:
-            row = (training.step, *(f"{loss:.4f}" for loss in np.mean(seen, axis=0)), f"{(now - began) / 20:.3f}")
+            row = (training.step, *(f"{loss:.4f}" for loss in np.mean(seen, axis=0)), f"{(now - started) / 20:.3f}")
             with (cache / f"{name}.csv").open("a", newline="") as out:
                 csv.writer(out).writerow(row)
             print(
                 f"step {row[0]} of {steps}: caption {row[1]}, helpers {row[2]}, beats {row[3]}, {row[4]} s a step",
                 flush=True,
             )
-            began, seen = now, []
+            started, seen = now, []
         if rank == 0 and now - saved > SAVE_EVERY_S:
             training.save()
             saved = now
@@ -303,13 +305,15 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train, or resume training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps in all, those already done included")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="total steps, including completed ones (default: %(default)s)"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--name", default="training", help="name of the state and of the learning curve")
-    parser.add_argument("--start", type=Path, help="checkpoint whose weights and tokenizer are trained further")
+    parser.add_argument("--start", type=Path, help="checkpoint to start from in place of seeds")
     arguments = parser.parse_args()
     cache = arguments.cache
     tokenizer_for(cache, arguments.start)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole service on a laptop: a kind cluster, the KubeRay operator, and the chart with the embedded stand-in.
-#   deploy/kind/up.sh              make what is missing, bring what is there up to date, then send audio and check the caption
-#   deploy/kind/up.sh --dry-run    print the commands, and run none
+#   deploy/kind/up.sh              create or update cluster, operator and release, then send audio and check the caption
+#   deploy/kind/up.sh --dry-run    print the commands without running them
 #   deploy/kind/up.sh --down       delete the cluster
-# Needed: docker, kind, kubectl, helm; 4 CPUs, 12 GiB of memory, 25 GB of disk. Nothing outside the cluster is touched but
-# kubectl's configuration, which gets the context kind-captioner.
+# Requirements: docker, kind, kubectl, helm; 4 CPUs, 12 GiB of memory, 25 GB of disk. Outside the cluster it changes only
+# kubectl's configuration, to which kind adds the context kind-captioner.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -51,9 +51,9 @@ run helm upgrade --install captioner helm/captioner --kube-context "kind-$cluste
   -f helm/captioner/profiles/cpu-embedded.yaml \
   --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" \
   --namespace "$namespace" --create-namespace --timeout "$timeout"
-# Helm's own waiting does not know a RayService; its condition does.
+# Helm's --wait does not support RayServices, so kubectl waits for the condition.
 run kubectl "${context[@]}" --namespace "$namespace" wait --for=condition=Ready rayservice/captioner --timeout "$timeout"
 run helm test captioner --kube-context "kind-$cluster" --namespace "$namespace" --logs --timeout 5m
 
-echo "To call it: kubectl ${context[*]} --namespace $namespace port-forward service/captioner-serve-svc 8000:8000"
-echo "To end it:  deploy/kind/up.sh --down"
+echo "Connect: kubectl ${context[*]} --namespace $namespace port-forward service/captioner-serve-svc 8000:8000"
+echo "Delete:  deploy/kind/up.sh --down"

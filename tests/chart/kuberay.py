@@ -1,4 +1,4 @@
-"""What KubeRay's operator makes of a group of the RayService: the command that its pods run (v1.6, `common/pod.go`)."""
+"""Command that KubeRay's operator derives from a group of the RayService (KubeRay v1.6, `common/pod.go`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KNOWN = {"CPU": "num-cpus", "GPU": "num-gpus", "memory": "memory"}
 
 
 def start_command(group: Mapping[str, Any], *, head: bool, **changed: object) -> str:
-    """`KUBERAY_GEN_RAY_START_CMD` of a group; `changed` are further parameters of `ray start`."""
+    """Return `KUBERAY_GEN_RAY_START_CMD` of a group; `changed` overrides parameters of `ray start`."""
     parameters = dict(group["rayStartParams"])
     custom = {}
     for name, quantity in group["resources"].items():

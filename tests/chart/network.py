@@ -1,4 +1,4 @@
-"""What NetworkPolicies mean: whether one may open a connection to another, by Kubernetes' rules."""
+"""Evaluation of NetworkPolicies by Kubernetes' rules: which connections they allow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Rule = dict[str, Any]
 
 @dataclass(frozen=True)
 class End:
-    """A pod with its namespace's labels, or an address outside the cluster."""
+    """One end of a connection: a pod in a namespace, or an address outside the cluster."""
 
     labels: dict[str, str] = field(default_factory=dict)
     namespace: str = "captions"
@@ -19,39 +19,38 @@ class End:
 
 
 class Network:
-    """The policies of one namespace."""
+    """NetworkPolicies of one namespace."""
 
     def __init__(self, manifests: list[Rule], namespace: str = "captions") -> None:
         self._policies = [each["spec"] for each in manifests if each["kind"] == "NetworkPolicy"]
         self._namespace = namespace
 
     def allows(self, source: End, target: End, port: int, protocol: str = "TCP") -> bool:
-        """Whether both the source's egress and the target's ingress let it."""
-        return self._lets(source, target, "Egress", port, protocol) and self._lets(
-            target, source, "Ingress", port, protocol
-        )
+        """Return whether the source's egress and the target's ingress both allow the connection."""
+        outgoing = self._direction_allows(source, target, "Egress", port, protocol)
+        return outgoing and self._direction_allows(target, source, "Ingress", port, protocol)
 
-    def _lets(self, subject: End, peer: End, direction: str, port: int, protocol: str) -> bool:
+    def _direction_allows(self, subject: End, peer: End, direction: str, port: int, protocol: str) -> bool:
         if subject.address is not None or subject.namespace != self._namespace:
-            return True  # not this namespace's to say
-        of_it = [
+            return True  # not subject to this namespace's policies
+        applicable = [
             policy
             for policy in self._policies
             if direction in policy["policyTypes"] and selects(policy["podSelector"], subject.labels)
         ]
-        rules = [rule for policy in of_it for rule in policy.get(direction.lower(), [])]
-        return not of_it or any(self._fits(rule, peer, direction, port, protocol) for rule in rules)
+        rules = [rule for policy in applicable for rule in policy.get(direction.lower(), [])]
+        return not applicable or any(self._matches(rule, peer, direction, port, protocol) for rule in rules)
 
-    def _fits(self, rule: Rule, peer: End, direction: str, port: int, protocol: str) -> bool:
+    def _matches(self, rule: Rule, peer: End, direction: str, port: int, protocol: str) -> bool:
         peers = rule.get("to" if direction == "Egress" else "from", [])
         ports = rule.get("ports", [])
-        fits_port = not ports or any(
+        matches_port = not ports or any(
             each["port"] <= port <= each.get("endPort", each["port"]) and each.get("protocol", "TCP") == protocol
             for each in ports
         )
-        return fits_port and (not peers or any(self._is(each, peer) for each in peers))
+        return matches_port and (not peers or any(self._selects(each, peer) for each in peers))
 
-    def _is(self, rule: Rule, peer: End) -> bool:
+    def _selects(self, rule: Rule, peer: End) -> bool:
         if block := rule.get("ipBlock"):
             if peer.address is None:
                 return False
@@ -69,7 +68,7 @@ class Network:
 
 
 def selects(selector: Rule, labels: dict[str, str]) -> bool:
-    """Whether a label selector chooses what has these labels."""
+    """Return whether a label selector matches these labels."""
     exact = all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
     for each in selector.get("matchExpressions", []):
         assert each["operator"] == "In"

@@ -1,7 +1,7 @@
-"""How Ray reads what the chart renders, as a process of its own: standard input and output are JSON.
+"""Program that reads the chart's manifests with Ray's code and prints the result. Input and output are JSON.
 
-For each name of the input, `cluster` (a RayCluster) and `serve` (Serve's configuration): `nodes`, the kinds of node
-that Ray's autoscaler sees, and `wants`, the resources that each deployment of the built application asks for.
+Input, by name: `cluster` (a RayCluster) and `serve` (Serve's configuration). Output, by name: `nodes`, the node types
+that Ray's autoscaler sees, and `requested`, the resources that each deployment of the built application requests.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ from serving.cluster.deployments import build
 
 
 def read(cluster: dict[str, Any], serve: dict[str, Any]) -> dict[str, Any]:
-    """One release."""
+    """Return node types and requested resources of one release."""
     (application,) = ServeDeploySchema(**serve).applications
     assert application.import_path == "serving.cluster.deployments:build"
     frontend = build(dict(application.args))._bound_deployment
-    wants = {}
+    requested = {}
     for deployment in [
         frontend,
         *(each._bound_deployment for each in frontend.init_args if hasattr(each, "_bound_deployment")),
     ]:
         config = deployment._replica_config
         options = config.ray_actor_options
-        asked = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")} | (options.get("resources") or {})
-        (bundle,) = config.placement_group_bundles or [asked]
-        assert config.placement_group_bundles is None or bundle == {key: each for key, each in asked.items() if each}
-        wants[deployment.name] = {key: each for key, each in bundle.items() if each}
+        resources = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus")} | (options.get("resources") or {})
+        (bundle,) = config.placement_group_bundles or [resources]
+        assert config.placement_group_bundles is None or bundle == {
+            key: each for key, each in resources.items() if each
+        }
+        requested[deployment.name] = {key: each for key, each in bundle.items() if each}
     metadata = {"metadata": {"name": "c", "namespace": "n"}}
     return {
         "nodes": _derive_autoscaling_config_from_ray_cr(metadata | {"spec": cluster})["available_node_types"],
-        "wants": wants,
+        "requested": requested,
     }
 
 

@@ -1,4 +1,4 @@
-"""Values drawn from the chart's own schema: what anyone may write."""
+"""Hypothesis strategies that draw values from the chart's schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ASCII = [chr(code) for code in range(32, 127)]
 WORDS = st.from_regex(re.compile(r"[a-z]([a-z0-9-]{0,8}[a-z0-9])?", re.ASCII), fullmatch=True)
 
 SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
-    # What the schema leaves to Kubernetes.
+    # Values whose schema is left to Kubernetes.
     "nodeSelector": st.dictionaries(WORDS, WORDS, max_size=2),
     "tolerations": st.lists(st.fixed_dictionaries({"key": WORDS, "operator": st.just("Exists")}), max_size=2),
     "affinity": st.just({}),
@@ -51,12 +51,12 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "interval": st.sampled_from(["5s", "1m"]),
 }
 PEERS = {"callers", "operator", "prometheus", "kubernetesApi", "modelSource", "networks", "from", "to"}
-# More than a test should render.
+# Upper bounds that keep the rendered manifests small.
 SMALL = {"max": 1000, "min": 1000, "minAvailable": 5, "index": 15, "cpus": 64, "gpus": 16}
 
 
 def values_of_the_schema() -> st.SearchStrategy[dict[str, Any]]:
-    """A part of all values, each as the schema allows it."""
+    """Return a strategy for up to five sections of the values, each as the schema allows."""
     schema = json.loads((CHART / "values.schema.json").read_text())
     properties = schema["properties"]
 

@@ -1,4 +1,7 @@
-"""What checkov finds in the chart, and why we leave it. In an environment of its own: its pins are not ours."""
+"""checkov's findings in the chart, and the reason for each accepted finding.
+
+It runs in a separate environment, because its pins conflict with ours.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,25 @@ from tests.chart.rendering import ROOT, pod_templates, template
 VERSION = "3.3.30"
 CACHE = ROOT / ".cache" / "checkov"
 
-ARGUED = {
-    "CKV_K8S_11": "a limit would slow audio workers and vLLM down while the node idles; requests share it fairly",
-    "CKV_K8S_15": "tags are pinned, and images have gigabytes: `Always` would tie each start to the registry",
-    "CKV_K8S_35": "Ray's processes and PostgreSQL's image read secrets from variables",
-    "CKV_K8S_43": "a digest can be given (`image.digest`); the default names what the operator has built",
+ACCEPTED = {
+    "CKV_K8S_11": "a limit would slow audio workers and vLLM on an idle node; requests share the CPU fairly",
+    "CKV_K8S_15": "tags are pinned, and with `Always` each start of a large image would need the registry",
+    "CKV_K8S_35": "Ray's processes and PostgreSQL's image read secrets from environment variables",
+    "CKV_K8S_43": "a digest can be set (`image.digest`); the default is the image that the operator has built",
 }
-"""Left everywhere."""
+"""Accepted everywhere, with the reason."""
 
-ARGUED_FOR = {
-    ("CKV_K8S_40", "postgresql"): "the image's own user, 999, owns its files",
-    ("CKV_K8S_40", "redis"): "the image's own user, 999, owns its files",
-    ("CKV_K8S_8", "test"): "runs once and ends",
-    ("CKV_K8S_9", "test"): "runs once and ends",
+ACCEPTED_FOR = {
+    ("CKV_K8S_40", "postgresql"): "the image's user, 999, owns its files",
+    ("CKV_K8S_40", "redis"): "the image's user, 999, owns its files",
+    ("CKV_K8S_8", "test"): "runs once to completion",
+    ("CKV_K8S_9", "test"): "runs once to completion",
 }
-"""Left for one component."""
+"""Accepted for one component, with the reason."""
 
 
 def checkov() -> Path:
-    """The program, installed once. Fails if it cannot be had."""
+    """Return the path of checkov, installed on first use. Fail the test if that is impossible."""
     program = CACHE / VERSION / "bin" / "checkov"
     CACHE.mkdir(parents=True, exist_ok=True)
     uv = Path(sys.executable).with_name("uv")
@@ -49,12 +52,12 @@ def checkov() -> Path:
             ):
                 done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
                 if done.returncode:
-                    pytest.fail(f"checkov is needed to test the chart and could not be installed:\n{done.stderr}")
+                    pytest.fail(f"cannot install checkov, which the chart's tests need:\n{done.stderr}")
     return program
 
 
-def test_checkov_finds_only_what_is_argued(helm: Path, tmp_path: Path) -> None:
-    """Of all that the chart can make, Ray's pods too; and each argument is still needed."""
+def test_checkov_finds_only_what_is_accepted(helm: Path, tmp_path: Path) -> None:
+    """All objects of the chart, including Ray's pods, have only accepted findings, and each exception is needed."""
     values = COMBINATIONS["administration"] | COMBINATIONS["monitoring"]
     manifests = template(helm, values) + template(helm, COMBINATIONS["without Ray"], name="solo")
     rays = [
@@ -69,7 +72,7 @@ def test_checkov_finds_only_what_is_argued(helm: Path, tmp_path: Path) -> None:
     ]
     assert len(rays) == 3
     for each in [*manifests, *rays]:
-        each["metadata"]["namespace"] = "captions"  # where Helm is told to put them
+        each["metadata"]["namespace"] = "captions"  # the namespace of the release
     path = tmp_path / "chart.yaml"
     path.write_text(yaml.safe_dump_all([*manifests, *rays]))
     command = [
@@ -85,14 +88,14 @@ def test_checkov_finds_only_what_is_argued(helm: Path, tmp_path: Path) -> None:
         "json",
     ]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False, timeout=280)
-    told = json.loads(done.stdout)
-    assert told["summary"]["parsing_errors"] == 0
-    assert told["summary"]["passed"] > 500
+    result = json.loads(done.stdout)
+    assert result["summary"]["parsing_errors"] == 0
+    assert result["summary"]["passed"] > 500
     found = {
         (each["check_id"], each["resource"].rpartition("-")[2].rpartition(".")[2]): each
-        for each in told["results"]["failed_checks"]
+        for each in result["results"]["failed_checks"]
     }
-    left = [key for key in found if key[0] not in ARGUED and key not in ARGUED_FOR]
-    assert left == [], [found[key]["check_name"] for key in left]
-    assert {check for check, _ in found} >= ARGUED.keys()
-    assert found.keys() >= ARGUED_FOR.keys()
+    unexpected = [key for key in found if key[0] not in ACCEPTED and key not in ACCEPTED_FOR]
+    assert unexpected == [], [found[key]["check_name"] for key in unexpected]
+    assert {check for check, _ in found} >= ACCEPTED.keys()
+    assert found.keys() >= ACCEPTED_FOR.keys()

@@ -1,4 +1,4 @@
-"""What the PodMonitor's targets are to rules and dashboards, and the token that scrapes show."""
+"""Selection of the PodMonitor's targets by rules and dashboards, and the token that scrapes send."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PROCESSES = {
     ("engine", HAPROXY, "haproxy"),
     ("engine", CAPTIONS, "engine"),
 }
-"""Pod, port and role, as `/metrics/targets` tells them."""
+"""Pod, port and role, as `/metrics/targets` lists them."""
 
 
 def targets(manifests: list[Manifest]) -> Iterator[tuple[str, int, Labels]]:
-    """What Prometheus scrapes by the PodMonitor, one pod of each kind: its component, port, and the target's labels."""
+    """Yield the PodMonitor's targets for one pod of each component: component, port, and the target's labels."""
     monitor = only(manifests, "PodMonitor")
     for _, pod in pod_templates(manifests):
         labels = pod["metadata"]["labels"]
@@ -44,7 +44,7 @@ def targets(manifests: list[Manifest]) -> Iterator[tuple[str, int, Labels]]:
         ports = {port["name"]: port for each in containers(pod["spec"]) for port in each.get("ports", [])}
         for endpoint in monitor["spec"]["podMetricsEndpoints"]:
             if port := ports.get(endpoint["port"]):
-                # Those that the operator gives, before the endpoint's own rules.
+                # Labels set by the operator before it applies the endpoint's rules.
                 target = {"job": f"captions/{monitor['metadata']['name']}", "endpoint": endpoint["port"]}
                 meta = {"__meta_kubernetes_pod_label_" + re.sub(r"\W", "_", key): labels[key] for key in labels}
                 for rule in endpoint["relabelings"]:
@@ -55,7 +55,7 @@ def targets(manifests: list[Manifest]) -> Iterator[tuple[str, int, Labels]]:
 
 
 def expressions(manifests: list[Manifest]) -> list[str]:
-    """Every query of the rules and the dashboards that the chart ships."""
+    """Return every query of the chart's rules and dashboards."""
     rules = [
         str(rule["expr"])
         for each in manifests
@@ -77,14 +77,14 @@ def expressions(manifests: list[Manifest]) -> list[str]:
     return rules + [query for text in boards for query in queries(json.loads(text))]
 
 
-def chosen(selector: str, found: list[Labels]) -> list[Labels]:
-    """Which targets a selector's matchers of `job`, `role` and `endpoint` choose."""
+def selected(selector: str, found: list[Labels]) -> list[Labels]:
+    """Return the targets that a selector's matchers of `job`, `role` and `endpoint` select."""
     matchers = re.findall(r"""\b(job|role|endpoint)(=~|!~|!=|=)(["'])(.*?)\3""", selector)
     assert matchers, selector
 
     def fits(labels: Labels, name: str, operator: str, value: str) -> bool:
-        told = labels.get(name, "")
-        same = re.fullmatch(value, told) is not None if "~" in operator else told == value
+        actual = labels.get(name, "")
+        same = re.fullmatch(value, actual) is not None if "~" in operator else actual == value
         return same != operator.startswith("!")
 
     return [each for each in found if all(fits(each, name, how, value) for name, how, _, value in matchers)]
@@ -92,12 +92,15 @@ def chosen(selector: str, found: list[Labels]) -> list[Labels]:
 
 @pytest.fixture(scope="module")
 def monitored(helm: Path) -> list[Manifest]:
-    """A release on Ray with all of monitoring."""
+    """Manifests of a release on Ray with all of monitoring."""
     return template(helm, COMBINATIONS["monitoring"])
 
 
 def test_every_process_is_scraped_with_its_role(helm: Path, monitored: list[Manifest]) -> None:
-    """As `/metrics/targets` tells them: Ray and HAProxy in each pod, frontends, engines; without Ray the one process."""
+    """Targets and roles equal those of `/metrics/targets`: Ray and HAProxy in each pod, frontends, engines.
+
+    Without Ray there is one process.
+    """
     found = list(targets(monitored))
     assert {(component, port, labels["role"]) for component, port, labels in found} == PROCESSES
     alone = list(targets(template(helm, ALONE)))
@@ -106,22 +109,22 @@ def test_every_process_is_scraped_with_its_role(helm: Path, monitored: list[Mani
 
 
 def test_rules_and_dashboards_find_the_targets(helm: Path, monitored: list[Manifest]) -> None:
-    """Whatever they choose by job and role is there; else an alert fires for ever, or never."""
+    """Every selector of job and role matches a target; otherwise an alert would fire always or never."""
     selectors = {
         found
         for query in expressions(monitored)
         for found in re.findall(r"\w+\{[^}]*\}", query)
         if re.search(r"""\b(job|role)[=!]""", found)
     }
-    # Nothing is scraped, not ready, crash loop, target down; two panels.
+    # Alerts: nothing scraped, not ready, crash loop, target down. Dashboards: two panels.
     assert len(selectors) >= 5
     for manifests in (monitored, template(helm, ALONE)):
         found = [labels for _, _, labels in targets(manifests)]
-        assert all(chosen(selector, found) for selector in selectors)
+        assert all(selected(selector, found) for selector in selectors)
 
 
-def test_alerts_tell_the_service_from_what_is_around_it(monitored: list[Manifest]) -> None:
-    """Ray that lives is no service; an engine makes none ready; a pod where Ray has placed nothing is not down."""
+def test_alerts_distinguish_the_service_from_its_surroundings(monitored: list[Manifest]) -> None:
+    """A running Ray is not a service, an engine makes no service ready, and a pod without replicas is not down."""
     found = [labels for _, _, labels in targets(monitored)]
     rules = {
         rule["alert"]: [each for each in re.findall(r"\w+\{[^}]*\}", rule["expr"]) if re.search("job=|role!", each)]
@@ -133,17 +136,15 @@ def test_alerts_tell_the_service_from_what_is_around_it(monitored: list[Manifest
     }
 
     def roles(alert: str) -> list[set[str]]:
-        return [{labels["role"] for labels in chosen(selector, found)} for selector in rules[alert]]
+        return [{labels["role"] for labels in selected(selector, found)} for selector in rules[alert]]
 
     assert roles("CaptionerNothingScraped") == [{"frontend", "engine"}]
-    assert roles("CaptionerNotReady") == [
-        {"frontend", "ray", "haproxy"}
-    ]  # of which frontends alone tell `captioner_ready`
+    assert roles("CaptionerNotReady") == [{"frontend", "ray", "haproxy"}]  # only frontends expose `captioner_ready`
     assert roles("CaptionerTargetDown") == [{"ray"}, {"frontend", "engine"}]
 
 
 def variables(pod: Manifest) -> dict[str, Any]:
-    """Those of a pod that come from somewhere, by name."""
+    """Return a pod's environment variables that are references, by name."""
     return {
         each["name"]: each["valueFrom"]
         for container in containers(pod["spec"])
@@ -154,32 +155,30 @@ def variables(pod: Manifest) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("values", "secret"), [({}, "x-captioner"), ({"existingSecret": "mine"}, "mine")])
 @pytest.mark.parametrize("alone", [False, True])
-def test_scrapes_show_the_token_that_is_asked_for(
-    helm: Path, values: dict[str, Any], secret: str, *, alone: bool
-) -> None:
-    """Frontends and engines ask for the Secret's token, and the PodMonitor shows it to them and to nobody else."""
+def test_scrapes_send_the_required_token(helm: Path, values: dict[str, Any], secret: str, *, alone: bool) -> None:
+    """Frontends and engines require the Secret's token, and the PodMonitor sends it only to them."""
     assert "metrics_token" in Settings.model_fields
-    asked = COMBINATIONS["administration"] | (ALONE if alone else COMBINATIONS["monitoring"])
-    manifests = template(helm, asked | {"secrets": values})
+    values_of = COMBINATIONS["administration"] | (ALONE if alone else COMBINATIONS["monitoring"])
+    manifests = template(helm, values_of | {"secrets": values})
     key = {"name": secret, "key": "metrics-token"}
     knows = set()
     for who, pod in pod_templates(manifests):
-        if told := variables(pod).get("CAPTIONER_METRICS_TOKEN"):
-            assert told == {"secretKeyRef": key}, who
+        if token := variables(pod).get("CAPTIONER_METRICS_TOKEN"):
+            assert token == {"secretKeyRef": key}, who
             knows.add(pod["metadata"]["labels"][COMPONENT])
     assert knows == ({"frontend"} if alone else {"frontend", "engine"})
-    shown = {
+    sent = {
         each["port"]: each["authorization"]
         for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
         if "authorization" in each
     }
-    assert shown == {"serve" if alone else "captions": {"credentials": key}}
+    assert sent == {"serve" if alone else "captions": {"credentials": key}}
     if not values:
         assert len(only(manifests, "Secret")["data"]["metrics-token"]) > 40
 
 
-def test_without_a_token_nobody_asks_for_one(helm: Path) -> None:
-    """By default: no variable, no credentials, nothing in the Secret."""
+def test_no_token_is_required_by_default(helm: Path) -> None:
+    """By default there is no variable, no credentials, and no key in the Secret."""
     manifests = template(helm, {"monitoring": {"podMonitor": {"enabled": True}}})
     assert not any("CAPTIONER_METRICS_TOKEN" in variables(pod) for _, pod in pod_templates(manifests))
     assert not any("authorization" in each for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"])

@@ -1,4 +1,4 @@
-"""Who may reach whom, by what the policies mean."""
+"""Connections that the network policies allow and deny."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pod(component: str, release: str = "x") -> End:
-    """One of the chart's pods."""
+    """Return a pod of the chart as an end of a connection."""
     labels = {"app.kubernetes.io/name": "captioner", "app.kubernetes.io/instance": release}
     return End(labels | {"app.kubernetes.io/component": component})
 
@@ -50,12 +50,12 @@ PRIVATE = (
 
 @pytest.fixture(scope="module")
 def network(helm: Path) -> Network:
-    """Of a release with all that the chart can add."""
+    """Policies of a release with monitoring and administration."""
     return Network(template(helm, COMBINATIONS["monitoring"] | COMBINATIONS["administration"]))
 
 
-def test_every_pod_is_denied_what_is_not_allowed(helm: Path) -> None:
-    """Each pod that the chart makes is under the policy that denies, by its labels; also on every profile."""
+def test_every_pod_is_denied_by_default(helm: Path) -> None:
+    """The deny policy selects every pod of the chart by its labels, with every profile."""
     for values, profile in product([COMBINATIONS["administration"]], PROFILES):
         manifests = template(helm, values, profile)
         network = Network(manifests)
@@ -66,7 +66,7 @@ def test_every_pod_is_denied_what_is_not_allowed(helm: Path) -> None:
 
 
 def test_callers_reach_the_service_and_nothing_else(network: Network) -> None:
-    """Port 8000 of what Ray's Service chooses; no other port, and no other pod."""
+    """They reach port 8000 of the pods that Ray's Service selects, no other port and no other pod."""
     reached = {
         (name, port)
         for name in OURS
@@ -77,14 +77,14 @@ def test_callers_reach_the_service_and_nothing_else(network: Network) -> None:
 
 
 def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
-    """Every pod asks the cluster's DNS, and no other."""
+    """Every pod reaches the cluster's DNS, and no other."""
     for name, protocol in product(OURS, ("UDP", "TCP")):
         assert network.allows(pod(name), DNS, 53, protocol)
         assert not network.allows(pod(name), End(address="8.8.8.8"), 53, protocol)
 
 
 def test_frontends_download_from_public_addresses_only(network: Network) -> None:
-    """On the ports of downloads; no private range and no cloud's metadata, on any port."""
+    """On the download ports they reach no private range and no cloud's metadata."""
     for web, port in product((WEB, WEB6), (80, 443, 8000, 8080, 8443)):
         assert network.allows(pod("frontend"), web, port)
     assert not network.allows(pod("frontend"), WEB, 22)
@@ -95,20 +95,20 @@ def test_frontends_download_from_public_addresses_only(network: Network) -> None
         assert not network.allows(pod(name), End(address="169.254.169.254"), 80), name
 
 
-def test_the_checkpoint_is_fetched_by_who_fetches_it(helm: Path, network: Network) -> None:
-    """The Job, or the engine from an object store; nowhere private unless it is named."""
+def test_only_the_downloading_pod_reaches_the_model_source(helm: Path, network: Network) -> None:
+    """The Job does, or the engine with an object store; private addresses only if named."""
     assert network.allows(pod("model"), WEB, 443)
     assert not network.allows(pod("model"), End(address="169.254.169.254"), 443)
     store = Network(template(helm, COMBINATIONS["model from an object store"]))
-    assert store.allows(pod("engine"), End({}, "minio"), 9000) is False  # not by that label
+    assert store.allows(pod("engine"), End({}, "minio"), 9000) is False  # another label
     named = {"networkPolicy": {"modelSource": [{"ipBlock": {"cidr": "10.9.0.0/16"}}], "modelPort": 9000}}
     store = Network(template(helm, COMBINATIONS["model from an object store"] | named))
     assert store.allows(pod("engine"), End(address="10.9.0.1"), 9000)
     assert not store.allows(pod("engine"), WEB, 443)
 
 
-def test_the_test_reaches_where_it_asks(helm: Path, network: Network) -> None:
-    """The serving pods; or, where a URL is given, what may be behind it: a proxy's pods, or an address on its port."""
+def test_the_test_reaches_its_url(helm: Path, network: Network) -> None:
+    """It reaches the serving pods; with a URL, pods of a proxy, or any address on the URL's port."""
     gateway = End({"app": "gateway"}, "gateways")
     assert network.allows(pod("test"), pod("frontend"), 8000)
     assert not network.allows(pod("test"), gateway, 8080)
@@ -125,7 +125,7 @@ def test_the_test_reaches_where_it_asks(helm: Path, network: Network) -> None:
 
 
 def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
-    """The database by frontends, administration and bootstrap; Redis by Ray's head too; engines use neither."""
+    """Frontends, administration and the tenants Job reach both stores, Ray's head only Redis, engines neither."""
     users = {"postgresql": {"frontend", "admin", "tenants"}, "redis": {"frontend", "admin", "tenants", "head"}}
     for store, port in (("postgresql", 5432), ("redis", 6379)):
         assert {name for name in OURS if network.allows(pod(name), pod(store), port)} == users[store]
@@ -134,8 +134,8 @@ def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
         assert not any(network.allows(pod(store), pod(name), 8000) for name in OURS)
 
 
-def test_external_stores_are_reached_where_they_are(helm: Path) -> None:
-    """In their networks, on their ports, and private addresses beside them stay closed."""
+def test_external_stores_are_reached_in_their_networks(helm: Path) -> None:
+    """They are reached on their ports; other private addresses stay closed."""
     network = Network(template(helm, COMBINATIONS["external stores"]))
     assert network.allows(pod("frontend"), End(address="10.3.0.9"), 5432)
     assert network.allows(pod("head"), End(address="10.4.0.9"), 6380)
@@ -144,15 +144,15 @@ def test_external_stores_are_reached_where_they_are(helm: Path) -> None:
     assert not network.allows(pod("engine"), End(address="10.3.0.9"), 5432)
 
 
-def test_rays_processes_reach_each_other_within_a_release(network: Network) -> None:
-    """On any port; of another release on none."""
+def test_ray_processes_reach_each_other_within_a_release(network: Network) -> None:
+    """They reach each other on any port; processes of another release on none."""
     for one, other, port in product(RAY, RAY, (6379, 10002, 30000, 65000)):
         assert network.allows(pod(one), pod(other), port)
         assert not network.allows(pod(one, release="other"), pod(other), port)
 
 
 def test_the_operator_and_the_autoscaler_work(network: Network) -> None:
-    """KubeRay asks the head's dashboard and proxy; the head asks Kubernetes; no one else does."""
+    """KubeRay reaches the head's dashboard and proxy, and only the head reaches the Kubernetes API."""
     assert all(network.allows(OPERATOR, pod("head"), port) for port in (8265, 52365, 8000))
     assert not network.allows(OPERATOR, pod("engine"), 8265)
     assert network.allows(pod("head"), API, 443)
@@ -161,8 +161,8 @@ def test_the_operator_and_the_autoscaler_work(network: Network) -> None:
 
 
 @pytest.mark.parametrize("name", ["defaults", "monitoring"])
-def test_prometheus_scrapes_and_no_more(helm: Path, name: str) -> None:
-    """Ray, HAProxy, and each port that a frontend or engine may take; whether there is a PodMonitor or not."""
+def test_prometheus_reaches_only_metrics(helm: Path, name: str) -> None:
+    """It reaches Ray, HAProxy, and each port that a frontend or engine may use, with and without a PodMonitor."""
     values = COMBINATIONS[name] | {"networkPolicy": {"callers": [{"podSelector": {"matchLabels": {"app": "web"}}}]}}
     manifests = template(helm, values)
     network, first = Network(manifests), serve_config(manifests)["applications"][0]["args"]["metrics_port"]
@@ -172,12 +172,12 @@ def test_prometheus_scrapes_and_no_more(helm: Path, name: str) -> None:
         assert not network.allows(CALLER, pod(who), port)
     for port in (8265, 6379, ports[-1] + 1):
         assert not any(network.allows(PROMETHEUS, pod(who), port) for who in OURS)
-    # Where `/metrics/targets` is asked: what Ray's Service chooses, also where callers are few.
+    # `/metrics/targets` is at the pods that Ray's Service selects, even if callers are restricted.
     assert {who for who in OURS if network.allows(PROMETHEUS, pod(who), 8000)} == {"frontend", "engine"}
 
 
-def test_traces_are_sent_where_the_collector_is(helm: Path) -> None:
-    """By frontends and engines, on its port; without it named by nobody."""
+def test_traces_reach_only_the_collector(helm: Path) -> None:
+    """Frontends and engines reach it on its port; without `traces.to` no pod does."""
     collector = End({"app": "collector"}, "tracing")
     traced = COMBINATIONS["settings of every kind"]
     for values, tracing in ((traced, {"frontend", "engine"}), (traced | COMBINATIONS["without Ray"], {"frontend"})):
@@ -188,8 +188,8 @@ def test_traces_are_sent_where_the_collector_is(helm: Path) -> None:
     assert not any(network.allows(pod(who), collector, 4318) for who in OURS)
 
 
-def test_the_administration_is_reached_by_those_that_are_named(helm: Path, network: Network) -> None:
-    """By default there is none; where there is one, nobody reaches it unless named."""
+def test_only_named_peers_reach_the_administration(helm: Path, network: Network) -> None:
+    """By default there is no administration; if enabled, only named peers reach it."""
     assert not any("admin" in each["metadata"]["name"] for each in template(helm))
     assert not network.allows(CALLER, pod("admin"), 8100)
     nobody = Network(template(helm, COMBINATIONS["administration for nobody"]))
@@ -205,7 +205,7 @@ def test_the_administration_is_reached_by_those_that_are_named(helm: Path, netwo
 
 
 def test_an_empty_list_means_nobody(helm: Path) -> None:
-    """In a NetworkPolicy it would mean everybody."""
+    """An empty list of peers in the values denies everybody, although it would allow everybody in a NetworkPolicy."""
     closed = {
         "networkPolicy": {"callers": [], "operator": [], "prometheus": [], "kubernetesApi": [], "dns": {"to": []}}
     }
@@ -218,7 +218,7 @@ def test_an_empty_list_means_nobody(helm: Path) -> None:
 
 
 def test_without_ray_the_same_holds(helm: Path) -> None:
-    """One kind of pod, which takes callers and downloads."""
+    """The only component accepts callers and downloads audio."""
     network = Network(template(helm, COMBINATIONS["without Ray"]))
     assert network.allows(CALLER, pod("frontend"), 8000)
     assert network.allows(pod("frontend"), WEB, 443)
@@ -227,8 +227,8 @@ def test_without_ray_the_same_holds(helm: Path) -> None:
     assert not network.allows(CALLER, pod("redis"), 6379)
 
 
-def test_networks_are_written_as_kubernetes_wants_them(helm: Path) -> None:
-    """No bits behind the mask, and exceptions inside of what they are from."""
+def test_networks_are_valid_for_kubernetes(helm: Path) -> None:
+    """Networks have no host bits, and exceptions are subnets of their network."""
     for manifest in template(helm):
         if manifest["kind"] != "NetworkPolicy":
             continue

@@ -1,30 +1,33 @@
-"""Helm 4 against a Kubernetes API in memory that refuses what a real one would: the life of a release."""
+"""Life of a release: Helm 4 against an in-memory Kubernetes API that validates like a real one."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import yaml
 
-from tests.chart.rendering import CHART, shared
+from tests.chart.rendering import CHART, ROOT, crd_files
 from tests.cluster.running import free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 NAMESPACE = "default"
+FAKE_API = Path(os.environ.get("FAKE_KUBE_API", ROOT.parent / "shared" / "tools" / "fake_kube_api.py"))
+"""Program that serves the Kubernetes API in memory: arguments are a port and files of CRDs. Not in this repository."""
 
 
 class Api:
-    """The API, and Helm pointed at it."""
+    """In-memory Kubernetes API, and Helm configured for it."""
 
     def __init__(self, helm: Path, directory: Path) -> None:
         self._helm = helm
@@ -45,7 +48,7 @@ class Api:
         self._home = directory
 
     def helm(self, *arguments: str, fails: bool = False) -> str:
-        """Run a command; return what it told."""
+        """Run a Helm command; return its output."""
         environment = {"KUBECONFIG": str(self._config), "HOME": str(self._home), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
             [self._helm, *arguments], env=environment, capture_output=True, text=True, check=False, timeout=200
@@ -54,19 +57,19 @@ class Api:
         return done.stdout + done.stderr
 
     def get(self, path: str) -> Any:
-        """An object or a list."""
+        """Return an object or a list."""
         return httpx.get(self.url + path, timeout=10).raise_for_status().json()
 
     def rayservice(self) -> Any:
-        """The release's."""
+        """Return the release's RayService."""
         return self.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices/captioner")
 
     def secret(self) -> Any:
-        """The chart's own, without what the server adds."""
+        """Return the data of the chart's Secret."""
         return self.get(f"/api/v1/namespaces/{NAMESPACE}/secrets/captioner")["data"]
 
-    def give(self) -> None:
-        """What a cluster gives, and this API does not: volumes to claims, addresses to Services."""
+    def provision(self) -> None:
+        """Bind claims and assign Services an address, as a cluster does and this API does not."""
         path = f"/api/v1/namespaces/{NAMESPACE}"
         for claim in self.get(f"{path}/persistentvolumeclaims")["items"]:
             if claim.get("status", {}).get("phase") != "Bound":
@@ -82,7 +85,7 @@ class Api:
         httpx.patch(self.url + path, content=json.dumps(change), headers=headers, timeout=10).raise_for_status()
 
     def up(self) -> bool:
-        """Whether it answers."""
+        """Return whether the API answers."""
         with suppress(httpx.TransportError):
             self.get("/version")
             return True
@@ -91,12 +94,13 @@ class Api:
 
 @pytest.fixture(scope="module")
 def api(helm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """One for all steps, which follow each other."""
+    """One API for all tests of this module, which build on each other."""
     api = Api(helm, tmp_path_factory.mktemp("api"))
-    command = [sys.executable, shared("tools/fake_kube_api.py"), api.url.rpartition(":")[2]]
-    crds = sorted(shared("crds").glob("*.yaml"))
+    if not FAKE_API.exists():
+        pytest.skip("the in-memory Kubernetes API is not here: set FAKE_KUBE_API to its program")
+    command = [sys.executable, FAKE_API, api.url.rpartition(":")[2]]
     with subprocess.Popen(
-        [*map(str, command), *map(str, crds)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [str(each) for each in (*command, *crd_files())], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         try:
             until(api.up, 60)
@@ -105,13 +109,13 @@ def api(helm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
             def cluster() -> None:
                 while not ended.wait(0.3):
                     with suppress(httpx.HTTPStatusError):  # gone since it was listed
-                        api.give()
+                        api.provision()
 
-            giving = threading.Thread(target=cluster)
-            giving.start()
+            provisioning = threading.Thread(target=cluster)
+            provisioning.start()
             yield api
             ended.set()
-            giving.join()
+            provisioning.join()
         finally:
             process.kill()
 
@@ -121,9 +125,9 @@ WAIT = ("--wait=legacy", "--timeout=60s")
 
 
 def test_the_life_of_a_release(api: Api) -> None:
-    """Installed, upgraded, a bad upgrade rolled back by itself, rolled back by hand, tested, uninstalled."""
-    told = api.helm("install", "captioner", *CHART_AND_PROFILE, *WAIT)
-    assert "captioner-serve-svc" in told  # NOTES tell where it answers
+    """Install, upgrade, automatic and manual rollback, test and uninstall leave the expected objects."""
+    notes = api.helm("install", "captioner", *CHART_AND_PROFILE, *WAIT)
+    assert "captioner-serve-svc" in notes
     first, secrets = api.rayservice(), api.secret()
     assert first["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]["maxReplicas"] == 4
     assert set(secrets) == {
@@ -138,12 +142,12 @@ def test_the_life_of_a_release(api: Api) -> None:
     api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT, "--set=settings.max_num_seqs=128")
     second = api.rayservice()
     assert "max_num_seqs: 128" in second["spec"]["serveConfigV2"]
-    assert api.secret() == secrets  # else uploads, keys and passwords would be void
-    assert second["spec"]["rayClusterConfig"] == first["spec"]["rayClusterConfig"]  # a setting makes no new cluster
+    assert api.secret() == secrets  # otherwise uploads, keys and passwords would be invalid
+    assert second["spec"]["rayClusterConfig"] == first["spec"]["rayClusterConfig"]  # a setting starts no new cluster
 
     bad = '--set-json=frontend.volumes=[{"name": "x", "configMap": {"nome": "typo"}}]'
-    told = api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT, "--rollback-on-failure", bad, fails=True)
-    assert "nome" in told
+    output = api.helm("upgrade", "captioner", *CHART_AND_PROFILE, *WAIT, "--rollback-on-failure", bad, fails=True)
+    assert "nome" in output
     assert api.rayservice()["spec"] == second["spec"]
     assert "deployed" in api.helm("status", "captioner")
 
@@ -155,9 +159,9 @@ def test_the_life_of_a_release(api: Api) -> None:
     assert api.rayservice()["spec"] == first["spec"]
     assert api.secret() == secrets
 
-    for _ in range(2):  # it may be run again
+    for _ in range(2):  # the test is repeatable
         assert "Succeeded" in api.helm("test", "captioner", "--logs")
-        # Else Helm 3 finds no logs. This API has some for any name.
+        # Helm 3 needs the pod for its logs; this API has logs for any name.
         assert api.get(f"/api/v1/namespaces/{NAMESPACE}/pods/captioner-test")
 
     api.helm("uninstall", "captioner", *WAIT)
@@ -168,13 +172,13 @@ def test_the_life_of_a_release(api: Api) -> None:
         for each in api.get(f"/api/v1/namespaces/{NAMESPACE}/{kind}")["items"]
     }
     hooks = {name for name in left if name.endswith(("-tenants", "-test"))}
-    # The weights and what signs and opens is kept, as the values say.
+    # Weights and secrets are kept, as documented in the values.
     assert left - hooks == {"persistentvolumeclaims/captioner-model", "secrets/captioner"}
     assert not api.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices")["items"]
 
 
-def test_a_second_install_goes_on_with_the_secrets(api: Api) -> None:
-    """What the first left is taken over: the database's volume knows its password. What is made later stays, too."""
+def test_a_second_install_reuses_the_secrets(api: Api) -> None:
+    """It keeps the first install's Secret, because the database's volume has its password, and keys added later."""
     secrets = api.secret()
     api.helm("install", "captioner", *CHART_AND_PROFILE, *WAIT, "--take-ownership")
     assert api.secret() == secrets
@@ -186,8 +190,8 @@ def test_a_second_install_goes_on_with_the_secrets(api: Api) -> None:
     api.helm("uninstall", "captioner", *WAIT)
 
 
-def test_a_release_without_ray_lives_too(api: Api) -> None:
-    """With Helm's own waiting, which knows Deployments."""
+def test_the_life_of_a_release_without_ray(api: Api) -> None:
+    """Install, upgrade, test and uninstall work with Helm's `--wait`, which supports Deployments."""
     profile = (str(CHART), "--values", str(CHART / "profiles" / "cpu-embedded.yaml"), "--set=workload=deployment")
     api.helm("install", "solo", *profile, "--wait", "--timeout=60s")
     api.helm("upgrade", "solo", *profile, "--wait", "--timeout=60s", "--set=settings.log_level=debug")

@@ -1,4 +1,4 @@
-"""The scripts that pods run: the checkpoint's sums, the bootstrap of tenants, and the test that sends audio."""
+"""Scripts that pods run: checksums of the checkpoint, creation of tenants, and the test that sends audio."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = CHART / "files"
 
 
 def run(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One of the chart's scripts."""
+    """Run one of the chart's scripts."""
     command = [sys.executable, str(FILES / script), *map(str, arguments)]
     return subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=120
@@ -31,7 +31,7 @@ def run(script: str, *arguments: object, **environment: str) -> subprocess.Compl
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """Two files, and beside the directory the sums of both."""
+    """Directory of two files; its parent directory has the sums of both."""
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text("{}")
@@ -42,27 +42,27 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def verify(checkpoint: Path) -> subprocess.CompletedProcess[str]:
-    """As before an engine."""
+    """Verify as the init container of an engine does."""
     return run("model.py", "verify", checkpoint, CAPTIONER_MODEL_SUMS=str(checkpoint.parent / "SHA256SUMS"))
 
 
-def test_a_whole_checkpoint_passes(checkpoint: Path) -> None:
-    """Every sum is right; without sums, that there is one."""
+def test_a_complete_checkpoint_passes(checkpoint: Path) -> None:
+    """It passes if every sum matches, and without sums if there is a configuration."""
     assert verify(checkpoint).returncode == 0
     (checkpoint.parent / "SHA256SUMS").write_text("")
     assert verify(checkpoint).returncode == 0
 
 
-@pytest.mark.parametrize("damage", ["a bit", "cut", "gone", "no config"])
-def test_a_damaged_checkpoint_is_refused_and_told(checkpoint: Path, damage: str) -> None:
-    """A flipped bit, a file that was cut, and one that is missing."""
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "no config"])
+def test_a_damaged_checkpoint_is_rejected(checkpoint: Path, damage: str) -> None:
+    """The error names the file with a flipped bit, the truncated file, or the missing file."""
     weights = checkpoint / "model.safetensors"
     match damage:
-        case "a bit":
+        case "flipped bit":
             weights.write_bytes(b"v" + b"w" * 999)
-        case "cut":
+        case "truncated":
             weights.write_bytes(b"w" * 999)
-        case "gone":
+        case "missing":
             weights.unlink()
         case _:
             (checkpoint / "config.json").unlink()
@@ -87,7 +87,7 @@ class HfApi:
 
 
 def test_a_download_is_marked_only_when_its_sums_are_right(tmp_path: Path) -> None:
-    """Against the hub's sum; a bad file is thrown away, so that the next try gets it anew; then engines may start."""
+    """It is verified against the hub's sum, and a bad file is deleted for the next attempt; then engines may start."""
     (tmp_path / "huggingface_hub.py").write_text(HUB)
     (tmp_path / "SHA256SUMS").write_text("")
     (tmp_path / "sum").write_text(hashlib.sha256(b"right").hexdigest())
@@ -100,7 +100,7 @@ def test_a_download_is_marked_only_when_its_sums_are_right(tmp_path: Path) -> No
     (tmp_path / "weights").write_bytes(b"right")
     assert run("model.py", "fetch", directory, "org/m", "main", **environment).returncode == 0
     assert run("model.py", "wait", directory, **environment).returncode == 0
-    assert "whole already" in run("model.py", "fetch", directory, "org/m", "main", **environment).stdout
+    assert "already complete" in run("model.py", "fetch", directory, "org/m", "main", **environment).stdout
     (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  config.json\n")
     assert run("model.py", "fetch", directory, "org/m", "main", **environment).returncode == 1
 
@@ -111,8 +111,8 @@ case "$1 $2 $3" in "tenants show old") exit 0;; "tenants show "*) exit 1;; esac
 """
 
 
-def test_tenants_are_made_once(tmp_path: Path) -> None:
-    """What is there is left as it is; what is missing is created with its plan and region."""
+def test_tenants_are_created_once(tmp_path: Path) -> None:
+    """Existing tenants stay unchanged; missing ones are created with their plan and region."""
     (tmp_path / "captioner").write_text(CAPTIONER)
     (tmp_path / "captioner").chmod(0o755)
     script = tmp_path / "tenants.py"
@@ -125,25 +125,25 @@ def test_tenants_are_made_once(tmp_path: Path) -> None:
     assert calls == ["tenants show old", "tenants show new", "tenants create new --plan=standard --region=singapore"]
 
 
-def test_the_release_test_finds_good_captions(fake_service: RunningService) -> None:
-    """Asked in both dialects, whole and streamed."""
+def test_the_release_test_accepts_good_captions(fake_service: RunningService) -> None:
+    """It requests captions in both dialects, streamed and not streamed."""
     done = run("caption.py", fake_service.url, 30)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 4
 
 
-def test_the_release_test_finds_a_caption_that_is_none(fake_service: RunningService) -> None:
-    """The fake engine did not hear the voice, and a server that is not there does not answer."""
+def test_the_release_test_rejects_a_wrong_caption_and_a_refused_connection(fake_service: RunningService) -> None:
+    """It fails for the fake engine, whose caption lacks the voice, and for a port where nothing listens."""
     done = run("caption.py", fake_service.url, 30, "embedded")
     assert done.returncode == 1
-    assert "the voice was not heard" in done.stderr
+    assert "the voice is missing" in done.stderr
     done = run("caption.py", "http://127.0.0.1:9", 1)
     assert done.returncode == 1
     assert "refused" in done.stderr
 
 
-def test_the_release_test_wants_to_know_where_to_ask() -> None:
-    """A release that has no Service for callers says which value names the place, instead of waiting."""
+def test_the_release_test_requires_a_url() -> None:
+    """For a release without a Service the error names the missing value at once."""
     done = run("caption.py", "", 300)
     assert done.returncode == 1
-    assert "test.url is not set" in done.stderr
+    assert "test.url is required" in done.stderr

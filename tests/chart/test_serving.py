@@ -1,4 +1,4 @@
-"""The rendered Serve config and container command really start: Ray Serve, vLLM, the embedded stand-in, a caption."""
+"""The rendered Serve config and container command start Ray Serve and vLLM with the embedded stand-in."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ IMAGE = "/opt/captioner/app/"
 
 
 def environment(manifests: list[dict[str, Any]], component: str, volumes: Path) -> dict[str, str]:
-    """A container's variables, with the Secret's values; what is in a volume goes below `volumes`."""
+    """Return a container's variables, with the Secret's values and with paths of volumes moved below `volumes`."""
     container = group(manifests, component)["template"]["spec"]["containers"][0]
     ray = only(manifests, "ConfigMap", "x-captioner-ray")["data"]
-    found = {name: placed(value, volumes) for name, value in ray.items()}
+    found = {name: moved(value, volumes) for name, value in ray.items()}
     secret = only(manifests, "Secret")["data"]
     for each in container["env"]:
         if "value" in each:
-            found[each["name"]] = placed(each["value"], volumes)
+            found[each["name"]] = moved(each["value"], volumes)
         else:
-            found[each["name"]] = secret[each["valueFrom"]["secretKeyRef"]["key"]]  # base64, as good as any
+            found[each["name"]] = secret[each["valueFrom"]["secretKeyRef"]["key"]]  # base64; any text works
     return found
 
 
-def placed(value: str, volumes: Path) -> str:
-    """Where a volume of a pod, or the image's code, is for this test."""
+def moved(value: str, volumes: Path) -> str:
+    """Return the path in this test of a path in a volume or in the image's code."""
     if value.startswith(IMAGE):
         return str(CHART.parents[1] / value.removeprefix(IMAGE))
     for mount in ("/tmp", "/var/lib/captioner"):  # noqa: S108 - the pod's
@@ -51,10 +51,10 @@ def placed(value: str, volumes: Path) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_the_try_out_profile_starts_and_captions(helm: Path, tmp_path: Path) -> None:
-    """The three pods' parts on one node: the container's command with KubeRay's, Serve's config as KubeRay gives it.
+def test_the_embedded_profile_starts_and_captions(helm: Path, tmp_path: Path) -> None:
+    """The three pods' parts run on one node, and the chart's test accepts the captions.
 
-    Changed are ports, and the places of volumes. Then the chart's own test finds good captions.
+    Container command and Serve config are as KubeRay runs them, except for ports and paths of volumes.
     """
     manifests = template(helm, {}, "cpu-embedded")
     head, frontend, engine = (group(manifests, each) for each in ("head", "frontend", "engine"))
@@ -74,7 +74,7 @@ def test_the_try_out_profile_starts_and_captions(helm: Path, tmp_path: Path) -> 
     config = serve_config(manifests)
     config["http_options"]["port"] = port
     args = config["applications"][0]["args"]
-    args |= {name: placed(args[name], tmp_path) for name in ("uploads_dir", "data_dir", "download_dir")}
+    args |= {name: moved(args[name], tmp_path) for name in ("uploads_dir", "data_dir", "download_dir")}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
 
     command = [*containers[0]["command"], *containers[0]["args"]]

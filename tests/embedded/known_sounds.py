@@ -1,4 +1,4 @@
-"""Clips of which all is known, made on the spot by formula, and the check that a caption tells what they hold."""
+"""Generated clips with known facts, and the check that a caption states the facts."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Clip:
-    """Mono samples at 16 kHz, and what is true of them."""
+    """Mono samples at 16 kHz, and their facts."""
 
     samples: Samples
     facts: Facts
 
 
 def sound(seed: int, kind: str, seconds: float, rate: float = 0.0) -> Clip:
-    """`seconds` of one kind of sound; `rate` in beats per second, for the kinds that have one."""
+    """Return `seconds` of one kind of sound; `rate` in beats per second, for the kinds that have one."""
     rng = np.random.default_rng(seed)
     make = procedural.STEADY[kind] if kind in procedural.STEADY else procedural.RHYTHMIC[kind][0]
     return _clip(make(rng, seconds, rate), Event(kind, rate=rate))
 
 
 def voice(text: str, variant: str, kind: str, language: str = "English", manner: str = "") -> Clip:
-    """`text` spoken by espeak-ng's voice `variant`, for instance `en-us+m3`.
+    """Return `text` spoken by espeak-ng's voice `variant`, for instance `en-us+m3`.
 
     `kind` is man, woman, child (a woman's voice made smaller) or person (without voice, if `manner` is whispered).
     """
@@ -64,7 +64,7 @@ def _synthesiser() -> music.Synthesiser:
 
 
 def played(seed: int, family: str, style: str, seconds: float, beats_per_minute: float = 0.0) -> Clip:
-    """A melody, chords or a note of an instrument, or drums, from a sound font that was never trained on."""
+    """Return a melody, chords or a note of an instrument, or drums, from a sound font unseen in training."""
     rng, beat_s = random.Random(seed), 60 / (beats_per_minute or 60)
     event = Event(family, "", style, beats_per_minute / 60)
     if family == "drums":
@@ -83,14 +83,14 @@ def _clip(samples: Samples, *events: Event) -> Clip:
 
 
 def in_turn(*clips: Clip, pause_s: float = 0.3) -> Clip:
-    """One after the other, with pauses between them."""
+    """Return the clips in sequence, with pauses between them."""
     pause = np.zeros(round(pause_s * SAMPLE_RATE), np.float32)
     pieces = [piece for clip in clips for piece in (pause, clip.samples)][1:]
     return _clip(np.concatenate(pieces), *(event for clip in clips for event in clip.facts.events))
 
 
 def at_once(first: Clip, second: Clip) -> Clip:
-    """Both together; they are of one length, and come in the order of their names, as captions tell them."""
+    """Return both clips mixed. They have the same length; events are ordered by name, as in captions."""
     events = first.facts.events + second.facts.events
     clip = _clip(first.samples + second.samples, *sorted(events, key=lambda event: event.kind))
     return replace(clip, facts=replace(clip.facts, overlap=True))
@@ -99,7 +99,7 @@ def at_once(first: Clip, second: Clip) -> Clip:
 def recorded(
     clip: Clip, *, loudness: str = "moderate", noise: str = "none", clipped: bool = False, reverberant: bool = False
 ) -> Clip:
-    """The clip as a recording of that quality, made as the corpus makes them."""
+    """Return the clip as a recording of that quality, by the corpus's methods."""
     rng = np.random.default_rng(0)
     samples = clip.samples
     if reverberant:
@@ -120,7 +120,7 @@ def recorded(
 
 
 def assorted(count: int) -> list[Clip]:
-    """So many different clips: sounds alone, in turn and at once, of 1 to 20 s, recorded well and badly."""
+    """Return `count` different clips of 1 to 20 s: single sounds, in sequence and at once, in good and bad quality."""
     clips = []
     for seed in range(count):
         rng = np.random.default_rng([seed, count])
@@ -138,19 +138,19 @@ def assorted(count: int) -> list[Clip]:
     return clips
 
 
-def assert_told(caption: str, facts: Facts) -> None:
-    """The caption tells the facts: sounds in order, who speaks and how, rate, duration and the recording's quality.
+def assert_states(caption: str, facts: Facts) -> None:
+    """Assert that the caption states the facts: sounds in order, speakers, manner, rate, duration, recording quality.
 
-    A rate counts as told within 20 %, a duration within 1 s or 10 %.
+    A rate matches within 20 %, a duration within 1 s or 10 %.
     """
-    told = parse(caption)
-    assert told is not None, caption
-    assert [event.kind for event in told.events] == [event.kind for event in facts.events], caption
-    assert [event.language for event in told.events] == [event.language for event in facts.events], caption
-    assert [event.manner for event in told.events] == [event.manner for event in facts.events], caption
-    for heard, event in zip(told.events, facts.events, strict=True):
+    stated = parse(caption)
+    assert stated is not None, caption
+    assert [event.kind for event in stated.events] == [event.kind for event in facts.events], caption
+    assert [event.language for event in stated.events] == [event.language for event in facts.events], caption
+    assert [event.manner for event in stated.events] == [event.manner for event in facts.events], caption
+    for heard, event in zip(stated.events, facts.events, strict=True):
         assert abs(heard.rate - event.rate) <= 0.2 * event.rate, caption
-    assert abs(told.duration_s - facts.duration_s) <= max(1.0, 0.1 * facts.duration_s), caption
-    assert told.overlap == facts.overlap, caption
-    assert (told.loudness, told.noise) == (facts.loudness, facts.noise), caption
-    assert (told.clipped, told.reverberant) == (facts.clipped, facts.reverberant), caption
+    assert abs(stated.duration_s - facts.duration_s) <= max(1.0, 0.1 * facts.duration_s), caption
+    assert stated.overlap == facts.overlap, caption
+    assert (stated.loudness, stated.noise) == (facts.loudness, facts.noise), caption
+    assert (stated.clipped, stated.reverberant) == (facts.clipped, facts.reverberant), caption

@@ -1,4 +1,4 @@
-"""The captions' grammar."""
+"""Grammar of the captions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from deploy.embedded.corpus.captions import (
     Facts,
     caption,
     parse,
-    said_duration,
-    said_rate,
+    stated_duration,
+    stated_rate,
 )
 
 TEMPOS = st.sampled_from([0.0, 1.0, 4 / 3, 5 / 3, 2.0, 2.5, 3.0])
@@ -45,21 +45,21 @@ FACTS = st.builds(
 
 
 @given(FACTS)
-def test_a_caption_tells_its_facts_back(facts: Facts) -> None:
-    """Whatever is true of a clip is read back from its caption, numbers as they are said."""
-    told = parse(caption(facts))
-    assert told is not None
-    assert [(e.kind, e.language, e.manner) for e in told.events] == [
+def test_a_caption_parses_to_its_facts(facts: Facts) -> None:
+    """All facts of a clip are parsed from its caption, numbers as stated."""
+    stated = parse(caption(facts))
+    assert stated is not None
+    assert [(e.kind, e.language, e.manner) for e in stated.events] == [
         (e.kind, e.language, e.manner) for e in facts.events
     ]
-    assert [e.rate for e in told.events] == pytest.approx([said_rate(e) for e in facts.events])
-    assert told.duration_s == said_duration(facts.duration_s)
-    assert (told.loudness, told.noise) == (facts.loudness, facts.noise)
-    assert (told.reverberant, told.clipped) == (facts.reverberant, facts.clipped)
+    assert [e.rate for e in stated.events] == pytest.approx([stated_rate(e) for e in facts.events])
+    assert stated.duration_s == stated_duration(facts.duration_s)
+    assert (stated.loudness, stated.noise) == (facts.loudness, facts.noise)
+    assert (stated.reverberant, stated.clipped) == (facts.reverberant, facts.clipped)
 
 
 def test_a_caption_has_two_to_four_sentences() -> None:
-    """The paragraph is short, in the manner of the examples that the API's manual gives."""
+    """The paragraph is short, like the examples in the API's manual."""
     facts = Facts((Event("hammering", rate=2.0), Event("man", "Mandarin Chinese", "quickly")), 6.2, loudness="loud")
     assert caption(facts) == (
         "The audio clip lasts about 6 seconds. It begins with metallic hammering at about 2 per second, and ends with "
@@ -70,6 +70,6 @@ def test_a_caption_has_two_to_four_sentences() -> None:
 @pytest.mark.parametrize(
     "text", ["", "Rain.", "The audio clip lasts about 6 seconds. It holds music. The room is dry."]
 )
-def test_other_text_tells_nothing(text: str) -> None:
-    """Text outside the grammar is not taken for facts."""
+def test_other_text_is_not_parsed(text: str) -> None:
+    """Text outside the grammar has no facts."""
     assert parse(text) is None

@@ -1,7 +1,7 @@
-"""The embedded captioner as an instrument: what goes into the service as sound comes out of it as words.
+"""The embedded captioner as a measuring instrument: captions state the facts of generated sounds.
 
-A wrong resampler, a lost channel, a lost piece or another request's audio shows as a wrong caption. The last tests
-break the audio on purpose, and show that the check notices.
+A wrong resampler, a lost channel, a lost piece or another request's audio causes a wrong caption. The last tests break
+the audio on purpose, and verify that the check detects it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import soxr
 
 from deploy.embedded.corpus.pool import SAMPLE_RATE
 from tests.audio.clips import with_av, with_soundfile
-from tests.embedded.known_sounds import Clip, assert_told, at_once, in_turn, played, recorded, sound, voice
+from tests.embedded.known_sounds import Clip, assert_states, at_once, in_turn, played, recorded, sound, voice
 from tests.support.wire import (
     COMPATIBLE,
     NATIVE,
@@ -48,90 +48,90 @@ siren, telephone, buzzer, dialling = (partial(sound, 2, kind) for kind in ("sire
 
 
 def wav(samples: Samples, rate: int = SAMPLE_RATE) -> bytes:
-    """A 16-bit WAV of samples at 16 kHz, (samples,) or (samples, channels), converted to `rate`."""
+    """Return a 16-bit WAV of samples at 16 kHz, (samples,) or (samples, channels), converted to `rate`."""
     return with_soundfile("WAV", "PCM_16", rate, samples=soxr.resample(samples, SAMPLE_RATE, rate))
 
 
 def caption(service: RunningService, audio: bytes) -> str:
-    """What the service says of the audio."""
+    """Return the service's caption of the audio."""
     return ask_native(service.url, data_url(audio), **GREEDY).text
 
 
 def assert_heard(service: RunningService, clip: Clip) -> None:
-    """The service tells what the clip holds."""
-    assert_told(caption(service, wav(clip.samples)), clip.facts)
+    """Assert that the service's caption states the clip's facts."""
+    assert_states(caption(service, wav(clip.samples)), clip.facts)
 
 
-# ---- what is heard
+# ---- facts
 
 STEADY = (
     "applause", "birds", "bouncing ball", "buzzer", "dialling", "engine", "falling sweep", "fire", "helicopter", "hum",
     "laser", "rain", "rising sweep", "rumble", "siren", "telephone", "thunder", "tone", "waves", "wind",
 )  # fmt: skip
 SEEDS = {"laser": 1}
-"""Where it is not 2: the clips are such as are told right."""
+"""Seeds other than 2. Seeds are chosen so that the model's caption is right."""
 
 KINDS = {kind: recorded(sound(SEEDS.get(kind, 2), kind, 4.0)) for kind in STEADY}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_kind_of_sound_is_told(embedded_service: RunningService, kind: str) -> None:
-    """One sound, how long and how loud it is, and that there is no noise."""
+def test_the_kind_of_sound_is_stated(embedded_service: RunningService, kind: str) -> None:
+    """The caption states one sound, its duration and level, and no noise."""
     assert_heard(embedded_service, KINDS[kind])
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["siren first", "telephone first"])
-def test_two_sounds_are_told_in_their_order(embedded_service: RunningService, order: int) -> None:
-    """The same two sounds, either way round."""
+def test_two_sounds_are_stated_in_order(embedded_service: RunningService, order: int) -> None:
+    """The caption has the order of the sounds, in either order."""
     assert_heard(embedded_service, recorded(in_turn(*(siren(2.5), telephone(2.5))[::order])))
 
 
-def test_three_sounds_are_told_in_their_order(embedded_service: RunningService) -> None:
-    """Beginning, middle and end."""
+def test_three_sounds_are_stated_in_order(embedded_service: RunningService) -> None:
+    """The caption states beginning, middle and end."""
     assert_heard(embedded_service, recorded(in_turn(siren(2.5), telephone(2.5), buzzer(2.5))))
 
 
-def test_sounds_at_once_are_both_told(embedded_service: RunningService) -> None:
-    """One does not hide the other."""
+def test_overlapping_sounds_are_both_stated(embedded_service: RunningService) -> None:
+    """Neither sound hides the other."""
     assert_heard(embedded_service, recorded(at_once(sound(2, "laser", 4.0), sound(2, "applause", 4.0))))
 
 
 @pytest.mark.parametrize("rate", [1.5, 2.0, 3.0, 4.0, 6.0, 8.0])
-def test_the_rate_is_told(embedded_service: RunningService, rate: float) -> None:
-    """Blows per second."""
+def test_the_rate_is_stated(embedded_service: RunningService, rate: float) -> None:
+    """The caption states the blows per second."""
     assert_heard(embedded_service, recorded(sound(2, "hammering", 4.0, rate)))
 
 
 @pytest.mark.parametrize("seconds", [1.0, 3.0, 7.0, 14.0, 28.0])
-def test_the_duration_is_told(embedded_service: RunningService, seconds: float) -> None:
-    """From less than the encoder's shortest window to several of its longest."""
+def test_the_duration_is_stated(embedded_service: RunningService, seconds: float) -> None:
+    """It is right from the encoder's shortest window to several of its longest."""
     assert_heard(embedded_service, recorded(telephone(seconds)))
 
 
-def test_order_is_told_across_the_encoders_windows(embedded_service: RunningService) -> None:
-    """25 seconds are more than three windows of 8 s; what begins in one ends in another."""
+def test_order_is_stated_across_the_encoders_windows(embedded_service: RunningService) -> None:
+    """The order is right over 25 seconds, which are more than three windows of 8 s; sounds cross windows."""
     assert_heard(embedded_service, recorded(in_turn(siren(12.0), telephone(12.7))))
 
 
 @pytest.mark.parametrize("loudness", ["quiet", "moderate", "loud"])
-def test_loudness_is_told(embedded_service: RunningService, loudness: str) -> None:
-    """The level is kept on the way to the model."""
+def test_loudness_is_stated(embedded_service: RunningService, loudness: str) -> None:
+    """The level is preserved on the way to the model."""
     assert_heard(embedded_service, recorded(telephone(4.0), loudness=loudness))
 
 
 @pytest.mark.parametrize("noise", ["none", "faint", "strong"])
-def test_background_noise_is_told(embedded_service: RunningService, noise: str) -> None:
-    """None, faint or strong, and the sound in front of it."""
+def test_background_noise_is_stated(embedded_service: RunningService, noise: str) -> None:
+    """The caption states no, faint or strong noise, and the sound in front of it."""
     assert_heard(embedded_service, recorded(telephone(4.0), noise=noise))
 
 
-def test_clipping_is_told(embedded_service: RunningService) -> None:
+def test_clipping_is_stated(embedded_service: RunningService) -> None:
     """The flattened peaks reach the model."""
     assert_heard(embedded_service, recorded(telephone(4.0), loudness="loud", clipped=True))
 
 
-def test_a_large_room_is_told(embedded_service: RunningService) -> None:
-    """The echo too."""
+def test_a_large_room_is_stated(embedded_service: RunningService) -> None:
+    """The echo reaches the model."""
     assert_heard(embedded_service, recorded(telephone(4.0), reverberant=True))
 
 
@@ -141,13 +141,13 @@ VOICES = {
     "ru+f2": ("woman", "Russian", "Вчера была хорошая погода, и мы долго гуляли вдоль реки."),
     "de+f4": ("woman", "German", "Gestern war das Wetter schön, und wir gingen lange am Fluss spazieren."),
     "fr-fr+m3": ("man", "French", "Hier il faisait beau, et nous avons marché longtemps au bord de la rivière."),
-    "cmn+m1": ("man", "Mandarin Chinese", "昨天天气很好，我们在河边走了很久。"),  # noqa: RUF001 - as it is written
+    "cmn+m1": ("man", "Mandarin Chinese", "昨天天气很好，我们在河边走了很久。"),  # noqa: RUF001 - Chinese punctuation
 }
 
 
 @pytest.mark.parametrize("variant", VOICES)
-def test_who_speaks_is_told(embedded_service: RunningService, variant: str) -> None:
-    """A woman or a man, and the language."""
+def test_the_speaker_is_stated(embedded_service: RunningService, variant: str) -> None:
+    """The caption states a woman or a man, and the language."""
     kind, language, text = VOICES[variant]
     assert_heard(embedded_service, recorded(voice(text, variant, kind, language)))
 
@@ -161,8 +161,8 @@ MANNERS = {
 
 
 @pytest.mark.parametrize("how", MANNERS)
-def test_how_someone_speaks_is_told(embedded_service: RunningService, how: str) -> None:
-    """Pace, a whisper, a child; by voices that were never trained on."""
+def test_the_manner_of_speaking_is_stated(embedded_service: RunningService, how: str) -> None:
+    """The caption states pace, a whisper or a child, for voices unseen in training."""
     variant, kind, manner = MANNERS[how]
     text = "Nobody had told him that the bridge was closed, so he had to take the long way round."
     assert_heard(embedded_service, recorded(voice(text, variant, kind, "English", manner)))
@@ -177,17 +177,17 @@ MUSIC |= {
     "note": (0, "piano", "note", 0.0),
     "drums": (0, "drums", "", 120.0),
 }
-"""Such as are told right: this font's violin never is."""
+"""Excerpts that the model recognises; it never recognises this font's violin."""
 
 
 @pytest.mark.parametrize("what", MUSIC)
-def test_music_is_told(embedded_service: RunningService, what: str) -> None:
-    """Instrument, what it plays and its tempo, from a sound font that was never trained on."""
+def test_music_is_stated(embedded_service: RunningService, what: str) -> None:
+    """The caption states instrument, part and tempo, for a sound font unseen in training."""
     seed, family, style, tempo = MUSIC[what]
     assert_heard(embedded_service, recorded(played(seed, family, style, 5.0 if tempo else 3.0, tempo)))
 
 
-# ---- however it is sent
+# ---- transport and coding
 
 SCENE = recorded(in_turn(siren(3.0), telephone(3.0)))
 
@@ -195,21 +195,21 @@ RATES = [8_000, 11_025, 22_050, 44_100, 48_000, 96_000]
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_any_sample_rate_is_heard_alike(embedded_service: RunningService, rate: int) -> None:
-    """From narrow-band to studio: same sounds, same rate, same length."""
-    assert_told(caption(embedded_service, wav(SCENE.samples, rate)), SCENE.facts)
+def test_every_sample_rate_gives_the_same_facts(embedded_service: RunningService, rate: int) -> None:
+    """Sounds, rate and duration are right from narrow-band to studio rates."""
+    assert_states(caption(embedded_service, wav(SCENE.samples, rate)), SCENE.facts)
 
 
 @pytest.mark.parametrize("channel", [0, 1], ids=["left", "right"])
 def test_a_sound_in_one_channel_is_heard(embedded_service: RunningService, channel: int) -> None:
-    """The other channel is silent."""
+    """The facts are right if the other channel is silent."""
     stereo = np.zeros((len(SCENE.samples), 2), np.float32)
     stereo[:, channel] = 2 * SCENE.samples
-    assert_told(caption(embedded_service, wav(stereo)), SCENE.facts)
+    assert_states(caption(embedded_service, wav(stereo)), SCENE.facts)
 
 
 def one_sound_per_channel() -> Samples:
-    """The first of the scene's sounds in the left channel, the second in the right."""
+    """Return the scene with its first sound in the left channel and its second in the right."""
     stereo = np.stack([2 * SCENE.samples, 2 * SCENE.samples], axis=1)
     stereo[: len(stereo) // 2, 1] = 0
     stereo[len(stereo) // 2 :, 0] = 0
@@ -217,8 +217,8 @@ def one_sound_per_channel() -> Samples:
 
 
 def test_both_channels_are_heard(embedded_service: RunningService) -> None:
-    """The siren is in the left channel alone, the telephone in the right."""
-    assert_told(caption(embedded_service, wav(one_sound_per_channel())), SCENE.facts)
+    """The facts are right with the siren only in the left channel and the telephone only in the right."""
+    assert_states(caption(embedded_service, wav(one_sound_per_channel())), SCENE.facts)
 
 
 def _narrow() -> Samples:
@@ -240,45 +240,45 @@ CODINGS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("coding", CODINGS)
-def test_any_coding_is_heard_alike(embedded_service: RunningService, coding: str) -> None:
-    """Lossy codings and the telephone's lose none of the facts."""
-    assert_told(caption(embedded_service, CODINGS[coding]()), SCENE.facts)
+def test_every_coding_gives_the_same_facts(embedded_service: RunningService, coding: str) -> None:
+    """Lossy and telephone codings lose none of the facts."""
+    assert_states(caption(embedded_service, CODINGS[coding]()), SCENE.facts)
 
 
-def test_every_way_in_and_out_tells_the_same(embedded_service: RunningService, media: MediaServer) -> None:
-    """Data URL, web address and upload; either dialect; whole and streamed: one caption, and it is right."""
+def test_every_input_and_output_gives_the_same_caption(embedded_service: RunningService, media: MediaServer) -> None:
+    """Data URL, web address and upload, both dialects, streamed and not, give one caption, and it is right."""
     url, audio = embedded_service.url, wav(SCENE.samples)
     media.files["scene.wav"] = audio
-    ways = {
+    inputs = {
         "data URL": data_url(audio),
         "address": media.url("scene.wav"),
         "upload": upload(url, audio, name="scene.wav"),
     }
     resolve = {"X-DashScope-OssResourceResolve": "enable"}
-    captions = [ask_native(url, way, headers=resolve, **GREEDY).text for way in ways.values()]
-    captions += [ask_compatible(url, way, headers=resolve, **GREEDY).text for way in ways.values()]
-    native = native_body(ways["data URL"], incremental_output=True, **GREEDY)
+    captions = [ask_native(url, source, headers=resolve, **GREEDY).text for source in inputs.values()]
+    captions += [ask_compatible(url, source, headers=resolve, **GREEDY).text for source in inputs.values()]
+    native = native_body(inputs["data URL"], incremental_output=True, **GREEDY)
     stream = httpx.post(url + NATIVE, json=native, headers={"X-DashScope-SSE": "enable"}, timeout=120)
     captions.append(
         "".join(event["output"]["choices"][0]["message"]["content"][0]["text"] for event in events(stream.text))
     )
-    stream = httpx.post(url + COMPATIBLE, json=compatible_body(ways["data URL"], stream=True, **GREEDY), timeout=120)
+    stream = httpx.post(url + COMPATIBLE, json=compatible_body(inputs["data URL"], stream=True, **GREEDY), timeout=120)
     captions.append(
         "".join(event["choices"][0]["delta"].get("content") or "" for event in events(stream.text) if event["choices"])
     )
-    assert_told(captions[0], SCENE.facts)
+    assert_states(captions[0], SCENE.facts)
     assert len(captions) == 8
     assert set(captions) == {captions[0]}
 
 
-def test_each_of_many_at_once_gets_its_own(embedded_service: RunningService) -> None:
-    """Different clips together: nobody gets another's audio."""
+def test_concurrent_requests_get_their_own_captions(embedded_service: RunningService) -> None:
+    """No concurrent request gets the caption of another request's audio."""
     with ThreadPoolExecutor(len(KINDS)) as pool:
-        for told in [pool.submit(assert_heard, embedded_service, clip) for clip in KINDS.values()]:
-            told.result()
+        for check in [pool.submit(assert_heard, embedded_service, clip) for clip in KINDS.values()]:
+            check.result()
 
 
-# ---- the check notices what is broken
+# ---- detection of broken audio
 
 
 def _reversed_frames(clip: Clip) -> bytes:
@@ -292,8 +292,8 @@ def _shuffled_frames(clip: Clip) -> bytes:
 
 
 BROKEN: dict[str, Callable[[Clip], bytes]] = {
-    "told to be of twice its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 32_000, samples=clip.samples),
-    "told to be of half its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 8_000, samples=clip.samples),
+    "declared with twice its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 32_000, samples=clip.samples),
+    "declared with half its sample rate": lambda clip: with_soundfile("WAV", "PCM_16", 8_000, samples=clip.samples),
     "every second sample lost": lambda clip: wav(clip.samples[::2]),
     "left channel lost": lambda _: wav(one_sound_per_channel() * np.array([0, 1], np.float32)),
     "right channel lost": lambda _: wav(one_sound_per_channel() * np.array([1, 0], np.float32)),
@@ -301,16 +301,16 @@ BROKEN: dict[str, Callable[[Clip], bytes]] = {
     "frames in reverse": _reversed_frames,
     "the first half lost": lambda clip: wav(clip.samples[len(clip.samples) // 2 :]),
     "another clip": lambda _: wav(recorded(in_turn(buzzer(3.0), dialling(3.0))).samples),
-    "the halves changed over": lambda clip: wav(np.roll(clip.samples, len(clip.samples) // 2)),
+    "the halves swapped": lambda clip: wav(np.roll(clip.samples, len(clip.samples) // 2)),
     "ten times too quiet": lambda clip: wav(clip.samples / np.float32(10)),
     "silence": lambda clip: wav(np.zeros_like(clip.samples)),
 }
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_broken_audio_is_noticed(embedded_service: RunningService, how: str) -> None:
-    """The check that passes for the scene fails for what a broken path would make of it."""
-    assert_told(caption(embedded_service, wav(SCENE.samples)), SCENE.facts)
-    told = caption(embedded_service, BROKEN[how](SCENE))
+def test_broken_audio_is_detected(embedded_service: RunningService, how: str) -> None:
+    """The check that passes for the scene fails for the audio that a broken path would produce."""
+    assert_states(caption(embedded_service, wav(SCENE.samples)), SCENE.facts)
+    broken = caption(embedded_service, BROKEN[how](SCENE))
     with pytest.raises(AssertionError):
-        assert_told(told, SCENE.facts)
+        assert_states(broken, SCENE.facts)

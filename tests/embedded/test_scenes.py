@@ -35,23 +35,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pool_gives_back_what_was_written(cache: Path) -> None:
-    """Samples come back at the pool's peak, facts as they were."""
+def test_a_pool_returns_the_written_sounds(cache: Path) -> None:
+    """Samples have the pool's peak, and facts are unchanged."""
     pool = Pool(cache / "music")
     assert [entry.split for entry in pool.entries] == [TRAIN, HELD_OUT]
     assert pool.read(pool.entries[1]) == pytest.approx(TWO_S * 0.9 / np.abs(TWO_S).max(), abs=1e-4)
 
 
 def test_silence_at_the_ends_is_cut() -> None:
-    """Only what is near the peak stays, and silence alone becomes nothing."""
+    """Only the part near the peak stays, and silence becomes empty."""
     padded = np.concatenate([np.zeros(8000), TWO_S, np.zeros(8000)])
     assert len(trimmed(padded)) == pytest.approx(len(TWO_S), abs=700)
     assert len(trimmed(np.zeros(100))) == 0
 
 
 @pytest.mark.parametrize("split", [TRAIN, HELD_OUT])
-def test_scenes_keep_to_their_split_and_their_facts(cache: Path, split: str) -> None:
-    """Each scene is as long and as loud as its facts say, from its split only, and its caption tells its events."""
+def test_scenes_match_their_split_and_their_facts(cache: Path, split: str) -> None:
+    """Each scene has the duration and level of its facts, only sources of its split, and its events in the caption."""
     maker = SceneMaker(cache, split)
     for seed in range(40):
         scene = maker.make(seed)
@@ -60,15 +60,15 @@ def test_scenes_keep_to_their_split_and_their_facts(cache: Path, split: str) -> 
         assert 0.4 <= scene.facts.duration_s <= 30.5
         low, high = PEAK_DB[scene.facts.loudness]
         assert low - 0.1 <= 20 * np.log10(np.abs(scene.samples).max()) <= high + 0.1
-        told = parse(caption(scene.facts))
-        assert told is not None
-        assert [event.kind for event in told.events] == [event.kind for event in scene.facts.events]
+        stated = parse(caption(scene.facts))
+        assert stated is not None
+        assert [event.kind for event in stated.events] == [event.kind for event in scene.facts.events]
         if not scene.facts.overlap:
             assert all(end <= start for (_, end), (start, _) in pairwise(scene.spans_s))
 
 
 def test_a_seed_fixes_a_scene(cache: Path) -> None:
-    """The corpus can be made again, and the splits do not share scenes."""
+    """The corpus is reproducible, and the splits do not share scenes."""
     first, again = (SceneMaker(cache, TRAIN).make(7) for _ in range(2))
     assert first.facts == again.facts
     assert (first.samples == again.samples).all()
@@ -77,14 +77,14 @@ def test_a_seed_fixes_a_scene(cache: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [1, 7, 30])
 def test_a_second_of_audio_is_thirteen_tokens(seconds: int) -> None:
-    """As the audio tower makes them; a rest rounds up to a whole token."""
+    """The number is that of the audio tower; a remainder rounds up to a full token."""
     assert audio_tokens(seconds * 100) == seconds * TOKENS_PER_S
     assert audio_tokens(seconds * 100 + 1) == seconds * TOKENS_PER_S + 1
 
 
 @pytest.mark.parametrize("name", CODINGS)
 def test_a_coding_keeps_the_sound_and_its_length(name: str) -> None:
-    """What comes back is as long, and alike but for a few milliseconds of delay; telephones keep nothing high."""
+    """Length and sound are the same up to a few milliseconds of delay; telephones keep no high frequencies."""
     t = np.arange(2 * SAMPLE_RATE + 7) / SAMPLE_RATE
     low, high = 0.3 * np.sin(2 * np.pi * (300 + 200 * t) * t), 0.2 * np.sin(2 * np.pi * 6_000 * t)
     heard = through(name, (low + high).astype(np.float32))

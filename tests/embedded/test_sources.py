@@ -1,4 +1,4 @@
-"""What the corpus is made of: labels of recordings, sentences, voices, notes."""
+"""Sources of the corpus: labels of recordings, sentences, voices, notes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from deploy.embedded.corpus import effects, music, speech
-from deploy.embedded.corpus.captions import SOUNDS, Event, said_rate
+from deploy.embedded.corpus.captions import SOUNDS, Event, stated_rate
 from deploy.embedded.corpus.pool import SAMPLE_RATE, TRAIN
 
 if TYPE_CHECKING:
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
         ("tuxpaint-stamps-default/x/animals/dog_desc_fr.ogg", None),
     ],
 )
-def test_a_files_name_tells_its_kind(path: str, kind: str | None) -> None:
-    """Names that only look alike are told apart, and what does not tell is left out."""
+def test_a_files_name_determines_its_kind(path: str, kind: str | None) -> None:
+    """Similar names are distinguished, and a name without a kind is left out."""
     assert effects.kind_of(path) == kind
 
 
 def test_every_label_has_words() -> None:
-    """A kind that a rule finds can be told in a caption, or has too few files (and is left out by their number)."""
+    """Each kind of a rule has words in a caption, or too few files, so that it is left out."""
     assert {kind for kind, _ in effects.RULES} - set(SOUNDS) <= {"crow", "frogs", "gunshot", "train"}
 
 
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
-    """A page of a French book that is partly English, and one of a Chinese book."""
+    """Folder with a page of a partly English French book, and a page of a Chinese book."""
     french = tmp_path / "libreoffice-help-fr" / "help" / "fr" / "page.html"
     chinese = tmp_path / "libreoffice-help-zh-cn" / "help" / "zh-CN" / "page.html"
     french.parent.mkdir(parents=True)
@@ -63,40 +63,40 @@ def books(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_sentences_are_plain_ones_of_their_language(books: Path) -> None:
-    """No script, no title, no figures, no name, and nothing that was left untranslated."""
+def test_sentences_are_plain_and_of_their_language(books: Path) -> None:
+    """There is no script, title, digit, name or untranslated sentence."""
     speech.sentences.cache_clear()
     assert speech.sentences(books, "French") == ["Cliquez sur la couleur de votre choix."]
     assert speech.sentences(books, "Mandarin Chinese") == ["选择要将新模版保存到哪个类别。"]
 
 
 def hummed(pitch_hz: float) -> np.ndarray:
-    """Two seconds of a voice-like sound."""
+    """Return two seconds of a voice-like sound."""
     t = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
     harmonics = np.array([np.sin(2 * np.pi * pitch_hz * n * t) / n for n in range(1, 12)])
     return np.asarray(harmonics.sum(axis=0), np.float32)
 
 
 @pytest.mark.parametrize(("pitch_hz", "who"), [(110, "man"), (220, "woman"), (157, "")])
-def test_pitch_tells_who_speaks(pitch_hz: float, who: str) -> None:
-    """A man, a woman, or nothing where it does not tell."""
+def test_pitch_determines_the_speaker(pitch_hz: float, who: str) -> None:
+    """The speaker is a man, a woman, or unknown for an ambiguous pitch."""
     assert speech.pitch_hz(hummed(pitch_hz)) == pytest.approx(pitch_hz, rel=0.02)
     assert speech.speaker(hummed(pitch_hz)) == who
 
 
-def test_an_utterance_is_told_as_what_it_is() -> None:
-    """A slow woman is also a child at a common pace; a whisper has no pitch and no gender."""
-    as_woman, as_child = speech.told(hummed(220), "voice", TRAIN, "French", "slowly")
+def test_an_utterance_has_variants() -> None:
+    """A woman's slow utterance is also a child's at a common pace; a whisper has no pitch and no gender."""
+    as_woman, as_child = speech.utterances_of(hummed(220), "voice", TRAIN, "French", "slowly")
     assert (as_woman[1]["kind"], as_woman[1]["manner"]) == ("woman", "slowly")
     assert (as_child[1]["kind"], as_child[1]["manner"]) == ("child", "")
     assert speech.pitch_hz(as_child[0]) > 1.3 * 220
     assert len(as_child[0]) < len(as_woman[0])
-    assert list(speech.told(hummed(157), "voice", TRAIN, "French", "")) == []
+    assert list(speech.utterances_of(hummed(157), "voice", TRAIN, "French", "")) == []
     assert speech.pitch_hz(speech.whisper(hummed(220), np.random.default_rng(0))) == 0
 
 
 def test_bare_gsm_is_read(tmp_path: Path) -> None:
-    """Prompts come as frames of GSM without a header, at 8 kHz."""
+    """A prompt of GSM frames without a header is decoded at 8 kHz."""
     path = tmp_path / "prompt.gsm"
     soundfile.write(path, hummed(220)[::2], 8_000, format="RAW", subtype="GSM610")
     samples = speech.decoded(path)
@@ -106,7 +106,7 @@ def test_bare_gsm_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", music.FAMILIES)
 def test_notes_stay_within_the_instruments_range(family: str) -> None:
-    """Melodies and chords; each chord has three different keys, none cut off at the top."""
+    """Melodies and chords stay within it; each chord has three different keys, and none is cut off at the top."""
     _, low, high = music.FAMILIES[family]
     for seed in range(20):
         chords = music.chords(random.Random(seed), 0.5, 5.0, low, high)
@@ -118,7 +118,7 @@ def test_notes_stay_within_the_instruments_range(family: str) -> None:
 
 
 def test_recorded_notes_are_played_at_their_key_and_time(tmp_path: Path) -> None:
-    """A key without a recording is the nearest one, faster; it ends when it is let go."""
+    """A key without a recording is the nearest one, played faster; it stops when the key is released."""
     tone = np.sin(2 * np.pi * 440 * np.arange(2 * 44_100) / 44_100)
     soundfile.write(tmp_path / "A4.mp3", 0.5 * tone, 44_100, format="MP3")
     played = music.Sampler(tmp_path).play([(0.0, 0.5, 69, 127), (1.0, 0.5, 81, 127)], 2.0)
@@ -134,8 +134,9 @@ def test_recorded_notes_are_played_at_their_key_and_time(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("kind", "rate", "said"), [("clock", 2.04, 2.0), ("clock", 1.27, 1.3), ("clock", 6.3, 6.5), ("piano", 1.33, 4 / 3)]
+    ("kind", "rate", "stated"),
+    [("clock", 2.04, 2.0), ("clock", 1.27, 1.3), ("clock", 6.3, 6.5), ("piano", 1.33, 4 / 3)],
 )
-def test_rates_are_said_as_finely_as_they_are_judged(kind: str, rate: float, said: float) -> None:
-    """Within a few of the 20 % that count: tenths below 4 per second, halves above, tens of beats per minute."""
-    assert said_rate(Event(kind, rate=rate)) == pytest.approx(said)
+def test_rates_are_stated_more_finely_than_the_tolerance(kind: str, rate: float, stated: float) -> None:
+    """Steps are within a few of the 20 %: tenths below 4 per second, halves above, tens of beats per minute."""
+    assert stated_rate(Event(kind, rate=rate)) == pytest.approx(stated)

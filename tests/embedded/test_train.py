@@ -26,7 +26,7 @@ FACTS = Facts((Event("rain"), Event("man", "French", "slowly")), 2.0)
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Five clips of noise, of which one is long."""
+    """Corpus of five clips of noise, one of them long."""
     folder = tmp_path_factory.mktemp("train")
     features = np.random.default_rng(0).standard_normal((sum(LENGTHS), MEL)).astype(np.float16)
     (folder / "000.f16").write_bytes(features.tobytes())
@@ -40,11 +40,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(folder, build_tokenizer([caption(FACTS)] * 10))
 
 
-def test_a_batch_says_what_is_heard_when(corpus: Corpus) -> None:
-    """Only the caption counts in the loss, and each audio token knows the sounds of its moment."""
+def test_a_batch_labels_each_audio_token(corpus: Corpus) -> None:
+    """Only the caption is in the loss, and each audio token has the classes of the sounds at its time."""
     batch = corpus.batch(corpus.clips[1:2], np.random.default_rng(0))
-    told = batch.labels[batch.labels != IGNORED]
-    assert corpus.tokenizer.decode(told) == caption(FACTS) + "<|im_end|>"
+    labels = batch.labels[batch.labels != IGNORED]
+    assert corpus.tokenizer.decode(labels) == caption(FACTS) + "<|im_end|>"
     assert batch.features.shape == (MEL, batch.lengths.item())
     assert batch.kinds.shape == (audio_tokens(int(batch.lengths)), len(KINDS))
     assert batch.kinds[0].argmax() == KINDS.index("rain")
@@ -54,7 +54,7 @@ def test_a_batch_says_what_is_heard_when(corpus: Corpus) -> None:
 
 
 def test_beats_are_counted_per_event(tmp_path: Path) -> None:
-    """Each event with a rate has a number of its own in the batch, and its loss is that of the beats in its span."""
+    """Each event with a rate has a unique number in the batch, and its loss is that of the beats in its span."""
     facts = Facts((Event("clock", rate=2.0), Event("rain"), Event("beeping", rate=4.0)), 6.0)
     line = {**asdict(facts), "spans_s": [[0, 2], [2, 4], [4, 6]], "first_frame": 0, "frames": 600}
     (tmp_path / "000.jsonl").write_text("\n".join([json.dumps(line)] * 2))
@@ -71,15 +71,15 @@ def test_beats_are_counted_per_event(tmp_path: Path) -> None:
         heads.beats.weight.zero_()
         heads.beats.bias.fill_(4 * (1.5 + math.log(2 / 11)))  # a share of 2/13 of a beat in every token
     long = torch.bincount(batch.beating[batch.beating != IGNORED])
-    # Half a beat more than the span is long, since the first begins with it; a tenth keeps the logarithms finite.
+    # Half a beat more than the span contains, because the first is at its start; 0.1 keeps the logarithms finite.
     apart = torch.log(2 / 13 * long + 0.1) - torch.log(batch.beats * long / 13 + 0.6)
     assert heads.beats_loss(tokens, batch).item() == pytest.approx(torch.square(apart).mean().item(), rel=1e-3)
     none = corpus.batch([replace(corpus.clips[0], facts=FACTS, spans_s=((0, 3), (3, 6)))], np.random.default_rng(1))
     assert heads.beats_loss(torch.zeros(len(none.beating), 192), none) == 0
 
 
-def test_a_clip_is_another_one_at_each_visit_and_its_facts_follow() -> None:
-    """Faster means shorter and at a higher rate, by the same factor; level and range stay; speech changes little."""
+def test_each_visit_varies_a_clip_and_its_facts() -> None:
+    """Duration and rate change by the same factor; level and range stay; speech changes little."""
     mel = np.random.default_rng(0).uniform(-0.5, 1.5, (800, MEL)).astype(np.float32)
     beats = Clip(0, 0, 800, Facts((Event("clock", rate=2.0),), 8.0), ((1.0, 7.0),))
     speech = Clip(0, 0, 800, FACTS, ((0.0, 1.0), (1.0, 2.0)))
@@ -99,8 +99,8 @@ def test_a_clip_is_another_one_at_each_visit_and_its_facts_follow() -> None:
     assert max(lengths) > 880
 
 
-def test_some_visits_lack_what_codings_cut_off() -> None:
-    """Above the edge nothing is left, the level stays, and a sound that lies above it is never cut off."""
+def test_some_visits_are_narrow_band() -> None:
+    """Bins above the edge are empty, the level stays, and a sound above the edge is never removed."""
     mel = np.random.default_rng(0).uniform(0.5, 1.5, (400, MEL)).astype(np.float32)
     high = np.full((400, MEL), -0.5, np.float32)
     high[:, 120:124] = 1.5
@@ -112,8 +112,8 @@ def test_some_visits_lack_what_codings_cut_off() -> None:
     assert all((varied(high, clip, np.random.default_rng(seed))[0] > 1).any() for seed in range(40))
 
 
-def test_no_mask_takes_a_whole_sound_away() -> None:
-    """Bins in which one of two sounds lies are left alone, though the other, louder one lies elsewhere."""
+def test_no_mask_removes_a_complete_sound() -> None:
+    """Bins that contain one of two sounds are kept, even if the other, louder sound is in other bins."""
     mel = np.full((400, MEL), -0.5, np.float32)
     mel[:200, 20:40] = 1.5
     mel[200:, 90:94] = 1.0
@@ -124,7 +124,7 @@ def test_no_mask_takes_a_whole_sound_away() -> None:
 
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
-    """The first tenth holds short clips only; a run that is taken up again holds the rest of the steps."""
+    """The first tenth has only short clips; a resumed run has the remaining steps."""
     first, second = list(lessons(corpus, 0, 80, (0, 1))), list(lessons(corpus, 60, 80, (0, 1)))
     assert len(first) == 80
     assert len(second) == 20
@@ -133,22 +133,22 @@ def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
 
 
 def test_processes_share_each_step(corpus: Corpus) -> None:
-    """Two processes take turns in one and the same order of batches."""
-    whole = list(lessons(corpus, 60, 80, (0, 1)))
+    """Two processes alternate in the same order of batches."""
+    batches = list(lessons(corpus, 60, 80, (0, 1)))
     halves = [list(lessons(corpus, 60, 80, (rank, 2))) for rank in (0, 1)]
     assert [len(half) for half in halves] == [20, 20]
-    taken_in_turn = [clips for pair in zip(*halves, strict=True) for clips in pair]
-    assert taken_in_turn[: len(whole)] == whole
+    alternating = [clips for pair in zip(*halves, strict=True) for clips in pair]
+    assert alternating[: len(batches)] == batches
 
 
-def test_training_learns_and_goes_on(corpus: Corpus, tmp_path: Path) -> None:
-    """The loss falls, and a state that was saved is taken up where it was left."""
+def test_training_learns_and_resumes(corpus: Corpus, tmp_path: Path) -> None:
+    """The loss falls, and a saved state is resumed at its step."""
     training = Training(corpus.tokenizer, tmp_path / "state.pt")
     batch = corpus.batch(next(islice(lessons(corpus, 0, 80, (0, 1)), 1)), np.random.default_rng(0))
     losses = [training.learn(batch, 12) for _ in range(10)]
     alone = int(training.plan.tower_until * 12)
     assert losses[alone - 1][1] < losses[0][1], "the audio tower learns, alone"
-    assert all(told == 0 for told, *_ in losses[:alone])
+    assert all(loss == 0 for loss, *_ in losses[:alone])
     assert losses[-1][0] < losses[alone][0], "then the captions"
     training.save()
     again = Training(corpus.tokenizer, tmp_path / "state.pt")

@@ -11,7 +11,7 @@ import soxr
 from serving.audio import decode, features
 from serving.types import SAMPLE_RATE, Features
 from tests.audio.clips import with_soundfile
-from tests.embedded.known_sounds import assert_told, in_turn, recorded, sound
+from tests.embedded.known_sounds import assert_states, in_turn, recorded, sound
 from tests.engine.conftest import caption
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ async def told(engine: VllmEngine) -> str:
 
 async def test_the_whole_path_tells_the_scene(engine: VllmEngine) -> None:
     """Unbroken."""
-    assert_told(await told(engine), SCENE.facts)
+    assert_states(await told(engine), SCENE.facts)
 
 
 def _resampler_of(factor: float) -> Callable[..., soxr.ResampleStream]:
@@ -109,4 +109,4 @@ async def test_a_broken_path_is_noticed(engine: VllmEngine, monkeypatch: pytest.
     BROKEN[how](monkeypatch)
     text = await told(engine)
     with pytest.raises(AssertionError):
-        assert_told(text, SCENE.facts)
+        assert_states(text, SCENE.facts)

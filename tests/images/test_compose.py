@@ -1,4 +1,4 @@
-"""Compose: merged by a real implementation of it, valid by its schema, and safe by what it means."""
+"""Compose files: merged by podman-compose, valid by the schema, with minimal privileges."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Project = dict[str, Any]
 
 
 def merged(tmp_path_factory: pytest.TempPathFactory, *files: str, **variables: str) -> Project:
-    """What podman-compose makes of the files: merged, variables put in. It only asks podman for its version."""
+    """Return the files merged by podman-compose, with variables expanded. It calls podman only for its version."""
     directory = tmp_path_factory.mktemp("bin")
     podman = directory / "podman"
     podman.write_text("#!/bin/sh\necho podman version 5.0.0\n")
@@ -42,35 +42,35 @@ def merged(tmp_path_factory: pytest.TempPathFactory, *files: str, **variables: s
 
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """On a machine with GPUs."""
+    """Project for a machine with GPUs."""
     return merged(tmp_path_factory, "compose.yaml")
 
 
 @pytest.fixture(scope="module")
 def cpu(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """On a laptop."""
+    """Project for a machine without a GPU."""
     return merged(tmp_path_factory, "compose.yaml", "compose.cpu.yaml")
 
 
 @pytest.fixture(params=["gpu", "cpu"])
 def project(request: pytest.FixtureRequest) -> Project:
-    """Each of the two."""
+    """Each of the two projects in turn."""
     found: Project = request.getfixturevalue(request.param)
     return found
 
 
 def services(project: Project) -> list[tuple[str, dict[str, Any]]]:
-    """By name."""
+    """Return the services with their names."""
     return list(project["services"].items())
 
 
-def test_all_parts_are_there(project: Project) -> None:
-    """The service, its two stores, and what watches it."""
+def test_all_services_are_defined(project: Project) -> None:
+    """The project has the service, its two stores, and monitoring."""
     assert set(project["services"]) == {"captioner", "postgres", "redis", "prometheus", "alertmanager", "grafana"}
 
 
-def test_no_container_may_more_than_it_must(project: Project) -> None:
-    """Read-only root, no capabilities, no way to gain any, no root in the stores, limits on what it takes."""
+def test_containers_have_minimal_privileges(project: Project) -> None:
+    """Each has a read-only root, no capabilities, no way to gain any, and limits; stores do not run as root."""
     for name, service in services(project):
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -84,20 +84,20 @@ def test_no_container_may_more_than_it_must(project: Project) -> None:
         assert project["services"][name]["user"] == "999:999"
 
 
-def test_every_container_is_checked(project: Project) -> None:
-    """Each says by itself whether it does its work, and the service waits for its stores."""
+def test_every_container_has_a_health_check(project: Project) -> None:
+    """Each has a health check, and the service waits until its stores are healthy."""
     for name, service in services(project):
         assert service["healthcheck"]["test"], name
     captioner = project["services"]["captioner"]
     assert "/readyz" in captioner["healthcheck"]["test"][-1]
-    assert {name: how["condition"] for name, how in captioner["depends_on"].items()} == {
+    assert {name: each["condition"] for name, each in captioner["depends_on"].items()} == {
         "postgres": "service_healthy",
         "redis": "service_healthy",
     }
 
 
 def test_ports_are_on_loopback(project: Project) -> None:
-    """Nothing is published to a network unless somebody says so, and the stores not at all."""
+    """By default nothing is published to a network, and the stores are never published."""
     published = {name: service["ports"] for name, service in services(project) if service.get("ports")}
     assert set(published) == {"captioner", "prometheus", "alertmanager", "grafana"}
     for ports in published.values():
@@ -105,34 +105,34 @@ def test_ports_are_on_loopback(project: Project) -> None:
 
 
 def test_the_service_can_be_published(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """By a variable, and only the service."""
+    """A variable publishes the service, and only the service."""
     project = merged(tmp_path_factory, "compose.yaml", CAPTIONER_BIND="0.0.0.0", CAPTIONER_PORT="80")  # noqa: S104
     assert project["services"]["captioner"]["ports"] == ["0.0.0.0:80:8000"]
     assert project["services"]["prometheus"]["ports"] == ["127.0.0.1:9090:9090"]
 
 
-def test_the_stores_have_no_way_out(project: Project) -> None:
-    """PostgreSQL and Redis are reached by the others, and reach nothing."""
+def test_the_stores_have_no_external_access(project: Project) -> None:
+    """PostgreSQL and Redis are only in the internal network."""
     assert project["networks"]["inside"] == {"internal": True}
     for name in ("postgres", "redis"):
         assert set(project["services"][name]["networks"]) == {"inside"}
 
 
 def test_images_are_pinned(project: Project) -> None:
-    """Each has a whole version, but the service's own, which is built here."""
+    """Each has a full version, except the service's image, which is built locally."""
     for name, service in services(project):
         tag = service["image"].rpartition(":")[2]
         assert re.match(r"v?\d+\.\d+(\.\d+)?", tag) or name == "captioner", service["image"]
 
 
 def test_an_image_can_be_pinned_by_digest(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """By its variable."""
+    """The image's variable sets the digest."""
     pinned = "redis:7.4.2-bookworm@sha256:" + "0" * 64
     assert merged(tmp_path_factory, "compose.yaml", REDIS_IMAGE=pinned)["services"]["redis"]["image"] == pinned
 
 
-def test_no_secret_stands_in_a_file_or_in_the_environment(project: Project) -> None:
-    """Secrets are files that `secrets.sh` makes: all that are named are made, and each is used by somebody."""
+def test_secrets_are_files(project: Project) -> None:
+    """Every named secret is a file and is used by a service; no variable contains a secret."""
     used = {secret for _, service in services(project) for secret in service.get("secrets", [])}
     assert used == set(project["secrets"])
     for secret in project["secrets"].values():
@@ -155,8 +155,8 @@ def test_variables_are_settings(project: Project) -> None:
     assert names - {"secrets_dir", "region", "redis_url", "key_pepper"} <= set(Settings.model_fields)
 
 
-def test_what_is_mounted_is_there(project: Project) -> None:
-    """Every file and directory of ours that a container gets exists, and is read-only."""
+def test_mounted_files_exist(project: Project) -> None:
+    """Every mounted file and directory of the repository exists, and is mounted read-only."""
     count = 0
     for _, service in services(project):
         for volume in service.get("volumes", []):
@@ -168,15 +168,15 @@ def test_what_is_mounted_is_there(project: Project) -> None:
     assert count >= 6
 
 
-def test_what_runs_is_finished_before_it_is_killed(project: Project) -> None:
-    """The container gets longer to stop than the service takes at most."""
+def test_running_requests_finish_before_the_container_is_killed(project: Project) -> None:
+    """The container may stop for longer than the service's grace period."""
     grace = re.fullmatch(r"(\d+)s", project["services"]["captioner"]["stop_grace_period"])
     assert grace
     assert int(grace[1]) > Settings.model_fields["shutdown_grace_s"].default
 
 
-def test_gpus_are_asked_for_only_where_there_are_some(gpu: Project, cpu: Project) -> None:
-    """All of the machine's with the CUDA image; none with the CPU image, which takes less of everything."""
+def test_only_the_cuda_image_reserves_gpus(gpu: Project, cpu: Project) -> None:
+    """The CUDA image reserves all GPUs of the machine; the CPU image none, and it has the CPU profile."""
     resources = {name: project["services"]["captioner"] for name, project in (("gpu", gpu), ("cpu", cpu))}
     (devices,) = resources["gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices["capabilities"] == ["gpu"]
@@ -189,27 +189,27 @@ def test_gpus_are_asked_for_only_where_there_are_some(gpu: Project, cpu: Project
 
 
 def test_every_profile_can_be_chosen(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """By its name."""
+    """A variable selects the profile by name."""
     project = merged(tmp_path_factory, "compose.yaml", CAPTIONER_PROFILE="2xa100-80g")
     (profile,) = [volume for volume in project["services"]["captioner"]["volumes"] if "profile.toml" in volume]
     assert (COMPOSE / profile.split(":")[0]).is_file()
 
 
-def test_secrets_are_made_once(tmp_path: Path) -> None:
-    """Those that the project names, at random, kept when run again; addresses carry the passwords; others stay out."""
+def test_secrets_are_created_once(tmp_path: Path) -> None:
+    """Named secrets are random and kept by a second run; URLs contain the passwords; other users have no access."""
     script = [COMPOSE / "secrets.sh", tmp_path / "secrets"]
     subprocess.run(script, check=True, capture_output=True)
-    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
+    created = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
     project = yaml.safe_load((COMPOSE / "compose.yaml").read_text())
-    assert set(made) == set(project["secrets"])
-    assert len(made["captioner_key_pepper"].strip()) == 64
-    assert f":{made['postgres_password'].strip()}@postgres:" in made["captioner_database_url"]
-    password = re.search("requirepass (.*)", made["redis_conf"])
+    assert set(created) == set(project["secrets"])
+    assert len(created["captioner_key_pepper"].strip()) == 64
+    assert f":{created['postgres_password'].strip()}@postgres:" in created["captioner_database_url"]
+    password = re.search("requirepass (.*)", created["redis_conf"])
     assert password
-    assert f":{password[1]}@redis:" in made["captioner_redis_url"]
-    assert len(set(made.values())) == len(made)
+    assert f":{password[1]}@redis:" in created["captioner_redis_url"]
+    assert len(set(created.values())) == len(created)
     assert (tmp_path / "secrets").stat().st_mode & 0o077 == 0
     (tmp_path / "secrets" / "captioner_upload_secret").unlink()
     subprocess.run(script, check=True, capture_output=True)
     again = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
-    assert {name for name in made if again[name] != made[name]} == {"captioner_upload_secret"}
+    assert {name for name in created if again[name] != created[name]} == {"captioner_upload_secret"}

@@ -1,4 +1,4 @@
-"""Images: the Dockerfiles are clean and hold to their rules; what goes into an image is only what was meant to."""
+"""Dockerfiles: lint, rules of the images, contents of the build context, and `missing_requirements.py`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy" / "docker"
 DOCKERFILES = sorted(DOCKER.glob("*.Dockerfile"))
-BESIDES = DOCKER / "besides.py"
+SCRIPT = DOCKER / "missing_requirements.py"
 LOCKS = ROOT / "deploy" / "requirements"
 PROGRAMS = Path(sys.executable).parent
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """Each instruction and its arguments, lines joined, comments left out."""
+    """Return each instruction and its arguments, with lines joined and without comments."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [
@@ -29,19 +29,19 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 
 
 def last_stage(path: Path) -> list[tuple[str, str]]:
-    """What the image itself is made by."""
+    """Return the instructions of the last stage."""
     found = instructions(path)
     return found[max(index for index, (name, _) in enumerate(found) if name == "FROM") :]
 
 
-def test_there_is_one_for_each_build() -> None:
-    """The tests below would pass without any."""
+def test_every_build_has_a_dockerfile() -> None:
+    """There is a Dockerfile for the CPU and one for CUDA."""
     assert {"cpu.Dockerfile", "cuda.Dockerfile"} <= {path.name for path in DOCKERFILES}
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint_finds_nothing(path: Path) -> None:
-    """Not even advice. An exception stands in the file, with its reason in the line above."""
+    """It has not even advice. Each exception is in the file, with a reason in the line above."""
     done = subprocess.run([PROGRAMS / "hadolint", "--no-fail", "--format=json", path], check=True, capture_output=True)
     assert json.loads(done.stdout) == []
     for before, line in itertools.pairwise(path.read_text().splitlines()):
@@ -50,8 +50,8 @@ def test_hadolint_finds_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
-def test_an_image_holds_to_the_rules(name: str) -> None:
-    """Base by argument and pinned; user by number, not root; health check; labels; two layers."""
+def test_an_image_follows_the_rules(name: str) -> None:
+    """Its base is a pinned argument, its user numeric and not root; it has a health check, labels and two layers."""
     path = DOCKER / f"{name}.Dockerfile"
     everything, final = instructions(path), last_stage(path)
     default = next(rest for instruction, rest in everything if instruction == "ARG" and rest.startswith("BASE_IMAGE="))
@@ -69,7 +69,7 @@ def test_an_image_holds_to_the_rules(name: str) -> None:
     labels = " ".join(rest for instruction, rest in final if instruction == "LABEL")
     for label in ("title", "description", "licenses", "version", "revision", "created", "base.name"):
         assert f"org.opencontainers.image.{label}=" in labels
-    # Built elsewhere, copied in two layers: what changes seldom and is big, then what changes often and is small.
+    # Copied in two layers: the large one that rarely changes, then the small one that often changes.
     copied = [rest.split() for instruction, rest in final if instruction == "COPY"]
     assert [words[:2] for words in copied[:2]] == [["--from=requirements", "/opt/captioner"],
                                                    ["--from=application", "/opt/captioner/app"]]  # fmt: skip
@@ -77,7 +77,7 @@ def test_an_image_holds_to_the_rules(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_only_locked_requirements_are_installed(name: str) -> None:
-    """Each installation checks hashes, but that of the application itself, which may not resolve anything."""
+    """Each installation checks hashes, except the application's, which must not resolve anything."""
     installs = [
         part
         for instruction, rest in instructions(DOCKER / f"{name}.Dockerfile")
@@ -90,8 +90,8 @@ def test_only_locked_requirements_are_installed(name: str) -> None:
         assert "--require-hashes" in install or {"--no-deps", "--no-build-isolation"} <= set(install.split())
 
 
-def test_nothing_else_reaches_a_build() -> None:
-    """The context is a list of what is let in; nothing of it is a secret, a test or a history."""
+def test_the_build_context_is_minimal() -> None:
+    """The context is an allow list without secrets, tests or history."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -113,36 +113,36 @@ def test_nothing_else_reaches_a_build() -> None:
         assert (ROOT / path).exists()
 
 
-def besides(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run it as a build does."""
-    return subprocess.run([sys.executable, BESIDES, *arguments], check=False, capture_output=True, text=True)
+def missing_requirements(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `missing_requirements.py` as a build does."""
+    return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, capture_output=True, text=True)
 
 
 def names(requirements: str) -> list[str]:
-    """Of the requirements, in their order."""
+    """Return the names of the requirements in their order."""
     return re.findall(r"^([a-z0-9][a-z0-9._-]*)==", requirements, re.MULTILINE)
 
 
 @pytest.mark.parametrize("lock", ["cpu", "cuda"])
-def test_besides_loses_nothing(lock: str) -> None:
-    """Without anything to leave out, the lock comes out as it went in, hashes and markers too."""
+def test_all_requirements_are_missing_by_default(lock: str) -> None:
+    """Without exclusions the output is the lock, with hashes and markers."""
     path = LOCKS / f"{lock}.txt"
-    assert besides(path).stdout.strip() == path.read_text().strip()
+    assert missing_requirements(path).stdout.strip() == path.read_text().strip()
 
 
-def test_besides_leaves_out_by_name() -> None:
-    """The named are left out with their hashes, and no others; a name that is not there is a mistake."""
+def test_packages_are_left_out_by_name() -> None:
+    """Only the named packages are left out, with their hashes; an unknown name is an error."""
     path = LOCKS / "cpu.txt"
-    done = besides(path, "--without", "triton,nvidia-nvtx")
+    done = missing_requirements(path, "--without", "triton,nvidia-nvtx")
     assert sorted(set(names(path.read_text())) - set(names(done.stdout))) == ["nvidia-nvtx", "triton"]
     assert done.stdout.count("--hash") < path.read_text().count("--hash")
-    wrong = besides(path, "--without", "trition")
+    wrong = missing_requirements(path, "--without", "trition")
     assert wrong.returncode != 0
     assert "trition" in wrong.stderr
 
 
 def base_with(tmp_path: Path, **versions: str) -> subprocess.CompletedProcess[str]:
-    """`besides.py --base` on a Python that has just these, and a lock of six."""
+    """Run `missing_requirements.py --base` on a Python that has exactly these packages, with a lock of six."""
     for name, version in versions.items():
         directory = tmp_path / "base" / f"{name}-{version}.dist-info"
         directory.mkdir(parents=True)
@@ -155,13 +155,13 @@ def base_with(tmp_path: Path, **versions: str) -> subprocess.CompletedProcess[st
         "torch==2.13.0 \\\n    --hash=sha256:ee\nvllm==0.32.0 \\\n    --hash=sha256:ff\n"
     )
     script = f"import sys; sys.path[:] = [p for p in sys.path if 'packages' not in p] + [{str(tmp_path / 'base')!r}]\n"
-    script += f"import runpy; sys.argv = ['besides.py', {str(lock)!r}, '--base']\n"
-    script += f"runpy.run_path({str(BESIDES)!r}, run_name='__main__')"
+    script += f"import runpy; sys.argv = ['missing_requirements.py', {str(lock)!r}, '--base']\n"
+    script += f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     return subprocess.run([sys.executable, "-I", "-c", script], check=False, capture_output=True, text=True)
 
 
-def test_besides_the_base(tmp_path: Path) -> None:
-    """What the base has as locked, and the engine whatever it has of it, is left out; another version is installed."""
+def test_packages_of_the_base_are_left_out(tmp_path: Path) -> None:
+    """Packages of the base in the locked version and the engine are left out; another version is installed."""
     done = base_with(tmp_path, vllm="0.32.0+cu130", torch="2.13.0", starlette="1.9.0", orjson="3.1.0")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n") == [
@@ -171,7 +171,7 @@ def test_besides_the_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has", [{"vllm": "0.31.0", "torch": "2.13.0"}, {"vllm": "0.32.0", "torch": "2.12.1"}, {}])
 def test_another_engine_in_the_base_fails_the_build(tmp_path: Path, has: dict[str, str]) -> None:
-    """What was tested is what ships: a base with another vLLM or PyTorch, or none, is refused and told."""
+    """A base with another vLLM or PyTorch than the tested one, or with none, fails with a message."""
     done = base_with(tmp_path, **has)
     assert done.returncode != 0
-    assert "locked, and tested, is" in done.stderr
+    assert "is locked and tested" in done.stderr

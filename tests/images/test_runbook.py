@@ -1,4 +1,4 @@
-"""The runbook: complete, and true where the rest of the tree can tell."""
+"""The runbook: complete, and consistent with the rest of the repository."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, fl
 BLOCKS = [match[1] for match in re.finditer(r"^ *```sh\n(.*?)^ *```", TEXT, re.MULTILINE | re.DOTALL)]
 
 
-def test_every_task_is_there_in_order() -> None:
-    """No more and no less, as the list of contents at its head says."""
+def test_every_task_is_present_in_order() -> None:
+    """Sections and table of contents are exactly the tasks."""
     assert tuple(SECTIONS) == TASKS
     assert re.findall(r"\[([^]]*)\]\(#", TEXT.partition("\n## ")[0]) == list(TASKS)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_a_task_says_what_one_needs_to_know(task: str) -> None:
-    """When to do it, what to type, how to check, what users see."""
+def test_a_task_is_complete(task: str) -> None:
+    """It says when to do it, which commands to run, how to check, and what users see."""
     section = SECTIONS[task]
     for word in ("**When", "**Check", "sers see**"):
         assert word in section or (task == "Roll back" and "**Check and users**" in section), word
@@ -45,12 +45,12 @@ def test_a_task_says_what_one_needs_to_know(task: str) -> None:
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_commands_are_shell(number: int) -> None:
-    """Each block is what a shell can read."""
+    """Each block parses as shell."""
     subprocess.run(["bash", "-n"], input=BLOCKS[number], text=True, check=True)
 
 
 def test_links_lead_somewhere() -> None:
-    """To a file of this tree, or to a heading of this page or of that file."""
+    """Each link is to a file of the repository, or to a heading of the page or file."""
     links = re.findall(r"\]\(([^)]+)\)", TEXT)
     assert len(links) > 20
     for link in links:
@@ -63,7 +63,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_alerts_exist() -> None:
-    """Those on which it says to act do fire."""
+    """Every alert it names is defined."""
     rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "captioner.alerts.yml").read_text())
     known = {rule["alert"] for group in rules["groups"] for rule in group["rules"] if "alert" in rule}
     named = set(re.findall(r"`(Captioner[A-Za-z]+)`", TEXT))
@@ -72,7 +72,7 @@ def test_alerts_exist() -> None:
 
 
 def test_metrics_exist() -> None:
-    """Those that it says to look at are the service's."""
+    """Every metric it names is in the source."""
     files = [*(ROOT / "serving").rglob("*.py"), *(ROOT / "deploy" / "grafana").glob("*.py")]
     source = "".join(path.read_text() for path in files)
     named = set(re.findall(r"`(captioner_[a-z_]+)`", TEXT)) - {"captioner_state", "captioner_postgres"}  # volumes
@@ -81,7 +81,7 @@ def test_metrics_exist() -> None:
 
 
 def test_volumes_exist() -> None:
-    """Those of compose that it says to keep are compose's."""
+    """The volumes it names are those of the compose project."""
     project = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())
     assert {"state", "postgres"} <= set(project["volumes"])
     assert project["name"] == "captioner"

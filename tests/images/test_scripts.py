@@ -1,4 +1,4 @@
-"""Scripts and the CI example: clean, pinned, and saying what they would do."""
+"""Scripts and the CI example: lint, pinned versions, dry runs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ EXAMPLE = ROOT / "deploy" / "ci" / "example.yml"
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shellcheck_finds_nothing(path: Path) -> None:
-    """In any script of `deploy/`."""
+    """It finds nothing in any script of `deploy/`."""
     shell = ["--shell=sh"] if path.name == "profile.sh" else []
     subprocess.run([PROGRAMS / "shellcheck", *shell, path], check=True)
 
 
 def planned(*arguments: str, **variables: str) -> list[list[str]]:
-    """The commands that `up.sh --dry-run` prints."""
+    """Return the commands that `up.sh --dry-run` prints."""
     environment = {"PATH": os.environ["PATH"], **variables}
     done = subprocess.run([UP, "--dry-run", *arguments], env=environment, check=True, capture_output=True, text=True)
     return [line[2:].split() for line in done.stdout.splitlines() if line.startswith("+ ")]
 
 
-def test_kind_says_what_it_would_do() -> None:
-    """An image, a cluster, the image in it, the operator, the chart, waiting, and a caption: in this order."""
+def test_kind_prints_its_commands() -> None:
+    """The order is: build the image, create the cluster, load the image, install operator and chart, wait, test."""
     commands = planned()
     assert [command[:2] for command in commands] == [
         ["docker", "build"],
@@ -46,22 +46,22 @@ def test_kind_says_what_it_would_do() -> None:
         ["helm", "test"],
     ]
     for command in commands[3:]:
-        assert "kind-captioner" in command, "another cluster would be touched"
+        assert "kind-captioner" in command, "another cluster would be changed"
     operator, chart = commands[3], commands[4]
     assert re.fullmatch(r"\d+\.\d+\.\d+", operator[operator.index("--version") + 1])
     assert "helm/captioner/profiles/cpu-embedded.yaml" in chart
 
 
 def test_kind_uses_one_image_throughout() -> None:
-    """What is built is what is loaded and what the chart is told."""
+    """The built image is loaded and passed to the chart."""
     build, _, load, _, chart, *_ = planned(IMAGE="somewhere/captioner:mine")
     assert build[build.index("-t") + 1] == load[load.index("docker-image") + 1] == "somewhere/captioner:mine"
     assert {"image.repository=somewhere/captioner", "image.tag=mine"} <= set(chart)
 
 
 @pytest.mark.parametrize("failing", ["docker", "kind", "helm", "kubectl"])
-def test_kind_stops_where_something_fails(tmp_path: Path, failing: str) -> None:
-    """With stand-ins for the four programs: nothing is done after one has failed."""
+def test_kind_stops_at_the_first_failure(tmp_path: Path, failing: str) -> None:
+    """With substitutes for the four programs, no command runs after one has failed."""
     log = tmp_path / "log"
     for program in ("docker", "kind", "helm", "kubectl"):
         path = tmp_path / program
@@ -72,14 +72,14 @@ def test_kind_stops_where_something_fails(tmp_path: Path, failing: str) -> None:
     done = subprocess.run([UP], env=environment, check=False, capture_output=True, text=True)
     assert done.returncode != 0
     calls = log.read_text().splitlines()
-    asking = ("docker image inspect", "kind get clusters")
-    changing = [call for call in calls if not call.startswith(asking)]
-    assert changing[-1].startswith(failing)
-    assert len([call for call in changing if call.startswith(failing)]) == 1
+    queries = ("docker image inspect", "kind get clusters")
+    changes = [call for call in calls if not call.startswith(queries)]
+    assert changes[-1].startswith(failing)
+    assert len([call for call in changes if call.startswith(failing)]) == 1
 
 
-def test_kind_names_what_is_missing(tmp_path: Path) -> None:
-    """A program that is not installed is named before anything is done."""
+def test_kind_names_a_missing_program(tmp_path: Path) -> None:
+    """A missing program is named before any command runs."""
     for program in ("bash", "dirname", "sed"):
         found = shutil.which(program)
         assert found
@@ -90,12 +90,12 @@ def test_kind_names_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_ci_example_is_valid() -> None:
-    """By the schema of GitHub's workflows; expressions are not run."""
+    """It matches the schema of GitHub's workflows; expressions are not evaluated."""
     subprocess.run([PROGRAMS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", EXAMPLE], check=True)
 
 
-def test_the_ci_example_is_pinned_and_may_little() -> None:
-    """Actions by commit, tools by version, rights to read alone but where signing needs an identity."""
+def test_the_ci_example_is_pinned_with_minimal_permissions() -> None:
+    """Actions are pinned by commit, tools by version; only signing has more than read permission."""
     workflow = yaml.safe_load(EXAMPLE.read_text())
     assert workflow["permissions"] == {"contents": "read"}
     for name, job in workflow["jobs"].items():
@@ -107,18 +107,18 @@ def test_the_ci_example_is_pinned_and_may_little() -> None:
         assert re.search(r":v\d+\.\d+\.\d+", workflow["env"][tool])
 
 
-def test_the_ci_example_does_what_it_should() -> None:
-    """Tests come first; each image is started, listed, scanned with teeth, and signed only when released."""
+def test_the_ci_example_tests_scans_and_signs() -> None:
+    """Tests run first; each image is started, listed, scanned with a failing threshold, and signed only on release."""
     jobs = yaml.safe_load(EXAMPLE.read_text())["jobs"]
     assert [step["run"] for step in jobs["test"]["steps"] if "run" in step] == ["make test"]
     assert jobs["image"]["needs"] == "test"
     assert set(jobs["image"]["strategy"]["matrix"]["build"]) == {"cpu", "cuda"}
     steps = {step.get("name", step.get("uses")): step for step in jobs["image"]["steps"]}
-    assert "--fail-on high" in steps["Scan it"]["run"]
-    assert "spdx-json" in steps["List what is inside"]["run"]
+    assert "--fail-on high" in steps["Scan the image"]["run"]
+    assert "spdx-json" in steps["List the contents"]["run"]
     assert steps["Push, sign, attest"]["if"] == "startsWith(github.ref, 'refs/tags/v')"
     for step in jobs["image"]["steps"]:
-        if "run" in step:  # each is a shell script
+        if "run" in step:  # each step is a shell script
             script = re.sub(r"\$\{\{.*?\}\}", "X", step["run"])
             subprocess.run([PROGRAMS / "shellcheck", "--shell=bash", "-"], input=script, text=True, check=True)
     assert not any("push" in step.get("run", "") for name, step in steps.items() if name != "Push, sign, attest")

@@ -1,4 +1,4 @@
-"""A web server on loopback that serves chosen bytes under chosen names."""
+"""Web server on loopback that serves given bytes under given names."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Self
 
 
 class MediaServer:
-    """Serve `files` (path without its first slash → bytes). A context; `url(name)` gives the address.
+    """Server of `files` (path without its first slash → bytes), as a context manager; `url(name)` is the address.
 
-    `answers` (likewise → status, headers, body) are sent as they stand, though they may be wrong.
+    `answers` (path → status, headers, body) are sent unchanged, even if they are invalid.
     """
 
     def __init__(self) -> None:
@@ -50,5 +50,5 @@ class MediaServer:
         self._server.server_close()
 
     def url(self, name: str) -> str:
-        """Where the file is."""
+        """Return the URL of a file."""
         return f"http://127.0.0.1:{self._server.server_address[1]}/{urllib.parse.quote(name)}"

@@ -1,4 +1,4 @@
-"""Programs and files of Debian packages that tests need: installed if they are missing."""
+"""Programs and files of Debian packages that tests need, installed if missing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,20 @@ _SOUND_FONT = Path("/usr/share/sounds/sf2/TimGM6mb.sf2")
 
 
 def program(name: str) -> str:
-    """The path of a program, which is installed if need be. Raises `RuntimeError` if that cannot be done."""
+    """Return the path of a program, installing it if missing. Raises `RuntimeError` if that fails."""
     if found := shutil.which(name):
         return found
     _install(_PACKAGES[name])
     if not (found := shutil.which(name)):
-        raise RuntimeError(f"{_PACKAGES[name]} was installed, but has no {name}")
+        raise RuntimeError(f"the package {_PACKAGES[name]} was installed but has no program {name}")
     return found
 
 
 def sound_font() -> Path:
-    """A small General MIDI sound font, and the library that plays it. Raises `RuntimeError` as `program` does."""
+    """Return the path of a small General MIDI sound font; install it and its player if missing.
+
+    Raises `RuntimeError` if the installation fails.
+    """
     if not _SOUND_FONT.exists() or not find_library("fluidsynth"):
         _install("timgm6mb-soundfont", "libfluidsynth3")
     return _SOUND_FONT
@@ -40,7 +43,7 @@ def sound_font() -> Path:
 
 def _install(*packages: str) -> None:
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise RuntimeError(f"something is missing; install it (Debian: apt-get install {' '.join(packages)})")
+        raise RuntimeError(f"install the missing packages (on Debian: apt-get install {' '.join(packages)})")
     with Path("/var/lock/captioner-tests-apt").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
@@ -49,4 +52,4 @@ def _install(*packages: str) -> None:
                 ["apt-get", *command], env=environment, capture_output=True, text=True, timeout=280, check=False
             )
             if done.returncode and command[0] == "install":
-                raise RuntimeError(f"{' '.join(packages)} could not be installed:\n{done.stdout}{done.stderr}")
+                raise RuntimeError(f"cannot install {' '.join(packages)}:\n{done.stdout}{done.stderr}")

@@ -1,1 +1,1 @@
-"""What the embedded captioner is trained on: sources, mixtures of them, and what is true of each mixture."""
+"""Training corpus of the embedded captioner: sources, mixtures of them, and the facts of each mixture."""

@@ -1,6 +1,6 @@
-"""The corpus on disk: training clips as log-mel shards, held-out clips as WAV files with their facts.
+"""Corpus on disk: training clips as log-mel shards, held-out clips as WAV files with their facts.
 
-`python -m deploy.embedded.corpus.build CACHE --worker 0 --workers 2` makes every second shard that is missing.
+`python -m deploy.embedded.corpus.build CACHE --worker 0 --workers 2` writes every second missing shard.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TRAINING_CLIPS = 100_000
 HELD_OUT_CLIPS = 1_200
 MEL = 128
 CODED = 0.4
-"""Share of the training clips that come through a lossy coding."""
+"""Share of the training clips that pass through a lossy coding."""
 
 
 def log_mel(extractor: WhisperFeatureExtractor, samples: np.ndarray) -> np.ndarray:
-    """Features of 16 kHz samples as the checkpoint's processor makes them: [frames, 128], 100 frames per second."""
+    """Return the features of 16 kHz samples by the checkpoint's processor: [frames, 128], 100 frames per second."""
     batch = extractor(samples, sampling_rate=SAMPLE_RATE, padding=True, truncation=False, return_tensors="np")
     return batch["input_features"][0].T
 
 
-def told(scene: Scene) -> dict[str, object]:
-    """What is written down of a scene."""
+def entry_of(scene: Scene) -> dict[str, object]:
+    """Return the entry of a scene in the corpus."""
     return {**asdict(scene.facts), "spans_s": scene.spans_s, "real": scene.real, "origins": scene.origins}
 
 
@@ -49,7 +49,7 @@ def make_shard(maker: SceneMaker, extractor: WhisperFeatureExtractor, path: Path
                 samples = coded.through(rng.choice(sorted(coded.CODINGS)), samples)
             features = log_mel(extractor, samples).astype(np.float16)
             out.write(features.tobytes())
-            lines.append(json.dumps({**told(scene), "first_frame": frames, "frames": len(features)}))
+            lines.append(json.dumps({**entry_of(scene), "first_frame": frames, "frames": len(features)}))
             frames += len(features)
     path.with_suffix(".part").rename(path.with_suffix(".f16"))
     path.with_suffix(".part").write_text("\n".join(lines))
@@ -64,17 +64,17 @@ def make_held_out(cache: Path) -> None:
     for seed in range(HELD_OUT_CLIPS):
         scene = maker.make(seed)
         soundfile.write(folder / f"{seed:04}.wav", scene.samples, SAMPLE_RATE, subtype="PCM_16")
-        lines.append(json.dumps({**told(scene), "file": f"{seed:04}.wav"}))
+        lines.append(json.dumps({**entry_of(scene), "file": f"{seed:04}.wav"}))
     (folder / "facts.jsonl").write_text("\n".join(lines))
 
 
 def main() -> None:
-    """Make what is missing."""
+    """Write missing shards and held-out clips."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", type=Path)
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--clips", type=int, default=TRAINING_CLIPS, help="training clips in all")
+    parser.add_argument("--clips", type=int, default=TRAINING_CLIPS, help="total training clips (default: %(default)s)")
     arguments = parser.parse_args()
     shards = arguments.cache / "train"
     shards.mkdir(parents=True, exist_ok=True)

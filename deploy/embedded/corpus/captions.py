@@ -1,6 +1,6 @@
-"""The captions' grammar: facts to an English paragraph, and the paragraph back to facts.
+"""Grammar of the captions: from facts to an English paragraph, and back.
 
-One thing is said in one way, so that what the model has to learn is to hear, not to choose between paraphrases.
+Each fact has one wording, so that the model learns to recognise sounds and not to choose between paraphrases.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ NOISE = {"none": "no background noise", "faint": "faint background noise", "stro
 
 @dataclass(frozen=True)
 class Event:
-    """One sound. `manner`: how someone speaks, what an instrument plays; `rate`: beats per second, 0 if not told."""
+    """One sound. `manner`: of speaking, or of an instrument's part; `rate`: beats per second, 0 if not stated."""
 
     kind: str
     language: str = ""
@@ -108,7 +108,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true of a clip. Events of an `overlap` are in the caption's own order, else in order of time."""
+    """Facts of a clip. Events of an `overlap` are in the caption's order, other events in order of time."""
 
     events: tuple[Event, ...]
     duration_s: float
@@ -119,20 +119,20 @@ class Facts:
     clipped: bool = False
 
 
-def said_rate(event: Event) -> float:
-    """The rate as a caption says it: music in tens of beats per minute; else per second in tenths, in halves from 4."""
+def stated_rate(event: Event) -> float:
+    """Return the rate as stated: music in tens of beats per minute; else per second in tenths, from 4 on in halves."""
     if event.kind in INSTRUMENTS or event.kind == "drums":
         return round(event.rate * 6) / 6
     return round(event.rate * 10) / 10 if event.rate < 4 else round(event.rate * 2) / 2
 
 
-def said_duration(duration_s: float) -> float:
-    """The duration as a caption says it: half a second, or whole seconds."""
+def stated_duration(duration_s: float) -> float:
+    """Return the duration as stated: half a second, or full seconds."""
     return 0.5 if duration_s < 0.75 else float(round(duration_s))
 
 
 def phrase(event: Event) -> str:
-    """The words for one sound."""
+    """Return the words for one sound."""
     if event.kind == "person":
         return f"a person whispering in {event.language}"
     if event.kind in SPEAKERS:
@@ -142,15 +142,15 @@ def phrase(event: Event) -> str:
     words = STYLES[event.manner].format(instrument) if instrument else SOUNDS[event.kind]
     if not event.rate:
         return words
-    rate = said_rate(event)
+    rate = stated_rate(event)
     if event.kind in INSTRUMENTS or event.kind == "drums":
         return f"{words} at about {rate * 60:.0f} beats per minute"
     return f"{words} at about {rate:g} per second"
 
 
 def caption(facts: Facts) -> str:
-    """The paragraph."""
-    seconds = said_duration(facts.duration_s)
+    """Return the paragraph that states `facts`."""
+    seconds = stated_duration(facts.duration_s)
     lasts = {0.5: "half a second", 1.0: "1 second"}.get(seconds, f"{seconds:.0f} seconds")
     phrases = [phrase(event) for event in facts.events]
     if facts.overlap:
@@ -179,9 +179,9 @@ _EVENT = re.compile(
 
 
 def parse(text: str) -> Facts | None:
-    """The facts that a caption tells, or None if it does not follow the grammar.
+    """Return the facts that a caption states, or None if it does not follow the grammar.
 
-    `parse(caption(facts))` is `facts` with the duration and the rates as they are said.
+    `parse(caption(facts))` is `facts` with the duration and the rates as stated.
     """
     shape = re.fullmatch(
         r"The audio clip lasts about (?:(half a)|(\d+)) seconds?\. "

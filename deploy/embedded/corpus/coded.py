@@ -1,4 +1,4 @@
-"""Clips that come through lossy codings: telephones leave nothing above 4 kHz, and model voices, not sounds."""
+"""Lossy codings for training clips. Telephone codings keep nothing above 4 kHz, and model voices, not sounds."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ CODINGS = {
     "MP3": ("MP3", "MPEG_LAYER_III", SAMPLE_RATE),
     "AMR": ("amr", "libopencore_amrnb", NARROW),
 }
-"""Name of a coding: container and codec as soundfile calls them (PyAV for AMR), and the sample rate that is coded."""
+"""Name of a coding: container and codec as named by soundfile (by PyAV for AMR), and the coded sample rate."""
 
 
 def through(name: str, samples: np.ndarray) -> np.ndarray:
-    """16 kHz `samples` through the coding `name` and back, as many as before."""
+    """Encode and decode 16 kHz `samples` with the coding `name`; return the same number of samples."""
     container, codec, rate = CODINGS[name]
     plain = soxr.resample(np.clip(samples, -1, 1), SAMPLE_RATE, rate)
     if name == "AMR":
-        heard = _amr(plain, codec)
+        decoded = _amr(plain, codec)
     else:
         file = BytesIO()
         soundfile.write(file, plain, rate, format=container, subtype=codec)
         file.seek(0)
-        heard, rate = soundfile.read(file, dtype="float32")
-    back = soxr.resample(heard, rate, SAMPLE_RATE)[: len(samples)].astype(np.float32)
+        decoded, rate = soundfile.read(file, dtype="float32")
+    back = soxr.resample(decoded, rate, SAMPLE_RATE)[: len(samples)].astype(np.float32)
     return np.pad(back, (0, len(samples) - len(back)))
 
 
@@ -49,5 +49,5 @@ def _amr(samples: np.ndarray, codec: str) -> np.ndarray:
     file.seek(0)
     with av.open(file) as coded:
         pieces = [frame.to_ndarray()[0] for frame in coded.decode(audio=0)]
-    heard = np.concatenate(pieces)
-    return heard.astype(np.float32) / (32768 if heard.dtype == np.int16 else 1)
+    decoded = np.concatenate(pieces)
+    return decoded.astype(np.float32) / (32768 if decoded.dtype == np.int16 else 1)

@@ -1,6 +1,7 @@
 """Real recordings of effects and ambience from Debian packages, labelled by their file names.
 
-`python -m deploy.embedded.corpus.effects CACHE` downloads the packages (unpacked, never installed) and writes the pool.
+`python -m deploy.embedded.corpus.effects CACHE` downloads and unpacks the packages without installing them, and writes
+the pool.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ IGNORED = (
     r"_desc|(?<!effects)/music/|_(?:[a-z]{2}|[a-z]{2}_[a-z]{2})\.ogg|symbols/|/voices?/|-miss-|select\d|_ack\d"
     r"|drumkits.*(vocal|speak)|whooshhit|homedecor.*fire_small"
 )
-"""Speech, music and sounds whose names do not tell."""
+"""Pattern of names of speech, music and sounds whose kind the name does not show."""
 
 RULES = (
     ("dog", r"/dog\d?\.|mammals/dogs/|wolf|coyote|/bark\d?\."),
@@ -130,7 +131,7 @@ RULES = (
         r"loop_(amen|breakbeat|compus|mika|safari|tabla|perc)|break\d|drumset|drummachine|909beat|electro_beat|jungle\d|drumkit\.ogg|wardrums",
     ),
 )
-"""Kind of sound, and the pattern of the names that hold it; the first that fits counts."""
+"""Kind of sound, and the pattern of its file names; the first match counts."""
 
 LONGEST_S = 30.0
 FEWEST_FILES = 4
@@ -138,14 +139,14 @@ MOST_FILES = 60
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of sound that a lower-case path `package/…/file` holds, if its name tells."""
+    """Return the kind of sound of a lower-case path `package/…/file`, or None if the name does not show it."""
     if re.search(IGNORED, name):
         return None
     return next((kind for kind, pattern in RULES if re.search(pattern, name)), None)
 
 
 def load(path: Path) -> np.ndarray | None:
-    """The recording as 16 kHz mono without silence at its ends, or None if it cannot be read."""
+    """Return the recording as 16 kHz mono without silence at its ends, or None if it cannot be read."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True, frames=48_000 * 60)
     except soundfile.LibsndfileError:
@@ -155,7 +156,7 @@ def load(path: Path) -> np.ndarray | None:
 
 
 def recordings(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
-    """Every distinct labelled recording; a fifth of the files of each kind is held out."""
+    """Yield every distinct labelled recording; a fifth of the files of each kind is held out."""
     by_kind: dict[str, dict[str, Path]] = defaultdict(dict)
     for path in sorted(path for package in PACKAGES for path in (sounds / package).rglob("*")):
         name = str(path.relative_to(sounds)).lower()
@@ -170,11 +171,11 @@ def recordings(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
             samples = load(path)
             if samples is None or len(samples) < SAMPLE_RATE // 20:
                 continue
-            # The same recording in two packages, coded differently, still has the same length and envelope.
+            # The same recording in two packages with different codings has the same length and envelope.
             envelope = np.abs(samples[: len(samples) // 16 * 16]).reshape(16, -1).mean(axis=1)
-            print_ = bytes([min(255, len(samples) // 800), *(envelope / envelope.max() * 15).astype(np.uint8)])
-            if print_ not in seen:
-                seen.add(print_)
+            fingerprint = bytes([min(255, len(samples) // 800), *(envelope / envelope.max() * 15).astype(np.uint8)])
+            if fingerprint not in seen:
+                seen.add(fingerprint)
                 found.append((path, samples))
             if len(found) == MOST_FILES:
                 break

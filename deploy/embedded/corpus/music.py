@@ -1,7 +1,7 @@
 """Music: melodies, chords and long notes of eight families of instruments, and drums.
 
-`python -m deploy.embedded.corpus.music CACHE` writes the pool. Five General MIDI sound fonts and recorded notes of
-single instruments are trained on, a sixth sound font is held out.
+`python -m deploy.embedded.corpus.music CACHE` writes the pool. Training uses five General MIDI sound fonts and recorded
+notes of single instruments; a sixth sound font is held out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FONTS = {
     "/usr/share/sounds/sf2/OPL-3_FM_128M.sf2": TRAIN,
     "/usr/share/sounds/sf2/TimGM6mb.sf2": HELD_OUT,
 }
-"""Sound fonts: those of Debian by their path, that of an npm package by its place among the sources."""
+"""Sound fonts: those of Debian by absolute path, that of an npm package by its path in the folder of sources."""
 
 RECORDED = {
     "piano": ("piano@1.1.2",),
@@ -44,7 +44,7 @@ RECORDED = {
     "flute": ("flute@1.1.2",),
     "mallet": ("xylophone@1.1.2",),
 }
-"""Family: instruments of which single notes were recorded, npm's `tonejs-instrument-<instrument>-mp3`."""
+"""Family: instruments with recorded notes, in npm's packages `tonejs-instrument-<instrument>-mp3`."""
 
 PACKAGES = (
     "@coderline/alphatab@1.8.4",
@@ -65,29 +65,29 @@ FAMILIES = {
     "flute": ((72, 73, 74, 75), 67, 94),
     "mallet": ((8, 9, 11, 12, 13, 14), 60, 92),
 }
-"""Family: its General MIDI programs (from 0), lowest and highest key."""
+"""Family: General MIDI programs (from 0), lowest and highest key."""
 
 TEMPOS = (60, 80, 100, 120, 150, 180)
-"""Beats per minute; far enough apart that what is said is either right or wrong."""
+"""Beats per minute, far enough apart that a stated tempo is clearly right or wrong."""
 
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
 KICK, SNARE, HAT, TOM, CRASH = 36, 38, 42, 45, 49
 EXCERPTS = {TRAIN: 220, HELD_OUT: 30}
-"""Per font and family; of recorded notes as many as of a font."""
+"""Excerpts per font and family; recorded notes count as one font."""
 
 GENERATORS = {
-    8: (-1_500, 600),  # cutoff of the filter, cents
-    9: (0, 90),  # its resonance, centibels
-    11: (-600, 1_200),  # how far the modulation envelope opens it, cents
-    34: (0, 4_000),  # attack, cents of time
-    36: (-2_000, 1_000),  # decay
-    38: (-1_500, 1_500),  # release
+    8: (-1_500, 600),  # filter cutoff, cents
+    9: (0, 90),  # filter resonance, centibels
+    11: (-600, 1_200),  # modulation envelope to filter cutoff, cents
+    34: (0, 4_000),  # attack, timecents
+    36: (-2_000, 1_000),  # decay, timecents
+    38: (-1_500, 1_500),  # release, timecents
     6: (0, 25),  # vibrato, cents
     52: (-25, 25),  # tuning, cents
 }
-"""Generators of the SoundFont 2.04 specification (section 8.1.2), and the range added to each at random in training.
+"""Generators of the SoundFont 2.04 specification (section 8.1.2), with the range of a random offset in training.
 
-A handful of fonts is soon known by heart: this makes of each many that differ in colour and envelope.
+The model soon memorizes a few fonts; the offsets turn each into many that differ in tone colour and envelope.
 """
 
 Note = tuple[float, float, int, int]
@@ -115,7 +115,7 @@ class Synthesiser:
     def play(
         self, notes: list[Note], program: int, channel: int, duration_s: float, timbre: dict[int, float]
     ) -> np.ndarray:
-        """`notes` on one channel, float32; what still sounds at the end is cut. `timbre` is added to the generators."""
+        """Return `notes` on one channel as float32, cut at `duration_s`. `timbre` is added to the generators."""
         lib, synth = self._lib, self._synth
         lib.fluid_synth_system_reset(synth)
         lib.fluid_synth_program_change(synth, channel, program)
@@ -144,7 +144,7 @@ class Synthesiser:
 
 
 class Sampler:
-    """Recorded notes of one instrument: a key is the nearest of them, faster or slower."""
+    """Recorded notes of one instrument; a key is the nearest recorded note, resampled."""
 
     RELEASE_S = 0.12
 
@@ -157,7 +157,7 @@ class Sampler:
                 self._notes[key] = trimmed(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE))
 
     def play(self, notes: list[Note], duration_s: float) -> np.ndarray:
-        """`notes`, float32; what still sounds at the end is cut."""
+        """Return `notes` as float32, cut at `duration_s`."""
         out = np.zeros(int(duration_s * SAMPLE_RATE), np.float32)
         release = np.linspace(1, 0, int(self.RELEASE_S * SAMPLE_RATE), dtype=np.float32)
         for start_s, length_s, key, velocity in notes:
@@ -174,7 +174,7 @@ class Sampler:
 
 
 def melody(rng: random.Random, beat_s: float, duration_s: float, low: int, high: int) -> list[Note]:
-    """One note per beat, in steps along a scale, never the same key twice in a row."""
+    """Return one note per beat, in steps along a scale, never the same key twice in succession."""
     tonic, scale = rng.randint(low, low + 11), rng.choice((MAJOR, MINOR))
     keys = [
         tonic + 12 * octave + step for octave in range(4) for step in scale if low <= tonic + 12 * octave + step <= high
@@ -187,7 +187,7 @@ def melody(rng: random.Random, beat_s: float, duration_s: float, low: int, high:
 
 
 def chords(rng: random.Random, beat_s: float, duration_s: float, low: int, high: int) -> list[Note]:
-    """One triad per beat, its root up to nine semitones above the tonic."""
+    """Return one triad per beat, with a root up to nine semitones above the tonic."""
     notes: list[Note] = []
     tonic, previous = rng.randint(low, min(low + 11, high - 16)), -1
     for beat in range(int(duration_s / beat_s)):
@@ -199,7 +199,7 @@ def chords(rng: random.Random, beat_s: float, duration_s: float, low: int, high:
 
 
 def drums(rng: random.Random, beat_s: float, duration_s: float) -> list[Note]:
-    """A rock pattern: bass drum and snare in turn on the beat, hi-hat on the half beat."""
+    """Return a rock pattern: alternating bass drum and snare on the beat, hi-hat on the half beat."""
     notes: list[Note] = []
     halves, fill = rng.random() < 0.7, rng.random() < 0.4
     for beat in range(int(duration_s / beat_s)):
@@ -214,7 +214,7 @@ def drums(rng: random.Random, beat_s: float, duration_s: float) -> list[Note]:
 
 
 def excerpt(rng: random.Random, family: str) -> tuple[list[Note], float, dict[str, object]]:
-    """Notes for an instrument of `family`, their duration in seconds, and what is true of them."""
+    """Return notes for an instrument of `family`, their duration in seconds, and their facts."""
     tempo = rng.choice(TEMPOS)
     beat_s = 60 / (tempo * rng.uniform(0.97, 1.03))
     duration_s = max(4.2 * beat_s, 2.0 * 12.5 ** rng.random())
@@ -235,7 +235,7 @@ def excerpt(rng: random.Random, family: str) -> tuple[list[Note], float, dict[st
 
 
 def excerpts(font: Path, split: str) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
-    """Every family played with one sound font."""
+    """Yield excerpts of every family, played with one sound font."""
     synthesiser = Synthesiser(str(font))
     for family in (*FAMILIES, "drums"):
         rng = random.Random(f"{font.stem} {family}")
@@ -251,7 +251,7 @@ def excerpts(font: Path, split: str) -> Iterator[tuple[np.ndarray, dict[str, obj
 
 
 def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
-    """Every family played with recorded notes."""
+    """Yield excerpts of every family, played with recorded notes."""
     for family, instruments in RECORDED.items():
         rng = random.Random(f"recorded {family}")
         for instrument in instruments:
@@ -264,7 +264,7 @@ def recorded(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
 
 
 def pool(sounds: Path) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
-    """All music."""
+    """Yield all excerpts."""
     for font, split in FONTS.items():
         yield from excerpts(sounds / font, split)
     yield from recorded(sounds)

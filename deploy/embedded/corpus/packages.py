@@ -1,4 +1,4 @@
-"""Packages of Debian and npm whose contents are read without installing them."""
+"""Download of Debian and npm packages, whose contents are read without installing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WANTED = ("*.wav", "*.gsm", "*.ogg", "*.flac", "*.mp3", "*copyright", "*/fortune
 
 
 def unpack(sounds: Path, packages: Iterable[str]) -> None:
-    """Unpack the audio, texts and licences of each Debian package into a folder of its name; skip those there."""
+    """Unpack audio, texts and licences of each Debian package into a folder of its name; skip existing folders."""
     sounds.mkdir(parents=True, exist_ok=True)
     for package in packages:
         if (sounds / package).exists():
@@ -23,7 +23,7 @@ def unpack(sounds: Path, packages: Iterable[str]) -> None:
         subprocess.run(["apt-get", "download", "-qq", package], cwd=part, check=True)
         deb = next(part.glob("*.deb"))
         with subprocess.Popen(["dpkg", "--fsys-tarfile", deb.name], cwd=part, stdout=subprocess.PIPE) as contents:
-            # tar complains about patterns that match nothing in this package.
+            # tar fails on patterns that match nothing in this package.
             command = ["tar", "-x", "--wildcards", *WANTED]
             subprocess.run(command, cwd=part, stdin=contents.stdout, stderr=subprocess.DEVNULL, check=False)
         deb.unlink()
@@ -32,7 +32,7 @@ def unpack(sounds: Path, packages: Iterable[str]) -> None:
 
 
 def unpack_npm(sounds: Path, packages: Iterable[str]) -> None:
-    """Unpack each npm package `name@version` into a folder of its name, without scope and version; skip those there."""
+    """Unpack each npm package `name@version` into a folder named without scope and version; skip existing folders."""
     sounds.mkdir(parents=True, exist_ok=True)
     for package in packages:
         name = package.rpartition("@")[0].rpartition("/")[2]

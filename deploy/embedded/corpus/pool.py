@@ -1,4 +1,4 @@
-"""A pool of rendered sounds on disk: int16 samples end to end, and one line of facts for each."""
+"""Pools of rendered sounds on disk: concatenated int16 samples, and one line of facts per sound."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRAIN, HELD_OUT = "train", "held-out"
 
 @dataclass(frozen=True)
 class Entry:
-    """One rendered sound: where its samples are, and what is known of it.
+    """One rendered sound: position of its samples, and its facts.
 
-    `origin` is what the split keeps apart: a voice, a recording, a sound font. `rate` is in beats per second.
+    `origin` is the unit of the split: a voice, a recording, a sound font. `rate` is in beats per second.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Entry:
 
 
 class Pool:
-    """Sounds of one source, read by memory map."""
+    """Sounds of one source, memory-mapped."""
 
     def __init__(self, path: Path) -> None:
         with path.with_suffix(".jsonl").open() as lines:
@@ -47,14 +47,14 @@ class Pool:
         self._samples = np.memmap(path.with_suffix(".i16"), np.int16, "r")
 
     def read(self, entry: Entry) -> np.ndarray:
-        """Samples of `entry`, float32 in [-1, 1]."""
+        """Return the samples of `entry`, float32 in [-1, 1]."""
         return self._samples[entry.start : entry.start + entry.samples].astype(np.float32) / 32768
 
 
 def write_pool(path: Path, sounds: Iterable[tuple[np.ndarray, dict[str, object]]]) -> int:
-    """Write sounds (float samples at 16 kHz, facts) to a pool, each at a peak of 0.9; return how many there are.
+    """Write sounds (float samples at 16 kHz, facts) to a pool, each with a peak of 0.9; return their number.
 
-    The pool appears only when it is complete, and one that is there stays: a run which was ended is simply run again.
+    The pool is created only when complete, and an existing pool is kept, so an interrupted run can be repeated.
     """
     if path.with_suffix(".jsonl").exists():
         return len(Pool(path).entries)
@@ -75,7 +75,7 @@ def write_pool(path: Path, sounds: Iterable[tuple[np.ndarray, dict[str, object]]
 
 
 def trimmed(samples: np.ndarray, floor_db: float = -45, margin_s: float = 0.02) -> np.ndarray:
-    """`samples` without the silence before and after what is within `floor_db` of the peak."""
+    """Return `samples` without leading and trailing parts that are more than `floor_db` below the peak."""
     loud = np.flatnonzero(np.abs(samples) > np.abs(samples).max(initial=0) * 10 ** (floor_db / 20))
     if not len(loud):
         return samples[:0]

@@ -1,4 +1,4 @@
-"""Scenes: one to three sounds in order or two at once, in a room, at a level, with noise; and what is true of them."""
+"""Scenes: one to three sounds in sequence or two at once, in a room, at a level, with noise; and their facts."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 SHORTEST_S, COMMON_S, LONGEST_S = 0.5, 9.0, 30.0
 LONG_SHARE = {TRAIN: 0.15, HELD_OUT: 0.3}
-"""Clips are mostly up to `COMMON_S`; a share of them may be as long as `LONGEST_S`."""
+"""Share of the clips that may be up to `LONGEST_S`; the others are at most `COMMON_S`."""
 
 SHORTEST_NOTE_S = 1.0
-"""A shorter one is not called long."""
+"""Shortest note that a caption calls long."""
 
 SHAPES = (("single", 0.45), ("two", 0.27), ("three", 0.08), ("overlap", 0.2))
 SOURCES = (("speech", 0.3), ("music", 0.2), ("procedural", 0.25), ("effects", 0.25))
 
 WHO = (("man", 0.35), ("woman", 0.4), ("child", 0.12), ("person", 0.13))
-"""Who speaks; a `person` whispers."""
+"""Speakers with their probabilities; a `person` whispers."""
 
 PEAK_DB = {"quiet": (-36, -29), "moderate": (-19, -14), "loud": (-3, -0.5)}
 """Level of the clip's peak, in dB of full scale."""
@@ -40,14 +40,14 @@ STATIONARY = {
     "applause", "crowd", "engine", "fire", "helicopter", "hiss", "hum", "insects", "machinery", "rain", "rumble",
     "running water", "thunder", "waves", "wind", "buzzer", "whoosh",
 }  # fmt: skip
-"""Sounds in which neither added noise nor a room can be told."""
+"""Sounds in which neither added noise nor a room is audible."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A clip: samples at 16 kHz, its facts, where each event lies, and of what sources it is made.
+    """A clip: samples at 16 kHz, facts, position of each event, and sources.
 
-    `spans_s` are start and end of each event of `facts`; `real` says whether any part is a recording from life.
+    `spans_s` are start and end of each event of `facts` in seconds; `real` is true if any part is a real recording.
     """
 
     samples: np.ndarray
@@ -66,7 +66,7 @@ class _Part:
 
 
 class SceneMaker:
-    """Makes scenes of one split from the pools in `cache`, each from its own seed."""
+    """Generator of the scenes of one split from the pools in `cache`, one per seed."""
 
     def __init__(self, cache: Path, split: str) -> None:
         self._split = split
@@ -81,7 +81,7 @@ class SceneMaker:
                     self._same_voice[_voice(entry)].append(entry)
 
     def make(self, seed: int, shape: str | None = None, source: str | None = None) -> Scene:
-        """The scene of `seed`; `shape` and `source` fix what else is drawn."""
+        """Return the scene of `seed`; without `shape` and `source` they are drawn at random."""
         rng = np.random.default_rng([seed, self._split == HELD_OUT])
         shape = shape or _drawn(rng, SHAPES)
         count = {"single": 1, "two": 2, "three": 3, "overlap": 2}[shape]
@@ -110,7 +110,7 @@ class SceneMaker:
         if source == "procedural":
             kinds = [*procedural.RHYTHMIC, *procedural.STEADY]
             if self._split == TRAIN and rng.random() < 0.3:
-                kinds = [*procedural.RHYTHMIC]  # rates are what is learnt most slowly
+                kinds = [*procedural.RHYTHMIC]  # rates are learnt most slowly
             samples, rate = procedural.make(rng, kind := str(rng.choice(kinds)), seconds)
             return _Part(
                 Event(kind, rate=rate if rate * seconds >= 3.2 else 0.0), _levelled(samples), "formula", real=False
@@ -151,11 +151,11 @@ class SceneMaker:
             return None
         samples = self._pools["music"].read(entry)
         if entry.manner != "note":
-            # From any of its beats on, over and over: a whole number of beats, so that the tempo goes on.
+            # Repeated from any beat on: an integer number of beats, so that the tempo continues.
             beats = int(entry.duration_s * entry.rate)
-            whole = samples[: int(beats / entry.rate * SAMPLE_RATE)]
+            loop = samples[: int(beats / entry.rate * SAMPLE_RATE)]
             first = int(rng.integers(beats) / entry.rate * SAMPLE_RATE)
-            samples = np.tile(whole, int(np.ceil((first + seconds * SAMPLE_RATE) / len(whole))))[first:]
+            samples = np.tile(loop, int(np.ceil((first + seconds * SAMPLE_RATE) / len(loop))))[first:]
         samples = self._varied(rng, samples, 0.0)[: int(seconds * SAMPLE_RATE)]
         manner = "" if entry.kind == "drums" else entry.manner
         return _Part(Event(entry.kind, "", manner, entry.rate), _faded(_levelled(samples)), entry.origin, real=False)
@@ -166,7 +166,7 @@ class SceneMaker:
         while length < seconds * 0.75:
             samples = pool.read(entry)
             if len(samples) > seconds * SAMPLE_RATE * 1.3:
-                # The loudest of a few windows: a recording may begin with near silence.
+                # The loudest of four windows, because a recording may begin with near silence.
                 size = int(seconds * SAMPLE_RATE)
                 starts = rng.integers(0, len(samples) - size, 4)
                 start = max(starts, key=lambda at: float(np.square(samples[at : at + size]).mean()))
@@ -180,7 +180,7 @@ class SceneMaker:
         return _Part(Event(entry.kind), _faded(samples), origins, real=True)
 
     def _varied(self, rng: np.random.Generator, samples: np.ndarray, spread: float, ratio: float = 1.0) -> np.ndarray:
-        """Another speed and another tone colour; only the held-out clips keep their colour."""
+        """Return samples with a random speed and, in training only, a random tone colour."""
         ratio *= rng.uniform(1 - spread, 1 + spread)
         if abs(ratio - 1) > 1e-3:
             samples = soxr.resample(samples, SAMPLE_RATE * ratio, SAMPLE_RATE, quality="LQ")
@@ -195,7 +195,7 @@ class SceneMaker:
         lengths = [min(len(part.samples), total) for part in parts]
         spare = total - (max(lengths) if overlap else sum(lengths))
         if spare < 0 or (len(parts) == 1 and spare > 0.6 * SAMPLE_RATE):
-            # Parts came out longer or much shorter than planned: the clip follows them.
+            # If parts are longer or much shorter than planned, the clip's length follows them.
             total += -spare if spare < 0 else int(0.4 * SAMPLE_RATE) - spare
             spare = max(0, total - (max(lengths) if overlap else sum(lengths)))
         out = np.zeros(total, np.float32)
@@ -249,7 +249,7 @@ def _voice(entry: Entry) -> tuple[str, ...]:
 
 
 def _alike(part: _Part, other: _Part) -> bool:
-    """Whether two parts cannot be told apart as two sounds."""
+    """Return whether two parts cannot be distinguished as two sounds."""
     people = {*SPEAKERS, "person"}
     stationary = part.event.kind in STATIONARY and other.event.kind in STATIONARY
     return part.event.kind == other.event.kind or {part.event.kind, other.event.kind} <= people or stationary

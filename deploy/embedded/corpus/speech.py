@@ -1,7 +1,7 @@
-"""Speech: sentences in six languages, spoken by espeak-ng's and flite's voices, and prompts that people recorded.
+"""Speech: sentences in six languages, spoken by voices of espeak-ng and flite, and prompts recorded by people.
 
-`python -m deploy.embedded.corpus.speech CACHE` writes the pool. Who speaks is told by measured pitch, never by the name
-of a voice: espeak-ng falls back to its male voice without a word when it does not know a name.
+`python -m deploy.embedded.corpus.speech CACHE` writes the pool. The kind of speaker is determined by measured pitch,
+never by the name of a voice: for an unknown name espeak-ng silently falls back to its male voice.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ LANGUAGES = {
     "German": ("de", "fortunes-de"),
     "Russian": ("ru", "fortunes-ru"),
 }
-"""Name of a language: espeak-ng's name for it, and the Debian package whose sentences are spoken."""
+"""Language: espeak-ng's code, and the Debian package with the sentences."""
 
 SENTENCE = {
     "Mandarin Chinese": r"[\u4e00-\u9fff][\u4e00-\u9fff\uff0c\u3001]{8,26}[\u3002\uff1f\uff01]",
     "Russian": r"[\u0410-\u042f][\u0430-\u044f\u0451,\s]{20,80}[.?!]",
 }
-"""What a plain sentence looks like: no figures, no names."""
+"""Patterns of a plain sentence, without digits and names, of languages not in Latin script."""
 LATIN_SENTENCE = r"[A-ZÀ-Þ][a-zà-ÿ',\s]{20,80}[.?!]"
 ENGLISH_WORDS = re.compile(r"\b(the|and|of|is|to|with|for)\b", re.IGNORECASE)
 
@@ -55,7 +55,7 @@ PROMPTS = {
     "Russian": (("asterisk-core-sounds-ru-wav",), "ktuberling-data/**/sounds/ru"),
     "German": ((), "ktuberling-data/**/sounds/de"),
 }
-"""People's recordings: the packages trained on, and those of other people for the evaluation."""
+"""Recordings of people: packages for training, and the pattern of paths of other people for the evaluation."""
 
 PACKAGES = (
     *(package for _, package in LANGUAGES.values()),
@@ -80,13 +80,13 @@ FLITE = {"kal16": TRAIN, "awb": TRAIN, "slt": TRAIN, "rms": HELD_OUT}
 WORDS_PER_MINUTE = {"slowly": 105, "": 175, "quickly": 310}
 WHISPERED = "whispered"
 UTTERANCES = {TRAIN: 9, HELD_OUT: 2}
-"""Per voice, language and manner: languages are learnt from sentences, and few sentences are soon known by heart."""
+"""Utterances per voice, language and manner. Few sentences are soon memorized, and languages are learnt from them."""
 
 Sound = tuple[np.ndarray, dict[str, object]]
 
 
 def _text(page: str) -> str:
-    """The words of an HTML page; a sentence does not go on from one block to the next."""
+    """Return the text of an HTML page; blocks are separated, because a sentence ends with its block."""
     page = re.sub(r"(?s)<(script|style).*?</\1>", " ", page)
     page = re.sub(r"</?(?:p|div|h\d|li|td|tr|title|br)\b[^>]*>", " % ", page)
     return html.unescape(re.sub(r"<[^>]+>", " ", page))
@@ -94,7 +94,7 @@ def _text(page: str) -> str:
 
 @cache
 def sentences(sounds: Path, language: str) -> list[str]:
-    """Plain sentences of a language, shuffled once; the last tenth is for the evaluation."""
+    """Return the plain sentences of a language in a fixed random order; the last tenth is for the evaluation."""
     package = LANGUAGES[language][1]
     texts = []
     for path in sorted((sounds / package).rglob("*")):
@@ -104,7 +104,7 @@ def sentences(sounds: Path, language: str) -> list[str]:
             texts.append(path.read_text(errors="ignore"))
     text = re.sub(r"\x1b\[[\d;]*m|[\x00-\x08]", "", " % ".join(texts))
     found = re.findall(SENTENCE.get(language, LATIN_SENTENCE), text)
-    if language != "English":  # parts of a translated book are not translated
+    if language != "English":  # translated books contain untranslated parts
         found = [sentence for sentence in found if not ENGLISH_WORDS.search(sentence)]
     plain = sorted({re.sub(r"\s+", " ", sentence) for sentence in found})
     random.Random("sentences").shuffle(plain)
@@ -112,7 +112,7 @@ def sentences(sounds: Path, language: str) -> list[str]:
 
 
 def pitch_hz(samples: np.ndarray) -> float:
-    """Median fundamental frequency of the voiced frames by autocorrelation, 0 if there are hardly any."""
+    """Return the median fundamental frequency of the voiced frames by autocorrelation, 0 with fewer than four."""
     frame, lags = 800, slice(SAMPLE_RATE // 420, SAMPLE_RATE // 65)
     found = []
     for start in range(0, len(samples) - 2 * frame, frame):
@@ -129,7 +129,7 @@ def pitch_hz(samples: np.ndarray) -> float:
 
 
 def whisper(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same words without voice: the spectral envelope, too coarse for harmonics, over noise."""
+    """Return the same words whispered: noise with the spectral envelope, which is too coarse for harmonics."""
     frequencies, _, spectrum = signal.stft(samples, SAMPLE_RATE, nperseg=128, noverlap=96)
     noise = rng.standard_normal(len(samples) + 128)
     _, _, carrier = signal.stft(noise, SAMPLE_RATE, nperseg=128, noverlap=96)
@@ -142,19 +142,19 @@ def whisper(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def smoothed(magnitudes: np.ndarray) -> np.ndarray:
-    """Magnitudes averaged over neighbouring frames, so that no pitch period is left."""
+    """Return magnitudes averaged over neighbouring frames, which removes the pitch period."""
     return signal.convolve(magnitudes, np.ones((1, 5)) / 5, mode="same")
 
 
 def espeak(text: str, voice: str, words_per_minute: int, pitch: int) -> np.ndarray:
-    """`text` spoken by espeak-ng at 16 kHz."""
+    """Return `text` spoken by espeak-ng at 16 kHz."""
     command = ["espeak-ng", "-v", voice, "-s", str(words_per_minute), "-p", str(pitch), "--stdout"]
     wav = subprocess.run([*command, text], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
     return decoded(BytesIO(wav))
 
 
 def flite(text: str, voice: str, stretch: float) -> np.ndarray:
-    """`text` spoken by flite at 16 kHz, `stretch` times as long as usual."""
+    """Return `text` spoken by flite at 16 kHz, `stretch` times as long as usual."""
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         command = ["flite", "-voice", voice, "--setf", f"duration_stretch={stretch}", "-t", text, "-o", wav.name]
         subprocess.run(command, check=True)
@@ -162,8 +162,8 @@ def flite(text: str, voice: str, stretch: float) -> np.ndarray:
 
 
 def decoded(source: BytesIO | str | Path) -> np.ndarray:
-    """Mono 16 kHz samples without the silence at the ends."""
-    # A file of bare GSM frames tells nothing of itself.
+    """Return mono 16 kHz samples without the silence at the ends."""
+    # A file of bare GSM frames has no header.
     bare = {"samplerate": 8_000, "channels": 1, "format": "RAW", "subtype": "GSM610"}
     shape = bare if str(source).endswith(".gsm") else {}
     samples, rate = soundfile.read(source, dtype="float32", always_2d=True, **shape)
@@ -171,13 +171,13 @@ def decoded(source: BytesIO | str | Path) -> np.ndarray:
 
 
 def speaker(samples: np.ndarray) -> str:
-    """`man` or `woman` by pitch; nothing in the range where it does not tell."""
+    """Return `man` or `woman` by pitch, or nothing in the ambiguous range."""
     pitch = pitch_hz(samples)
     return "man" if 70 < pitch < 145 else "woman" if 170 < pitch < 270 else ""
 
 
 def synthesised(sounds: Path) -> Iterator[Sound]:
-    """Every voice in every language and manner."""
+    """Yield utterances of every voice in every language and manner."""
     voices = [(variant, TRAIN) for variant in VARIANTS] + [(variant, HELD_OUT) for variant in HELD_OUT_VARIANTS]
     tasks = []
     for language, (code, _) in LANGUAGES.items():
@@ -192,7 +192,7 @@ def synthesised(sounds: Path) -> Iterator[Sound]:
 
 
 def spoken(task: tuple[Path, str, str, str, str, int]) -> list[Sound]:
-    """What one voice says in one language; a voice that is trained on speaks higher or lower, and faster or slower."""
+    """Return utterances of one voice in one language; voices for training vary in pitch and pace."""
     sounds, language, origin, voice, split, turn = task
     plain = sentences(sounds, language)
     texts = plain[: -len(plain) // 10] if split == TRAIN else plain[-len(plain) // 10 :]
@@ -208,12 +208,12 @@ def spoken(task: tuple[Path, str, str, str, str, int]) -> list[Sound]:
                 samples = flite(text, voice, 175 / words_per_minute / pace)
             else:
                 samples = espeak(text, voice, round(words_per_minute * pace), pitch)
-            utterances += told(samples, origin, split, language, manner)
+            utterances += utterances_of(samples, origin, split, language, manner)
     return utterances
 
 
-def told(samples: np.ndarray, origin: str, split: str, language: str, manner: str) -> Iterator[Sound]:
-    """The utterance as it is, sometimes whispered, and a woman's also as a child's."""
+def utterances_of(samples: np.ndarray, origin: str, split: str, language: str, manner: str) -> Iterator[Sound]:
+    """Yield the utterance unchanged, sometimes whispered, and a woman's slow utterance also as a child's."""
     who = speaker(samples)
     if not who or not SAMPLE_RATE // 2 < len(samples) < 12 * SAMPLE_RATE:
         return
@@ -223,14 +223,14 @@ def told(samples: np.ndarray, origin: str, split: str, language: str, manner: st
     if not manner and rng.random() < 0.5:
         yield whisper(samples, rng), {"kind": "person", **facts, "manner": WHISPERED}
     if who == "woman" and manner == "slowly":
-        # A smaller head and a higher voice; what was slow comes out at a common pace.
+        # A smaller head and a higher voice; the slow utterance gets a common pace.
         smaller = float(rng.uniform(1.32, 1.45))
         if 260 < pitch_hz(samples) * smaller < 400:
             yield soxr.resample(samples, SAMPLE_RATE * smaller, SAMPLE_RATE), {"kind": "child", **facts, "manner": ""}
 
 
 def recorded(sounds: Path) -> Iterator[Sound]:
-    """People's prompts; how fast they speak is not known, so the manner is `recorded` and is not told."""
+    """Yield people's prompts. Their pace is unknown, so the manner is `recorded` and captions do not state it."""
     for language, (packages, others) in PROMPTS.items():
         trained = sorted(path for package in packages for path in (sounds / package).rglob("*"))
         held_out = [
@@ -258,7 +258,7 @@ def recorded(sounds: Path) -> Iterator[Sound]:
 
 
 def pool(sounds: Path) -> Iterator[Sound]:
-    """All speech."""
+    """Yield all utterances."""
     yield from recorded(sounds)
     yield from synthesised(sounds)
 

@@ -1,6 +1,8 @@
-"""`helm test`: send a real clip as a caller would, whole and streamed, in both dialects, and check the captions.
+"""`helm test`: send a real clip in both dialects, streamed and not streamed, and check the captions.
 
-python caption.py ORIGIN TIMEOUT_S [embedded]; keys in CAPTIONER_TEST_KEYS, the first is used. Standard library only.
+    python caption.py ORIGIN TIMEOUT_S [embedded]
+
+Uses the first of the API keys in CAPTIONER_TEST_KEYS. Standard library only.
 """
 
 from __future__ import annotations
@@ -23,28 +25,28 @@ NATIVE = "/api/v1/services/aigc/multimodal-generation/generation"
 
 
 def clip() -> str:
-    """Five seconds of keys being dialled and a woman who speaks, as a data URL."""
+    """Return five seconds of dialled keys and a woman who speaks, as a data URL."""
     package = importlib.util.find_spec("serving")
     if package is None or not package.submodule_search_locations:
-        sys.exit("this image does not hold the service: there is no sample to send")
+        sys.exit("the package `serving` is missing from this image, so there is no sample to send")
     sample = Path(package.submodule_search_locations[0], "embedded", "sample.mp3").read_bytes()
     return "data:audio/mpeg;base64," + base64.b64encode(sample).decode()
 
 
-def ask(path: str, body: dict[str, Any] | None = None, **headers: str) -> str:
-    """Return the text of an answer; until it has started the service may refuse."""
+def request_text(path: str, body: dict[str, Any] | None = None, **headers: str) -> str:
+    """Return the body of a response. Retry 503 and refused connections until `TIMEOUT_S` has passed."""
     headers |= {"content-type": "application/json"} | ({"authorization": f"Bearer {KEY[0]}"} if KEY else {})
     data = None if body is None else json.dumps(body).encode()
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         try:
             request = urllib.request.Request(ORIGIN + path, data, headers)  # noqa: S310 - the origin is the chart's
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-                return str(answer.read().decode())
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:  # noqa: S310
+                return str(response.read().decode())
         except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
+            reply = error.read().decode(errors="replace")
             if error.code != 503 or time.monotonic() > deadline:
-                sys.exit(f"{path}: {error.code} {told}")
+                sys.exit(f"{path}: {error.code} {reply}")
         except OSError as error:
             if time.monotonic() > deadline:
                 sys.exit(f"{path}: {error}")
@@ -52,32 +54,32 @@ def ask(path: str, body: dict[str, Any] | None = None, **headers: str) -> str:
 
 
 def events(stream: str) -> list[dict[str, Any]]:
-    """Return the data of a stream's events."""
+    """Return the data of a stream's SSE events."""
     lines = [line.removeprefix("data:").strip() for line in stream.splitlines() if line.startswith("data:")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
-def check(what: str, text: str, finish_reason: str, audio_tokens: int) -> None:
-    """End with an error unless this is a whole caption of the clip."""
+def check(name: str, text: str, finish_reason: str, audio_tokens: int) -> None:
+    """Exit with an error unless this is a complete caption of the clip."""
     wrong = []
     if len(text.split()) < 5:
         wrong.append("too short for a caption")
     if finish_reason not in {"stop", "length"}:
-        wrong.append(f"it ended with {finish_reason!r}")
+        wrong.append(f"finish reason {finish_reason!r}")
     if audio_tokens != 70:  # 5.5 s at 12.5 a second
         wrong.append(f"{audio_tokens} audio tokens instead of 70")
     if EMBEDDED and "speaking" not in text:
-        wrong.append("the voice was not heard")
-    print(f"{what}: {text!r}", flush=True)
+        wrong.append("the voice is missing")
+    print(f"{name}: {text!r}", flush=True)
     if wrong:
-        sys.exit(f"{what}: {'; '.join(wrong)}")
+        sys.exit(f"{name}: {'; '.join(wrong)}")
 
 
 def main() -> None:
-    """Ask in four ways."""
+    """Request four captions and check each."""
     if not ORIGIN:
-        sys.exit("test.url is not set: with incremental upgrades callers reach a Gateway; name it, as http://ADDRESS")
-    model = json.loads(ask("/v1/models"))["data"][0]["id"]
+        sys.exit("test.url is required with incremental upgrades: set it to the Gateway's address, as http://ADDRESS")
+    model = json.loads(request_text("/v1/models"))["data"][0]["id"]
     audio = clip()
     chat = {
         "model": model,
@@ -90,23 +92,26 @@ def main() -> None:
         "input": {"messages": [{"role": "user", "content": [{"audio": audio}]}]},
     }
 
-    whole = json.loads(ask("/v1/chat/completions", chat))
-    choice, usage = whole["choices"][0], whole["usage"]
+    answer = json.loads(request_text("/v1/chat/completions", chat))
+    choice, usage = answer["choices"][0], answer["usage"]
     tokens = usage["prompt_tokens_details"]["audio_tokens"]
     check("OpenAI", choice["message"]["content"], choice["finish_reason"], tokens)
 
     *chunks, last = events(
-        ask("/v1/chat/completions", chat | {"stream": True, "stream_options": {"include_usage": True}})
+        request_text("/v1/chat/completions", chat | {"stream": True, "stream_options": {"include_usage": True}})
     )
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
     tokens = last["usage"]["prompt_tokens_details"]["audio_tokens"]
     check("OpenAI, streamed", text, chunks[-1]["choices"][0]["finish_reason"], tokens)
 
-    answers = [json.loads(ask(NATIVE, native)), events(ask(NATIVE, native, **{"x-dashscope-sse": "enable"}))[-1]]
-    for what, answer in zip(("DashScope", "DashScope, streamed"), answers, strict=True):
+    answers = [
+        json.loads(request_text(NATIVE, native)),
+        events(request_text(NATIVE, native, **{"x-dashscope-sse": "enable"}))[-1],
+    ]
+    for name, answer in zip(("DashScope", "DashScope, streamed"), answers, strict=True):
         choice = answer["output"]["choices"][0]
         tokens = answer["usage"]["input_tokens_details"]["audio_tokens"]
-        check(what, choice["message"]["content"][0]["text"], choice["finish_reason"], tokens)
+        check(name, choice["message"]["content"][0]["text"], choice["finish_reason"], tokens)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Make the tenants of the chart's values that are not there. Run again it changes nothing.
+"""Create the tenants of the chart's values that do not exist. A second run changes nothing.
 
-Beside it stands tenants.json: a list of `name`, and if wanted `plan` and `region`. Keys are made by hand, as they are
-shown once. The database may still be starting: the Job tries again.
+tenants.json in the same directory is a list of objects with `name` and optionally `plan` and `region`. Keys are created
+by hand, because each is printed once. The Job retries while the database is starting.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Ask for each tenant, and create what is missing; return the exit status."""
+    """Look up each tenant and create the missing ones. Return the exit status."""
     for tenant in json.loads(Path(__file__).with_name("tenants.json").read_text()):
         name = tenant.pop("name")
         shown = subprocess.run(["captioner", "tenants", "show", name], capture_output=True, text=True, check=False)
         if shown.returncode == 0:
-            print(f"{name} is there", flush=True)
+            print(f"{name} exists", flush=True)
             continue
         flags = [f"--{key}={value}" for key, value in sorted(tenant.items())]
-        made = subprocess.run(
+        created = subprocess.run(
             ["captioner", "tenants", "create", name, *flags], capture_output=True, text=True, check=False
         )
-        print(made.stdout + made.stderr, end="", flush=True)
-        if made.returncode:
-            return made.returncode
+        print(created.stdout + created.stderr, end="", flush=True)
+        if created.returncode:
+            return created.returncode
     return 0
 
 

@@ -1,6 +1,6 @@
 {{/* Names, labels, images. */}}
 
-{{/* Short enough for what KubeRay makes of it: a RayService's name may have 47 characters. */}}
+{{/* At most 40 characters: KubeRay appends to the name, and a RayService's name may have 47. */}}
 {{- define "captioner.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
@@ -15,7 +15,7 @@ app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 |
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* Labels of an object. Pods do not get the chart's version: a new one would replace every cluster. */}}
+{{/* Labels of an object. Pods lack the chart's version: a new version would replace every cluster. */}}
 {{- define "captioner.labels" -}}
 {{ include "captioner.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -44,34 +44,34 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* The Secret with what this release must not lose; made by the chart unless one is named. */}}
+{{/* Name of the Secret with values that this release must not lose. The chart creates it unless an existing one is named. */}}
 {{- define "captioner.secretName" -}}
 {{- default (include "captioner.fullname" .) .Values.secrets.existingSecret -}}
 {{- end -}}
 
-{{/* Whether KubeRay moves the traffic in steps, through a Gateway. Empty: no. */}}
+{{/* Non-empty if KubeRay moves the traffic in steps, through a Gateway. */}}
 {{- define "captioner.incremental" -}}
 {{- if and (eq .Values.workload "rayservice") (eq .Values.ray.upgrade.type "NewClusterWithIncrementalUpgrade") -}}yes{{- end -}}
 {{- end -}}
 
-{{/* What callers reach. KubeRay makes the first and moves it to the new cluster once that serves. */}}
+{{/* Service that callers use. KubeRay creates the first one and switches it to the new cluster once that is ready. */}}
 {{- define "captioner.serviceName" -}}
 {{- ternary (printf "%s-serve-svc" (include "captioner.fullname" .)) (include "captioner.fullname" .) (eq .Values.workload "rayservice") -}}
 {{- end -}}
 
-{{/* Where the test asks. Empty: KubeRay makes no Service for callers, and the Gateway's address is not known here. */}}
+{{/* URL that the test calls. Empty: KubeRay creates no Service for callers, and the Gateway's address is not known here. */}}
 {{- define "captioner.url" -}}
 {{- if .Values.test.url -}}{{ .Values.test.url }}
 {{- else if not (include "captioner.incremental" .) -}}http://{{ include "captioner.serviceName" . }}.{{ .Release.Namespace }}.svc:8000{{ end -}}
 {{- end -}}
 
-{{/* Host and port of Redis and PostgreSQL: our own, or those given. Empty: none. */}}
+{{/* Host and port of Redis and PostgreSQL, bundled or external. Empty: none. */}}
 {{- define "captioner.redisAddress" -}}
 {{- if eq .Values.redis.mode "bundled" }}{{ include "captioner.fullname" . }}-redis:6379
-{{- else if eq .Values.redis.mode "external" }}{{ required "redis.host: where is it?" .Values.redis.host }}:{{ .Values.redis.port }}{{ end -}}
+{{- else if eq .Values.redis.mode "external" }}{{ required "redis.host is required with redis.mode: external" .Values.redis.host }}:{{ .Values.redis.port }}{{ end -}}
 {{- end -}}
 
 {{- define "captioner.databaseAddress" -}}
 {{- if eq .Values.postgresql.mode "bundled" }}{{ include "captioner.fullname" . }}-postgresql:5432
-{{- else if eq .Values.postgresql.mode "external" }}{{ required "postgresql.host: where is it?" .Values.postgresql.host }}:{{ .Values.postgresql.port }}{{ end -}}
+{{- else if eq .Values.postgresql.mode "external" }}{{ required "postgresql.host is required with postgresql.mode: external" .Values.postgresql.host }}:{{ .Values.postgresql.port }}{{ end -}}
 {{- end -}}

@@ -1,4 +1,4 @@
-{{/* What the pods have in common. `root` is the chart's own context, `role` a section of the values. */}}
+{{/* Parts that pods share. `root` is the chart's root context, `role` a section of the values. */}}
 
 {{- define "captioner.podSecurity" -}}
 {{- toYaml .Values.podSecurityContext }}
@@ -8,7 +8,7 @@
 {{- toYaml .Values.securityContext }}
 {{- end -}}
 
-{{/* Where a pod goes. dict: root, role, component. */}}
+{{/* Placement of a pod. dict: root, role, component. */}}
 {{- define "captioner.scheduling" -}}
 {{- $role := .role -}}
 {{- with default .root.Values.priorityClass.name $role.priorityClassName }}
@@ -61,7 +61,7 @@ annotations:
   {{- if eq .root.Values.workload "rayservice" }}
   ray.io/overwrite-container-cmd: "true"
   {{- end }}
-  # Whoever changes these replaces the pods: they read them at start only.
+  # A change of these checksums replaces the pods, which read both only when they start.
   checksum/config: {{ include "captioner.rayEnv" .root | sha256sum | trunc 16 | quote }}
   checksum/secrets: {{ list .root.Values.secrets.revision (include "captioner.secretName" .root) .root.Values.secrets.values | toJson | sha256sum | trunc 16 | quote }}
   {{- with .role.podAnnotations }}
@@ -69,7 +69,7 @@ annotations:
   {{- end }}
 {{- end -}}
 
-{{/* Ray's environment, from the same file as `deploy/serve`: YAML of a ConfigMap's data. */}}
+{{/* Ray's environment from a copy of deploy/serve/ray.env, as YAML of a ConfigMap's data. */}}
 {{- define "captioner.rayEnv" -}}
 {{- $times := include "captioner.times" . | fromJson -}}
 {{- $env := dict -}}
@@ -80,13 +80,13 @@ annotations:
 {{- end -}}
 {{- end -}}
 {{- $_ := set $env "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (toString $times.grace) -}}
-{{- /* What HAProxy says by itself in the caller's dialect: a program that the images of deploy/docker have there. */ -}}
+{{- /* Wrapper that renders HAProxy's own errors in the caller's dialect, at its path in the images of deploy/docker. */ -}}
 {{- $_ := set $env "RAY_SERVE_HAPROXY_BINARY_PATH" "/opt/captioner/app/serving/cluster/haproxy_wrapper.py" -}}
 {{- range $name, $value := .Values.ray.env -}}{{- $_ := set $env $name (toString $value) -}}{{- end -}}
 {{- toYaml $env -}}
 {{- end -}}
 
-{{/* Variables that every container of the service has: all that is written goes below /tmp. */}}
+{{/* Environment variables of every container of the service. All files are written below /tmp. */}}
 {{- define "captioner.baseEnv" -}}
 - name: HOME
   value: /tmp
@@ -99,7 +99,7 @@ annotations:
     secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: upload-secret}
 {{- end -}}
 
-{{/* Variables of what knows the callers: frontends, administration, bootstrap. */}}
+{{/* Environment variables of containers that know the callers: frontends, administration, tenants Job. */}}
 {{- define "captioner.callersEnv" -}}
 - name: CAPTIONER_API_KEYS
   valueFrom:
@@ -131,7 +131,7 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* Variables of what tells metrics: frontends and engines. */}}
+{{/* Environment variables of containers that expose metrics: frontends and engines. */}}
 {{- define "captioner.metricsEnv" -}}
 {{- if .Values.monitoring.token -}}
 - name: CAPTIONER_METRICS_TOKEN
@@ -140,7 +140,7 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* An HTTP probe that gives up after `seconds`. dict: path, port, seconds. */}}
+{{/* HTTP probe that fails after `seconds`. dict: path, port, seconds. */}}
 {{- define "captioner.probe" -}}
 httpGet: {path: {{ .path }}, port: {{ .port }}}
 periodSeconds: 10
@@ -148,7 +148,7 @@ timeoutSeconds: 5
 failureThreshold: {{ max 1 (div (add (int .seconds) 9) 10) }}
 {{- end -}}
 
-{{/* The checkpoint: its volume, as YAML of a volume's source. */}}
+{{/* Volume source of the checkpoint, as YAML. */}}
 {{- define "captioner.modelVolume" -}}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "pvc" -}}
@@ -162,7 +162,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- end -}}
 {{- end -}}
 
-{{/* Containers that run before an engine: they fetch the checkpoint, or wait for it, and check its sums. */}}
+{{/* Init containers of an engine: fetch the checkpoint, or wait for it, and verify its checksums. */}}
 {{- define "captioner.modelInit" -}}
 {{- $model := .Values.model -}}
 {{- if eq $model.source "objectStore" }}
@@ -170,7 +170,7 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
   image: {{ $model.objectStore.image | quote }}
   args: [copy, --config=, --transfers=8, "store:{{ $model.objectStore.path }}", {{ include "captioner.modelPath" . | quote }}]
   envFrom:
-    - secretRef: {name: {{ required "model.objectStore.secret: a Secret with RCLONE_CONFIG_STORE_TYPE and the like" $model.objectStore.secret | quote }}}
+    - secretRef: {name: {{ required "model.objectStore.secret is required: a Secret with RCLONE_CONFIG_STORE_TYPE and the credentials" $model.objectStore.secret | quote }}}
   env:
     - {name: XDG_CACHE_HOME, value: /tmp/cache}
   securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
@@ -213,8 +213,8 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- end }}
 {{- end -}}
 
-{{/* Uploads that all frontends see, and the ledger's journal of this pod. */}}
-{{- define "captioner.frontVolumes" -}}
+{{/* Uploads, shared by all frontends, and the ledger's journal of this pod. */}}
+{{- define "captioner.frontendVolumes" -}}
 - name: uploads
   {{- if eq .Values.uploads.storage "pvc" }}
   persistentVolumeClaim:
@@ -226,17 +226,20 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
   emptyDir: {sizeLimit: {{ .Values.frontend.dataSize | quote }}}
 {{- end -}}
 
-{{- define "captioner.frontMounts" -}}
+{{- define "captioner.frontendMounts" -}}
 - {name: uploads, mountPath: /var/lib/captioner/uploads}
 - {name: data, mountPath: /var/lib/captioner/data}
 {{- end -}}
 
-{{/* The stores' images have a user of their own. */}}
+{{/* Security context of the bundled databases: their images use user 999. */}}
 {{- define "captioner.storeSecurity" -}}
 {{- toYaml (merge (dict "runAsUser" 999 "runAsGroup" 999 "fsGroup" 999) (deepCopy .Values.podSecurityContext)) }}
 {{- end -}}
 
-{{/* A short-lived or small pod of the service's image. dict: root, role, component, and text: command, mounts, more. */}}
+{{/*
+Small pod of the service's image. dict: root, role, component, command, and optionally callers (whether it gets the
+callers' variables), env, ports, probes, script (name of a ConfigMap mounted at /etc/captioner).
+*/}}
 {{- define "captioner.smallPod" -}}
 {{- $root := .root -}}
 serviceAccountName: {{ include "captioner.fullname" $root | quote }}

@@ -4,7 +4,7 @@
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
-{{/* A peer: this release's pods of some components. dict: root, components. */}}
+{{/* NetworkPolicy peer: this release's pods of some components. dict: root, components. */}}
 {{- define "captioner.peers" -}}
 podSelector:
   matchLabels: {{- include "captioner.selector" .root | nindent 4 }}
@@ -12,9 +12,9 @@ podSelector:
     - {key: app.kubernetes.io/component, operator: In, values: {{ .components | toJson }}}
 {{- end -}}
 
-{{/* A NetworkPolicy. dict: root, name, components (none: all pods), and what it allows: ingress, egress; or types. */}}
+{{/* NetworkPolicy. dict: root, name, and optionally components (default: all pods), ingress and egress rules, types. */}}
 {{- define "captioner.policy" -}}
-{{- /* A rule whose list of peers is empty would let everybody: nobody is what an empty list of the values means. */}}
+{{- /* An empty list of peers would allow everybody; in the values it means nobody, so such rules are dropped. */}}
 {{- $ingress := list }}{{ range .ingress }}{{ if .from }}{{ $ingress = append $ingress . }}{{ end }}{{ end }}
 {{- $egress := list }}{{ range .egress }}{{ if .to }}{{ $egress = append $egress . }}{{ end }}{{ end -}}
 apiVersion: networking.k8s.io/v1

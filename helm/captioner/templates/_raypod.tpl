@@ -1,4 +1,4 @@
-{{/* A Ray pod's template. dict: root, role, component, preStop and termination (s; no preStop: none). */}}
+{{/* Template of a Ray pod. dict: root, role, component, termination (seconds), and optionally preStop (seconds). */}}
 {{- define "captioner.rayPod" -}}
 {{- $root := .root -}}
 {{- $times := include "captioner.times" $root | fromJson -}}
@@ -10,7 +10,7 @@ spec:
   {{- if ne .component "head" }}
   serviceAccountName: {{ include "captioner.fullname" $root | quote }}
   {{- end }}
-  # The head's autoscaler has a token of its own, mounted by hand; nothing else has one.
+  # Only the head's autoscaler has a token, mounted explicitly.
   automountServiceAccountToken: false
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ .termination }}
@@ -30,7 +30,7 @@ spec:
     - name: ray-{{ .component }}
       image: {{ include "captioner.image" $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
-      # KubeRay's own command, as process 1: so that it gets the signal to stop.
+      # KubeRay's start command as process 1, so that it receives SIGTERM.
       command: [/bin/bash, -c, --]
       args: ['ulimit -n 65536 || true; eval exec "$KUBERAY_GEN_RAY_START_CMD"']
       env:
@@ -65,14 +65,14 @@ spec:
         {{- if ne .component "head" }}
         - {name: captions, containerPort: 9464}
         {{- end }}
-      # These ask Ray's own processes. A model that still loads, or an engine that is busy, does not fail them: the
-      # service's watchdog and Ray Serve see to engines, and neither restarts a pod for it.
+      # Probes of Ray's processes only. A loading model or a busy engine does not fail them: the service's watchdog and
+      # Ray Serve handle engines, and neither restarts a pod for that.
       startupProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" $times.load) | nindent 8 }}
       livenessProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" 120) | nindent 8 }}
       {{- if eq .component "head" }}
       readinessProbe: {{- include "captioner.probe" (dict "path" "/api/healthz" "port" 52365 "seconds" 60) | nindent 8 }}
       {{- else }}
-      # Takes traffic as long as its proxy has frontends to pass it to. At once out of it when the node leaves the cluster.
+      # Ready while its proxy has frontends. Removed from the endpoints at once when the node leaves the cluster.
       readinessProbe:
         httpGet: {path: /-/healthz, port: 8000}
         periodSeconds: 5
@@ -101,7 +101,7 @@ spec:
         - {name: shm, mountPath: /dev/shm}
         {{- end }}
         {{- if $frontend }}
-        {{- include "captioner.frontMounts" $root | nindent 8 }}
+        {{- include "captioner.frontendMounts" $root | nindent 8 }}
         {{- end }}
         {{- with .role.volumeMounts }}
         {{- toYaml . | nindent 8 }}
@@ -116,7 +116,7 @@ spec:
       emptyDir: {medium: Memory, sizeLimit: {{ .role.shmSize | quote }}}
     {{- end }}
     {{- if $frontend }}
-    {{- include "captioner.frontVolumes" $root | nindent 4 }}
+    {{- include "captioner.frontendVolumes" $root | nindent 4 }}
     {{- end }}
     {{- if and (eq .component "head") $root.Values.ray.autoscaler.enabled }}
     - name: kubernetes
@@ -134,7 +134,7 @@ spec:
     {{- end }}
 {{- end -}}
 
-{{/* A worker group. dict: root, role, component, preStop, termination. */}}
+{{/* Worker group. dict: root, role, component, preStop, termination (both in seconds). */}}
 {{- define "captioner.workerGroup" -}}
 {{- $auto := .root.Values.ray.autoscaler.enabled -}}
 groupName: {{ .component | quote }}
@@ -144,7 +144,7 @@ replicas: {{ ternary (max 1 (int .role.replicas.min)) (int .role.replicas.max) $
 {{- if and $auto .role.idleTimeoutSeconds }}
 idleTimeoutSeconds: {{ .role.idleTimeoutSeconds }}
 {{- end }}
-# What Ray places by: one {{ .component }} a pod.
+# Resources by which Ray places: one {{ .component }} per pod.
 resources:
   CPU: {{ .role.cpus | quote }}
   {{- if .role.gpus }}
@@ -152,7 +152,7 @@ resources:
   {{- end }}
   {{ .component }}: "1"
 rayStartParams:
-  # Requests and tokens do not pass through Ray's object store.
+  # Bytes. Requests and tokens do not pass through Ray's object store.
   object-store-memory: "268435456"
 template: {{- include "captioner.rayPod" . | nindent 2 }}
 {{- end -}}

@@ -1,11 +1,11 @@
-{{/* What the service is told, and the times that hang together. */}}
+{{/* Settings of the service, and the durations that depend on each other. */}}
 
 {{/*
-The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the order of a pod's end:
-  1. it leaves the Service's endpoints, and its replicas get replacements elsewhere: `replacement`
-  2. its replicas take nothing new and end what they have: `grace` = L + margin
-  3. its proxy ends the last streams that came through it: `proxy`
-  4. the engine ends: `engineStop`; then the container is stopped, at the latest by `termination`
+Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L). Order of a pod's shutdown:
+  1. It leaves the Service's endpoints, and its replicas are replaced on other nodes: 60 s for a frontend, `load` for an engine.
+  2. Its replicas accept no new request and finish the running ones: `grace` = L + margin.
+  3. Its proxy finishes the last streams that pass through it: `proxy` = 30 + margin.
+  4. The engine stops: `engineStop`. The container is stopped at the latest after `termination`.
 */}}
 {{- define "captioner.times" -}}
 {{- $longest := int .Values.drain.longestRequestSeconds -}}
@@ -18,11 +18,11 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 {{- $engine := add $load $grace $proxy -}}
 {{- dict
   "longest" $longest
-  "whole" (min $longest 280)
+  "response" (min $longest 280)
   "grace" $grace
   "load" $load
-  "frontPreStop" $frontend
-  "frontTermination" (add $frontend $engineStop $margin)
+  "frontendPreStop" $frontend
+  "frontendTermination" (add $frontend $engineStop $margin)
   "enginePreStop" $engine
   "engineTermination" (add $engine $engineStop $margin)
   "clusterDeletion" (add $grace $proxy)
@@ -31,24 +31,24 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 | toJson -}}
 {{- end -}}
 
-{{/* How long a model may take to load: its size at the slowest expected reading, half as much again, and two minutes. */}}
+{{/* Seconds allowed for loading the model: 1.5 times its size at the slowest expected read rate, plus two minutes. */}}
 {{- define "captioner.loadSeconds" -}}
 {{- add 120 (div (mul 3 1024 (int .Values.model.sizeGiB)) (mul 2 (int .Values.model.readMiBPerSecond))) -}}
 {{- end -}}
 
-{{/* Where the checkpoint is for the engine; empty: the embedded stand-in. */}}
+{{/* Path of the checkpoint in the engine's container. Empty: the embedded stand-in. */}}
 {{- define "captioner.modelPath" -}}
 {{- if ne .Values.model.source "embedded" }}/models/{{ .Values.model.directory }}{{ end -}}
 {{- end -}}
 
-{{/* Every setting that the service is given by name, as YAML: `settings`, and what follows from other values. */}}
+{{/* Every setting passed to the service, as YAML: `settings`, and settings derived from other values. */}}
 {{- define "captioner.settings" -}}
 {{- $times := include "captioner.times" . | fromJson -}}
 {{- $ray := eq .Values.workload "rayservice" -}}
 {{- $given := dict
   "shutdown_grace_s" $times.grace
   "stream_timeout_s" $times.longest
-  "response_timeout_s" $times.whole
+  "response_timeout_s" $times.response
   "audio_workers" (int .Values.frontend.cpus)
   "tensor_parallel" (max 1 (int .Values.engine.gpus))
   "uploads_dir" "/var/lib/captioner/uploads"
@@ -82,7 +82,7 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 {{- toYaml $all -}}
 {{- end -}}
 
-{{/* The origin that clients reach, when the chart knows it. */}}
+{{/* Origin that clients reach. Empty if the chart does not know it. */}}
 {{- define "captioner.publicUrl" -}}
 {{- $host := ternary .Values.ingress.host (first (append .Values.httpRoute.hostnames "")) .Values.ingress.enabled -}}
 {{- if and (or .Values.ingress.enabled .Values.httpRoute.enabled) $host -}}
@@ -91,12 +91,12 @@ The times, all from `drain.longestRequestSeconds` (L): JSON, in seconds. In the 
 {{- end -}}
 {{- end -}}
 
-{{/* Bytes that a request may have: a JSON body, or a form with a file. */}}
+{{/* Maximum size of a request in bytes: of a JSON body, or of a form with a file. */}}
 {{- define "captioner.maxBody" -}}
 {{- max (int64 (default 16777216 .Values.settings.max_body_bytes)) (add 65536 (int64 (default 10485759 .Values.settings.max_upload_bytes))) -}}
 {{- end -}}
 
-{{/* Serve's configuration, as `serve deploy` takes it. */}}
+{{/* Ray Serve's configuration, in the format of `serve deploy`. */}}
 {{- define "captioner.serveConfig" -}}
 proxy_location: EveryNode
 http_options:

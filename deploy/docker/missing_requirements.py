@@ -1,11 +1,11 @@
-"""What an image has to install: the locked requirements, less what its base has and what it never needs.
+"""Locked requirements that an image must install: those that its base lacks, without those it never needs.
 
-    besides.py LOCK [--base] [--without NAME,NAME] > requirements.txt
+    missing_requirements.py LOCK [--base] [--without NAME,NAME] > requirements.txt
 
-With `--base` the Python that runs this is the base image's own. What that has in the locked version is left out. The
-engine (`ENGINE`) is left out whatever it has of it: its parts were built for each other; but the versions in `SAME`
-must be the locked ones, or this fails. Anything else is installed as locked, and found before the base's. Standard
-library only.
+With `--base`, run this with the base image's Python. Packages that it has in the locked version are left out. Packages
+of the engine (`ENGINE`) are always left out, because they were built for each other; but versions of those in `SAME`
+must equal the locked ones, or the program fails. Any other package is installed as locked, and imported before the
+base's. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ENGINE = re.compile(
 
 
 def main() -> None:
-    """Print the requirements; tell on standard error what was left out."""
+    """Print the requirements; print the counts on standard error."""
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("lock", type=Path)
     arguments.add_argument("--base", action="store_true")
@@ -47,24 +47,24 @@ def main() -> None:
     if unknown:
         sys.exit(f"not in {given.lock}: {', '.join(sorted(unknown))}")
     print(*needed, sep="\n")
-    print(f"left out {len(left_out)}, to install {len(needed)}", file=sys.stderr)
+    print(f"{len(left_out)} left out, {len(needed)} to install", file=sys.stderr)
 
 
 def locked(text: str) -> Iterator[tuple[str, str, str]]:
-    """Each requirement's name, its version, and all its lines."""
+    """Yield each requirement's name, its version, and all its lines."""
     for requirement in re.split(r"\n(?=\S)", text.strip()):
         name, _, rest = requirement.partition("==")
         yield name, rest.split(maxsplit=1)[0], requirement
 
 
 def is_needed(name: str, wanted: str) -> bool:
-    """Whether to install it beside what this Python has. Exits if the base has another engine than was locked."""
+    """Return whether a package must be installed. Exit if the base has another version of the engine than `wanted`."""
     try:
         has = version(name).partition("+")[0]  # `2.13.0+cu130` is 2.13.0 built for a CUDA version
     except PackageNotFoundError:
         has = None
     if name in SAME and has != wanted:
-        sys.exit(f"the base image has {name} {has}; locked, and tested, is {wanted}: use a base that has it")
+        sys.exit(f"the base image has {name} {has}, but {wanted} is locked and tested; use a base with {name} {wanted}")
     return has != wanted and not ENGINE.fullmatch(name)
 
 

@@ -1,0 +1,150 @@
+"""Secrets, stores, addresses and files that the manifests connect."""
+
+from __future__ import annotations
+
+import json
+import os
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from tests.chart.combinations import COMBINATIONS
+from tests.chart.rendering import CHART, PROFILES, ROOT, group, only, pods, serve_config, template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_only_the_callers_paths_are_reachable_from_outside(helm: Path) -> None:
+    """The dialects' paths and uploads are; metrics, health, Ray's dashboard and the administration are not."""
+    paths = set(yaml.safe_load((CHART / "values.yaml").read_text())["ingress"]["paths"])
+    for name, kind in (("an Ingress", "Ingress"), ("an HTTPRoute", "HTTPRoute")):
+        rules = only(template(helm, COMBINATIONS[name]), kind)["spec"]["rules"]
+        found = (
+            [each["path"] for each in rules[0]["http"]["paths"]]
+            if kind == "Ingress"
+            else [each["path"]["value"] for rule in rules for each in rule["matches"]]
+        )
+        assert set(found) == paths
+        assert not any(path in str(found) for path in ("metrics", "healthz", "admin", "'/'"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_equals_the_services_profile(profile: str) -> None:
+    """It has the same settings as the TOML file for one machine, and the same arithmetic in its comment."""
+    text = (CHART / "profiles" / f"{profile}.yaml").read_text()
+    toml = (ROOT / "deploy" / "profiles" / f"{profile}.toml").read_text()
+    values, service = yaml.safe_load(text), tomllib.loads(toml)
+    for line in toml.splitlines():
+        if "GiB" in line or "KV cache" in line or "weights" in line:
+            assert line in text
+    if service["tensor_parallel"] > 1:
+        assert values["engine"]["gpus"] == service["tensor_parallel"]
+    for name in set(service) - {
+        "model",
+        "tensor_parallel",
+        "min_engine_replicas",
+        "max_engine_replicas",
+        "engine_on_gpu",
+    }:
+        assert values["settings"][name] == service[name]
+
+
+def test_secrets_reach_only_the_pods_that_need_them(helm: Path) -> None:
+    """No secret is text; engines and heads lack the callers' secrets; only the administration has its token."""
+    for values in ({}, COMBINATIONS["external stores"], COMBINATIONS["administration"]):
+        manifests = template(helm, values | {"secrets": {"values": {"api-keys": "sk-hidden"}}})
+        for who, spec in pods(manifests):
+            names = {each["name"] for container in spec["containers"] for each in container.get("env", [])}
+            knows = bool(
+                names & {"CAPTIONER_DATABASE_URL", "CAPTIONER_REDIS_URL", "CAPTIONER_KEY_PEPPER", "CAPTIONER_API_KEYS"}
+            )
+            assert knows == who.endswith((" frontend", "-admin", "-tenants")), who
+            assert ("CAPTIONER_ADMIN_TOKEN" in names) == who.endswith("-admin"), who
+        assert not any("sk-hidden" in json.dumps(each) for each in manifests if each["kind"] != "Secret")
+
+
+def test_external_stores_are_configured_by_secret_references(helm: Path) -> None:
+    """The URL has host and user, a variable from the Secret the password; the chart creates no store."""
+    manifests = template(helm, COMBINATIONS["external stores"])
+    assert not [each for each in manifests if each["kind"] == "StatefulSet"]
+    env = {each["name"]: each for each in group(manifests, "frontend")["template"]["spec"]["containers"][0]["env"]}
+    assert env["CAPTIONER_DATABASE_URL"]["value"] == (
+        "postgresql+psycopg://captioner:$(DATABASE_PASSWORD)@db.example.com:5432/captioner?sslmode=verify-full"
+    )
+    assert env["DATABASE_PASSWORD"]["valueFrom"]["secretKeyRef"] == {"name": "db", "key": "password"}
+    assert env["CAPTIONER_REDIS_URL"]["value"] == "rediss://:$(REDIS_SECRET)@cache.example.com:6380/0"
+    assert list(env).index("DATABASE_PASSWORD") < list(env).index(
+        "CAPTIONER_DATABASE_URL"
+    )  # Kubernetes expands only earlier variables
+    assert list(env).index("REDIS_SECRET") < list(env).index("CAPTIONER_REDIS_URL")
+    cluster = only(manifests, "RayService")["spec"]["rayClusterConfig"]
+    assert cluster["gcsFaultToleranceOptions"]["redisAddress"] == "rediss://cache.example.com:6380"
+
+
+def test_a_database_may_be_configured_by_its_url_alone(helm: Path) -> None:
+    """A Secret contains the complete URL: host and password are not required, and the chart's Secret is not used."""
+    manifests = template(helm, COMBINATIONS["a database by its URL"])
+    env = {each["name"]: each for each in group(manifests, "frontend")["template"]["spec"]["containers"][0]["env"]}
+    assert env["CAPTIONER_DATABASE_URL"]["valueFrom"]["secretKeyRef"] == {"name": "db", "key": "database-url"}
+    assert "DATABASE_PASSWORD" not in env
+
+
+def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
+    """Ray starts the wrapper in HAProxy's place, at its path in both images; another image can set another path."""
+
+    def wrapper(values: dict[str, Any]) -> str:
+        manifests = template(helm, values)
+        for component in ("head", "frontend", "engine"):
+            (container,) = group(manifests, component)["template"]["spec"]["containers"]
+            assert {"configMapRef": {"name": "x-captioner-ray"}} in container["envFrom"]
+        return str(only(manifests, "ConfigMap", "x-captioner-ray")["data"]["RAY_SERVE_HAPROXY_BINARY_PATH"])
+
+    path = wrapper({})
+    app, _, inside = path.partition("/serving/")
+    assert os.access(ROOT / "serving" / inside, os.X_OK)
+    for build in ("cpu", "cuda"):
+        lines = (ROOT / "deploy" / "docker" / f"{build}.Dockerfile").read_text().splitlines()
+        assert any(line.strip().startswith(f"--target {app} .") for line in lines)
+        assert f"&& chmod 0755 {path}" in [line.strip() for line in lines]  # Ray rejects a file that is not executable
+    assert wrapper({"ray": {"env": {"RAY_SERVE_HAPROXY_BINARY_PATH": "/app/haproxy.py"}}}) == "/app/haproxy.py"
+
+
+def test_the_test_calls_the_callers_address(helm: Path) -> None:
+    """It calls the Service. With incremental upgrades KubeRay creates none, so it calls only `test.url`."""
+
+    def url(values: dict[str, Any]) -> str:
+        (container,) = only(template(helm, values), "Pod")["spec"]["containers"]
+        return str(container["command"][2])
+
+    assert url({}) == "http://x-captioner-serve-svc.captions.svc:8000"
+    assert url({"workload": "deployment"}) == "http://x-captioner.captions.svc:8000"
+    assert url(COMBINATIONS["incremental upgrades"]) == ""  # the test then fails with a message, see test_scripts.py
+    gateway = {"test": {"url": "http://gateway.example.com"}}
+    assert url(COMBINATIONS["incremental upgrades"] | gateway) == gateway["test"]["url"]
+
+
+def test_rules_and_dashboards_are_shipped(helm: Path) -> None:
+    """Every rule and dashboard of `deploy/` is in the manifests, unchanged."""
+    manifests = template(helm, COMBINATIONS["monitoring"])
+    rules = [each["spec"]["groups"] for each in manifests if each["kind"] == "PrometheusRule"]
+    files = sorted((ROOT / "deploy" / "prometheus").glob("captioner.*.yml"))
+    assert rules == [yaml.safe_load(path.read_text())["groups"] for path in files]
+    boards = [
+        json.loads(text)
+        for each in manifests
+        if "-dashboard-" in each["metadata"]["name"]
+        for text in each["data"].values()
+    ]
+    assert boards == [
+        json.loads(path.read_text()) for path in sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
+    ]
+    assert len(boards) >= 6
+    ports = [each["port"] for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]]
+    for component in ("frontend", "engine"):
+        container = group(manifests, component)["template"]["spec"]["containers"][0]
+        assert {each["name"] for each in container["ports"]} >= set(ports)
+    metrics_port = serve_config(manifests)["applications"][0]["args"]["metrics_port"]
+    assert {"name": "captions", "containerPort": metrics_port} in container["ports"]
