@@ -388,6 +388,8 @@ GROUPS = (
     Group("Callers", Callers, f'CAPTIONER_API_KEYS="$(cat keys)" {_SERVE} --region=singapore'),
     Group("Storage and usage", Storage, f"{_SERVE} --data-dir=/var/lib/captioner --max-uploads-bytes=50GiB"),
     Group("Logs", Logs, f"{_SERVE} --log-format=text --log-level=debug"),
-    Group("Administration", AdministrationApi, f'CAPTIONER_ADMIN_TOKEN="$(cat admin-token)" {_SERVE} --admin-port=8100'),
+    Group(
+        "Administration", AdministrationApi, f'CAPTIONER_ADMIN_TOKEN="$(cat admin-token)" {_SERVE} --admin-port=8100'
+    ),
     Group("Metrics and traces", MetricsAndTraces, f"{_SERVE} --otlp-endpoint=http://collector:4318 --trace-ratio=0.1"),
 )

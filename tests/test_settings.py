@@ -1,4 +1,4 @@
-"""Secrets as files in a directory, as Docker and Kubernetes hand them to containers."""
+"""Sources and types of settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def test_a_file_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file `captioner_<name>` is that setting, less its line end; other files are somebody else's."""
+    """Each file `captioner_<name>` is that setting, without its line end; other files are ignored."""
     (tmp_path / "captioner_upload_secret").write_text("quiet\n")
     (tmp_path / "captioner_api_keys").write_text("one, two\n")
     (tmp_path / "postgres_password").write_text("not ours\n")
@@ -47,8 +47,8 @@ def test_the_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_a_directory_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount that was forgotten must not pass for no secrets at all."""
+def test_a_missing_directory_of_secrets_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten mount does not pass for a directory without secrets."""
     monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path / "forgotten"))
     with pytest.raises(FileNotFoundError, match="forgotten does not exist"):
         Settings.load([])
