@@ -1,4 +1,4 @@
-"""The administration over HTTP: the table of `tenancy/admin/verbs.py` on a port and with a token of its own.
+"""The administration over HTTP: the table of `tenancy/admin/verbs.py` on a separate port with a separate token.
 
 Never on the port that clients reach. JSON in and out; errors are `{"error": {"code": …, "message": …}}`.
 """

@@ -27,7 +27,7 @@ def problems_of(*flags: str) -> list[str]:
 
 
 def run(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a command as a process of its own."""
+    """Run a command as a subprocess."""
     captioner = Path(sys.executable).with_name("captioner")
     environment = os.environ | {"CAPTIONER_CONFIG": ""} | variables
     return subprocess.run(
@@ -102,7 +102,7 @@ def test_a_problem_is_one_line(flags: list[str], expected: str) -> None:
 
 
 def test_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wrong value has a line of its own."""
+    """Each wrong value has a line."""
     monkeypatch.setenv("CAPTIONER_TRACE_RATIO", "2")
     monkeypatch.setenv("CAPTIONER_AUTH", "perhaps")
     assert problems_of() == [
