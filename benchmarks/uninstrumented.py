@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from serving.cli import main as cli
+from serving.cli.serve import ServiceRun
 from serving.observability import metrics
 
 
@@ -22,13 +23,13 @@ def _tell_nothing(self: Any, *_: object) -> None:
 def main() -> int:
     """Run the command line."""
     metrics.Metrics.finish = _tell_nothing  # type: ignore[method-assign, assignment]
-    serve = cli._Server.run  # noqa: SLF001 - see above
+    serve = ServiceRun.run
 
     async def quiet(self: Any) -> int:
         logging.getLogger("serving.observability.metrics").disabled = True
         return await serve(self)
 
-    cli._Server.run = quiet  # type: ignore[method-assign]  # noqa: SLF001
+    ServiceRun.run = quiet  # type: ignore[method-assign]
     return cli.main()
 
 

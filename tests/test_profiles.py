@@ -20,32 +20,32 @@ PARAMETERS = 31.7e9
 QUANTIZED = 29.9e9
 """Parameters in linear layers of the language model; embeddings, routers and towers stay in BF16."""
 KV_BYTES = 48 * 2 * 4 * 128 * 2
-"""Per token of the captioner: layers, keys and values, KV heads, head width, BF16."""
+"""KV cache per token of the captioner: layers, keys and values, KV heads, head width, bytes of BF16."""
 CAPTION_TOKENS = 1000
-"""Of a clip of 30 s: 400 of input and at most 600 of caption."""
+"""Tokens of a clip of 30 s: 400 of input and at most 600 of caption."""
 
 
 def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """As `captioner serve --config` does."""
+    """Load a profile as `captioner serve --config` does."""
     monkeypatch.setenv("CAPTIONER_CONFIG", "")
     return Settings.load(["--config", str(path)])
 
 
-def told(text: str, pattern: str) -> float:
-    """A number in the comments."""
+def stated(text: str, pattern: str) -> float:
+    """Return a number in the comments."""
     found = re.search(pattern, text)
     assert found, pattern
     return float(found[1].replace(",", ""))
 
 
 def test_there_are_profiles() -> None:
-    """The tests below would pass without any."""
+    """Profiles are found: the tests below would pass without any."""
     assert len(PROFILES) >= 6
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It loads; the GPUs in its name are those that it uses."""
+    """A profile loads, and uses the GPUs and the number format in its name."""
     settings = load(path, monkeypatch)
     assert settings.long_tokens_per_step is not None
     assert settings.long_tokens_per_step <= settings.step_tokens
@@ -59,28 +59,28 @@ def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("path", [path for path in PROFILES if path.stem[0].isdigit()], ids=lambda path: path.stem)
 def test_a_profiles_memory_adds_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the GPU's memory to tokens of KV cache; the longest context fits, and so do as many captions as may run."""
+    """The comment's figures follow from the settings; the longest context and `max_num_seqs` captions fit."""
     settings, text = load(path, monkeypatch), path.read_text()
     parameter_bytes = QUANTIZED + 2 * (PARAMETERS - QUANTIZED) if settings.quantization else 2 * PARAMETERS
     weights_gib = parameter_bytes / settings.tensor_parallel / GIB
-    taken_gib = told(text, r"of ([\d.]+) on the GPU") * settings.gpu_memory_utilization
-    kv_gib = taken_gib - weights_gib - told(text, r"working memory ([\d.]+)")
+    taken_gib = stated(text, r"of ([\d.]+) on the GPU") * settings.gpu_memory_utilization
+    kv_gib = taken_gib - weights_gib - stated(text, r"working memory ([\d.]+)")
     kv_bytes = KV_BYTES / settings.tensor_parallel
     tokens = kv_gib * GIB / kv_bytes
 
-    assert told(text, r"vLLM takes ([\d.]+)") == pytest.approx(taken_gib, abs=0.06)
-    assert told(text, r"weights ([\d.]+)") == pytest.approx(weights_gib, abs=0.06)
-    assert told(text, r"KV cache ([\d.]+)") == pytest.approx(kv_gib, abs=0.11)
-    assert told(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
-    assert told(text, r"= ([\d,]+) tokens") == pytest.approx(tokens, rel=0.01)
-    assert told(text, r"Room for (\d+) inputs") == pytest.approx(tokens // 31_800, abs=1)
-    assert told(text, r"or (\d+) captions") == pytest.approx(tokens / CAPTION_TOKENS, rel=0.01)
+    assert stated(text, r"vLLM takes ([\d.]+)") == pytest.approx(taken_gib, abs=0.06)
+    assert stated(text, r"weights ([\d.]+)") == pytest.approx(weights_gib, abs=0.06)
+    assert stated(text, r"KV cache ([\d.]+)") == pytest.approx(kv_gib, abs=0.11)
+    assert stated(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
+    assert stated(text, r"= ([\d,]+) tokens") == pytest.approx(tokens, rel=0.01)
+    assert stated(text, r"Room for (\d+) inputs") == pytest.approx(tokens // 31_800, abs=1)
+    assert stated(text, r"or (\d+) captions") == pytest.approx(tokens / CAPTION_TOKENS, rel=0.01)
     assert tokens >= settings.max_model_len
     assert tokens >= settings.max_num_seqs * CAPTION_TOKENS
 
 
-def test_the_stand_in_is_known_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of it, or one that was just trained, is never called the captioner; nor is the captioner called so."""
+def test_the_stand_in_is_recognised_in_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the stand-in is recognised; the captioner, and a damaged checkpoint, are not taken for it."""
     shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     assert Settings(model="copy").is_embedded
@@ -96,7 +96,7 @@ def test_the_stand_in_is_known_wherever_it_lies(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_embedded_profile_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It changes nothing but what the CPU's own defaults would be anyway; its cache holds what it says."""
+    """The profile spells out the CPU's defaults alone, and its cache holds the stated tokens."""
     path = next(path for path in PROFILES if path.stem == "cpu-embedded")
     settings, text = load(path, monkeypatch), path.read_text()
     same = {"config", "dtype", "long_tokens_per_step"}
@@ -104,13 +104,13 @@ def test_the_embedded_profile_is_the_default(monkeypatch: pytest.MonkeyPatch) ->
     config = json.loads((EMBEDDED_CHECKPOINT / "config.json").read_text())["thinker_config"]
     sizes = config["text_config"]
     kv_bytes = 2 * 4 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
-    assert told(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
-    assert told(text, r"= ([\d,]+) tokens") == pytest.approx(settings.cpu_kv_cache_gib * GIB / kv_bytes, rel=0.01)
+    assert stated(text, r"tokens of ([\d.]+) KiB") * KIB == kv_bytes
+    assert stated(text, r"= ([\d,]+) tokens") == pytest.approx(settings.cpu_kv_cache_gib * GIB / kv_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2, 4, 8])
 def test_blocks_that_do_not_fit_the_experts_are_refused(tensor_parallel: int) -> None:
-    """FP8 in blocks of 128 needs experts cut in multiples of 128; the message says what to do instead."""
+    """FP8 in blocks of 128 needs experts cut in multiples of 128; the message has the alternatives."""
     fits = tensor_parallel <= 2
     if fits:
         assert Settings(quantization="fp8_per_block", tensor_parallel=tensor_parallel).quantization

@@ -1,10 +1,11 @@
-"""Secrets as files in a directory, as Docker and Kubernetes hand them to containers."""
+"""Sources and types of settings."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+from pydantic import ValidationError
 
 from serving.config import Settings
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def test_a_file_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file `captioner_<name>` is that setting, less its line end; other files are somebody else's."""
+    """Each file `captioner_<name>` is that setting, without its line end; other files are ignored."""
     (tmp_path / "captioner_upload_secret").write_text("quiet\n")
     (tmp_path / "captioner_api_keys").write_text("one, two\n")
     (tmp_path / "postgres_password").write_text("not ours\n")
@@ -28,9 +29,11 @@ def test_a_file_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flag comes before a variable, that before a secret, that before the TOML file."""
     (tmp_path / "captioner_port").write_text("3")
-    (tmp_path / "captioner_frontends").write_text("3")
-    (tmp_path / "captioner_engines").write_text("3")
-    (tmp_path / "file.toml").write_text("port = 4\nfronts = 4\nengines = 4\nmax_engines = 4\n")
+    (tmp_path / "captioner_min_frontends").write_text("3")
+    (tmp_path / "captioner_min_engine_replicas").write_text("3")
+    (tmp_path / "file.toml").write_text(
+        "port = 4\nmin_frontends = 4\nmin_engine_replicas = 4\nmax_engine_replicas = 4\n"
+    )
     monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path))
     monkeypatch.setenv("CAPTIONER_CONFIG", str(tmp_path / "file.toml"))
     monkeypatch.setenv("CAPTIONER_PORT", "2")
@@ -44,8 +47,52 @@ def test_the_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_a_directory_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mount that was forgotten must not pass for no secrets at all."""
+def test_a_missing_directory_of_secrets_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forgotten mount does not pass for a directory without secrets."""
     monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path / "forgotten"))
     with pytest.raises(FileNotFoundError, match="forgotten does not exist"):
         Settings.load([])
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("10MiB", 10 << 20), ("512 KiB", 512 << 10), ("1GiB", 1 << 30), ("1.5GiB", 3 << 29), ("16777216", 1 << 24)],
+)
+def test_sizes_are_written_with_units(written: str, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Flags, variables and the file accept KiB, MiB and GiB as well as plain bytes."""
+    assert Settings.load([f"--max-body-bytes={written}"]).max_body_bytes == size
+    (tmp_path / "file.toml").write_text(f'max_url_bytes = "{written}"\nmax_upload_bytes = {size}\n')
+    monkeypatch.setenv("CAPTIONER_CONFIG", str(tmp_path / "file.toml"))
+    monkeypatch.setenv("CAPTIONER_MAX_BODY_BYTES", written)
+    settings = Settings.load([])
+    assert (settings.max_body_bytes, settings.max_url_bytes, settings.max_upload_bytes) == (size, size, size)
+
+
+@pytest.mark.parametrize("written", ["10MB", "10 M", "-1MiB", "MiB", "1e3KiB", "0.0001KiB", "10MiB, 5"])
+def test_other_sizes_are_refused(written: str) -> None:
+    """Decimal units, other words and fractions of a byte are errors, not guesses."""
+    with pytest.raises(ValidationError, match="max_body_bytes"):
+        Settings(max_body_bytes=written)
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),  # noqa: S104
+        ("::", False),
+        ("10.0.0.1", False),
+        ("captions.example.com", False),
+    ],
+)
+def test_loopback_is_one_rule(host: str, *, loopback: bool) -> None:
+    """Every loopback address counts as such for `on_loopback` and for switching authentication off."""
+    assert Settings(host=host).on_loopback is loopback
+    if loopback:
+        assert Settings(host=host, auth=False).auth is False
+    else:
+        with pytest.raises(ValidationError, match="only on a loopback address"):
+            Settings(host=host, auth=False)

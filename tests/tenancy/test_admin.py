@@ -1,4 +1,4 @@
-"""The administration's verbs, on both kinds of database."""
+"""The administration's functions, on both kinds of database."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from serving.tenancy import schema
-from serving.tenancy.admin.service import Administration, UnknownError
-from serving.tenancy.admin.validation import RefusedError
+from serving.tenancy.admin.service import Administration, NotFoundError
+from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.billing import reports
 from serving.tenancy.billing.prices import Price
 from serving.tenancy.key_hashing import Pepper
@@ -27,18 +27,18 @@ DAY_MS = 24 * 3600 * 1000
 
 @pytest.fixture
 def admin(database: sa.Engine) -> Administration:
-    """The verbs, used by a test."""
+    """The functions, with a test as actor."""
     return Administration(database, Pepper(b"a pepper of a test"), "test")
 
 
 def revision(admin: Administration) -> int:
-    """What replicas look at to see that something has changed."""
+    """Return the revision, by which replicas see that something has changed."""
     with admin.database.connect() as connection:
         return int(connection.scalar(sa.select(schema.store_state.c.revision)) or 0)
 
 
 def test_a_tenant_is_made_shown_and_changed(admin: Administration) -> None:
-    """What is set is what is shown; the rest is the plan's and the default's."""
+    """Values that are set are shown; the others are defaults, or left to the plan."""
     made = admin.create_tenant("acme", plan="standard", name="Acme, Inc.")
     assert made == admin.tenant("acme") == admin.tenants()[0]
     assert (made["region"], made["state"], made["plan"], made["limits"]) == ("beijing", "active", "standard", {})
@@ -53,14 +53,14 @@ def test_a_tenant_is_made_shown_and_changed(admin: Administration) -> None:
 
 
 def test_money_is_kept_exactly(admin: Administration) -> None:
-    """A budget is whole nano-units, whatever a binary fraction would make of it."""
+    """A budget is stored in whole nano-units, without the error of a binary fraction."""
     admin.create_tenant("acme", limits={"money_per_month": "0.1"})
     with admin.database.connect() as connection:
         assert connection.scalar(sa.select(schema.tenants.c.limits)) == {"nanos_per_month": 100_000_000}
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"plan": "platinum"}, "there is no plan 'platinum'"),
         ({"state": "happy"}, "state: happy is none of active, suspended, arrears"),
@@ -75,29 +75,29 @@ def test_money_is_kept_exactly(admin: Administration) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_is_refused_and_changes_nothing(
-    admin: Administration, change: dict[str, Any], told: str
+def test_an_invalid_change_is_refused_and_changes_nothing(
+    admin: Administration, change: dict[str, Any], message: str
 ) -> None:
-    """The message says what is wrong; neither the tenant, nor the audit log, nor the revision has changed."""
+    """The message names the problem; the tenant, the audit log and the revision stay as they were."""
     before, log, at = admin.create_tenant("acme"), admin.audit(), revision(admin)
-    with pytest.raises((RefusedError, UnknownError)) as refused:
+    with pytest.raises((InvalidChangeError, NotFoundError)) as refused:
         admin.change_tenant("acme", **change)
-    assert str(refused.value.args[0]).startswith(told)
+    assert str(refused.value.args[0]).startswith(message)
     assert (admin.tenant("acme"), admin.audit(), revision(admin)) == (before, log, at)
 
 
 def test_a_second_tenant_of_the_same_id_is_refused(admin: Administration) -> None:
-    """Nothing is overwritten, and ids are plain words."""
+    """An existing tenant is not overwritten, and ids are plain words."""
     admin.create_tenant("acme")
-    with pytest.raises(RefusedError, match="there is a tenant acme already"):
+    with pytest.raises(InvalidChangeError, match="there is a tenant acme already"):
         admin.create_tenant("acme")
     for bad in ("", "Acme", "a b", "../etc", "x" * 64, "a;drop table tenants"):
-        with pytest.raises(RefusedError, match="a tenant's id has"):
+        with pytest.raises(InvalidChangeError, match="a tenant's id has"):
             admin.create_tenant(bad)
 
 
-def test_a_key_is_told_once_and_kept_as_a_hash(admin: Administration) -> None:
-    """The database has neither the key nor more of it than the first characters."""
+def test_a_key_is_returned_once_and_stored_as_a_hash(admin: Administration) -> None:
+    """The database has the hash and the first characters of a key, but not the key."""
     admin.create_tenant("acme")
     shown, secret = admin.create_key("acme", name="laptop")
     assert secret.startswith("sk-")
@@ -112,7 +112,7 @@ def test_a_key_is_told_once_and_kept_as_a_hash(admin: Administration) -> None:
 
 
 def test_rotation_overlaps(admin: Administration) -> None:
-    """The old key ends after the overlap, the new one has its name and limits; a key is rotated once."""
+    """The old key expires after the overlap, the new key has its name and limits; a key is rotated once."""
     admin.create_tenant("acme")
     old, _ = admin.create_key("acme", name="laptop", limits={"requests_per_minute": 7})
     new, _ = admin.rotate_key(old["id"], overlap_s=3600)
@@ -120,15 +120,15 @@ def test_rotation_overlaps(admin: Administration) -> None:
     assert by_id[old["id"]]["replaced_by"] == new["id"]
     assert by_id[old["id"]]["expires_at"] == pytest.approx(now_ms() + 3_600_000, abs=60_000)
     assert (new["name"], new["limits"], new["expires_at"]) == ("laptop", {"requests_per_minute": 7}, None)
-    with pytest.raises(RefusedError, match="has been rotated already"):
+    with pytest.raises(InvalidChangeError, match="has been rotated already"):
         admin.rotate_key(old["id"])
     admin.revoke_key(new["id"])
-    with pytest.raises(RefusedError, match="not valid any more"):
+    with pytest.raises(InvalidChangeError, match="not valid any more"):
         admin.rotate_key(new["id"])
 
 
 def test_revoking_again_changes_nothing(admin: Administration) -> None:
-    """The first time stays."""
+    """The time of the first revocation stays."""
     admin.create_tenant("acme")
     key, _ = admin.create_key("acme")
     first = admin.revoke_key(key["id"])
@@ -137,16 +137,16 @@ def test_revoking_again_changes_nothing(admin: Administration) -> None:
 
 
 def test_keys_are_made_under_one_pepper(admin: Administration) -> None:
-    """A key that no replica could find is not made."""
+    """A key under another pepper, which no replica could find, is not made."""
     admin.create_tenant("acme")
     admin.create_key("acme")
     other = Administration(admin.database, Pepper(b"another pepper of a test"), "test")
-    with pytest.raises(RefusedError, match="key_pepper is not the one"):
+    with pytest.raises(InvalidChangeError, match="key_pepper is not the one"):
         other.create_key("acme")
 
 
 def test_another_pepper_needs_all_keys_revoked(admin: Administration) -> None:
-    """Then keys are made under it, and none from before is valid."""
+    """After all keys are revoked, keys are made under another pepper, and no earlier key is valid."""
     admin.create_tenant("acme")
     old, _ = admin.create_key("acme")
     assert admin.revoke_all_keys() == {"revoked": 1}
@@ -158,7 +158,7 @@ def test_another_pepper_needs_all_keys_revoked(admin: Administration) -> None:
 
 
 def test_plans_are_made_and_changed(admin: Administration) -> None:
-    """One that is not there is made; the published one is there from the start."""
+    """A plan that does not exist is made; the published plan exists from the start."""
     assert {plan["name"] for plan in admin.plans()} == {"standard", "unlimited"}
     standard = next(plan for plan in admin.plans() if plan["name"] == "standard")
     assert standard["tenant_limits"] == {"requests_per_minute": 60, "tokens_per_minute": 100_000}
@@ -167,12 +167,12 @@ def test_plans_are_made_and_changed(admin: Administration) -> None:
     assert (made["weight"], made["priority"], made["key_limits"]) == (3.0, 1, {"concurrent_requests": 4})
     assert admin.set_plan("gold", weight=2)["key_limits"] == {"concurrent_requests": 4}
     for bad in ({"weight": 0}, {"weight": "Infinity"}, {"priority": 1.5}, {"speed": 1}):
-        with pytest.raises(RefusedError):
+        with pytest.raises(InvalidChangeError):
             admin.set_plan("gold", **bad)
 
 
 def test_prices_are_for_later_only(admin: Administration) -> None:
-    """The shipped ones are the manual's; a new one is exact, and cannot change what was billed."""
+    """The shipped prices are the manual's; a new price is exact, and cannot change billed amounts."""
     assert [(price["region"], price["input_price"], price["output_price"]) for price in admin.prices()] == [
         ("beijing", "0.0158", "0.0127"),
         ("singapore", "0.027962", "0.022458"),
@@ -180,14 +180,14 @@ def test_prices_are_for_later_only(admin: Administration) -> None:
     tomorrow = now_ms() + DAY_MS
     admin.set_price("beijing", currency="CNY", input_price="0.02", output_price="0.01", valid_from=tomorrow)
     assert len(admin.prices()) == 3
-    with pytest.raises(RefusedError, match="must not lie in the past"):
+    with pytest.raises(InvalidChangeError, match="must not lie in the past"):
         admin.set_price("beijing", currency="CNY", input_price="1", output_price="1", valid_from=now_ms() - DAY_MS)
-    with pytest.raises(RefusedError, match="at most six decimals"):
+    with pytest.raises(InvalidChangeError, match="at most six decimals"):
         admin.set_price("beijing", currency="CNY", input_price="0.0000001", output_price="1", valid_from=tomorrow)
 
 
 def test_every_change_is_in_the_audit_log(admin: Administration) -> None:
-    """Who, when, what, before and after; the last one first, and each raises the revision."""
+    """An entry has actor, time, action, before and after; the last is first, and each change raises the revision."""
     at, began = revision(admin), now_ms()
     admin.create_tenant("acme")
     admin.change_tenant("acme", state="suspended")
@@ -199,7 +199,7 @@ def test_every_change_is_in_the_audit_log(admin: Administration) -> None:
 
 
 def records(admin: Administration, count: int) -> list[dict[str, Any]]:
-    """Random records in the ledger, of two tenants, three keys, all endings, this month and the one before."""
+    """Write random records of two tenants, three keys, all endings and two months to the ledger; return them."""
     rng = random.Random(7)
     price = Price.of("CNY", Decimal("0.027962"), Decimal("0.022458"))
     rows = []
@@ -238,12 +238,12 @@ DAY = tuple(int(dt.datetime(2026, month, 1, tzinfo=dt.UTC).timestamp() * 1000) f
 
 
 def total(rows: list[dict[str, Any]], name: str, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """The sum over those records that are billed and wanted."""
+    """Return the sum of a column over the billed records for which `keep` is true."""
     return sum(row[name] for row in rows if row["billed"] and keep(row))
 
 
 def test_an_invoice_reconciles_with_the_ledger_to_the_token(admin: Administration) -> None:
-    """Lines add up to the totals, and these to the month's records, one by one, to the nano-unit."""
+    """Lines add up to the totals, and the totals equal the sums of the month's records, to the nano-unit."""
     rows = records(admin, 400)
     first = int(dt.datetime(2026, 11, 1, tzinfo=dt.UTC).timestamp() * 1000)
     bill = reports.invoice(admin.database, "acme", month="2026-11")
@@ -265,11 +265,11 @@ def test_an_invoice_reconciles_with_the_ledger_to_the_token(admin: Administratio
 
 
 @pytest.mark.parametrize("by", [("day",), ("tenant",), ("key",), ("day", "tenant", "key")], ids="-".join)
-def test_usage_adds_up_however_it_is_told(admin: Administration, by: tuple[str, ...]) -> None:
-    """By day, tenant, key or all of them: the same sums, of the days that were asked for."""
+def test_usage_adds_up_in_every_grouping(admin: Administration, by: tuple[str, ...]) -> None:
+    """Usage by day, tenant, key or all of them has the same sums, of the requested days."""
     rows = records(admin, 200)
     since, until = dt.date(2026, 10, 5), dt.date(2026, 11, 20)
-    told = reports.usage(admin.database, since=since, until=until, by=by)
+    rows_of_usage = reports.usage(admin.database, since=since, until=until, by=by)
     first, after = (
         int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp() * 1000)
         for day in (since, until + dt.timedelta(days=1))
@@ -278,11 +278,11 @@ def test_usage_adds_up_however_it_is_told(admin: Administration, by: tuple[str, 
     def asked(row: dict[str, Any]) -> bool:
         return bool(first <= row["opened_at"] < after)
 
-    assert len(told) == len({tuple(row[name] for name in by) for row in told}) > 1
-    assert sum(row["requests"] for row in told) == sum(map(asked, rows))
-    assert sum(row["input_tokens"] for row in told) == total(rows, "input_tokens", asked)
-    assert sum(row["audio_s"] for row in told) == pytest.approx(
+    assert len(rows_of_usage) == len({tuple(row[name] for name in by) for row in rows_of_usage}) > 1
+    assert sum(row["requests"] for row in rows_of_usage) == sum(map(asked, rows))
+    assert sum(row["input_tokens"] for row in rows_of_usage) == total(rows, "input_tokens", asked)
+    assert sum(row["audio_s"] for row in rows_of_usage) == pytest.approx(
         sum(row["audio_ms"] for row in rows if asked(row)) / 1000
     )
     if "day" in by:
-        assert {row["day"] for row in told} <= {str(since + dt.timedelta(days=n)) for n in range(60)}
+        assert {row["day"] for row in rows_of_usage} <= {str(since + dt.timedelta(days=n)) for n in range(60)}

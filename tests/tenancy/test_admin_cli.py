@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Captioner:
-    """Run a command on a database of one's own; the exit status, and what was told."""
+    """Run a command on a fresh database; it returns the exit status, the output and the errors."""
     monkeypatch.setenv("CAPTIONER_DATA_DIR", str(tmp_path))
 
     def run(*words: str) -> tuple[int, str, str]:
@@ -33,15 +33,15 @@ def captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     return run
 
 
-def told(captioner: Captioner, *words: str) -> Any:
-    """What a command tells as JSON."""
+def answer(captioner: Captioner, *words: str) -> Any:
+    """Return the JSON that a command prints."""
     status, out, err = captioner(*words, "--format=json")
     assert (status, err) == (0, "")
     return json.loads(out)
 
 
 def test_the_runbooks_first_tenant(captioner: Captioner) -> None:
-    """As the runbook has it: a tenant, a key that is shown once, a rotation, a revocation."""
+    """The runbook's commands work: a tenant, a key that is shown once, a rotation, a revocation."""
     captioner("tenants", "create", "acme", "--plan=standard")
     status, out, _ = captioner("keys", "create", "acme")
     assert status == 0
@@ -49,7 +49,7 @@ def test_the_runbooks_first_tenant(captioner: Captioner) -> None:
     assert shown["key"].startswith("sk-")
     status, out, _ = captioner("keys", "rotate", shown["id"], "--overlap-hours=24")
     assert (status, "sk-" in out) == (0, True)
-    assert told(captioner, "keys", "revoke", shown["id"])["state"] == "revoked"
+    assert answer(captioner, "keys", "revoke", shown["id"])["state"] == "revoked"
     status, out, _ = captioner("keys", "list", "acme")
     assert (status, len(out.splitlines())) == (0, 3)
     assert shown["key"][:8] in out
@@ -57,28 +57,28 @@ def test_the_runbooks_first_tenant(captioner: Captioner) -> None:
 
 
 def test_limits_are_set_lifted_and_left_to_the_plan(captioner: Captioner) -> None:
-    """`NAME=VALUE`, money in units of money."""
+    """`NAME=VALUE` sets a limit, money in units of money; `none` lifts it, `plan` leaves it to the plan."""
     captioner("tenants", "create", "acme", "--limit=requests_per_minute=5", "--limit=money_per_month=99.95")
-    limits = told(captioner, "tenants", "set", "acme", "--limit=requests_per_minute=none", "--limit=tokens_per_day=7")
+    limits = answer(captioner, "tenants", "set", "acme", "--limit=requests_per_minute=none", "--limit=tokens_per_day=7")
     assert limits["limits"] == {"money_per_month": "99.95", "requests_per_minute": None, "tokens_per_day": 7}
-    assert told(captioner, "tenants", "set", "acme", "--limit=requests_per_minute=plan")["limits"] == {
+    assert answer(captioner, "tenants", "set", "acme", "--limit=requests_per_minute=plan")["limits"] == {
         "money_per_month": "99.95",
         "tokens_per_day": 7,
     }
 
 
 def test_suspending_and_serving_again(captioner: Captioner) -> None:
-    """Words for the two states that one changes in a hurry."""
+    """`suspend` and `activate` change the state, with an entry in the audit log each."""
     captioner("tenants", "create", "acme")
-    assert told(captioner, "tenants", "suspend", "acme")["state"] == "suspended"
-    assert told(captioner, "tenants", "activate", "acme")["state"] == "active"
-    log = told(captioner, "audit", "--subject=acme")
+    assert answer(captioner, "tenants", "suspend", "acme")["state"] == "suspended"
+    assert answer(captioner, "tenants", "activate", "acme")["state"] == "active"
+    log = answer(captioner, "audit", "--subject=acme")
     assert [entry["action"] for entry in log] == ["tenants.set", "tenants.set", "tenants.create"]
     assert all(entry["actor"].startswith("cli:") for entry in log)
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "told_why"),
+    ("words", "status", "message"),
     [
         (("tenants", "show", "nobody"), 2, "captioner: there is no tenant 'nobody'\n"),
         (("keys", "create", "nobody"), 2, "captioner: there is no tenant 'nobody'\n"),
@@ -89,20 +89,23 @@ def test_suspending_and_serving_again(captioner: Captioner) -> None:
         (("tenants", "paint", "a"), 2, "usage: captioner tenants"),
         (("usage", "--by=week"), 2, "usage: captioner usage"),
         (("invoice", "a", "--month=2026-13"), 2, "usage: captioner invoice"),
+        (("invoice", "a", "--month=9999-12"), 2, "usage: captioner invoice"),
+        (("usage", "--until=9999-12-31"), 2, "usage: captioner usage"),
+        (("keys", "create", "a", "--expires=9999-12-31"), 2, "usage: captioner keys create"),
+        (("keys", "rotate", "key-0", "--overlap-hours=nan"), 2, "usage: captioner keys rotate"),
+        (("tenants", "set", "a"), 2, "captioner: nothing to change: see `captioner tenants set --help`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_is_asked_wrongly_says_so(
-    captioner: Captioner, words: tuple[str, ...], status: int, told_why: str
-) -> None:
-    """In one line, with exit status 2, and nothing on standard output."""
+def test_a_wrong_request_is_refused(captioner: Captioner, words: tuple[str, ...], status: int, message: str) -> None:
+    """The message names the problem, the exit status is 2, and nothing is on standard output."""
     ended, out, err = captioner(*words)
     assert (ended, out) == (status, "")
-    assert err.startswith(told_why)
+    assert err.startswith(message)
 
 
-def test_a_database_that_is_away_says_so(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exit status 3, and no traceback; the address with its password is not told."""
+def test_an_unreachable_database_exits_with_3(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has no traceback, and no address with its password."""
     monkeypatch.setenv("CAPTIONER_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/name")
     status, out, err = captioner("tenants", "list")
     assert (status, out) == (3, "")
@@ -111,8 +114,37 @@ def test_a_database_that_is_away_says_so(captioner: Captioner, monkeypatch: pyte
 
 
 def test_usage_as_csv(captioner: Captioner) -> None:
-    """A header and rows that a spreadsheet reads; an empty ledger is an empty table."""
+    """CSV has a header and rows that a spreadsheet reads; an empty ledger is an empty table."""
     assert captioner("usage", "--format=csv")[:2] == (0, "\r\n")
     captioner("tenants", "create", "acme", "--name=Müller, Söhne")
     (row,) = csv.DictReader(io.StringIO(captioner("tenants", "list", "--format=csv")[1]))
     assert (row["id"], row["name"]) == ("acme", "Müller, Söhne")
+
+
+def test_a_wrong_word_is_named(captioner: Captioner) -> None:
+    """The message has the flag, the values that it accepts, and the word."""
+    status, _, err = captioner("usage", "--since=2026-13-01")
+    assert status == 2
+    expected = "argument --since: must be a day from 0001-01-01 to 9998-12-31, such as 2026-11-01, not '2026-13-01'"
+    assert err.splitlines()[-1] == f"captioner usage: error: {expected}"
+
+
+def test_keys_plans_and_prices(captioner: Captioner) -> None:
+    """Flags arrive at the functions: days as moments, hours as seconds, limits of plans and of keys apart."""
+    answer(captioner, "tenants", "create", "acme", "--free-only", "--free-tokens=5")
+    key = answer(captioner, "keys", "create", "acme", "--name=ci", "--expires=2999-01-01")
+    assert (key["name"], key["expires_at"]) == ("ci", 32472144000000)
+    answer(captioner, "keys", "rotate", key["id"], "--overlap-hours=0.5")
+    (entry,) = answer(captioner, "audit", f"--subject={key['id']}", "--limit=1")
+    assert entry["before"]["expires_at"] - entry["at"] == pytest.approx(1_800_000, abs=60_000)
+    plan = answer(
+        captioner, "plans", "set", "gold", "--weight=2", "--limit=tokens_per_day=9", "--key-limit=tokens_per_day=3"
+    )
+    assert (plan["weight"], plan["tenant_limits"], plan["key_limits"]) == (
+        2.0,
+        {"tokens_per_day": 9},
+        {"tokens_per_day": 3},
+    )
+    price = answer(captioner, "prices", "set", "--region=singapore", "--input=0.02", "--output=0.01")
+    assert (price["currency"], price["input_price"], price["output_price"]) == ("CNY", "0.02", "0.01")
+    assert answer(captioner, "keys", "revoke-all") == {"revoked": 2}

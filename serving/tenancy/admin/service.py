@@ -1,7 +1,7 @@
-"""What an administrator can do, as plain functions over the database: for the command line and the HTTP API alike.
+"""Administration of tenants, keys, plans and prices in the database, for the command line and the HTTP API.
 
-Each change is one transaction: it raises the revision (so changes wait for each other, and every replica sees within
-`key_refresh_s` that there is one), changes, and writes the audit log.
+Each change is one transaction, which raises the revision, changes rows and writes the audit log. Raising the revision
+makes changes wait for each other, and shows every replica within `key_refresh_s` that there is a change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serving.tenancy import schema
 from serving.tenancy.admin.validation import (
     MOST,
     NAME_CHARACTERS,
-    RefusedError,
+    InvalidChangeError,
     checked_limits,
     checked_name,
     decimal,
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
-class UnknownError(LookupError):
-    """There is no such tenant, key or plan."""
+class NotFoundError(LookupError):
+    """A tenant, key or plan that does not exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Administration:
-    """The verbs. `actor`: who uses them, for the audit log."""
+    """The operations. `actor`: name of the caller in the audit log."""
 
     database: sa.Engine
     pepper: Pepper
@@ -60,22 +60,22 @@ class Administration:
     # ---- tenants
 
     def tenants(self) -> list[Shown]:
-        """All of them."""
+        """List all tenants."""
         return self._all(schema.tenants, schema.tenants.c.id, shown_tenant)
 
     def tenant(self, tenant_id: str) -> Shown:
-        """One. Raises `UnknownError`."""
+        """Return a tenant. Raises `NotFoundError`."""
         with self.database.connect() as connection:
             return shown_tenant(_one(connection, schema.tenants, schema.tenants.c.id, tenant_id))
 
     def create_tenant(
         self, tenant_id: str, *, region: str = Region.BEIJING, plan: str = "standard", **own: Any
     ) -> Shown:
-        """Make a tenant, active from now on; `own` as for `change_tenant`. Raises `RefusedError`, `UnknownError`."""
+        """Make an active tenant; `own` as for `change_tenant`. Raises `InvalidChangeError`, `NotFoundError`."""
         if not _ID.fullmatch(tenant_id):
-            raise RefusedError("a tenant's id has lower-case letters, digits and hyphens, 63 at most")
+            raise InvalidChangeError("a tenant's id has lower-case letters, digits and hyphens, 63 at most")
         if region not in set(Region):
-            raise RefusedError(f"region: {region} is none of {', '.join(Region)}")
+            raise InvalidChangeError(f"region: {region} is none of {', '.join(Region)}")
         at = now_ms()
         row = {
             "id": tenant_id,
@@ -91,34 +91,34 @@ class Administration:
             "created_at": at,
             "activated_at": at,
         } | tenant_changes(own, {})
-        with self._change("tenants.create", tenant_id) as (connection, told):
+        with self._change("tenants.create", tenant_id) as (connection, entry):
             _one(connection, schema.plans, schema.plans.c.name, row["plan"])
             if connection.scalar(sa.select(schema.tenants.c.id).where(schema.tenants.c.id == tenant_id)):
-                raise RefusedError(f"there is a tenant {tenant_id} already")
+                raise InvalidChangeError(f"there is a tenant {tenant_id} already")
             connection.execute(schema.tenants.insert(), row)
-            told.after = shown_tenant(row)
-        return told.after
+            entry.after = shown_tenant(row)
+        return entry.after
 
     def change_tenant(self, tenant_id: str, **changes: Any) -> Shown:
         """Change some of `name`, `plan`, `state`, `limits`, `free_tokens`, `free_days`, `free_only`, `log_content`.
 
-        Of `limits` only those named change; `None` lifts one, "plan" gives it back to the plan. Raises
-        `RefusedError`, `UnknownError`.
+        Of `limits` only the named ones change; `None` lifts a limit, "plan" leaves it to the plan. Raises
+        `InvalidChangeError`, `NotFoundError`.
         """
-        with self._change("tenants.set", tenant_id) as (connection, told):
+        with self._change("tenants.set", tenant_id) as (connection, entry):
             row = _one(connection, schema.tenants, schema.tenants.c.id, tenant_id)
             values = tenant_changes(changes, row["limits"])
             if "plan" in values:
                 _one(connection, schema.plans, schema.plans.c.name, values["plan"])
             if values:
                 connection.execute(schema.tenants.update().where(schema.tenants.c.id == tenant_id), values)
-            told.before, told.after = shown_tenant(row), shown_tenant({**row, **values})
-        return told.after
+            entry.before, entry.after = shown_tenant(row), shown_tenant({**row, **values})
+        return entry.after
 
     # ---- keys
 
     def keys(self, tenant_id: str | None = None) -> list[Shown]:
-        """All keys, or a tenant's, revoked and expired ones too. Raises `UnknownError`."""
+        """List all keys, or a tenant's, revoked and expired keys included. Raises `NotFoundError`."""
         if tenant_id is not None:
             self.tenant(tenant_id)
         found = self._all(schema.keys, schema.keys.c.created_at, shown_key)
@@ -127,54 +127,54 @@ class Administration:
     def create_key(
         self, tenant_id: str, *, name: str = "", expires_at: int | None = None, limits: Mapping[str, Any] | None = None
     ) -> tuple[Shown, str]:
-        """Make a key, valid at once and until `expires_at` (ms since the epoch); return it and its secret.
+        """Make a key, valid at once and until `expires_at` (ms since the epoch); return the key and its secret.
 
-        The secret is kept nowhere: it is told this once. Raises `RefusedError`, `UnknownError`.
+        The secret is stored nowhere: it is returned this once. Raises `InvalidChangeError`, `NotFoundError`.
         """
-        with self._change("keys.create", tenant_id) as (connection, told):
+        with self._change("keys.create", tenant_id) as (connection, entry):
             _one(connection, schema.tenants, schema.tenants.c.id, tenant_id)
             row, secret = self._new_key(connection, tenant_id, name, expires_at, checked_limits(limits or {}, {}))
-            told.after = shown_key(row)
-        return told.after, secret
+            entry.after = shown_key(row)
+        return entry.after, secret
 
     def rotate_key(self, key_id: str, *, overlap_s: float = 24 * 3600) -> tuple[Shown, str]:
-        """Put a new key in a key's place, which ends after the overlap; return it and its secret.
+        """Replace a key by a new one and expire the old one after the overlap; return the new key and its secret.
 
-        It has the old one's name, limits and end. Raises `RefusedError`, `UnknownError`.
+        The new key has the name, limits and expiry of the old one. Raises `InvalidChangeError`, `NotFoundError`.
         """
         if not 0 <= overlap_s <= 366 * 24 * 3600:
-            raise RefusedError("overlap: from 0 to a year")
-        with self._change("keys.rotate", key_id) as (connection, told):
+            raise InvalidChangeError(f"overlap_s: from 0 to 31622400 (a year), not {overlap_s}")
+        with self._change("keys.rotate", key_id) as (connection, entry):
             old = _one(connection, schema.keys, schema.keys.c.id, key_id)
             at = now_ms()
             if old["revoked_at"] is not None or (old["expires_at"] is not None and old["expires_at"] <= at):
-                raise RefusedError("the key is not valid any more: create another one")
+                raise InvalidChangeError("the key is not valid any more: create another key")
             if old["replaced_by"] is not None:
-                raise RefusedError(f"the key has been rotated already: {old['replaced_by']} took its place")
+                raise InvalidChangeError(f"the key has been rotated already: {old['replaced_by']} took its place")
             row, secret = self._new_key(connection, old["tenant_id"], old["name"], old["expires_at"], old["limits"])
             ends_at = min(at + round(overlap_s * 1000), old["expires_at"] or MOST)
             ending = {"expires_at": ends_at, "replaced_by": row["id"]}
             connection.execute(schema.keys.update().where(schema.keys.c.id == key_id), ending)
-            told.before, told.after = shown_key({**old, **ending}), shown_key(row)
-        return told.after, secret
+            entry.before, entry.after = shown_key({**old, **ending}), shown_key(row)
+        return entry.after, secret
 
     def revoke_key(self, key_id: str) -> Shown:
-        """End a key now, for good; again it changes nothing. Raises `UnknownError`."""
-        with self._change("keys.revoke", key_id) as (connection, told):
+        """Revoke a key now, for good; a second time changes nothing. Raises `NotFoundError`."""
+        with self._change("keys.revoke", key_id) as (connection, entry):
             row = _one(connection, schema.keys, schema.keys.c.id, key_id)
             ended = {"revoked_at": row["revoked_at"] or now_ms()}
             connection.execute(schema.keys.update().where(schema.keys.c.id == key_id), ended)
-            told.before, told.after = shown_key(row), shown_key({**row, **ended})
-        return told.after
+            entry.before, entry.after = shown_key(row), shown_key({**row, **ended})
+        return entry.after
 
     def revoke_all_keys(self) -> Shown:
-        """End every key now, for good; the next key may then be made under another pepper."""
+        """Revoke every key now, for good; the next key may then be made under another pepper."""
         keys = schema.keys
-        with self._change("keys.revoke-all", "all") as (connection, told):
+        with self._change("keys.revoke-all", "all") as (connection, entry):
             valid = keys.update().where(keys.c.revoked_at.is_(None))
-            told.after = {"revoked": connection.execute(valid, {"revoked_at": now_ms()}).rowcount}
+            entry.after = {"revoked": connection.execute(valid, {"revoked_at": now_ms()}).rowcount}
             connection.execute(schema.store_state.update(), {"pepper_check": None})
-        return told.after
+        return entry.after
 
     def _new_key(
         self,
@@ -186,7 +186,7 @@ class Administration:
     ) -> tuple[Shown, str]:
         at, secret = now_ms(), make_key()
         if expires_at is not None and expires_at <= at:
-            raise RefusedError("the key would have expired already")
+            raise InvalidChangeError("the key would have expired already")
         self._claim_pepper(connection)
         row = {
             "id": f"key-{secrets.token_hex(6)}",
@@ -204,70 +204,72 @@ class Administration:
         return row, secret
 
     def _claim_pepper(self, connection: sa.Connection) -> None:
-        """Keys of one database are hashed under one pepper: a key made under another would never be found."""
+        """Hold all keys of a database to one pepper: a key made under another would never be found."""
         state = schema.store_state
         known = connection.scalar(sa.select(state.c.pepper_check))
         if known is None:
             connection.execute(state.update(), {"pepper_check": self.pepper.check})
         elif known != self.pepper.check:
-            raise RefusedError("key_pepper is not the one under which the keys in this database were hashed")
+            raise InvalidChangeError("key_pepper is not the one under which the keys in this database were hashed")
 
     # ---- plans and prices
 
     def plans(self) -> list[Shown]:
-        """All of them."""
+        """List all plans."""
         return self._all(schema.plans, schema.plans.c.name, shown_plan)
 
     def set_plan(self, name: str, **changes: Any) -> Shown:
         """Change some of `weight`, `priority`, `tenant_limits`, `key_limits`, `free_tokens`, `free_days` of a plan.
 
-        A plan that is not there is made, without limits. Raises `RefusedError`.
+        A plan that does not exist is made, without limits. Raises `InvalidChangeError`.
         """
         if not _ID.fullmatch(name):
-            raise RefusedError("a plan's name has lower-case letters, digits and hyphens, 63 at most")
-        with self._change("plans.set", name) as (connection, told):
+            raise InvalidChangeError("a plan's name has lower-case letters, digits and hyphens, 63 at most")
+        with self._change("plans.set", name) as (connection, entry):
             rows = connection.execute(sa.select(schema.plans).where(schema.plans.c.name == name)).mappings().all()
             before: Mapping[Any, Any] = rows[0] if rows else _NEW_PLAN | {"name": name}
             values = plan_changes(changes, before)
             if rows:
-                told.before = shown_plan(before)
+                entry.before = shown_plan(before)
                 connection.execute(schema.plans.update().where(schema.plans.c.name == name), {**before, **values})
             else:
                 connection.execute(schema.plans.insert(), {**before, **values})
-            told.after = shown_plan({**before, **values})
-        return told.after
+            entry.after = shown_plan({**before, **values})
+        return entry.after
 
     def prices(self) -> list[Shown]:
-        """All, the earlier before the later."""
+        """List all prices of each region, the earlier first."""
         return self._all(schema.prices, (schema.prices.c.region, schema.prices.c.valid_from), shown_price)
 
     def set_price(self, region: str, *, currency: str, input_price: Any, output_price: Any, valid_from: int) -> Shown:
-        """Charge so much per 1,000 tokens from then on (ms since the epoch). What was billed stays as it was.
+        """Set prices per 1,000 tokens from `valid_from` on (ms since the epoch). Billed amounts do not change.
 
-        Raises `RefusedError`, also for a time that has passed.
+        Raises `InvalidChangeError`, also for a time in the past.
         """
         if region not in set(Region):
-            raise RefusedError(f"region: {region} is none of {', '.join(Region)}")
+            raise InvalidChangeError(f"region: {region} is none of {', '.join(Region)}")
         if not re.fullmatch(r"[A-Z]{3}", currency):
-            raise RefusedError("currency: three capital letters, such as CNY")
+            raise InvalidChangeError("currency: three capital letters, such as CNY")
         if valid_from < now_ms() - 60_000:
-            raise RefusedError("a price cannot change what was billed: valid_from must not lie in the past")
+            raise InvalidChangeError(
+                "valid_from: must not lie in the past, since a price cannot change what was billed"
+            )
         try:
             price = prices.Price.of(currency, decimal(input_price), decimal(output_price))
         except ValueError as error:
-            raise RefusedError(str(error)) from None
+            raise InvalidChangeError(str(error)) from None
         table = schema.prices
         row = prices.row(Region(region), valid_from, price)
-        with self._change("prices.set", region) as (connection, told):
+        with self._change("prices.set", region) as (connection, entry):
             connection.execute(table.delete().where(table.c.region == region, table.c.valid_from == valid_from))
             connection.execute(table.insert(), row)
-            told.after = shown_price(row)
-        return told.after
+            entry.after = shown_price(row)
+        return entry.after
 
     # ---- audit log
 
     def audit(self, *, subject: str | None = None, limit: int = 100) -> list[Shown]:
-        """The latest changes, the last one first."""
+        """List the latest changes, the last one first."""
         log = schema.audit_log
         query = sa.select(log).order_by(log.c.id.desc()).limit(limit)
         if subject is not None:
@@ -283,21 +285,21 @@ class Administration:
             return [shown(row) for row in connection.execute(query).mappings()]
 
     @contextmanager
-    def _change(self, action: str, subject: str) -> Iterator[tuple[sa.Connection, _Told]]:
-        state, told = schema.store_state, _Told()
+    def _change(self, action: str, subject: str) -> Iterator[tuple[sa.Connection, _AuditEntry]]:
+        state, entry = schema.store_state, _AuditEntry()
         with self.database.begin() as connection:
             connection.execute(state.update().values(revision=state.c.revision + 1))
-            yield connection, told
-            entry = {"at": now_ms(), "actor": self.actor[:NAME_CHARACTERS], "action": action, "subject": subject}
-            connection.execute(schema.audit_log.insert(), entry | {"before": told.before, "after": told.after})
+            yield connection, entry
+            row = {"at": now_ms(), "actor": self.actor[:NAME_CHARACTERS], "action": action, "subject": subject}
+            connection.execute(schema.audit_log.insert(), row | {"before": entry.before, "after": entry.after})
 
 
 @dataclass(slots=True)
-class _Told:
-    """What the audit log is told: how it was, and how it is."""
+class _AuditEntry:
+    """The subject of a change before and after it, for the audit log."""
 
     before: Shown | None = None
-    after: Shown = None  # type: ignore[assignment]  # every verb sets it
+    after: Shown = None  # type: ignore[assignment]  # every change sets it
 
 
 _NEW_PLAN = {
@@ -313,5 +315,5 @@ _NEW_PLAN = {
 def _one(connection: sa.Connection, table: sa.Table, column: Any, value: str) -> Mapping[Any, Any]:
     row = connection.execute(sa.select(table).where(column == value)).mappings().first()
     if row is None:
-        raise UnknownError(f"there is no {table.name.removesuffix('s')} {value!r}")
+        raise NotFoundError(f"there is no {table.name.removesuffix('s')} {value!r}")
     return row

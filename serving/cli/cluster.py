@@ -1,0 +1,82 @@
+"""`captioner cluster` and `captioner leave`: the service on Ray Serve."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import logging
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serving.cli.first_request import print_first_request, with_development_key
+from serving.cli.main import RAY_ENVIRONMENT
+from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.settings_help import printed_help
+from serving.config import Settings
+from serving.observability import logging as logs
+from serving.tenancy.database import UnusableDatabase
+from serving.tenancy.key_hashing import Pepper
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+
+def cluster(argv: Sequence[str]) -> int:
+    """Run `cluster SETTINGS…` until a signal; return the exit status."""
+    if printed_help(argv):
+        return 0
+    try:
+        settings = Settings.load(argv[1:])
+    except SETTINGS_ERRORS as error:
+        return report(error)
+    try:
+        settings = with_development_key(settings)
+    except UnusableDatabase as error:
+        return fail(str(error))
+    os.environ.update(_environment(settings))
+    logs.configure(settings.log_level, settings.log_format)
+    hidden = {"config", "host", "port", *settings.secrets}
+    overrides = settings.model_dump(mode="json", exclude_unset=True, exclude=hidden)
+
+    def ready(origin: str) -> None:
+        log.info("ready on %s", origin)
+        print_first_request(origin, settings)
+
+    deployments = importlib.import_module("serving.cluster.deployments")  # takes seconds, and reads the environment
+    deployments.up(settings, overrides, ready)
+    return 0
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """Return variables that Ray reads on import and its processes inherit, secrets among them: not for Ray's store."""
+    private = {
+        "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
+        "CAPTIONER_KEY_PEPPER": Pepper.of(settings).secret,
+    } | {f"CAPTIONER_{name.upper()}": value for name, value in settings.secrets.items()}
+    # Ray's parts authenticate to each other by a token. The one that Ray keeps in the home directory is made too late.
+    token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
+    # The wrapper needs the Python that has Ray. An installer may have made it a file that cannot be run.
+    program = Path(__file__).parents[1] / "cluster" / "haproxy_wrapper.py"
+    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(program)} if os.access(program, os.X_OK) else {}
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return RAY_ENVIRONMENT | haproxy | dict(os.environ) | private | token | path
+
+
+def leave(argv: Sequence[str]) -> int:
+    """Run `leave …`: drain this node of a Ray cluster; return the exit status."""
+    flags = argparse.ArgumentParser("captioner leave", allow_abbrev=False)
+    flags.add_argument("--address", default=os.environ.get("RAY_ADDRESS"), help="address of the cluster; RAY_ADDRESS")
+    flags.add_argument("--instance", required=True, help="value of RAY_CLOUD_INSTANCE_ID when this node was started")
+    flags.add_argument("--within-s", type=float, required=True, help="time for it in seconds")
+    given = flags.parse_args(argv[1:])
+    if not given.address:
+        flags.error("--address or RAY_ADDRESS must name the address of the cluster")
+    logs.configure("info", "json")
+    node = importlib.import_module("serving.cluster.node_drain")
+    return 0 if asyncio.run(node.leave(given.address, given.instance, given.within_s)) else 1

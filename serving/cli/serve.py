@@ -1,0 +1,138 @@
+"""`captioner serve`: one run of the service in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+
+from serving.api.admin import AdminServer
+from serving.api.app import create_app
+from serving.api.uvicorn_protocol import protocol
+from serving.cli.first_request import print_first_request, with_development_key
+from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.settings_help import printed_help
+from serving.config import Settings
+from serving.observability import logging as logs
+from serving.tenancy.database import UnusableDatabase
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import AsyncIterator, Sequence
+
+log = logging.getLogger(__name__)
+
+KEEP_ALIVE_S = 75
+"""Lifetime of an idle connection in seconds: longer than clients and load balancers keep one (mostly a minute), so that
+no request meets a connection that is just being closed. uvicorn's default is 5 s."""
+
+
+def serve(argv: Sequence[str]) -> int:
+    """Run `serve SETTINGS…` until a signal; return the exit status."""
+    if printed_help(argv):
+        return 0
+    try:
+        settings = Settings.load(argv[1:])
+    except SETTINGS_ERRORS as error:
+        return report(error)
+    logs.configure(settings.log_level, settings.log_format)
+    try:
+        run = ServiceRun(with_development_key(settings))
+    except UnusableDatabase as error:
+        return fail(str(error))
+    return uvloop.run(run.run())
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn, with an event that is set once it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self.listening.set()
+
+
+class ServiceRun:
+    """One run of the service: uvicorn, the administration's API, and messages for a person at a terminal."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._began = time.monotonic()
+        self._loaded = asyncio.Event()
+        self._failed = False
+        app = create_app(settings, on_engine=self._on_engine)
+        self._server = _Listener(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                loop="uvloop",
+                http=protocol(settings),
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(settings.shutdown_grace_s),
+            )
+        )
+
+    async def run(self) -> int:
+        """Serve until a signal, or until the engine fails to start; return the exit status."""
+        what = "the embedded stand-in" if self._settings.is_embedded else self._settings.model
+        log.info("loading %s with the %s engine", what, self._settings.engine)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn stops gracefully and then raises the signal again for the handler before its own: there is none.
+            signal.signal(number, lambda *_: None)
+        reporting = asyncio.create_task(self._report_start())
+        try:
+            async with self._administration():
+                await self._server.serve()
+        finally:
+            reporting.cancel()
+        return 1 if self._failed or not self._server.started else 0
+
+    @contextlib.asynccontextmanager
+    async def _administration(self) -> AsyncIterator[None]:
+        """Serve the administration's API while the service runs, if `admin_port` is set."""
+        if self._settings.admin_port is None:
+            yield
+            return
+        server = AdminServer(self._settings, alone=False)
+        serving = asyncio.create_task(server.serve())
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await asyncio.wait((serving,))
+
+    async def _report_start(self) -> None:
+        """Log every 10 s that the engine is loading, then that it is ready."""
+        await self._server.listening.wait()
+        while not self._loaded.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(10):
+                    await self._loaded.wait()
+                    break
+            log.info("still loading after %d s; requests get 503 until then", time.monotonic() - self._began)
+        host, port = self._server.servers[0].sockets[0].getsockname()[:2]
+        origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        log.info("ready after %.0f s on %s", time.monotonic() - self._began, origin)
+        print_first_request(origin, self._settings)
+
+    def _on_engine(self, failure: BaseException | None) -> None:
+        if failure is None:
+            self._loaded.set()
+        else:
+            log.error("stopping: the model could not be loaded; the cause is logged above")
+            self._failed = self._server.should_exit = True

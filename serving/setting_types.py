@@ -1,0 +1,55 @@
+"""Types and markers of settings: sizes in bytes, lists of words, examples."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated
+
+from pydantic import BeforeValidator, SecretStr
+from pydantic_settings import NoDecode
+
+MIB = 1024 * 1024
+
+_SIZE_UNITS = {"KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Marker: a value for the example file, of a setting whose default is unset or depends on the machine."""
+
+    value: str | int | bool
+
+
+class Size:
+    """Marker: a number of bytes that people write as `10MiB`."""
+
+
+def parse_size(value: object) -> object:
+    """Convert `10MiB`, `512 KiB` or `1.5GiB` to bytes; return anything else unchanged. Raises `ValueError`."""
+    if not isinstance(value, str) or not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]iB)", value.strip())):
+        return value
+    number = Decimal(found[1]) * _SIZE_UNITS[found[2]]
+    if number != int(number):
+        raise ValueError(f"{value} is not a whole number of bytes")
+    return int(number)
+
+
+def size_text(number: int) -> str:
+    """Format bytes in the largest unit that divides them: `10MiB`, or `10485759`."""
+    for unit, factor in reversed(_SIZE_UNITS.items()):
+        if number and number % factor == 0:
+            return f"{number // factor}{unit}"
+    return str(number)
+
+
+def split(value: object) -> object:
+    """Split `a,b c` into a tuple, as people write a list in a variable; return anything else unchanged."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Size()]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
+Numbers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split)]
