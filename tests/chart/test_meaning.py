@@ -216,7 +216,7 @@ def test_the_serve_config_is_one_that_ray_and_the_service_take(
     helm: Path, profile: str, read_by_ray: dict[str, Any]
 ) -> None:
     """By Ray's schema and by building the application (see `read_by_ray`); numbers are whole numbers."""
-    assert set(read_by_ray[profile]["wants"]) == {"frontend", "engine", "directory"}
+    assert set(read_by_ray[profile]["wants"]) == {"frontend", "engine", "membership"}
     args = serve_config(template(helm, COMBINATIONS["big numbers"], profile))["applications"][0]["args"]
     assert Settings(**args).max_upload_bytes == 10485759
     assert isinstance(args["max_upload_bytes"], int)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.cli.main import RAY_ENVIRONMENT
+from serving.cluster.ray_env import RAY_ENVIRONMENT
 from tests.cluster.running import BIN, ENGINE, FRONTEND, RunningCluster, free_port, until
 from tests.cluster.test_cluster import KEY, ask, caption, ends, stream
 
