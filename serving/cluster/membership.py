@@ -137,7 +137,7 @@ class Member:
     """
 
     def __init__(self, membership: Any, role: str) -> None:
-        self.view = View(secret=secrets.token_hex())  # nobody's secret, until the actor has sent the right one
+        self.view = View(secret=secrets.token_hex())  # matches no process's until the actor has sent the right one
         self.on_view: Callable[[View], None] | None = None
         self._membership = membership
         self._role = role

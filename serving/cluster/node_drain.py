@@ -35,7 +35,7 @@ async def leave(address: str, instance: str, within_s: float) -> bool:
     """Take the node that was started as `instance` out of the cluster at `address`.
 
     Return when no actor of Serve runs on the node any more, or after `within_s`; the result is true in the former case.
-    A cluster that does not answer is itself ending: there is no other node to go to, and nothing to wait for.
+    A cluster that does not answer is ending, too: there is no other node to go to, and nothing to wait for.
     """
     deadline_s = time.monotonic() + within_s
     try:

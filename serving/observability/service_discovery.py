@@ -1,6 +1,6 @@
 """Service discovery for Prometheus: the targets of its HTTP service discovery, and a listener for metrics.
 
-One machine: the service's own port serves all metrics. In a cluster each process listens on a metrics port of its own,
+One machine: the service's own port serves all metrics. In a cluster each process listens on a separate metrics port,
 since a request to the service's port reaches any frontend. `cluster/membership.py` collects the addresses, and every
 frontend lists all of them (`/metrics/targets`).
 """

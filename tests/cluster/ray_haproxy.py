@@ -1,4 +1,4 @@
-"""Ray's real configuration of HAProxy, rendered by Ray's own template in a process of its own. No Ray runs."""
+"""Ray's real configuration of HAProxy, rendered by Ray's own template in a separate process. No Ray runs."""
 
 from __future__ import annotations
 

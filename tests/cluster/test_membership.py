@@ -33,7 +33,7 @@ RAY: Target = {"targets": ["10.0.0.9:1"], "labels": {"role": "ray"}}
 
 
 class Clock:
-    """Time that stands still until a test moves it."""
+    """Clock that a test moves."""
 
     now_s = 0.0
 

@@ -220,7 +220,7 @@ def simulate(
 
 
 def day_of_load(seed: int = 0) -> list[float]:
-    """Return audio-seconds per second, every two seconds: a night, a working day with two humps, noise, three spikes."""
+    """Return audio-seconds per second every 2 s: night, working day with two humps, noise, three spikes."""
     random = np.random.default_rng(seed)
     hours = np.arange(0, 24, 2 / 3600)
     load = 5 + 150 * np.exp(-((hours - 10.5) ** 2) / 4) + 120 * np.exp(-((hours - 15) ** 2) / 5)
@@ -231,7 +231,7 @@ def day_of_load(seed: int = 0) -> list[float]:
 
 
 def test_a_day_of_load_is_served_with_few_changes_and_few_replicas() -> None:
-    """Waits stay short except in spikes, despite a minute of cold start, with a third of a fixed fleet's replica hours.
+    """Waits stay short except in spikes, with a minute of cold start and a third of a fixed fleet's replica hours.
 
     The count changes no more often than every five minutes.
     """
