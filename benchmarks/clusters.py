@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 KINDS = {
     "engine": "ray::ServeReplica:captioner:engine",
     "frontend": "ray::ServeReplica:captioner:frontend",
-    "directory": "ray::ServeReplica:captioner:directory",
+    "directory": "ray::ServeReplica:captioner:membership",
     "controller": "ray::ServeController",
     "proxy manager": "ray::HAProxyManager",
     "proxy": "ray::ProxyActor",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cli.main import RAY_ENVIRONMENT
+from serving.cluster.ray_env import RAY_ENVIRONMENT
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
 from serving.config import Settings

@@ -20,35 +20,6 @@ USAGE = """usage: captioner serve [--config FILE] [settings …]   start the ser
        captioner settings [--toml]                    list every setting, or print an example file of them
        captioner version"""
 
-RAY_ENVIRONMENT = {
-    # HAProxy before the frontends, and no thread or process between it and our application.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # An old HAProxy goes on with its streams after each change of the frontends: let it until the longest has ended.
-    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.cluster.ingress_middleware:middlewares",
-    # Ray's own default of 15 would put the whole service behind anything else on the machine.
-    "RAY_worker_niceness": "0",
-    # A request whose frontend dies before it has answered anything goes to another one, if it fits into HAProxy's buffer
-    # (16 kB: audio by its URL does).
-    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-    # Once: HAProxy's own default is three times.
-    "RAY_SERVE_HAPROXY_RETRIES": "1",
-    # Five seconds for HAProxy to start are too little on a busy machine, and Ray would begin anew again and again.
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    # Ray's own default of 0.1 takes twice the CPU when idle; new replicas and lost ones are seen soon enough.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-    # Ray looks three times before it starts a lost HAProxy anew: 28 s with its own default of 10.
-    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # Serve's processes need not wake ten times a second for counts that are told every ten seconds.
-    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
-    # Nobody reads Ray's records of each call.
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-}
-"""What Ray's processes must find in their environment; `deploy/` has the same for clusters."""
-
 _COMMANDS = {
     "serve": ("serving.cli.serve", "serve"),
     "cluster": ("serving.cli.cluster", "cluster"),

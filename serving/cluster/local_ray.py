@@ -1,4 +1,4 @@
-"""Ray's own processes on this machine, for a cluster of one node."""
+"""Ray's own processes on this machine, for a cluster of one node: their command and their ports."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ _PORTS = (
 )
 
 
-def start_head(host: str) -> tuple[subprocess.Popen[bytes], str]:
-    """Start Ray's processes, and tell where they will be. Set ports save most of what they wait for, 15 s at most."""
+def start_local_ray(host: str) -> tuple[subprocess.Popen[bytes], str]:
+    """Start Ray's processes; return the process that ends with them, and the address where they will be.
+
+    Fixed ports save most of the time that Ray's processes wait for each other's, 15 s at most.
+    """
     ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    head = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
-    return head, f"{host}:{ports['port']}"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
+    return process, f"{host}:{ports['port']}"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, and that nothing takes before Ray does.
+    """Return ports that no process listens on now, and that none is likely to listen on before Ray does.
 
-    They are above those of Serve's replicas, and below those that the system gives to outgoing connections, of which a
-    starting Ray opens hundreds. Raises `OSError` if there are not so many.
+    They are above those of Serve's replicas, and below those that the system uses for outgoing connections, of which a
+    starting Ray opens hundreds. Raises `OSError` if fewer than `count` are free.
     """
     candidates = iter(random.sample(range(31_001, 32_768), 1_000))
     with ExitStack() as stack:

@@ -1,6 +1,11 @@
-"""How frontends find engine replicas, and Prometheus both: the directory, and the engine that it amounts to for a frontend.
+"""Membership of a cluster: which processes there are, where engines serve, and where metrics are read.
 
-What reaches it through Ray comes as deployment handles; nothing here imports ray.
+Every frontend and engine replica sends a heartbeat to one actor, `Membership`, every `HEARTBEAT_S`, and gets back what
+it needs of the others. Frontends find engine replicas by it, and Prometheus finds all processes.
+
+The wire is Ray's calls. During a rolling update processes of two versions call an actor of either version, so a call
+has one argument and one result, both plain dicts: a reader ignores names that it does not know (`known_fields`), and
+every name that is added later has a default. Nothing here imports ray; what goes through Ray is a deployment handle.
 """
 
 from __future__ import annotations
@@ -10,11 +15,10 @@ import logging
 import math
 import secrets
 import time
-from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.remote.client import RemoteEngine
-from serving.observability.service_discovery import Register
+from serving.engine.remote.wire import known_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,111 +27,165 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 2.0
-"""How often engine replicas register and frontends ask. A call through Ray costs a millisecond of CPU at both ends."""
+HEARTBEAT_S = 2.0
+"""Interval of heartbeats. A call through Ray costs a millisecond of CPU at both ends."""
 
-ANSWER_S = 5.0
-_FORGET_AFTER_S = 20.0
-"""Longer than a replica is silent whose call was lost (`EVERY_S`, `ANSWER_S`, `EVERY_S`). There is no hurry: frontends see
-by their connections whether it is there."""
+CALL_TIMEOUT_S = 5.0
+LOST_AFTER_S = 15.0
+"""A process counts as lost after this time without a heartbeat. Longer than the silence of a process whose call was
+lost (`HEARTBEAT_S` + `CALL_TIMEOUT_S` + `HEARTBEAT_S`). There is no hurry: frontends see by their connections whether
+an engine replica is there."""
 
-_NODES_EVERY_S = 30.0
-_FIND_ENGINES_S = 20.0
+_RAY_TARGETS_INTERVAL_S = 30.0
 
 
-class Directory:
-    """Knows where the engine replicas are, and the secret by which they know their frontends.
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Report of one process: its role, an id that no other process ever has, and its addresses (`host:port`).
 
-    It keeps nothing: started anew it has learnt all again after `EVERY_S`, and makes itself unknown until then.
+    `serving_address` is that of an engine replica that accepts clips; `None` for frontends and while a replica drains.
     """
 
-    def __init__(self, ray_targets: Callable[[], list[Target]]) -> None:
+    process_id: str
+    role: str
+    metrics_address: str
+    serving_address: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Answer to a heartbeat: the cluster as the membership actor knows it.
+
+    `secret`: what engine replicas know their frontends by. `engines`: serving addresses; `None` while the actor may not
+    have heard of all. `targets`: processes for Prometheus. `lost`: number of processes lost so far, by role.
+    """
+
+    secret: str
+    engines: list[str] | None = None
+    targets: list[Target] = field(default_factory=list)
+    lost: dict[str, int] = field(default_factory=lambda: {"frontend": 0, "engine": 0})
+
+
+class Membership:
+    """Actor that knows the processes of the cluster.
+
+    It stores nothing. After a restart it has heard of all processes within `CALL_TIMEOUT_S` + 2 `HEARTBEAT_S`, and
+    lists no engines until then. `ray_targets` returns the metrics targets of Ray's own processes.
+    """
+
+    def __init__(self, ray_targets: Callable[[], list[Target]], now_s: Callable[[], float] = time.monotonic) -> None:
         self._secret = secrets.token_hex()
-        self._began = time.monotonic()
-        self._seen: dict[str, float] = {}
-        self._register = Register()
-        self._ray_targets = ray_targets
-        self._ray: tuple[float, list[Target]] = (-math.inf, [])
+        self._now_s = now_s
+        self._started_s = now_s()
+        self._members: dict[str, tuple[Heartbeat, float]] = {}
+        self._lost = {"frontend": 0, "engine": 0}
+        self._read_ray_targets = ray_targets
+        self._ray_targets: list[Target] = []
+        self._ray_targets_read_s = -math.inf
+        self._reading: asyncio.Task[None] | None = None
 
-    async def observe(self, target: Target, process: str) -> tuple[list[Target], dict[str, int]]:
-        """Note where a process tells its metrics; return where all do, and how many were lost, by role."""
-        at, nodes = self._ray
-        if time.monotonic() - at > _NODES_EVERY_S:
-            self._ray = time.monotonic(), nodes  # whoever asks meanwhile need not
-            self._ray = time.monotonic(), await asyncio.to_thread(self._ray_targets)
-        targets, lost = self._register.note(target, process)
-        return [*targets, *self._ray[1]], lost
+    async def heartbeat(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Record the `Heartbeat` of a process; return the `View`.
 
-    async def unobserve(self, address: str) -> None:
-        """A process ends as it should."""
-        self._register.strike(address)
+        A process whose metrics address another process had follows on a lost process: a process that ends as it should
+        is deregistered first.
+        """
+        heartbeat, now = known_fields(Heartbeat, report), self._now_s()
+        for process_id, (other, seen_s) in list(self._members.items()):
+            replaced = process_id != heartbeat.process_id and other.metrics_address == heartbeat.metrics_address
+            if replaced or (process_id != heartbeat.process_id and now - seen_s > LOST_AFTER_S):
+                del self._members[process_id]
+                self._lost[other.role] = self._lost.get(other.role, 0) + 1
+        self._members[heartbeat.process_id] = heartbeat, now
+        self._refresh_ray_targets(now)
+        known = [member for member, _ in self._members.values()]
+        complete = now - self._started_s >= CALL_TIMEOUT_S + 2 * HEARTBEAT_S
+        targets: list[Target] = [
+            {"targets": [member.metrics_address], "labels": {"role": member.role}} for member in known
+        ]
+        view = View(
+            self._secret,
+            [member.serving_address for member in known if member.serving_address] if complete else None,
+            [*targets, *self._ray_targets],
+            self._lost,
+        )
+        return asdict(view)
 
-    async def register(self, address: str) -> str:
-        """Note that a replica serves at `address`; return the secret."""
-        self._seen[address] = time.monotonic()
-        return self._secret
+    async def deregister(self, report: dict[str, Any]) -> None:
+        """Remove a process that ends as it should; it does not count as lost. `report` needs only `process_id`."""
+        self._members.pop(report["process_id"], None)
 
-    async def forget(self, address: str) -> None:
-        """A replica takes no more."""
-        self._seen.pop(address, None)
+    def _refresh_ray_targets(self, now_s: float) -> None:
+        """Read Ray's targets in the background: while Ray's head is away the call may hang, heartbeats may not."""
+        if now_s - self._ray_targets_read_s > _RAY_TARGETS_INTERVAL_S and (
+            self._reading is None or self._reading.done()
+        ):
+            self._ray_targets_read_s = now_s
+            self._reading = asyncio.create_task(self._update_ray_targets())
 
-    async def replicas(self) -> tuple[list[str], str] | None:
-        """Return the addresses and the secret; `None` as long as it may not have heard of all."""
-        now = time.monotonic()
-        if now - self._began < ANSWER_S + 2 * EVERY_S:
-            return None
-        self._seen = {address: seen for address, seen in self._seen.items() if now - seen < _FORGET_AFTER_S}
-        return list(self._seen), self._secret
+    async def _update_ray_targets(self) -> None:
+        try:
+            self._ray_targets = await asyncio.to_thread(self._read_ray_targets)
+        except Exception as error:  # noqa: BLE001 - of any kind, while Ray's head restarts; the last targets stay
+            log.warning("cannot read Ray's metrics targets", extra={"error": type(error).__name__})
 
 
-class ClusterEngine(RemoteEngine):
-    """The engine replicas that the directory knows."""
+class Member:
+    """One process in the membership: sends its heartbeats, and keeps the last `View`.
 
-    def __init__(self, directory: Any, engines: Any) -> None:
-        super().__init__()
-        self._directory = directory
-        self._engines = engines
-        self._waking: Any = None
-        self._following: asyncio.Task[None] | None = None
-        self._told_once = asyncio.Event()
+    `membership` is the handle of `Membership`. `on_view` is called with each new view.
+    """
 
-    async def start(self) -> None:
-        """See `Engine`. Returns when the engines that there are can be used; also if there is none."""
-        if self._following is None:
-            self._following = asyncio.create_task(self._follow())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FIND_ENGINES_S):
-                await self._told_once.wait()
-                while self.replicas["not_ready"] and not self.replicas["ready"]:  # noqa: ASYNC110 - once in a frontend's life
-                    await asyncio.sleep(0.1)
+    def __init__(self, membership: Any, role: str) -> None:
+        self.view = View(secret=secrets.token_hex())  # matches no process's until the actor has sent the right one
+        self.on_view: Callable[[View], None] | None = None
+        self._membership = membership
+        self._role = role
+        self._process_id = secrets.token_hex(8)
+        self._report: Heartbeat | None = None
+        self._sending: asyncio.Task[None] | None = None
+
+    def start(self, metrics_address: str, serving_address: str | None = None) -> None:
+        """Send heartbeats from now on."""
+        self._report = Heartbeat(self._process_id, self._role, metrics_address, serving_address)
+        self._sending = asyncio.create_task(self._keep_sending())
+
+    async def beat(self) -> None:
+        """Send one heartbeat now, and wait for its answer if there is one."""
+        if self._report is None:
+            return
+        if (answer := await call_or_none(self._membership.heartbeat, asdict(self._report))) is not None:
+            self.view = known_fields(View, answer)
+            if self.on_view:
+                self.on_view(self.view)
+
+    async def stop_serving(self) -> None:
+        """Leave the list of engines at once, and stay among the targets: this process drains."""
+        if self._report is not None:
+            self._report = Heartbeat(self._process_id, self._role, self._report.metrics_address)
+            await self.beat()
 
     async def stop(self) -> None:
-        """See `Engine`."""
-        if self._following is not None:
-            self._following.cancel()
-        await super().stop()
+        """Send no more heartbeats, and deregister. Idempotent."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.cancel()
+            await call_or_none(self._membership.deregister, {"process_id": self._process_id})
 
-    async def _follow(self) -> None:
+    async def _keep_sending(self) -> None:
         while True:
-            if answer := await told(self._directory.replicas.remote()):
-                self.update(*answer)
-                self._told_once.set()
-            await asyncio.sleep(EVERY_S)
-
-    def wake(self) -> None:
-        """Ask for a replica where there is none.
-
-        The call waits at Ray until there is one, and that it waits is what Ray scales by.
-        """
-        if self._waking is None or self._waking.done():
-            self._waking = asyncio.ensure_future(told(self._engines.wake.remote(), timeout_s=60))
+            await self.beat()
+            await asyncio.sleep(HEARTBEAT_S)
 
 
-async def told(call: Any, timeout_s: float = ANSWER_S) -> Any:
-    """The answer to a call through Ray, or `None` if there is none: whoever asks will ask again."""
+async def call_or_none(method: Any, *args: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    """Call a method of a deployment handle through Ray; return its answer, or `None` if there is none.
+
+    Callers repeat a call without an answer.
+    """
     try:
         async with asyncio.timeout(timeout_s):
-            return await call
-    except Exception as error:  # noqa: BLE001 - of any kind, while Ray replaces what was called
-        log.warning("no answer through Ray: %s", type(error).__name__)
+            return await method.remote(*args)
+    except Exception as error:  # noqa: BLE001 - of any kind, while Ray replaces the callee
+        log.warning("call through Ray failed", extra={"error": type(error).__name__})
         return None

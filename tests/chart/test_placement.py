@@ -74,7 +74,7 @@ def test_frontends_and_engines_fit_only_their_nodes(helm: Path, profile: str, re
 @pytest.mark.parametrize("profile", PROFILES)
 def test_ray_and_the_service_accept_the_serve_config(helm: Path, profile: str, read_by_ray: dict[str, Any]) -> None:
     """Ray's schema accepts it and the application can be built (see `read_by_ray`); integers stay integers."""
-    assert set(read_by_ray[profile]["requested"]) == {"frontend", "engine", "directory"}
+    assert set(read_by_ray[profile]["requested"]) == {"frontend", "engine", "membership"}
     args = serve_config(template(helm, COMBINATIONS["big numbers"], profile))["applications"][0]["args"]
     assert Settings(**args).max_upload_bytes == 10485759
     assert isinstance(args["max_upload_bytes"], int)

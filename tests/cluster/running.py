@@ -1,4 +1,4 @@
-"""A cluster on this machine, beside any other: its command, its processes, its addresses."""
+"""A cluster on this machine, next to any other: its command, its processes, its addresses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP")
-"""Of Serve's, which two clusters on one machine must not share."""
+"""Ports of Serve that two clusters on one machine must not share."""
 
 BIN = Path(sys.executable).parent
 
@@ -36,7 +36,7 @@ _given: set[int] = set()
 
 
 def free_port() -> int:
-    """A port that nobody listens on now, another one each time."""
+    """Return a port that no process listens on now, a different one each time."""
     while (port := free_ports(1)[0]) in _given:
         pass
     _given.add(port)
@@ -44,7 +44,7 @@ def free_port() -> int:
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
-    """Wait until something has become true. Raises `TimeoutError`."""
+    """Wait until the condition is true. Raises `TimeoutError`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -53,7 +53,7 @@ def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
 
 
 class RunningCluster:
-    """A command that brings up a cluster which listens on `port`. A context: leaves no process behind."""
+    """Context of a command that starts a cluster on `port`. Leaves no process behind."""
 
     def __init__(self, command: Sequence[str], port: int, **environment: str) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="captioner-test-", ignore_cleanup_errors=True)
@@ -66,7 +66,7 @@ class RunningCluster:
             "CAPTIONER_UPLOADS_DIR": str(self.directory / "uploads"),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.directory / "haproxy.cfg"),
             **{f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS},
-            # Ray runs its workers at 15, where on a busy machine they would not get a turn.
+            # Ray runs its workers at 15, where they would hardly run on a busy machine.
             "RAY_worker_niceness": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first := random.randrange(20_000, 30_000)),
@@ -93,7 +93,7 @@ class RunningCluster:
         self._directory.cleanup()
 
     def wait(self, condition: Callable[[], object], timeout_s: float = 400) -> None:
-        """Wait for something while the cluster runs. Raises `RuntimeError` with its log."""
+        """Wait until the condition is true. Raises `RuntimeError` with the log if the cluster ends or time is up."""
         try:
             until(lambda: self.process.poll() is not None or condition(), timeout_s)
         except TimeoutError:
@@ -102,50 +102,50 @@ class RunningCluster:
             raise RuntimeError(self.log())
 
     def log(self) -> str:
-        """The end of what the command has printed."""
+        """Return the end of the command's output."""
         return (self.directory / "log").read_text()[-5000:]
 
     def get(self, path: str) -> httpx.Response | None:
-        """The answer to a GET, if there is one."""
+        """Return the response to a GET, if there is one."""
         with suppress(httpx.TransportError):
             return httpx.get(self.url + path, timeout=5)
         return None
 
     def ready(self) -> bool:
-        """Whether captions can be made now."""
+        """Return whether captions can be made now."""
         answer = self.get("/readyz")
         return answer is not None and answer.status_code == 200
 
-    def pids(self, sign: str) -> set[int]:
-        """Living processes of this cluster with a sign in their command line."""
+    def pids(self, text: str) -> set[int]:
+        """Return the living processes of this cluster with `text` in their command line."""
         found = set()
         for process in self._members():
             with suppress(psutil.Error):
-                if sign in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                if text in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                     found.add(process.pid)
         return found
 
     def frontends(self) -> list[str]:
-        """Addresses of the frontends that HAProxy knows."""
+        """Return the addresses of the frontends in HAProxy's configuration."""
         (config,) = self.directory.glob("*/haproxy.cfg")  # in a directory for the node
         text = config.read_text()
         servers = re.findall(r"^ *server (\S+) (\S+:\d+) check(?!.* backup)", text, re.MULTILINE)
         return sorted({f"http://{address}" for _, address in servers})
 
     def engines(self, frontend: str) -> int:
-        """How many engines are ready in the eyes of a frontend."""
+        """Return the number of engine replicas that are ready, as a frontend reports it."""
         return round(metric(frontend, "captioner_engine_replicas_ready"))
 
     def engine_running(self) -> float:
-        """Captions in the engines, as their replicas tell where `/metrics/targets` says."""
+        """Return the number of captions in all engines, from the metrics of the replicas in `/metrics/targets`."""
         targets = httpx.get(f"{self.url}/metrics/targets", timeout=5).json()
         engines = [address for each in targets if each["labels"]["role"] == "engine" for address in each["targets"]]
         if not engines:
             raise KeyError("captioner_engine_running")
         return sum(metric(f"http://{address}", "captioner_engine_running") for address in engines)
 
-    def whole(self, frontends: int = 2, engines: int = 2) -> bool:
-        """Whether so many frontends see so many engines."""
+    def complete(self, frontends: int = 2, engines: int = 2) -> bool:
+        """Return whether there are `frontends` frontends, and each of them sees `engines` engine replicas."""
         with suppress(httpx.TransportError, OSError, KeyError, ValueError):
             return len(self.frontends()) == frontends and all(
                 self.engines(frontend) == engines for frontend in self.frontends()
@@ -156,14 +156,14 @@ class RunningCluster:
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                # Not by psutil, which takes it apart: a process that sets its title may have overwritten some of it.
+                # Not by psutil, which parses it: a process that sets its title may have overwritten a part of it.
                 if self._mark.encode() in Path(f"/proc/{process.pid}/environ").read_bytes():
                     found.append(process)
         return found
 
 
 def metric(url: str, name: str) -> float:
-    """A gauge of one process. Raises `KeyError`."""
+    """Return the value of a gauge of one process. Raises `KeyError`."""
     for line in httpx.get(f"{url}/metrics", timeout=5).text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.split()[1])

@@ -1,4 +1,4 @@
-"""Frontends and engine replicas under real Ray Serve: the same answers as of one process, and what is lost with one."""
+"""Frontends and engine replicas under real Ray Serve: answers as of one process, and the cost of a lost process."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ KEY = {"authorization": "Bearer sesame"}
 SSE = {"x-dashscope-sse": "enable"}
 AUDIO = data_url(wav(1.0))
 LONG = {"max_tokens": 1000, "ignore_eos": True}
-"""Twenty seconds of tokens."""
+"""Parameters of a caption that takes twenty seconds."""
 
 
 def ask(
     url: str, dialect: str, *, audio: str = AUDIO, headers: dict[str, str] = KEY, **parameters: Any
 ) -> httpx.Response:
-    """One request; whole unless told otherwise."""
+    """Send one request, by default not streamed."""
     if dialect == "native":
         sse = SSE if parameters.pop("stream", False) else {}
         return httpx.post(url + NATIVE, json=native_body(audio, **parameters), headers=headers | sse, timeout=60)
@@ -53,7 +53,7 @@ def ask(
 
 
 def code(response: httpx.Response) -> str:
-    """The error code, from the place where the dialect of the request has it."""
+    """Return the error code, from the field where the dialect of the request has it."""
     body = response.json()
     dialect = "compatible" if "compatible" in response.request.url.path else "native"
     assert body["request_id"] == response.headers["x-request-id"]
@@ -61,7 +61,7 @@ def code(response: httpx.Response) -> str:
 
 
 def caption(response: httpx.Response) -> tuple[str, int]:
-    """Text and output tokens of a right and whole answer in either dialect, streamed or not."""
+    """Return text and output tokens of a correct, complete answer in either dialect, streamed or not."""
     assert response.status_code == 200, response.text
     ids = response.headers.get_list("x-request-id")
     assert len(ids) == 1
@@ -84,7 +84,7 @@ def caption(response: httpx.Response) -> tuple[str, int]:
 
 @contextmanager
 def stream(url: str, dialect: str, **parameters: Any) -> Iterator[Iterator[str]]:
-    """A stream whose first text has come; yields its further lines."""
+    """Context of a stream whose first text has arrived; yields its further lines."""
     body = (
         native_body(AUDIO, **parameters) if dialect == "native" else compatible_body(AUDIO, stream=True, **parameters)
     )
@@ -97,7 +97,7 @@ def stream(url: str, dialect: str, **parameters: Any) -> Iterator[Iterator[str]]
 
 @contextmanager
 def suspended(pid: int) -> Iterator[None]:
-    """A process that stands still."""
+    """Context in which a process is suspended."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -107,7 +107,7 @@ def suspended(pid: int) -> Iterator[None]:
 
 
 def ends(lines: Iterator[str]) -> str:
-    """How a stream ends: `done`, `error`, or `cut` where it is closed without either."""
+    """Return the end of a stream: `done`, `error`, or `cut` where it is closed without either."""
     rest = "\n".join(lines)
     last = events(rest)[-1]
     if "error" in last or "event:error" in rest:
@@ -116,7 +116,7 @@ def ends(lines: Iterator[str]) -> str:
 
 
 def test_offers_to_upgrade_are_ignored(cluster: RunningCluster) -> None:
-    """Through HAProxy and at each frontend, whose servers Ray starts: the body behind an offer is this request's."""
+    """The body behind an offer belongs to its request, through HAProxy and at each frontend: Ray starts its server."""
     for url in (cluster.url, *cluster.frontends()):
         with wire.connect(int(url.rpartition(":")[2])) as client:
             offering = wire.post(0.4, *wire.OFFERS["h2c"], key="sesame")
@@ -130,7 +130,7 @@ def test_offers_to_upgrade_are_ignored(cluster: RunningCluster) -> None:
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
 def test_a_caption_is_the_same_in_every_way(cluster: RunningCluster, dialect: str) -> None:
-    """Whole and streamed, through HAProxy and at each frontend; one request id, ours, whatever the client sends."""
+    """Answers are equal streamed and not, through HAProxy and at each frontend, with one request id, the service's."""
     own = KEY | {"x-request-id": "mine", "x-request-timeout-seconds": "0.01", "serve_multiplexed_model_id": "x"}
     answers = [
         caption(ask(url, dialect, headers=headers, stream=streamed))
@@ -144,8 +144,8 @@ def test_a_caption_is_the_same_in_every_way(cluster: RunningCluster, dialect: st
 
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
-def test_errors_are_told_in_the_callers_dialect(cluster: RunningCluster, dialect: str) -> None:
-    """A wrong key, and audio that is none."""
+def test_errors_are_in_the_callers_dialect(cluster: RunningCluster, dialect: str) -> None:
+    """A wrong key and unreadable audio are refused in the caller's dialect."""
     refused = ask(cluster.url, dialect, headers={"authorization": "Bearer wrong"})
     assert (refused.status_code, code(refused).lower().replace("_", "")) == (401, "invalidapikey")
     unreadable = ask(cluster.url, dialect, audio=data_url(b"no audio at all" * 100))
@@ -154,8 +154,8 @@ def test_errors_are_told_in_the_callers_dialect(cluster: RunningCluster, dialect
     assert code(unreadable)
 
 
-def test_paths_that_nobody_knows_and_operators_own(cluster: RunningCluster) -> None:
-    """They reach the frontends as well: 404 in the dialect, models, readiness, metrics."""
+def test_unknown_paths_and_operators_paths(cluster: RunningCluster) -> None:
+    """Paths other than those of captions reach the frontends too: 404 in the dialect, models, readiness, metrics."""
     unknown = httpx.get(f"{cluster.url}/v1/nothing", headers=KEY)
     assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "Not found!")
     assert httpx.get(f"{cluster.url}/v1/models", headers=KEY).json()["data"][0]["id"] == MODEL
@@ -164,8 +164,8 @@ def test_paths_that_nobody_knows_and_operators_own(cluster: RunningCluster) -> N
 
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
-def test_too_much_at_once_is_refused_with_when_to_come_again(cluster: RunningCluster, dialect: str) -> None:
-    """What two engines cannot hold gets 503 and `Retry-After`; the others are answered."""
+def test_an_overload_is_refused_with_retry_after(cluster: RunningCluster, dialect: str) -> None:
+    """Requests beyond the bounds of two engines get 503 and `Retry-After`; the others are answered."""
     with ThreadPoolExecutor(60) as pool:
         answers = [each.result() for each in [pool.submit(ask, cluster.url, dialect) for _ in range(60)]]
     refused = [answer for answer in answers if answer.status_code != 200]
@@ -179,7 +179,7 @@ def test_too_much_at_once_is_refused_with_when_to_come_again(cluster: RunningClu
 
 
 def test_an_upload_through_one_frontend_is_found_by_the_other(cluster: RunningCluster) -> None:
-    """The policy of one is honoured by the other, and the file is there for both."""
+    """A frontend honours the upload policy of another frontend, and both find the file."""
     one, other = cluster.frontends()
     query = {"action": "getPolicy", "model": MODEL}
     policy = httpx.get(f"{one}/api/v1/uploads", params=query, headers=KEY).json()["data"]
@@ -193,7 +193,7 @@ def test_an_upload_through_one_frontend_is_found_by_the_other(cluster: RunningCl
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
 def test_a_client_that_leaves_stops_its_generation(cluster: RunningCluster, dialect: str) -> None:
-    """In the engine replica, long before it would have ended."""
+    """A disconnect stops the generation in the engine replica, long before it would have finished."""
     with stream(cluster.url, dialect, **LONG):
         until(lambda: cluster.engine_running() == 1, 5)
     began = time.monotonic()
@@ -202,7 +202,7 @@ def test_a_client_that_leaves_stops_its_generation(cluster: RunningCluster, dial
 
 
 def test_a_killed_engine_costs_only_what_it_had_begun(cluster: RunningCluster) -> None:
-    """What it had not answered yet is made by the other, once; its streams end with the dialect's error event."""
+    """Clips that it had not answered are made by the other engine, once; its streams end with an error event."""
     victim = min(cluster.pids(ENGINE))
     with ThreadPoolExecutor(8) as pool:
         dialects = ["native", "compatible"] * 3
@@ -213,7 +213,7 @@ def test_a_killed_engine_costs_only_what_it_had_begun(cluster: RunningCluster) -
             waiting: list[Future[httpx.Response]] = []
 
             def one_waits() -> bool:
-                # Which engine they are given to depends on how the streams were divided: all may go to the other one.
+                # Their engine depends on how the streams were divided: all of them may go to the other engine.
                 waiting.extend(pool.submit(ask, cluster.url, dialect) for dialect in dialects)
                 time.sleep(2)
                 return not all(each.done() for each in waiting)
@@ -221,18 +221,18 @@ def test_a_killed_engine_costs_only_what_it_had_begun(cluster: RunningCluster) -
             until(one_waits, SILENCE_S - 2)
             os.kill(victim, signal.SIGKILL)
         assert {caption(each.result())[1] for each in waiting} == {24}
-        # Tokens are still coming from the other one; the lost one's streams have ended by now.
+        # Tokens still arrive from the other engine; the streams of the lost engine have ended by now.
         endings: list[Future[str]] = [pool.submit(ends, each) for each in lines]
-        told = sorted(each.result() for each in endings)
-        assert told.count("error") >= 2
-        assert told.count("done") >= 2
-        assert "cut" not in told
+        results = sorted(each.result() for each in endings)
+        assert results.count("error") >= 2
+        assert results.count("done") >= 2
+        assert "cut" not in results
         for each in streams:
             each.__exit__(None, None, None)
 
 
-def test_an_engine_that_stands_still_gets_no_more_and_what_it_has_moves(cluster: RunningCluster) -> None:
-    """Within `SILENCE_S`; when it goes on it is used again."""
+def test_a_suspended_engine_gets_no_more_and_its_clips_move(cluster: RunningCluster) -> None:
+    """The clips of a suspended engine move within `SILENCE_S`; once it is resumed it is used again."""
     victim = min(cluster.pids(ENGINE))
     with ThreadPoolExecutor(6) as pool, suspended(victim):
         began = time.monotonic()
@@ -247,7 +247,7 @@ def test_an_engine_that_stands_still_gets_no_more_and_what_it_has_moves(cluster:
 
 
 def test_a_killed_frontend_is_replaced_and_the_other_answers(cluster: RunningCluster) -> None:
-    """The proxy turns to the other one at once, also with what the lost one had taken but not begun to answer."""
+    """HAProxy uses the other frontend at once, also for requests that the lost one had not begun to answer."""
     short = data_url(wav(0.2))  # the proxy can send again what fits into its buffer
     victim = min(cluster.pids(FRONTEND))
     os.kill(victim, signal.SIGKILL)
@@ -256,8 +256,8 @@ def test_a_killed_frontend_is_replaced_and_the_other_answers(cluster: RunningClu
     cluster.wait(lambda: len(cluster.pids(FRONTEND)) == 2)
 
 
-def test_each_request_is_told_in_one_line_of_the_log(cluster: RunningCluster) -> None:
-    """Also behind Ray: JSON, under the id that the client got."""
+def test_each_request_is_one_line_of_the_log(cluster: RunningCluster) -> None:
+    """A request behind Ray is logged as one line of JSON, with the id that the client got."""
     request_id = ask(cluster.url, "native").headers["x-request-id"]
 
     def lines() -> list[str]:
@@ -269,14 +269,14 @@ def test_each_request_is_told_in_one_line_of_the_log(cluster: RunningCluster) ->
     assert (record["outcome"], record["output_tokens"]) == ("finished", 24)
 
 
-def test_without_an_engine_it_is_not_ready_and_says_so(cluster: RunningCluster) -> None:
-    """Both engines killed: 503 in both dialects, readiness too; then it recovers by itself."""
+def test_without_an_engine_it_is_not_ready(cluster: RunningCluster) -> None:
+    """Captions and readiness are 503 in both dialects while no engine runs, until replacements have started."""
     for victim in cluster.pids(ENGINE):
         os.kill(victim, signal.SIGKILL)
     until(lambda: not cluster.ready(), 10)
     for dialect in ("native", "compatible"):
         answer = ask(cluster.url, dialect)
-        if answer.status_code == 200:  # on a fast machine the next engine is there already
+        if answer.status_code == 200:  # on a fast machine the next engine is ready already
             continue
         assert answer.status_code == 503
         assert code(answer)

@@ -1,4 +1,4 @@
-"""`serve deploy` with deploy/serve's file, on a Ray cluster that was started as its README says."""
+"""`serve deploy` of deploy/serve's file, on a Ray cluster that was started as its README says."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FEW |= {"engine_cpus": 0.1, "engine_on_gpu": False, "audio_workers": 1, "fake_tt
 
 
 def environment() -> dict[str, str]:
-    """What deploy/serve says that Ray's processes need."""
+    """Return the environment of Ray's processes in deploy/serve."""
     return dict(each.split("=", 1) for each in shlex.split((DEPLOY / "ray.env").read_text(), comments=True))
 
 
 @pytest.mark.timeout(900)
 def test_the_file_deploys_and_captions_are_made(tmp_path: Path) -> None:
-    """As it is, but for the engine and how many there are: this machine has no GPU."""
+    """The file deploys as it is, except for the engine and the number of replicas: this machine has no GPU."""
     port, gcs, dashboard = free_port(), free_port(), free_port()
     config = yaml.safe_load((DEPLOY / "captioner.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": port}
@@ -52,7 +52,7 @@ def test_the_file_deploys_and_captions_are_made(tmp_path: Path) -> None:
             done = subprocess.run(deploy, env=cluster.environment, check=False, timeout=300, capture_output=True)
             return done.returncode == 0
 
-        cluster.wait(deployed)  # the dashboard comes last
+        cluster.wait(deployed)  # the dashboard starts last
         cluster.wait(cluster.ready)
         for dialect in ("native", "compatible"):
             assert caption(ask(cluster.url, dialect))

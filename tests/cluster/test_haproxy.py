@@ -1,4 +1,4 @@
-"""What HAProxy says by itself, with the configuration that Ray makes: no Ray runs here."""
+"""HAProxy's own responses, with the configuration that Ray writes. No Ray runs here."""
 
 from __future__ import annotations
 
@@ -16,40 +16,19 @@ from serving.api.dialects.openai import OpenAICodec
 from serving.cluster import haproxy_wrapper as haproxy
 from serving.config import Settings
 from serving.errors import NotReady
+from tests.cluster.ray_haproxy import render
 from tests.cluster.running import free_port, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RAYS_CONFIGURATION = """
-import sys
-from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
-from ray.serve.config import HTTPOptions
-directory, port, metrics, stats, frontend, fallback = sys.argv[1], *map(int, sys.argv[2:])
-options = HTTPOptions(host="127.0.0.1", port=port)
-configuration = HAProxyConfig(
-    http_options=options, socket_path=f"{directory}/admin.sock", metrics_port=metrics, stats_port=stats,
-    server_state_base=directory, server_state_file=f"{directory}/state", metrics_socket_path=f"{directory}/m.sock",
-)
-api = HAProxyApi(cfg=configuration, config_file_path=f"{directory}/haproxy.cfg")
-if frontend:
-    api.set_backend_configs({"http-captioner": BackendConfig(
-        name="http-captioner", path_prefix="/", app_name="captioner",
-        servers=[ServerConfig(name="frontend", host="127.0.0.1", port=frontend)],
-        fallback_server=ServerConfig(name="fallback", host="127.0.0.1", port=fallback),
-    )})
-api._generate_config_file_internal()
-"""
-
 
 @pytest.fixture(params=["knows no frontend", "knows a frontend that is gone"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """HAProxy as Ray would start it in `serving/cluster/haproxy_wrapper.py`'s place."""
+    """HAProxy as Ray starts it by way of `serving/cluster/haproxy_wrapper.py`."""
     port, frontend = free_port(), free_port() if "gone" in request.param else 0
-    numbers = [str(number) for number in (port, free_port(), free_port(), frontend, free_port())]
-    made = [sys.executable, "-c", RAYS_CONFIGURATION, str(tmp_path), *numbers]
-    subprocess.run(made, check=True, timeout=200)
-    program = [haproxy.__file__, "-db", "-f", str(tmp_path / "haproxy.cfg")]
+    path = render(tmp_path, port=port, metrics=free_port(), stats=free_port(), frontend=frontend, fallback=free_port())
+    program = [haproxy.__file__, "-db", "-f", str(path)]
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy.__file__,
@@ -70,8 +49,8 @@ def _answers(url: str) -> bool:
     return True
 
 
-def test_without_a_frontend_a_caller_is_told_in_its_dialect(url: str) -> None:
-    """503 with `Retry-After` and one request id, as a frontend without an engine says it; never Ray's own texts."""
+def test_without_a_frontend_the_response_is_in_the_callers_dialect(url: str) -> None:
+    """HAProxy answers 503 with `Retry-After` and one request id, as a frontend without an engine; never Ray's texts."""
     for path, codec in (
         ("/v1/chat/completions", OpenAICodec(Settings())),
         ("/compatible-mode/v1/chat/completions", OpenAICodec(Settings())),
@@ -86,6 +65,55 @@ def test_without_a_frontend_a_caller_is_told_in_its_dialect(url: str) -> None:
         assert len(request_id) == 36
 
 
-def test_a_configuration_that_is_not_rays_stays_as_it_is() -> None:
-    """Another version of Ray may write another one: then HAProxy says what Ray would."""
-    assert haproxy.changed("global\n    maxconn 10\n") == "global\n    maxconn 10\n"
+RAYS = """\
+frontend http_frontend
+    bind *:8000
+defaults
+    errorfile 502 /tmp/500.http
+    errorfile 503 /tmp/500.http
+    errorfile 504 /tmp/500.http
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path not found."
+backend http-captioner
+    server frontend 10.0.0.1:30000 check
+    server fallback 10.0.0.2:8500 check backup
+"""
+"""The lines of Ray's configuration that the wrapper needs."""
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "named"),
+    [
+        ("frontend http_frontend", "frontend web", "`frontend http_frontend` with a `bind` line"),
+        ("    bind *:8000\n", "", "`frontend http_frontend` with a `bind` line"),
+        ("    errorfile 503 /tmp/500.http\n", "", "one of each, found 502, 504"),
+        ("errorfile 504", "errorfile 502", "one of each, found 502, 503, 502"),
+        ("status 404", "status 410", "status 404 content-type text/plain`: expected 1, found 0"),
+        (
+            "check backup",
+            "check weight 1 backup",
+            "found instead `server fallback 10.0.0.2:8500 check weight 1 backup`",
+        ),
+    ],
+)
+def test_a_configuration_that_is_not_recognized_stops_the_start(
+    tmp_path: Path, line: str, other: str, named: str
+) -> None:
+    """The wrapper ends with status 1, names the line that it has not found, and leaves the file as it was."""
+    path = tmp_path / "haproxy.cfg"
+    text = RAYS.replace(line, other)
+    path.write_text(text)
+    command = [sys.executable, haproxy.__file__, "-db", "-f", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert str(path) in done.stderr
+    assert path.read_text() == text
+
+
+def test_a_changed_configuration_stays_as_it_is() -> None:
+    """A second pass over the same file changes nothing, and Ray's proxy is no server any more."""
+    text = haproxy.with_own_responses(RAYS)
+    assert haproxy.with_own_responses(text) == text
+    assert "backup" not in text
+    assert text.count(haproxy.RESPONSE_BODY) == 4

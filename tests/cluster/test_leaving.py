@@ -1,4 +1,4 @@
-"""A node that leaves costs no request: what runs is finished, what comes is answered by its replacements."""
+"""A node that leaves costs no request: running requests finish, replacements answer new ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.cli.main import RAY_ENVIRONMENT
+from serving.cluster.ray_env import RAY_ENVIRONMENT
 from tests.cluster.running import BIN, ENGINE, FRONTEND, RunningCluster, free_port, until
 from tests.cluster.test_cluster import KEY, ask, caption, ends, stream
 
@@ -46,7 +46,7 @@ serve.run(build(json.loads(sys.argv[3])), name="captioner", route_prefix="/", bl
 
 
 def start(*flags: str) -> list[str]:
-    """Ray on one node, with ports of its own."""
+    """Return the command that starts Ray on one node, with its own ports."""
     names = (
         "dashboard-agent-grpc-port",
         "dashboard-agent-listen-port",
@@ -57,7 +57,7 @@ def start(*flags: str) -> list[str]:
 
 
 class Nodes:
-    """A head without work, and nodes with a place for a frontend and an engine each, all on this machine."""
+    """A head without work, and nodes with a slot for a frontend and an engine each, all on this machine."""
 
     def __init__(self, cluster: RunningCluster, address: str, stack: ExitStack) -> None:
         self.cluster = cluster
@@ -66,7 +66,7 @@ class Nodes:
         self._started: dict[str, subprocess.Popen[bytes]] = {}
 
     def add(self, name: str) -> None:
-        """Start one."""
+        """Start a node."""
         command = start(f"--address={self.address}", "--num-cpus=1", '--resources={"frontend": 1, "engine": 1}')
         environment = self.cluster.environment | {"RAY_CLOUD_INSTANCE_ID": name}
         with (self.cluster.directory / name).open("w") as log:
@@ -75,18 +75,18 @@ class Nodes:
             )
 
     def died(self) -> str:
-        """What the nodes that ended printed at last."""
+        """Return the last output of the nodes that have ended."""
         ended = [name for name, node in self._started.items() if node.poll() is not None]
         return "\n".join((self.cluster.directory / name).read_text()[-5000:] for name in ended)
 
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    """The service runs on the first node; the second is new and empty."""
+    """Cluster whose first node runs the service; the second node is new and empty."""
     port, gcs = free_port(), free_port()
     head = start("--head", "--num-cpus=0", f"--port={gcs}", "--include-dashboard=false")
     secrets = {"CAPTIONER_API_KEYS": "sesame", "CAPTIONER_UPLOAD_SECRET": "s"}
-    # What is left is ended by the cluster's own end, and then waited for.
+    # Processes that are left end with the cluster, and are then waited for.
     with ExitStack() as stack, RunningCluster(head, port, **RAY_ENVIRONMENT | secrets) as cluster:
         cluster.environment["CAPTIONER_DATA_DIR"] = str(cluster.directory / "data")
         nodes = Nodes(cluster, f"127.0.0.1:{gcs}", stack)
@@ -111,7 +111,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.mark.timeout(900)
 def test_a_node_that_leaves_costs_no_request(nodes: Nodes) -> None:
-    """A stream that runs is finished, and each request that comes meanwhile is answered."""
+    """A running stream finishes, and every request that arrives during the drain is answered."""
     running = nodes.cluster
     ended = threading.Event()
     answers: list[int] = []

@@ -1,4 +1,4 @@
-"""Ports for Ray's own processes."""
+"""Ports of Ray's own processes on one machine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import pytest
 from serving.cluster.local_ray import free_ports
 
 
-def test_rays_ports_are_out_of_the_way() -> None:
-    """Distinct, free, and in no range from which the system or Ray takes ports by itself meanwhile."""
+def test_rays_ports_do_not_collide() -> None:
+    """Ports are distinct, free, and outside the ranges from which the system and Ray pick ports."""
     ports = free_ports(6)
     assert len(set(ports)) == 6
-    assert all(31_000 < port < 32_768 for port in ports)  # Serve's replicas end before, Linux' outgoing begin after
+    assert all(
+        31_000 < port < 32_768 for port in ports
+    )  # Serve's replicas are below, Linux' outgoing connections above
     with ExitStack() as stack:
         for port in ports:
             stack.enter_context(socket.socket()).bind(("", port))
 
 
-def test_without_a_free_port_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than start something that cannot run."""
+def test_no_free_port_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`free_ports` raises `OSError` with the range when no port is free, and Ray is not started."""
 
     def refuse(self: socket.socket, address: object) -> None:
         raise OSError

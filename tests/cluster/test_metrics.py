@@ -1,4 +1,4 @@
-"""A real Prometheus over the cluster: sums over its processes are what a client counted, also when some have died."""
+"""A real Prometheus over the cluster: sums over processes equal a client's counts, also after some have died."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLIPS = {seconds: data_url(wav(seconds)) for seconds in (0.5, 1.0, 2.25)}
 WORKER = "serving.audio.worker"
 
 NOT_HERE = {"captioner_tenant_requests_rate_limited_total"}
-"""Appears with the first refusal by a limit of a tenant's: `tests/observability` makes one."""
+"""Metrics that appear with the first refusal by a tenant's limit, which `tests/observability` covers."""
 
 FIGURES = {
     "requests": 'captioner_requests_total{outcome="finished"}',
@@ -47,7 +47,7 @@ FIGURES = {
 
 
 class Counted:
-    """A cluster under the chain, and what a client has counted since."""
+    """A cluster with its chain of Prometheus and Alertmanager, and the counts of a client since."""
 
     def __init__(self, cluster: RunningCluster, chain: Chain) -> None:
         self.cluster = cluster
@@ -55,15 +55,15 @@ class Counted:
         self.client = dict.fromkeys(FIGURES, 0.0)
         self._before = {name: chain.value(f"sum({figure})") for name, figure in FIGURES.items()}
 
-    def told(self) -> dict[str, float]:
-        """The same in Prometheus: the last that each process has told, of those that have ended as well."""
+    def reported(self) -> dict[str, float]:
+        """Return the same counts from Prometheus: the last value of each process, ended ones included."""
         return {
             name: round(self.chain.value(f"sum(max_over_time({figure}[1h]))") - self._before[name], 9)
             for name, figure in FIGURES.items()
         }
 
     def load(self, requests: int) -> None:
-        """Ask in both dialects, whole and streamed; wait until Prometheus has counted the same, and nothing more."""
+        """Send requests in both dialects, streamed and not; wait until Prometheus has the same counts, and no more."""
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(self._ask, range(requests)))
         for frontend in self.cluster.frontends():
@@ -71,11 +71,11 @@ class Counted:
             assert refused.status_code == 400
             self.client["refused"] += 1
         try:
-            self.chain.until(lambda: self.told() == self.client)
+            self.chain.until(lambda: self.reported() == self.client)
         except TimeoutError:
-            assert self.told() == self.client
+            assert self.reported() == self.client
         time.sleep(3)
-        assert self.told() == self.client
+        assert self.reported() == self.client
 
     def _ask(self, number: int) -> None:
         dialect = ("native", "compatible")[number % 2]
@@ -98,14 +98,14 @@ class Counted:
 
 
 def audio_tokens(answer: httpx.Response) -> int:
-    """What the answer says that its audio was billed as; each dialect has it once, at the end."""
+    """Return the billed audio tokens of a response; each dialect has them once, at the end."""
     return int(re.findall(r'"audio_tokens": ?(\d+)', answer.text)[-1])
 
 
 @pytest.fixture(scope="module")
 def counted(running_cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
-    """The session's cluster, whole; Prometheus has seen all of it before the first request is counted."""
-    running_cluster.wait(running_cluster.whole)
+    """The session's complete cluster, all of which Prometheus has scraped before the first request is counted."""
+    running_cluster.wait(running_cluster.complete)
     with Chain(running_cluster.url, tmp_path_factory.mktemp("chain"), every="2s") as chain:
         roles = 'count by (role) (up{job="captioner"} == 1)'
 
@@ -118,14 +118,14 @@ def counted(running_cluster: RunningCluster, tmp_path_factory: pytest.TempPathFa
 
 
 def test_sums_over_frontends_are_what_a_client_counted(counted: Counted) -> None:
-    """Requests, audio-seconds and tokens, exactly; both frontends have had some; every documented metric is there."""
+    """Requests, audio-seconds and tokens are exact, both frontends had some, and every documented metric exists."""
     counted.load(24)
     assert len(counted.chain.query(f"sum by (instance) ({FIGURES['requests']}) > 0")) == 2
     assert not documented() - counted.chain.names() - NOT_HERE
 
 
 def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
-    """The frontend counts for it: sums stay exact, and no counter of a frontend goes back."""
+    """Sums stay exact, and no counter of a frontend goes back: the frontend counts for its workers."""
     deaths = counted.chain.value("sum(captioner_audio_worker_deaths_total)")
     workers = [
         child.pid
@@ -144,17 +144,17 @@ def test_a_killed_audio_worker_takes_no_count_with_it(counted: Counted) -> None:
 
 
 def test_a_killed_frontend_leaves_its_counts_behind(counted: Counted) -> None:
-    """What it had counted stays in sums over time, its successor begins at zero; that it was lost is told."""
+    """Its counts stay in sums over time, its successor starts at zero, and it is counted as lost."""
     lost = counted.chain.value('max(captioner_replicas_lost_total{replica="frontend"})')
     victim = min(counted.cluster.pids(FRONTEND))
     os.kill(victim, signal.SIGKILL)
-    counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONTEND) and counted.cluster.whole())
+    counted.cluster.wait(lambda: victim not in counted.cluster.pids(FRONTEND) and counted.cluster.complete())
     counted.load(12)
     counted.chain.until(lambda: counted.chain.value('max(captioner_replicas_lost_total{replica="frontend"})') > lost)
 
 
-def test_engines_that_end_again_and_again_are_told(counted: Counted) -> None:
-    """Three lost within the alert's window: one page, and it says that they were engines."""
+def test_engines_that_are_lost_repeatedly_raise_an_alert(counted: Counted) -> None:
+    """Three engines lost within the alert's window fire one page, which names the role."""
     chain, page = counted.chain, ("pages", "CaptionerReplicaCrashLoop", "firing")
     chain.until(lambda: page[1] not in chain.firing())
     chain.told.clear()
@@ -165,11 +165,11 @@ def test_engines_that_end_again_and_again_are_told(counted: Counted) -> None:
     chain.until(lambda: page in chain.told)
     fired = chain.query(f'max_over_time(ALERTS{{alertname="{page[1]}",alertstate="firing"}}[1m])')
     assert [each["metric"]["replica"] for each in fired] == ["engine"]
-    counted.cluster.wait(counted.cluster.whole)
+    counted.cluster.wait(counted.cluster.complete)
 
 
 def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
-    """`promtool check metrics` has nothing to say of any frontend or engine replica."""
+    """`promtool check metrics` has no complaint about any frontend or engine replica."""
     targets = httpx.get(f"{counted.cluster.url}/metrics/targets", headers=KEY, timeout=30).json()
     ours = [each["targets"][0] for each in targets if each["labels"]["role"] in ("frontend", "engine")]
     assert len(ours) >= 4
@@ -177,14 +177,14 @@ def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
     for target in ours:
         try:
             text = httpx.get(f"http://{target}/metrics", timeout=30).text
-        except httpx.ConnectError:  # of the killed one, until it is forgotten
+        except httpx.ConnectError:  # of a killed process, until it counts as lost
             continue
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
         assert (target, done.returncode, done.stdout + done.stderr) == (target, 0, "")
 
 
 def test_dashboards_of_a_cluster_have_data(counted: Counted) -> None:
-    """Every panel that needs a cluster shows something: replicas, what was lost, Ray Serve's own."""
+    """Every panel that needs a cluster has data: replicas, lost processes, Ray Serve's own metrics."""
     exprs = {expr for expr in all_expressions() if re.search(r"ray_|replicas|retries", expr)}
     assert len(exprs) >= 6
     chain = counted.chain

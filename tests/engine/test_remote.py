@@ -1,4 +1,4 @@
-"""Engine replicas behind sockets: a frontend finds in them one engine, whatever happens to any of them."""
+"""Engine replicas behind sockets: a frontend uses them as one engine, also when one of them fails."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import gc
 import weakref
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from serving.engine.fake import FakeEngine, Faults
 from serving.engine.remote import server as servers
 from serving.engine.remote.client import RemoteEngine
 from serving.engine.remote.server import EngineServer
-from serving.engine.remote.wire import frame, known, read_frame
+from serving.engine.remote.wire import Abort, Failure, FeaturesPiece, Generate, Hello, State, encode, read_message
 from serving.errors import EngineFailed, NotReady, Overloaded
 from serving.types import MELS, Features, FinishReason, Sampling, SchedulingClass
 
@@ -33,19 +33,19 @@ SECRET = "sesame"  # noqa: S105
 
 @dataclass
 class Replica:
-    """An engine, and the socket before it."""
+    """An engine and its server."""
 
     fake: FakeEngine
     server: EngineServer
 
     @property
     def address(self) -> str:
-        """Where frontends reach it."""
+        """Address for frontends."""
         return f"127.0.0.1:{self.server.port}"
 
 
 def settings(**changes: object) -> Settings:
-    """Of a fake engine."""
+    """Settings of a fake engine."""
     return Settings(engine="fake", fake_tokens=20, **changes)  # type: ignore[arg-type]
 
 
@@ -66,7 +66,7 @@ async def replica(given: Settings, faults: Faults | None = None) -> AsyncIterato
 
 @asynccontextmanager
 async def frontend(*replicas: Replica, secret: str = SECRET) -> AsyncIterator[RemoteEngine]:
-    """An engine that finds the replicas."""
+    """A frontend's engine over the replicas."""
     engine = RemoteEngine()
     engine.update([each.address for each in replicas], secret)
     await until(lambda: engine.replicas["ready"] == len(replicas) or secret != SECRET)
@@ -77,7 +77,7 @@ async def frontend(*replicas: Replica, secret: str = SECRET) -> AsyncIterator[Re
 
 
 async def until(condition: object) -> None:
-    """Wait until something has become true."""
+    """Wait until the condition is true."""
     async with asyncio.timeout(10):
         while not condition():  # type: ignore[operator]  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -91,42 +91,42 @@ def clip(seconds: float = 1.0, seed: int = 0) -> Features:
 
 
 async def collect(engine: RemoteEngine | FakeEngine, features: Features, **sampling: int) -> list[EngineDelta]:
-    """All pieces of a caption."""
+    """Return all deltas of a caption."""
     async with aclosing(engine.generate("r", features, Sampling(**sampling))) as deltas:  # type: ignore[arg-type]
         return [delta async for delta in deltas]
 
 
-def told(deltas: list[EngineDelta]) -> tuple[str, int, FinishReason | None]:
-    """Text, tokens and finish reason."""
+def result(deltas: list[EngineDelta]) -> tuple[str, int, FinishReason | None]:
+    """Return text, tokens and finish reason."""
     return "".join(each.text for each in deltas), sum(each.tokens for each in deltas), deltas[-1].finish_reason
 
 
 async def test_a_caption_is_the_same_through_a_socket() -> None:
-    """Text, token count and finish reason are those of the engine itself, for clips of one piece and of many."""
+    """Text, token count and finish reason are those of the local engine, for clips of one piece and of many."""
     given = settings()
     local = FakeEngine(given)
     await local.start()
     async with replica(given) as one, frontend(one) as engine:
         for features in (clip(0.01), clip(1), clip(60)):
-            assert told(await collect(engine, features)) == told(await collect(local, features))
-        limited = told(await collect(engine, clip(1), max_tokens=5))
+            assert result(await collect(engine, features)) == result(await collect(local, features))
+        limited = result(await collect(engine, clip(1), max_tokens=5))
         assert limited[1:] == (5, FinishReason.LENGTH)
         await until(lambda: engine.load.running == 0)
         assert one.server.features_bytes == 0
 
 
-async def test_tokens_are_handed_over_together_but_the_first_at_once() -> None:
-    """Between the first piece and the last, one piece an interval."""
+async def test_tokens_are_sent_together_but_the_first_at_once() -> None:
+    """After the first delta there is one delta per `stream_flush_interval_s`."""
     given = settings(fake_tpot_s=0.005, stream_flush_interval_s=0.05)
     async with replica(given) as one, frontend(one) as engine:
         deltas = await collect(engine, clip())
     assert deltas[0].tokens == 1
     assert 3 <= len(deltas) <= 12
-    assert told(deltas)[1] == 20
+    assert result(deltas)[1] == 20
 
 
 async def test_closing_a_caption_aborts_it_in_the_replica() -> None:
-    """Before the first token, and in the middle."""
+    """A caption that is closed before its first token, or in the middle, is aborted."""
     given = settings(fake_ttft_s=0.2, fake_tpot_s=0.2)
     async with replica(given) as one, frontend(one) as engine:
         waiting = asyncio.create_task(collect(engine, clip()))
@@ -141,7 +141,7 @@ async def test_closing_a_caption_aborts_it_in_the_replica() -> None:
 
 
 async def test_a_clip_goes_where_its_context_has_room() -> None:
-    """Even to the replica with more audio under way, rather than to wait for room at the other."""
+    """A clip goes to the replica whose KV cache has room for it, even if that replica has more audio under way."""
     small, large = settings(fake_kv_tokens=1000, fake_tpot_s=0.5), settings(fake_tpot_s=0.5)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for given in (small, large)]
@@ -161,7 +161,7 @@ async def test_a_clip_goes_where_its_context_has_room() -> None:
 
 
 async def test_a_lost_replica_costs_only_what_had_begun() -> None:
-    """A caption without output is made by another replica; one that had begun fails."""
+    """A caption without output is made by another replica; a caption that had begun fails."""
     slow, fast = settings(fake_ttft_s=5), settings()
     async with AsyncExitStack() as stack:
         lost = await stack.enter_async_context(replica(slow))
@@ -172,7 +172,7 @@ async def test_a_lost_replica_costs_only_what_had_begun() -> None:
         engine.update([lost.address, other.address], SECRET)
         await until(lambda: engine.replicas["ready"] == 2)
         await lost.server.stop()
-        assert told(await unbegun)[1] == 20
+        assert result(await unbegun)[1] == 20
         assert (engine.retries, other.fake.finished) == (1, 1)
     async with replica(settings(fake_tpot_s=0.2)) as one, frontend(one) as engine:
         async with aclosing(engine.generate("r", clip(), Sampling())) as deltas:
@@ -186,7 +186,7 @@ async def test_a_lost_replica_costs_only_what_had_begun() -> None:
 
 
 async def test_a_clip_is_tried_twice_at_most() -> None:
-    """What kills or fails two replicas gets no third."""
+    """A clip that has failed on two replicas is not sent to a third."""
     faults = Faults(fail_after_tokens=0)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(settings(), faults)) for _ in range(3)]
@@ -197,7 +197,7 @@ async def test_a_clip_is_tried_twice_at_most() -> None:
 
 
 async def test_work_goes_where_the_least_audio_is() -> None:
-    """By seconds of audio: one long clip outweighs several short ones."""
+    """Load is compared by seconds of audio: one long clip outweighs several short ones."""
     given = settings(fake_ttft_s=0.5)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for _ in range(2)]
@@ -209,8 +209,8 @@ async def test_work_goes_where_the_least_audio_is() -> None:
         assert sorted(each.fake.finished for each in replicas) == [1, 6]
 
 
-async def test_a_draining_replica_gets_no_more_and_ends_what_it_has() -> None:
-    """As in a rolling update."""
+async def test_a_draining_replica_gets_no_more_and_finishes_what_it_has() -> None:
+    """A replica that drains, as in a rolling update, finishes its captions; new clips go to the next replica."""
     given = settings(fake_ttft_s=0.3)
     async with AsyncExitStack() as stack:
         old = await stack.enter_async_context(replica(given))
@@ -223,106 +223,105 @@ async def test_a_draining_replica_gets_no_more_and_ends_what_it_has() -> None:
         draining = asyncio.create_task(old.server.drain())
         await until(lambda: engine.replicas == {"ready": 1, "not_ready": 1})
         engine.update([new.address], SECRET)
-        assert told(await collect(engine, clip()))[1] == 20
-        assert told(await last)[1] == 20
+        assert result(await collect(engine, clip()))[1] == 20
+        assert result(await last)[1] == 20
         await draining
         assert (old.fake.finished, new.fake.finished, engine.retries) == (1, 1, 0)
 
 
 async def test_a_refusal_arrives_with_its_reason() -> None:
-    """Features beyond the replica's memory, and a full queue, are `Overloaded`, with when to come again."""
+    """Features beyond the replica's memory, and a full queue, are `Overloaded` with a time to retry after."""
     given = settings(max_features_bytes=2**20)
     async with replica(given) as one, frontend(one) as engine:
         with pytest.raises(Overloaded) as refused:
             await collect(engine, clip(60))
         assert refused.value.retry_after_s >= 1
-        assert told(await collect(engine, clip(1)))[1] == 20
+        assert result(await collect(engine, clip(1)))[1] == 20
         assert one.server.features_bytes == 0
 
 
-async def test_nobody_enters_without_the_secret() -> None:
-    """A stranger is hung up on, and so is whoever speaks nonsense; others go on."""
+async def test_a_connection_without_the_secret_is_closed() -> None:
+    """Connections without the secret, and those that break the protocol, are closed; others go on."""
     async with replica(settings()) as one, frontend(one) as engine, frontend(one, secret=SECRET * 2) as stranger:
         await asyncio.sleep(0.2)
         with pytest.raises(NotReady):
             await collect(stranger, clip())
-        for words in (b"GET / HTTP/1.1\r\n\r\n", b"".join(frame({"secret": SECRET})) + b"\xff" * 64):
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b"".join(encode(Hello(SECRET))) + b"\xff" * 64):
             reader, writer = await asyncio.open_connection("127.0.0.1", one.server.port)
             writer.write(words)
             async with asyncio.timeout(10):
                 while await reader.read(65536):
                     pass
             writer.close()
-        assert told(await collect(engine, clip()))[1] == 20
+        assert result(await collect(engine, clip()))[1] == 20
 
 
-async def test_a_long_clip_on_its_way_does_not_hold_up_a_short_one() -> None:
-    """Their features alternate on the connection."""
+async def test_a_long_clip_on_the_wire_does_not_hold_up_a_short_one() -> None:
+    """Features of both clips alternate on the connection, so the short clip is answered first."""
     async with replica(settings()) as one, frontend(one) as engine:
         long = asyncio.create_task(collect(engine, clip(2000)))
         await asyncio.sleep(0)
         await collect(engine, clip(1))
         assert not long.done()
-        assert told(await long)[1] == 20
+        assert result(await long)[1] == 20
 
 
-async def test_features_are_let_go() -> None:
-    """After a caption, a failure, and a refusal nothing holds them, even before the collector runs."""
+async def test_features_are_released() -> None:
+    """Features are freed after a caption, a failure and a refusal, even before the garbage collector runs."""
     gc.disable()
     try:
         async with replica(settings(max_features_bytes=2**22)) as one, frontend(one) as engine:
             for seconds, faults in ((1.0, Faults()), (1.0, Faults(fail_after_tokens=0)), (60.0, Faults())):
                 one.fake.faults = faults
                 features = clip(seconds)
-                gone = weakref.ref(features.log_mel)
+                reference = weakref.ref(features.log_mel)
                 try:
                     await collect(engine, features)
                 except (EngineFailed, Overloaded) as error:
                     del error
                 del features
                 await asyncio.sleep(0.05)
-                assert gone() is None, (seconds, faults)
+                assert reference() is None, (seconds, faults)
     finally:
         gc.enable()
 
 
-async def test_features_are_let_go_once_a_caption_has_begun() -> None:
-    """They are no longer counted from then on, so a frontend must not keep them while the caption is written."""
+async def test_features_are_released_once_a_caption_has_begun() -> None:
+    """A frontend frees features with the first delta, since they do not count as memory from then on."""
     async with replica(settings(fake_tpot_s=0.05)) as one, frontend(one) as engine:
         features = clip(1)
-        gone = weakref.ref(features.log_mel)
+        reference = weakref.ref(features.log_mel)
         async with aclosing(engine.generate("r", features, Sampling())) as deltas:
             del features
             await anext(deltas)
             await anext(deltas)
-            assert gone() is None
+            assert reference() is None
 
 
 @asynccontextmanager
-async def spoken(one: Replica) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A frontend's end of the wire, and nobody behind it."""
+async def raw_connection(one: Replica) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A frontend's end of the wire after Hello and the first state, with no frontend behind it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", one.server.port)
-    writer.writelines(frame({"secret": SECRET}))
-    await read_frame(reader)
+    writer.writelines(encode(Hello(SECRET)))
+    await read_message(reader)
     yield reader, writer
     writer.close()
 
 
-def request(frames: int, **more: Any) -> bytes:
-    """The beginning of one, whose features are to come."""
-    header = {"op": "generate", "id": 0, "request_id": "r", "samples": 160 * frames, "frames": frames}
-    return b"".join(frame({**header, "sampling": asdict(Sampling()), "share": asdict(SchedulingClass()), **more}))
+def request(frames: int) -> bytes:
+    """Return the start of generation 0, whose features are to follow."""
+    return b"".join(encode(Generate(0, "r", Sampling(), SchedulingClass(), 160 * frames, frames)))
 
 
-FEATURES = b"".join(frame({"op": "features", "id": 0}, bytes(4 * MELS * 100)))
+FEATURES = b"".join(encode(FeaturesPiece(0, bytes(4 * MELS * 100))))
 
 
-@pytest.mark.parametrize("hang_up", [False, True])
-async def test_an_end_right_behind_the_features_leaves_nothing(*, hang_up: bool) -> None:
-    """Aborted before its first step, a generation still gives its memory back, and a drain ends."""
-    async with replica(settings(fake_ttft_s=5)) as one, spoken(one) as (_, writer):
-        writer.write(request(100) + FEATURES + b"".join(frame({"op": "abort", "id": 0})))
-        if hang_up:
+@pytest.mark.parametrize("disconnects", [False, True])
+async def test_an_abort_right_behind_the_features_leaves_nothing(*, disconnects: bool) -> None:
+    """A generation that is aborted before its first step releases its memory, and a drain finishes."""
+    async with replica(settings(fake_ttft_s=5)) as one, raw_connection(one) as (_, writer):
+        writer.write(request(100) + FEATURES + b"".join(encode(Abort(0))))
+        if disconnects:
             writer.close()
         async with asyncio.timeout(10):
             await asyncio.sleep(0.1)
@@ -330,41 +329,28 @@ async def test_an_end_right_behind_the_features_leaves_nothing(*, hang_up: bool)
         assert (one.server.running, one.server.features_bytes, one.fake.load.running) == (0, 0, 0)
 
 
-async def test_a_frontend_that_stops_in_the_middle_loses_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features that go no further count for nothing after a while, and their request is refused."""
-    monkeypatch.setattr(servers, "_STALLED_S", 0.5)
-    async with replica(settings()) as one, spoken(one) as (reader, writer):
+async def test_a_frontend_that_stops_in_the_middle_loses_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features that stop arriving release their memory after a time-out, and their request is refused."""
+    monkeypatch.setattr(servers, "_UPLOAD_STALL_TIMEOUT_S", 0.5)
+    async with replica(settings()) as one, raw_connection(one) as (reader, writer):
         writer.write(request(1000) + FEATURES)
         await until(lambda: one.server.features_bytes == 4 * MELS * 1000)
         async with asyncio.timeout(10):
-            while (header := (await read_frame(reader))[0])["op"] != "error":
+            while isinstance(message := await read_message(reader), State):
                 pass
-        assert (header["error"], one.server.features_bytes, one.server.running) == ("NotReady", 0, 0)
+        assert isinstance(message, Failure)
+        assert (message.error, one.server.features_bytes, one.server.running) == ("NotReady", 0, 0)
 
 
-async def test_an_update_may_add_fields() -> None:
-    """Of a newer frontend to an older engine, and the other way round; what is unknown is passed over."""
-    async with replica(settings()) as one, spoken(one) as (reader, writer):
-        newer: dict[str, Any] = {
-            "share": asdict(SchedulingClass()) | {"new": 1},
-            "sampling": asdict(Sampling()) | {"new": 1},
-        }
-        writer.write(request(100, **newer, new=1) + FEATURES)
-        async with asyncio.timeout(10):
-            while (header := (await read_frame(reader))[0])["op"] != "deltas":
-                assert header["op"] == "state"
-    assert known(Load, {**asdict(Load(1, 2, 3.0, 4, 5)), "new": 6}) == Load(1, 2, 3.0, 4, 5)
-
-
-async def test_a_frontend_connects_anew_after_nonsense(caplog: pytest.LogCaptureFixture) -> None:
-    """An engine that breaks the protocol is lost for the moment, and said to be so, not for good."""
-    said: list[dict[str, Any]] = [
-        {"op": "state"},
-        {"op": "state", "ready": True, "failed": False, "seen": -1, "load": asdict(Load(0, 0, 0, 0, 1))},
+async def test_a_frontend_reconnects_after_a_malformed_frame(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine replica that breaks the protocol is logged, disconnected, and used again after the next connection."""
+    frames = [
+        b'\x00\x00\x00\x0e\x00\x00\x00\x00{"op":"state"}',
+        b"".join(encode(State(-1, ready=True, failed=False, draining=False, load=Load(0, 0, 0, 0, 1)))),
     ]
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.writelines(frame(said.pop(0)))
+        writer.write(frames.pop(0))
         await reader.read()
         writer.close()
 
@@ -372,18 +358,19 @@ async def test_a_frontend_connects_anew_after_nonsense(caplog: pytest.LogCapture
         engine = RemoteEngine()
         engine.update([f"127.0.0.1:{strange.sockets[0].getsockname()[1]}"], SECRET)
         await until(lambda: engine.replicas["ready"] == 1)
-        assert "broke the protocol: a malformed frame: KeyError" in caplog.text
+        (record,) = [each for each in caplog.records if each.getMessage() == "engine replica broke the protocol"]
+        assert "malformed frame: KeyError" in vars(record)["error"]
         await engine.stop()
 
 
-async def test_who_has_waited_his_time_does_not_wait_again_elsewhere() -> None:
-    """The refusal comes after `max_engine_wait_s`, not after twice that; a full queue is another matter."""
+async def test_a_clip_that_has_waited_its_time_does_not_wait_at_another_replica() -> None:
+    """A clip is refused after `max_engine_wait_s`, not after twice that, and is not sent to another replica."""
     given = settings(fake_ttft_s=5, max_num_seqs=1, max_engine_wait_s=0.3)
     async with AsyncExitStack() as stack:
         replicas = [await stack.enter_async_context(replica(given)) for _ in range(2)]
         engine = await stack.enter_async_context(frontend(*replicas))
         running = [asyncio.create_task(collect(engine, clip())) for _ in range(4)]
-        await until(lambda: all(each.fake.load.running == 2 for each in replicas))  # a place and one more
+        await until(lambda: all(each.fake.load.running == 2 for each in replicas))  # a slot and one more
         with pytest.raises(Overloaded) as refused:
             await collect(engine, clip())
         assert (refused.value.reason, engine.retries) == ("engine_wait", 0)

@@ -1,8 +1,8 @@
-"""Engine replicas behind sockets, as one engine: what runs in each frontend of a cluster (`server.py` is the other end).
+"""Engine replicas behind sockets, used as one engine by each frontend of a cluster (`server.py` is the other end).
 
 Each clip goes to the replica with the least work in audio-seconds that still has room in its KV cache. A replica that
-is lost (its process, its node, its network) or ails gets no more at once. What it had not begun to answer is asked once
-more, of another one; a caption that had begun fails.
+is lost (its process, its node, its network) or unhealthy gets no further clips from that moment on. A clip for which
+the lost replica had sent nothing yet is sent once more, to another replica; a caption that had begun fails.
 """
 
 from __future__ import annotations
@@ -12,31 +12,47 @@ import itertools
 import logging
 from contextlib import aclosing, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from serving import errors
 from serving.engine.base import EngineDelta, Load, context_tokens
-from serving.engine.remote.wire import PIECE_BYTES, SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
+from serving.engine.remote.wire import (
+    PIECE_BYTES,
+    SILENCE_S,
+    STATE_INTERVAL_S,
+    Abort,
+    Deltas,
+    Failure,
+    FeaturesPiece,
+    Generate,
+    Hello,
+    Message,
+    ProtocolError,
+    State,
+    encode,
+    merge,
+    read_message,
+)
 from serving.errors import CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.observability.context import TRACE
-from serving.types import NO_TENANT, FinishReason
+from serving.types import NO_TENANT
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable
 
     from serving.types import Features, Sampling, SchedulingClass
 
 log = logging.getLogger(__name__)
 
-_CONNECT_S = 5.0
-_RETRY_CONNECT_S = 0.5
-_NOTHING = Load(running=0, waiting=0, audio_s=0.0, kv_tokens=0, kv_capacity_tokens=0)
+_CONNECT_TIMEOUT_S = 5.0
+_RECONNECT_INTERVAL_S = 0.5
+_NO_LOAD = Load(running=0, waiting=0, audio_s=0.0, kv_tokens=0, kv_capacity_tokens=0)
+_NO_STATE = State(seen=-1, ready=False, failed=False, draining=False, load=_NO_LOAD)
 
 
 class RemoteEngine:
     """An `Engine` over the replicas at the addresses that `update` names.
 
-    `retries` counts clips that were asked for a second time.
+    `retries` counts clips that were sent a second time.
     """
 
     def __init__(self) -> None:
@@ -46,25 +62,25 @@ class RemoteEngine:
 
     @property
     def load(self) -> Load:
-        """Of all replicas together, as they last told it."""
+        """Sum of the loads that the replicas reported last."""
         loads = [replica.load for replica in self._replicas.values()]
         return Load(
-            *(sum(values) for values in zip(*(asdict(load).values() for load in (*loads, _NOTHING)), strict=True))
+            *(sum(values) for values in zip(*(asdict(load).values() for load in (*loads, _NO_LOAD)), strict=True))
         )
 
     @property
     def steps(self) -> int:
-        """See `Engine`. Each replica watches its own."""
+        """See `Engine`. Each replica watches its own engine for stalls."""
         return 0
 
     @property
     def replicas(self) -> dict[str, int]:
-        """How many replicas are ready, how many are not."""
+        """Number of replicas that are ready, and that are not."""
         ready = sum(replica.ready for replica in self._replicas.values())
         return {"ready": ready, "not_ready": len(self._replicas) - ready}
 
     def update(self, addresses: Iterable[str], secret: str) -> None:
-        """Work with the replicas at these addresses (`host:port`); others finish what they have."""
+        """Use the replicas at these addresses (`host:port`); replicas at other addresses finish what they have."""
         addresses = set(addresses)
         for address in addresses - self._replicas.keys():
             self._replicas[address] = _Replica(address)
@@ -76,10 +92,10 @@ class RemoteEngine:
             replica.secret = secret
 
     async def start(self) -> None:
-        """See `Engine`. Replicas come and go by `update`; none is waited for."""
+        """See `Engine`. Return at once: replicas come and go by `update`, and none is waited for."""
 
     async def check_health(self) -> None:
-        """See `Engine`. Replicas are replaced by others than us, so none ready is never fatal here."""
+        """See `Engine`. No ready replica is never fatal: Ray replaces replicas, not this process."""
         if not any(replica.ready for replica in self._replicas.values()):
             raise NotReady
 
@@ -100,16 +116,18 @@ class RemoteEngine:
                     async for delta in deltas:
                         if not begun:
                             begun = True
-                            del features  # the replica has them, and no other one is asked any more
+                            del features  # this replica has them, and no other replica will be tried
                         yield delta
                     return
             except (EngineFailed, NotReady, Overloaded) as failure:
-                # One that has waited its time need not begin anew at the end of another line.
+                # A clip that has waited its full time does not start again at the end of another queue.
                 if begun or (isinstance(failure, Overloaded) and failure.reason == "engine_wait"):
                     raise
                 error = failure.with_traceback(None)  # which would keep this frame, and the features, in a cycle
             refused.add(replica)
-            log.warning("a replica refused a clip or was lost", extra={"request_id": request_id, "tries": len(refused)})
+            log.warning(
+                "engine replica refused a clip or was lost", extra={"request_id": request_id, "tries": len(refused)}
+            )
         try:
             raise error
         finally:
@@ -120,49 +138,54 @@ class RemoteEngine:
         replicas, self._replicas = [*self._replicas.values(), *self._leaving], {}
         await asyncio.gather(*(replica.stop() for replica in replicas))
 
-    def _least_loaded(self, but: set[_Replica], tokens: int) -> _Replica | None:
-        able = [replica for replica in self._replicas.values() if replica.ready and replica not in but]
+    def _least_loaded(self, excluded: set[_Replica], tokens: int) -> _Replica | None:
+        able = [replica for replica in self._replicas.values() if replica.ready and replica not in excluded]
         return min(able, key=lambda replica: replica.burden(tokens), default=None)
 
 
 class _Replica:
-    """One engine replica, and the connection to it: made anew until it leaves."""
+    """One engine replica and the connection to it, which is reopened until the replica leaves."""
 
     def __init__(self, address: str) -> None:
-        self.load = _NOTHING
         self.secret = ""
         self._address = address
-        self._state: dict[str, Any] = {}
+        self._state = _NO_STATE
         self._numbers = itertools.count()
         self._mailboxes: dict[int, _Mailbox] = {}
         self._unseen_s: dict[int, float] = {}
         self._heard = False
         self._writer: asyncio.StreamWriter | None = None
-        self._left: Callable[[_Replica], None] | None = None
+        self._on_left: Callable[[_Replica], None] | None = None
         self._running = asyncio.create_task(self._run())
 
     @property
+    def load(self) -> Load:
+        """Load that the replica reported last."""
+        return self._state.load
+
+    @property
     def ready(self) -> bool:
-        """Whether it can take a clip now."""
-        return self._writer is not None and bool(self._state.get("ready")) and not self._state.get("draining")
+        """True while the replica accepts clips."""
+        state = self._state
+        return self._writer is not None and self._on_left is None and state.ready and not state.draining
 
     def burden(self, tokens: int) -> tuple[bool, float, float]:
-        """What to compare replicas by for a clip of so many tokens: without room for it last, then by audio-seconds.
+        """Return the sort key for a clip of `tokens` tokens: replicas without room for it last, then by audio-seconds.
 
-        Clips that the told load cannot hold yet count as well, lest all of a burst go to one.
+        Clips that the reported load cannot include yet are added, so that a burst is spread over the replicas.
         """
         full = self.load.kv_tokens + tokens > self.load.kv_capacity_tokens
         used = self.load.kv_tokens / max(1, self.load.kv_capacity_tokens)
         return full, self.load.audio_s + sum(self._unseen_s.values()), used
 
-    def leave(self, left: Callable[[_Replica], None]) -> None:
-        """Take nothing more, and end when what runs has ended."""
-        self._left, self._state = left, {}
+    def leave(self, on_left: Callable[[_Replica], None]) -> None:
+        """Accept no further clips, and disconnect when what runs has finished."""
+        self._on_left = on_left
         if not self._mailboxes:
             self._running.cancel()
 
     async def stop(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._running.cancel()
         await asyncio.wait((self._running,))
 
@@ -177,12 +200,12 @@ class _Replica:
         self._unseen_s[number] = features.duration_s
         ended = False
         try:
-            # While the features go out, the answer may come already: a refusal.
+            # A refusal may arrive while the features are still being sent.
             sending = asyncio.create_task(_send(writer, number, request_id, features, sampling, scheduling_class))
             del features
             try:
                 while not ended:
-                    delta = await mailbox.take()
+                    delta = await mailbox.get()
                     ended = delta.finish_reason is not None
                     yield delta
             except CaptionerError:
@@ -194,8 +217,8 @@ class _Replica:
             del self._mailboxes[number]
             self._unseen_s.pop(number, None)
             if not ended and not writer.is_closing():
-                writer.writelines(frame({"op": "abort", "id": number}))
-            if self._left and not self._mailboxes:
+                writer.writelines(encode(Abort(number)))
+            if self._on_left and not self._mailboxes:
                 self._running.cancel()
 
     async def _run(self) -> None:
@@ -204,112 +227,91 @@ class _Replica:
                 try:
                     await self._converse()
                 except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
-                    if isinstance(error, LinkError):
-                        log.warning("the engine at %s broke the protocol: %s", self._address, error)
-                await asyncio.sleep(_RETRY_CONNECT_S)
+                    if isinstance(error, ProtocolError):
+                        log.warning(
+                            "engine replica broke the protocol", extra={"address": self._address, "error": str(error)}
+                        )
+                await asyncio.sleep(_RECONNECT_INTERVAL_S)
         finally:
-            if self._left:
-                self._left(self)
+            if self._on_left:
+                self._on_left(self)
 
     async def _converse(self) -> None:
-        """Connect, and read what the replica tells until the connection is lost."""
+        """Connect, and handle messages of the replica until the connection is lost."""
         host, _, port = self._address.rpartition(":")
-        async with asyncio.timeout(_CONNECT_S):
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         try:
-            writer.writelines(frame({"secret": self.secret}))
+            writer.writelines(encode(Hello(self.secret)))
             self._writer = writer
             async with asyncio.timeout(None) as silence:
                 watching = asyncio.create_task(self._watch(silence))
                 try:
                     while True:
-                        header, _ = await read_frame(reader)
+                        message = await read_message(reader)
                         self._heard = True
-                        try:
-                            self._take(header)
-                        except (KeyError, TypeError, ValueError) as error:
-                            raise LinkError(f"a malformed frame: {error!r}") from error
+                        self._handle(message)
                 finally:
                     watching.cancel()
         finally:
-            self._writer, self._state, self.load = None, {}, _NOTHING
+            self._writer, self._state = None, _NO_STATE
             writer.close()
             for mailbox in self._mailboxes.values():
                 mailbox.fail(EngineFailed())
 
     async def _watch(self, silence: asyncio.Timeout) -> None:
-        """End the conversation when the replica has told nothing for `SILENCE_S`.
+        """End the conversation when nothing has arrived from the replica for `SILENCE_S`.
 
-        Counted in ticks of our own: when the whole machine has stood still, nobody is lost.
+        The time is counted in ticks of this process: after the whole machine was suspended, no replica counts as lost.
         """
         silent_ticks = 0
-        while silent_ticks < SILENCE_S / STATE_EVERY_S:
-            await asyncio.sleep(STATE_EVERY_S)
+        while silent_ticks < SILENCE_S / STATE_INTERVAL_S:
+            await asyncio.sleep(STATE_INTERVAL_S)
             silent_ticks, self._heard = 0 if self._heard else silent_ticks + 1, False
         silence.reschedule(asyncio.get_running_loop().time())
 
-    def _take(self, header: dict[str, Any]) -> None:
-        match header["op"]:
-            case "state":
-                if header["failed"] and not self._state.get("failed"):
-                    log.error("the engine at %s has failed", self._address)
-                self._state = {} if self._left else header
-                self.load = known(Load, header["load"])
-                for number in [number for number in self._unseen_s if number <= header["seen"]]:
+    def _handle(self, message: Message) -> None:
+        match message:
+            case State():
+                if message.failed and not self._state.failed:
+                    log.error("engine replica has failed", extra={"address": self._address})
+                self._state = message
+                for number in [number for number in self._unseen_s if number <= message.seen]:
                     del self._unseen_s[number]
-            case "deltas":
-                waited = dict(header.get("queue_s", ()))
-                own = {number: counts for number, *counts in header.get("own", ())}
-                for number, text, tokens, finish_reason in header["deltas"]:
+            case Deltas(deltas=deltas):
+                for number, delta in deltas.items():
                     if mailbox := self._mailboxes.get(number):
-                        mailbox.put(text, tokens, finish_reason, waited.get(number, 0.0), own.get(number, (0, 0)))
-            case "error":
-                if mailbox := self._mailboxes.get(header["id"]):
-                    mailbox.fail(_error(header))
+                        mailbox.put(delta)
+            case Failure(number=number):
+                if mailbox := self._mailboxes.get(number):
+                    mailbox.fail(message.exception())
             case other:
-                raise LinkError(f"no such frame: {other}")
+                raise ProtocolError(f"unexpected {type(other).__name__} from an engine replica")
 
 
 class _Mailbox:
-    """What has come for one caption and was not taken yet, merged."""
+    """Deltas of one caption that have arrived and were not consumed yet, merged."""
 
     def __init__(self) -> None:
-        self._queue_s = 0.0
-        self._text: list[str] = []
-        self._tokens = self._input_tokens = self._uncounted_tokens = 0
-        self._finish_reason: FinishReason | None = None
+        self._delta: EngineDelta | None = None
         self._error: CaptionerError | None = None
-        self._come = asyncio.Event()
+        self._arrived = asyncio.Event()
 
-    def put(self, text: str, tokens: int, finish_reason: str | None, queue_s: float, own: Sequence[int]) -> None:
-        self._queue_s = self._queue_s or queue_s
-        self._text.append(text)
-        self._tokens += tokens
-        self._input_tokens += own[0]
-        self._uncounted_tokens += own[1]
-        self._finish_reason = FinishReason(finish_reason) if finish_reason else None
-        self._come.set()
+    def put(self, delta: EngineDelta) -> None:
+        self._delta = merge(self._delta, delta)
+        self._arrived.set()
 
     def fail(self, error: CaptionerError) -> None:
         self._error = error
-        self._come.set()
+        self._arrived.set()
 
-    async def take(self) -> EngineDelta:
-        """Wait for something, and take it all. What came before a failure is taken before it raises."""
-        await self._come.wait()
-        if self._text:
-            delta = EngineDelta(
-                "".join(self._text),
-                self._tokens,
-                self._finish_reason,
-                self._queue_s,
-                self._input_tokens,
-                self._uncounted_tokens,
-            )
-            self._text, self._tokens, self._queue_s = [], 0, 0.0
-            self._input_tokens = self._uncounted_tokens = 0
+    async def get(self) -> EngineDelta:
+        """Wait for deltas, and return them as one. Raise a failure after the deltas that arrived before it."""
+        await self._arrived.wait()
+        if (delta := self._delta) is not None:
+            self._delta = None
             if self._error is None:
-                self._come.clear()
+                self._arrived.clear()
             return delta
         error, self._error = self._error or Internal(), None
         try:
@@ -326,24 +328,19 @@ async def _send(  # noqa: PLR0917 - one call
     sampling: Sampling,
     scheduling_class: SchedulingClass,
 ) -> None:
-    """Send a request. Pieces wait for the socket, so that those of several clips alternate."""
-    header = {"op": "generate", "id": number, "request_id": request_id, "sampling": asdict(sampling)}
-    header |= {"share": asdict(scheduling_class), "samples": features.samples, "frames": features.log_mel.shape[1]}
-    if trace := TRACE.get():
-        header["trace"] = dict(trace)
-    with suppress(OSError):  # whoever reads the answers learns of it
-        writer.writelines(frame(header))
+    """Send a request. Each piece waits for the socket, so that pieces of several clips alternate."""
+    request = Generate(
+        number,
+        request_id,
+        sampling,
+        scheduling_class,
+        features.samples,
+        frames=features.log_mel.shape[1],
+        trace=TRACE.get(),
+    )
+    with suppress(OSError):  # the reader of the answers sees the lost connection
+        writer.writelines(encode(request))
         log_mel = features.log_mel.data.cast("B")
         for first in range(0, len(log_mel), PIECE_BYTES):
-            writer.writelines(frame({"op": "features", "id": number}, log_mel[first : first + PIECE_BYTES]))
+            writer.writelines(encode(FeaturesPiece(number, log_mel[first : first + PIECE_BYTES])))
             await writer.drain()
-
-
-def _error(header: dict[str, Any]) -> CaptionerError:
-    """The exception that a replica named."""
-    kind = getattr(errors, str(header["error"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, CaptionerError)):
-        return Internal()
-    if issubclass(kind, Overloaded):
-        return kind(header["message"], retry_after_s=header["retry_after_s"], reason=header["reason"])
-    return kind(header["message"])

@@ -1,4 +1,4 @@
-"""An engine behind a socket: what runs in each engine replica, for the frontends of a cluster (`remote.py`)."""
+"""An engine behind a socket, in each engine replica of a cluster (`client.py` is the frontends' end)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ import logging
 import socket
 import time
 from contextlib import aclosing, suppress
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.engine.remote.wire import SILENCE_S, STATE_EVERY_S, LinkError, frame, known, read_frame
+from serving.engine.remote.wire import (
+    SILENCE_S,
+    STATE_INTERVAL_S,
+    Abort,
+    Deltas,
+    Failure,
+    FeaturesPiece,
+    Generate,
+    Hello,
+    Message,
+    ProtocolError,
+    State,
+    encode,
+    merge,
+    read_message,
+)
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.observability.context import REQUEST_ID, TRACE
 from serving.scheduling.shared_capacity import SharedCapacity
-from serving.types import FRAMES_PER_S, MELS, Features, Sampling, SchedulingClass
+from serving.types import FRAMES_PER_S, MELS, Features
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,17 +42,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_HELLO_S = 5.0
+_HELLO_TIMEOUT_S = 5.0
 _WRITE_BUFFER_BYTES = 1024 * 1024
-"""When a frontend reads this much too slowly, its deltas wait here, merged."""
+"""While more than this waits for a frontend that reads slowly, its deltas are kept here, merged."""
 
-_STALLED_S = 30.0
-"""A frontend that sends nothing of a request it has begun for so long has stopped; one whose machine is gone is noticed
-sooner, by the states that nothing acknowledges."""
+_UPLOAD_STALL_TIMEOUT_S = 30.0
+"""A frontend that has begun a request and sends nothing of it for this time has stopped. A frontend whose machine is
+gone is noticed sooner, by the states that nothing acknowledges."""
 
 
 class EngineServer:
-    """Serves `engine` to frontends that know the secret. It neither starts nor stops the engine."""
+    """Server of `engine` for frontends that know the secret. It neither starts nor stops the engine."""
 
     def __init__(self, settings: Settings, engine: Engine, secret: Callable[[], str]) -> None:
         self.settings = settings
@@ -50,7 +65,7 @@ class EngineServer:
 
     @property
     def port(self) -> int:
-        """The port that it listens on."""
+        """Port of the listening socket."""
         if self._server is None:
             raise NotReady
         port: int = self._server.sockets[0].getsockname()[1]
@@ -58,28 +73,28 @@ class EngineServer:
 
     @property
     def features_bytes(self) -> int:
-        """Memory of features that have not been consumed."""
+        """Bytes of features that the engine has not consumed."""
         return self.features.used
 
     @property
     def running(self) -> int:
-        """Generations under way for frontends, those that wait included."""
+        """Number of generations under way for frontends, waiting ones included."""
         return sum(len(connection.generations) for connection in self._connections)
 
     async def start(self, host: str, port: int = 0) -> None:
-        """Listen."""
+        """Listen on a port, any free one by default."""
         self._server = await asyncio.start_server(self._serve, host, port)
 
     async def drain(self) -> None:
-        """Tell the frontends to send no more, and return when all that runs has ended."""
+        """Report to the frontends that no more is accepted, and return when everything that runs has finished."""
         self.draining = True
         for connection in self._connections:
-            connection.tell_state()
+            connection.send_state_now()
         while self.running:  # noqa: ASYNC110 - once in a replica's life
-            await asyncio.sleep(STATE_EVERY_S)
+            await asyncio.sleep(STATE_INTERVAL_S)
 
     async def stop(self) -> None:
-        """Hang up; what still runs is aborted. Idempotent."""
+        """Close all connections; generations that still run are aborted. Idempotent."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -89,85 +104,84 @@ class EngineServer:
         while self._connections:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.01)
 
-    async def state(self) -> dict[str, Any]:
-        """What frontends are told, again and again."""
+    async def state(self, seen: int) -> State:
+        """Return the state for a frontend whose last generation to arrive was `seen`."""
         ready, failed = True, False
         try:
             await self.engine.check_health()
         except CaptionerError as error:
             ready, failed = False, isinstance(error, EngineFailed)
-        load = asdict(self.engine.load)
-        load["audio_s"] += sum(connection.arriving_s for connection in self._connections)
-        return {"ready": ready, "failed": failed, "draining": self.draining, "load": load}
+        load = self.engine.load
+        arriving_s = sum(connection.arriving_s for connection in self._connections)
+        return State(seen, ready, failed, self.draining, replace(load, audio_s=load.audio_s + arriving_s))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self, reader, writer)
         own: socket.socket = writer.get_extra_info("socket")
         own.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SILENCE_S))
         try:
-            async with asyncio.timeout(_HELLO_S):
-                header, _ = await read_frame(reader)
-            if not hmac.compare_digest(str(header.get("secret")).encode(), self._secret().encode()):
-                log.warning("a caller without the cluster's secret was turned away")
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                hello = await read_message(reader)
+            given = hello.secret if isinstance(hello, Hello) else ""
+            if not hmac.compare_digest(given.encode(), self._secret().encode()):
+                log.warning("connection without the cluster's secret refused")
                 return
             self._connections.add(connection)
             await connection.run()
-        except (OSError, asyncio.IncompleteReadError, LinkError, TimeoutError) as error:
-            if isinstance(error, LinkError):
-                log.warning("a frontend broke the protocol: %s", error)
+        except (OSError, asyncio.IncompleteReadError, TimeoutError) as error:
+            if isinstance(error, ProtocolError):
+                log.warning("frontend broke the protocol", extra={"error": str(error)})
         finally:
             await connection.end()
             self._connections.discard(connection)
 
 
 class _Connection:
-    """One frontend."""
+    """Connection of one frontend."""
 
     def __init__(self, server: EngineServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.generations: dict[int, asyncio.Task[None] | None] = {}  # None while its features arrive
+        self.generations: dict[int, asyncio.Task[None] | None] = {}  # None while the features arrive
         self._server = server
         self._reader = reader
         self._writer = writer
         self._incoming: dict[int, _Incoming] = {}
-        self._outbox: dict[int, list[Any]] = {}
-        self._waited: list[tuple[int, float]] = []
-        self._own: dict[int, list[int]] = {}
+        self._outbox: dict[int, EngineDelta] = {}
         self._flushing = False
         self._seen = -1
         self._state_due = asyncio.Event()
 
     @property
     def arriving_s(self) -> float:
-        """Audio whose features have not arrived in full."""
+        """Seconds of audio whose features have not arrived in full."""
         return sum(incoming.frames for incoming in self._incoming.values()) / FRAMES_PER_S
 
     async def run(self) -> None:
-        """Answer frames until the frontend hangs up."""
-        telling = asyncio.create_task(self._tell_states())
+        """Handle messages until the frontend closes the connection."""
+        sending_states = asyncio.create_task(self._send_states())
         try:
             while True:
-                header, payload = await read_frame(self._reader)
-                match header.get("op"):
-                    case "generate":
-                        self._accept(header)
-                    case "features":
-                        self._take(header["id"], payload)
-                    case "abort":
-                        self._abort(header["id"])
-                    case other:
-                        raise LinkError(f"no such frame: {other}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise LinkError(f"a malformed frame: {error!r}") from error
+                self._handle(await read_message(self._reader))
         finally:
-            telling.cancel()
+            sending_states.cancel()
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Generate():
+                self._accept(message)
+            case FeaturesPiece(number=number, data=data):
+                self._add_features(number, data)
+            case Abort(number=number):
+                self._abort(number)
+            case other:
+                raise ProtocolError(f"unexpected {type(other).__name__} from a frontend")
 
     def close(self) -> None:
-        """Hang up, with all said."""
+        """Send the deltas that are left, and close the connection."""
         self._flush(now=True)
         self._writer.close()
 
     async def end(self) -> None:
-        """Abort what runs for this frontend, whose connection is gone."""
+        """Abort the generations of this frontend, whose connection is gone."""
         self._writer.close()
         for number in list(self._incoming):
             self._drop(number)
@@ -180,33 +194,33 @@ class _Connection:
         with suppress(OSError):
             await self._writer.wait_closed()
 
-    def tell_state(self) -> None:
-        """Tell the state now rather than when it is due."""
+    def send_state_now(self) -> None:
+        """Send the state now rather than at the next interval."""
         self._state_due.set()
 
-    async def _tell_states(self) -> None:
+    async def _send_states(self) -> None:
         while True:
             self._drop_stalled()
-            state = {"op": "state", "seen": self._seen, **await self._server.state()}
+            state = await self._server.state(self._seen)
             if self._writer.transport.get_write_buffer_size() <= _WRITE_BUFFER_BYTES:
                 self._write(state)
             with suppress(TimeoutError):
-                async with asyncio.timeout(STATE_EVERY_S):
+                async with asyncio.timeout(STATE_INTERVAL_S):
                     await self._state_due.wait()
             self._state_due.clear()
 
     def _drop_stalled(self) -> None:
-        """Give up requests whose frontend has stopped in the middle of their features: others wait for that room."""
-        latest = time.monotonic() - _STALLED_S
+        """Refuse requests whose frontend has stopped in the middle of their features; others wait for that memory."""
+        latest = time.monotonic() - _UPLOAD_STALL_TIMEOUT_S
         for number in [number for number, incoming in self._incoming.items() if incoming.heard_s < latest]:
             self._drop(number)
             self._fail(number, NotReady())
 
-    def _accept(self, header: dict[str, Any]) -> None:
-        settings, number, frames = self._server.settings, int(header["id"]), int(header["frames"])
-        incoming = _Incoming(header, frames, self._server.features)
+    def _accept(self, request: Generate) -> None:
+        settings, number, frames = self._server.settings, request.number, request.frames
         if number in self.generations or frames <= 0:
-            raise LinkError(f"{frames} frames for generation {number}")
+            raise ProtocolError(f"{frames} frames for generation {number}")
+        incoming = _Incoming(request, self._server.features)
         self.generations[number] = None
         self._seen = number
         if self._server.draining:
@@ -222,39 +236,46 @@ class _Connection:
             incoming.allocate()
             self._incoming[number] = incoming
 
-    def _take(self, number: int, piece: bytes) -> None:
-        """Add a piece of features. One that was refused or aborted has no place: its pieces were under way."""
-        if (incoming := self._incoming.get(number)) and incoming.add(piece):
+    def _add_features(self, number: int, piece: bytes | memoryview) -> None:
+        """Add a piece of features. Pieces of a refused or aborted request were under way, and are ignored."""
+        if not (incoming := self._incoming.get(number)):
+            return
+        try:
+            complete = incoming.add(piece)
+        except ValueError as error:
+            raise ProtocolError(f"too many bytes of features for generation {number}") from error
+        if complete:
             del self._incoming[number]
             self.generations[number] = asyncio.create_task(self._generate(number, incoming))
 
     async def _generate(self, number: int, incoming: _Incoming) -> None:
         """Run one generation to its end. Its features count as memory until the engine has consumed them."""
-        pace_s, loop = self._server.settings.stream_flush_interval_s, asyncio.get_running_loop()
-        scheduling_class, permit = incoming.scheduling_class, incoming.permit
+        interval_s, loop = self._server.settings.stream_flush_interval_s, asyncio.get_running_loop()
+        request, permit = incoming.request, incoming.permit
         try:
-            request_id, features, sampling = incoming.request()
-            REQUEST_ID.set(request_id)
-            TRACE.set(incoming.trace)
+            features = incoming.features()
             del incoming
+            REQUEST_ID.set(request.request_id)
+            TRACE.set(request.trace)
             async with aclosing(
-                self._server.engine.generate(request_id, features, sampling, scheduling_class)
+                self._server.engine.generate(request.request_id, features, request.sampling, request.scheduling_class)
             ) as deltas:
                 del features
                 async for delta in deltas:
                     permit.release()
-                    self._hand_over(number, delta)
+                    self._outbox[number] = merge(self._outbox.get(number), delta)
+                    self._flush_soon()
                     if delta.finish_reason is not None:
                         return
-                    if pace_s:
-                        # All wake on the same tick, so that one write carries the deltas of all. Meanwhile the engine
-                        # merges what comes.
-                        await asyncio.sleep(pace_s - loop.time() % pace_s)
+                    if interval_s:
+                        # All generations wake on the same tick, so that one write carries the deltas of all. In the
+                        # meantime the engine merges its deltas.
+                        await asyncio.sleep(interval_s - loop.time() % interval_s)
             self._fail(number, EngineFailed())
         except CaptionerError as error:
             self._fail(number, error)
         except Exception:
-            log.exception("a generation failed unexpectedly")
+            log.exception("generation failed unexpectedly")
             self._fail(number, Internal())
         finally:
             permit.release()
@@ -264,36 +285,18 @@ class _Connection:
         self._outbox.pop(number, None)
         self._drop(number)
         if task := self.generations.get(number):
-            # Not at once: one that was made by the frame before would never begin, and so not give its memory back.
+            # Not at once: a task that the frame before created would never start, and so not release its memory.
             asyncio.get_running_loop().call_soon(task.cancel)
 
     def _drop(self, number: int) -> None:
-        """Forget features that have not arrived in full."""
+        """Discard features that have not arrived in full."""
         if incoming := self._incoming.pop(number, None):
             incoming.permit.release()
             del self.generations[number]
 
-    def _hand_over(self, number: int, delta: EngineDelta) -> None:
-        if waiting := self._outbox.get(number):
-            waiting[0] += delta.text
-            waiting[1] += delta.tokens
-            waiting[2] = delta.finish_reason
-        else:
-            self._outbox[number] = [delta.text, delta.tokens, delta.finish_reason]
-        if delta.queue_s:
-            self._waited.append((number, delta.queue_s))
-        if delta.input_tokens or delta.uncounted_tokens:
-            own = self._own.setdefault(number, [0, 0])
-            own[0] += delta.input_tokens
-            own[1] += delta.uncounted_tokens
-        self._flush_soon()
-
     def _fail(self, number: int, error: CaptionerError) -> None:
         self._flush(now=True)
-        header = {"op": "error", "id": number, "error": type(error).__name__, "message": str(error)}
-        if isinstance(error, Overloaded):
-            header |= {"retry_after_s": error.retry_after_s, "reason": error.reason}
-        self._write(header)
+        self._write(Failure.of(number, error))
         if self.generations.get(number) is None:
             self.generations.pop(number, None)
 
@@ -310,58 +313,38 @@ class _Connection:
             self._flushing = True
             asyncio.get_running_loop().call_later(0.05, self._flush)
             return
-        deltas = [[number, *delta] for number, delta in self._outbox.items()]
-        self._write(
-            {
-                "op": "deltas",
-                "deltas": deltas,
-                "queue_s": self._waited,
-                "own": [[number, *own] for number, own in self._own.items()],
-            }
-        )
+        self._write(Deltas(self._outbox))
         self._outbox.clear()
-        self._waited.clear()
-        self._own.clear()
 
-    def _write(self, header: dict[str, Any]) -> None:
+    def _write(self, message: Message) -> None:
         if not self._writer.is_closing():
-            self._writer.write(frame(header)[0])
+            self._writer.write(encode(message)[0])
 
 
 class _Incoming:
     """A request whose features are arriving."""
 
-    def __init__(self, header: dict[str, Any], frames: int, features: SharedCapacity) -> None:
-        self.nbytes = 4 * MELS * frames
-        self.scheduling_class = known(SchedulingClass, header.get("share", {}))
-        self.permit = features.permit(self.scheduling_class)
-        self._header = header
-        self.frames = frames
+    def __init__(self, request: Generate, capacity: SharedCapacity) -> None:
+        self.request = request
+        self.frames = request.frames
+        self.nbytes = 4 * MELS * request.frames
+        self.permit = capacity.permit(request.scheduling_class)
         self.heard_s = time.monotonic()
-        """When the last of it came."""
+        """Time of the last piece."""
         self._filled = 0
 
-    @property
-    def trace(self) -> dict[str, str] | None:
-        """The trace that the frontend is in."""
-        return self._header.get("trace")
-
     def allocate(self) -> None:
-        """Make room."""
+        """Allocate the memory of the features."""
         self._log_mel = np.empty((MELS, self.frames), np.float32)
-        self._room = self._log_mel.data.cast("B")
+        self._bytes = self._log_mel.data.cast("B")
 
-    def add(self, piece: bytes) -> bool:
-        """Put a piece in its place; return whether that was the last. Raises `ValueError` if it does not fit."""
-        self._room[self._filled : self._filled + len(piece)] = piece
+    def add(self, piece: bytes | memoryview) -> bool:
+        """Append a piece; return whether the features are complete. Raises `ValueError` if it does not fit."""
+        self._bytes[self._filled : self._filled + len(piece)] = piece
         self._filled += len(piece)
         self.heard_s = time.monotonic()
         return self._filled == self.nbytes
 
-    def request(self) -> tuple[str, Features, Sampling]:
-        """What the engine is asked for."""
-        given = self._header["sampling"]
-        tuples = {name: tuple(given[name]) for name in ("stop", "stop_token_ids")}
-        sequences = tuple(tuple(ids) for ids in given["stop_token_sequences"])
-        sampling = known(Sampling, given | tuples | {"stop_token_sequences": sequences})
-        return str(self._header["request_id"]), Features(self._log_mel, int(self._header["samples"])), sampling
+    def features(self) -> Features:
+        """Return the features, once they are complete."""
+        return Features(self._log_mel, self.request.samples)

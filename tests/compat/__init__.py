@@ -1,0 +1,1 @@
+"""Private and undocumented names of vLLM, Ray, uvicorn and HAProxy that serving/ relies on."""
