@@ -28,7 +28,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves annotations
 
 from serving.api.app import create_app, make_engine
-from serving.api.collectors import watch_replica
+from serving.api.collectors import bind_replica_metrics
 from serving.api.uvicorn_protocol import use_everywhere
 from serving.cluster import autoscaling as scaling
 from serving.cluster.local_ray import start_head
@@ -105,7 +105,7 @@ class EngineReplica:
         await self._server.start(self._host)
         self._registering = asyncio.create_task(self._register())
         metrics = Gauges()
-        watch_replica(metrics, self._engine, settings)
+        bind_replica_metrics(metrics, self._engine, settings)
         self._presence = _presence(directory, settings, partial(metrics.expose, self._engine.check_health))
         await self._presence.start(self._host, settings.metrics_port, "engine")
         await self._known()
@@ -169,7 +169,7 @@ class Frontend:
         engine = ClusterEngine(directory, engines)
         self._settings, self._busy = settings, Busy()
         self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)
-        metrics: Metrics = self._service.state.service.metrics
+        metrics: Metrics = self._service.state.components.metrics
         self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
         metrics.watch("captioner_replicas_lost_total", lambda: self._presence.lost)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -186,7 +186,7 @@ class Frontend:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `ByWork` decides by: clips in work, or the event loop, whichever is closer to its limit."""
-        workers = self._service.state.service.workers
+        workers = self._service.state.components.workers
         loop = self._busy.share() * self._settings.audio_workers
         return {"work": max(float(workers.busy + workers.queued), loop), "wait_s": workers.longest_wait_s}
 

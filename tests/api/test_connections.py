@@ -23,7 +23,7 @@ from serving.config import Settings
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
-from serving.pipeline import Captioner
+from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.tenancy.usage_session import Admissions
 from serving.types import Caller, Features, SchedulingClass
@@ -138,11 +138,11 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
         write_timeout_s=0.2,
     )
     engine, metrics = GatedEngine(FakeEngine(settings), settings), Metrics()
-    captioner: Any = Captioner(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
+    pipeline: Any = CaptionPipeline(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, captioner, keys, admissions, metrics, SharedCapacity(10**9), settings)
+    endpoint = CaptionEndpoint(codec, pipeline, keys, admissions, metrics, SharedCapacity(10**9), settings)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 
@@ -162,7 +162,7 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
     try:
         async with asyncio.timeout(30):
             await endpoint(scope, receive, send)
-        assert (engine.load.running, engine.load.kv_tokens, captioner.in_flight) == (0, 0, 0)
+        assert (engine.load.running, engine.load.kv_tokens, pipeline.in_flight) == (0, 0, 0)
     finally:
         await engine.stop()
     told, _ = await metrics.expose(engine.check_health, "")

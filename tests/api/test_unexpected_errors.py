@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from serving.api.app import create_app
-from serving.api.routes import Unforeseen
+from serving.api.error_handlers import UnexpectedErrorMiddleware
 from serving.config import Settings
 
 if TYPE_CHECKING:
@@ -78,5 +78,5 @@ async def test_a_begun_answer_is_not_followed_by_another(app: Starlette) -> None
         sent.append(message)
 
     with pytest.raises(ZeroDivisionError):
-        await Unforeseen(breaks, app.state.service)({"type": "http"}, fail, send)
+        await UnexpectedErrorMiddleware(breaks, app.state.components)({"type": "http"}, fail, send)
     assert [message["type"] for message in sent] == ["http.response.start"]

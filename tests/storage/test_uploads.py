@@ -396,7 +396,7 @@ async def test_the_sweeper_sweeps_by_itself_and_survives(
     (path,) = stored(tmp_path)
     directory, store._directory = store._directory, tmp_path / "gone"
     async with asyncio.timeout(20):
-        while "could not be removed" not in caplog.text:  # noqa: ASYNC110 - no event tells it
+        while "uploads sweep failed" not in caplog.text:  # noqa: ASYNC110 - no event tells it
             await asyncio.sleep(0.01)
     store._directory = directory
     os.utime(path, times=(0, 0))

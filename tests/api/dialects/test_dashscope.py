@@ -39,7 +39,7 @@ def texts(stream: bytes) -> list[str]:
 def test_whole_is_the_manuals_body() -> None:
     """A whole answer is the manual's body to the byte."""
     last = CaptionDelta("", Usage(audio_tokens=152, output_tokens=399), FinishReason.STOP)
-    assert reply(stream=False).whole("The audio clip …", last).decode() == (
+    assert reply(stream=False).full_body("The audio clip …", last).decode() == (
         '{"output":{"choices":[{"finish_reason":"stop","message":{"role":"assistant",'
         '"content":[{"text":"The audio clip \\u2026"}]}}]},'
         '"usage":{"input_tokens":160,"output_tokens":399,"total_tokens":559,'
@@ -51,7 +51,7 @@ def test_whole_is_the_manuals_body() -> None:
 def test_incremental_events_to_the_byte() -> None:
     """Incremental events carry what is new, and an empty text with the finish reason at the end."""
     incremental = reply('{"incremental_output":true}')
-    stream = incremental.frame(delta("The audio ", 3)) + incremental.frame(delta("", 3, FinishReason.STOP))
+    stream = incremental.event(delta("The audio ", 3)) + incremental.event(delta("", 3, FinishReason.STOP))
     usage = (
         '"usage":{"input_tokens_details":{"audio_tokens":76,"text_tokens":8},"total_tokens":87,"output_tokens":3,'
         '"input_tokens":84,"output_tokens_details":{"text_tokens":3}},'
@@ -72,8 +72,8 @@ def test_incremental_events_to_the_byte() -> None:
 def test_cumulative_events(parameters: str) -> None:
     """Unless told otherwise each event carries all text so far, the last one the finish reason."""
     cumulative = reply(parameters)
-    stream = cumulative.frame(delta("A ", 1)) + cumulative.frame(delta("dog", 2))
-    stream += cumulative.frame(delta(".", 3, FinishReason.LENGTH))
+    stream = cumulative.event(delta("A ", 1)) + cumulative.event(delta("dog", 2))
+    stream += cumulative.event(delta(".", 3, FinishReason.LENGTH))
     assert texts(stream) == ["A ", "A dog", "A dog."]
     reasons = [payload["output"]["choices"][0]["finish_reason"] for _, payload in dashscope_1x(stream)]
     assert reasons == ["null", "null", "length"]
@@ -83,7 +83,7 @@ def test_cumulative_events(parameters: str) -> None:
 
 def test_no_event_without_news() -> None:
     """A delta without text that is not the last makes no event."""
-    assert reply().frame(delta("", 1)) == reply('{"incremental_output":true}').frame(delta("", 1)) == b""
+    assert reply().event(delta("", 1)) == reply('{"incremental_output":true}').event(delta("", 1)) == b""
 
 
 @pytest.mark.parametrize("piece", ["word ", "声音", "\N{GRINNING FACE}", '"\\\n'])
@@ -94,7 +94,7 @@ def test_cumulative_stream_ends_before_the_longest_line(piece: str) -> None:
     stream, sent = b"", 0
     for text in pieces:
         sent += 300
-        stream += cumulative.frame(delta(text, sent))
+        stream += cumulative.event(delta(text, sent))
         if cumulative.ended:
             break
     last = dashscope_1x(stream)[-1][1]
@@ -104,22 +104,22 @@ def test_cumulative_stream_ends_before_the_longest_line(piece: str) -> None:
     assert "".join(pieces).startswith(text)
     room = MAX_TEXT_BYTES - len(json.dumps(text)[1:-1])
     assert 0 <= room < 12, "one more character might not have fit"
-    assert cumulative.frame(delta("more", sent + 1)) == b""
-    assert cumulative.frame(delta("", sent + 1, FinishReason.STOP)) == b""
+    assert cumulative.event(delta("more", sent + 1)) == b""
+    assert cumulative.event(delta("", sent + 1, FinishReason.STOP)) == b""
 
 
 def test_large_delta_is_split() -> None:
     """An incremental delta of any size is told in lines that every client reads."""
     text = "\N{GRINNING FACE}\u2028" * 50_000
-    stream = reply('{"incremental_output":true}').frame(delta(text, 9, FinishReason.STOP))
+    stream = reply('{"incremental_output":true}').event(delta(text, 9, FinishReason.STOP))
     assert "".join(texts(stream)) == text
 
 
 def test_error_in_a_stream_to_the_byte() -> None:
     """An error after the stream began has no space after `event:`, and its status before its data."""
     incremental = reply('{"incremental_output":true}')
-    incremental.frame(delta("The ", 1))
-    assert incremental.error_frame(errors.EngineFailed()).decode() == (
+    incremental.event(delta("The ", 1))
+    assert incremental.error_event(errors.EngineFailed()).decode() == (
         "id:2\nevent:error\nstatus:500\n:HTTP_STATUS/500\n"
         'data:{"code":"InternalError.Algo","message":"inference internal error.",'
         '"request_id":"d532f72c-e75b-4ffb-a1ef-d2465e758958"}\n\n'
@@ -130,7 +130,7 @@ def test_error_in_a_stream_to_the_byte() -> None:
 def test_status_of_an_error_in_a_stream_reaches_1x() -> None:
     """The DashScope SDK 1.x sees the status of an error in a stream."""
     cumulative = reply()
-    stream = HEARTBEAT + cumulative.frame(delta("The ", 1)) + HEARTBEAT + cumulative.error_frame(errors.Overloaded())
+    stream = HEARTBEAT + cumulative.event(delta("The ", 1)) + HEARTBEAT + cumulative.error_event(errors.Overloaded())
     (ok, _), (status, payload) = dashscope_1x(stream)
     assert (ok, status, payload["code"]) == (200, 503, "ModelServingError")
     assert [event.name for event in httpx_sse(stream)] == ["result", "error"]

@@ -39,8 +39,8 @@ def stream_of(reply: Reply, pieces: list[str], reason: FinishReason = FinishReas
     stream = b""
     for piece in pieces:
         usage = Usage(usage.audio_tokens, usage.output_tokens + 1)
-        stream += HEARTBEAT + reply.frame(CaptionDelta(piece, usage))
-    return stream + HEARTBEAT + reply.frame(CaptionDelta("", usage, reason))
+        stream += HEARTBEAT + reply.event(CaptionDelta(piece, usage))
+    return stream + HEARTBEAT + reply.event(CaptionDelta("", usage, reason))
 
 
 def native_reply(*, incremental: bool) -> DashScopeReply:
@@ -93,10 +93,10 @@ def test_compatible(pieces: list[str], include_usage: bool) -> None:  # noqa: FB
 def test_whole(text: str, reason: FinishReason) -> None:
     """A whole body is JSON that holds the caption."""
     last = CaptionDelta("", Usage(audio_tokens=76, output_tokens=3), reason)
-    body = json.loads(native_reply(incremental=False).whole(text, last))
+    body = json.loads(native_reply(incremental=False).full_body(text, last))
     assert native_text(body) == text
     assert body["output"]["choices"][0]["finish_reason"] == reason
-    body = json.loads(compatible_reply(include_usage=False).whole(text, last))
+    body = json.loads(compatible_reply(include_usage=False).full_body(text, last))
     assert body["choices"][0]["message"] == {"content": text, "role": "assistant"}
     assert body["choices"][0]["finish_reason"] == reason
 
@@ -179,7 +179,7 @@ def test_the_official_client_reads_the_stream() -> None:
 def test_the_official_client_raises_the_error() -> None:
     """The official OpenAI client raises what went wrong in the middle of a stream."""
     reply = compatible_reply(include_usage=True)
-    stream = reply.frame(CaptionDelta("The ", Usage(76, 1))) + reply.error_frame(EngineFailed())
+    stream = reply.event(CaptionDelta("The ", Usage(76, 1))) + reply.error_event(EngineFailed())
     with official_client(stream) as client, pytest.raises(openai.APIError, match="inference internal error") as raised:
         list(ask(client))
     assert (raised.value.code, raised.value.type) == ("internal_error", "internal_error")
