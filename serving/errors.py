@@ -199,7 +199,7 @@ class BudgetExhausted(RateLimited):
 
 
 class UploadRejected(ClientError):
-    """An upload is refused. `code` is what an OSS client reads in the XML of the answer (PROTOCOL 6.2)."""
+    """An upload is refused. `code` is the code that an OSS client reads in the XML of the response (PROTOCOL 6.2)."""
 
     code = "AccessDenied"
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RequestIdMiddleware:
-    """Give each request an id, and each response its `x-request-id` (PROTOCOL 2.5)."""
+    """Assign an id to each request, and set each response's `x-request-id` (PROTOCOL 2.5)."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -347,7 +347,7 @@ def test_methods_and_paths(service: RunningService, method: str) -> None:
 
 
 def test_the_service_still_answers(service: RunningService, guarded: RunningService) -> None:
-    """At the end both services answer, hold nothing, and have logged no failure of their own."""
+    """At the end both services answer, hold nothing, and have logged no error."""
     for running in (service, guarded):
         running.settle()
         assert ask_native(running.url, data_url(wav(1))).text

@@ -119,7 +119,7 @@ def test_bad_policy_requests(service: RunningService, query: dict[str, str], cod
 
 
 def test_the_service_still_answers(service: RunningService) -> None:
-    """At the end the service answers, holds nothing, and has logged no failure of its own."""
+    """At the end the service answers, holds nothing, and has logged no error."""
     service.settle()
     assert ask_native(service.url, data_url(wav(1))).text
     assert service.metric("captioner_requests_total", outcome="server_error") == 0

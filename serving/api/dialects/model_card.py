@@ -1,4 +1,4 @@
-"""Model cards for the model lists (PROTOCOL 11). The card of a stand-in says that it is one."""
+"""Model cards for the model lists (PROTOCOL 11). The card of a stand-in identifies it as a stand-in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Requests that must be refused in both dialects, each with its error.
 
-Plain data, so that the same cases run against a codec alone and against the whole service over HTTP.
+Plain data, so that the same cases run against a codec alone and against the complete service over HTTP.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Case:
     """One bad request of one dialect. `message` is a part of the error's message.
 
     `code`: the native `code`, or the compatible `error.code`. `beyond_codec`: the codec accepts it; the audio itself is
-    at fault, so only the whole service refuses it.
+    at fault, so only the complete service refuses it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The model card of the embedded stand-in agrees with what it was trained on."""
+"""The model card of the embedded stand-in agrees with its training data and with the documents."""
 
 from __future__ import annotations
 
