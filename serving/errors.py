@@ -1,9 +1,9 @@
 """The only exception tree.
 
-Domain code raises; each dialect renders it in one place (`protocols/`); statuses live in `protocols/base.py`.
+Domain code raises; each dialect renders at one place (`api/dialects/`); statuses are in `api/dialects/base.py`.
 
     CaptionerError
-    ├── ClientError                  the caller can mend it; the message says how
+    ├── ClientError                  the caller can correct it; the message says how
     │   ├── InvalidRequest           malformed body, message or parameter
     │   │   ├── MissingModel
     │   │   ├── MissingInput
@@ -64,22 +64,22 @@ if TYPE_CHECKING:
 class CaptionerError(Exception):
     """Root of the tree. `str(error)` is safe to show to the caller."""
 
-    message = "An internal error has occured, please try again later or contact service support."
+    message = "An internal error has occured, please try again later or contact service support."  # sic
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without `__init__`, whose arguments differ from class to class: `args` and the attributes are all there is.
+        # Skip `__init__`, whose arguments differ from class to class: `args` and the attributes are the complete state.
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class ClientError(CaptionerError):
-    """The caller can mend it."""
+    """An error that the caller can correct."""
 
 
 class InvalidRequest(ClientError):
-    """A malformed body, message or parameter. `param` names the field, where there is one."""
+    """A malformed body, message or parameter. `param` names the field, if one is at fault."""
 
     message = "Required body invalid, please check the request body format."
 
@@ -105,7 +105,7 @@ class BodyTooLarge(ClientError):
 
 
 class ModelNotFound(ClientError):
-    """`model` is the name that was asked for."""
+    """No such model. `model` is the requested name."""
 
     def __init__(self, model: str) -> None:
         super().__init__(f"The model `{model}` does not exist or you do not have access to it.")
@@ -147,8 +147,8 @@ class AccessDenied(ClientError):
 
 class FreeTierExhausted(AccessDenied):
     message = (
-        "The free tier of the model has been exhausted. If you wish to continue access the model on a paid basis, "
-        'please disable the "use free tier only" mode in the management console.'
+        "The free tier of the model has been exhausted. If you wish to continue access the model "  # sic
+        'on a paid basis, please disable the "use free tier only" mode in the management console.'
     )
 
 
@@ -157,9 +157,9 @@ class Arrearage(ClientError):
 
 
 class RateLimited(ClientError):
-    """A limit of the caller's is reached. `limit`: which one; `retry_after_s`: when to try again.
+    """The caller has reached a limit. `limit` names it; `retry_after_s`: when to retry, in seconds.
 
-    `headers` tells where the caller stands (`x-ratelimit-…`).
+    `headers` hold the caller's limits and what remains of them (`x-ratelimit-…`).
     """
 
     message = "Requests throttling triggered."
@@ -199,7 +199,7 @@ class BudgetExhausted(RateLimited):
 
 
 class UploadRejected(ClientError):
-    """An upload is refused. `code` is what an OSS client reads in the XML of the answer (PROTOCOL 6.2)."""
+    """An upload is refused. `code` is the code that an OSS client reads in the XML of the response (PROTOCOL 6.2)."""
 
     code = "AccessDenied"
 
@@ -223,11 +223,11 @@ class UploadTooLarge(UploadRejected):
 
 class UploadExists(UploadRejected):
     code = "FileAlreadyExists"
-    message = "The object you specified already exists and can not be overwritten."
+    message = "The object you specified already exists and can not be overwritten."  # sic
 
 
 class AudioError(ClientError):
-    """The audio itself, or the way to it, is at fault."""
+    """The audio, or the path to it, is at fault."""
 
 
 class InvalidAudioUrl(AudioError):
@@ -267,7 +267,7 @@ class Disconnected(CaptionerError):
 
 
 class ServerError(CaptionerError):
-    """Our fault or our limits."""
+    """A fault or a limit of the service."""
 
 
 class EngineFailed(ServerError):
@@ -283,7 +283,7 @@ class NotReady(ServerError):
 
 
 class Overloaded(ServerError):
-    """A bound is reached. `retry_after_s`: when to try again, in seconds. `reason`: which bound, in a word of ours."""
+    """A bound is reached. `retry_after_s`: when to retry, in seconds. `reason`: the name of the bound."""
 
     message = (
         "Too many requests. Your requests are being throttled due to system capacity limits. Please try again later."

@@ -1,8 +1,8 @@
-"""THE path: audio in, caption out. Everything that happens to a request between the wire and the wire.
+"""The path of every caption: audio in, text out, free of HTTP and of wire formats.
 
     admit ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
 
-What was taken on the way (a place, a download, a worker's features, a generation) is given back on every way out:
+Everything acquired on the way (a slot, a download, a worker's features, a generation) is released on every way out:
 finished, failed, cancelled, or the consumer closing the generator.
 """
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from serving.types import CaptionRequest, Features, SchedulingClass
 
 
-class Captioner:
-    """The one path, over parts that are handed in."""
+class CaptionPipeline:
+    """The path of every caption, over components that the caller owns."""
 
     def __init__(
         self,
@@ -53,7 +53,11 @@ class Captioner:
         *,
         on_not_ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_not_ready` is called when a caption is wanted and there is no engine: where they sleep, it wakes one."""
+        """Store the components.
+
+        `on_not_ready` is called for each caption request while no engine is ready: in a cluster that scales to zero it
+        starts an engine.
+        """
         self._settings = settings
         self._engine = engine
         self._workers = workers
@@ -64,7 +68,7 @@ class Captioner:
 
     @property
     def in_flight(self) -> int:
-        """Captions under way."""
+        """Captions in progress."""
         return self._slots.used
 
     async def caption(
@@ -76,32 +80,32 @@ class Captioner:
         deadline_s: float,
         on_prepared: Callable[[], None],
     ) -> AsyncGenerator[CaptionDelta]:
-        """Yield the caption piece by piece; the last piece carries the finish reason.
+        """Yield the caption in deltas; the last delta carries the finish reason.
 
-        `record` is filled along the way. `admission` is asked once there is a place, and charged once the audio is
-        known; whoever made it leaves it. `deadline_s` counts from the request's arrival: when it passes, the caption
-        ends as `length` and `partial` with what there is. `on_prepared` is called once the encoded audio is no longer
-        needed. Raises `CaptionerError`.
+        Fills in `record`. Admits `admission` once a slot is acquired, and charges it once the length of the audio is
+        known; the caller that entered `admission` leaves it. `deadline_s` counts from the request's arrival: when it
+        passes, the caption ends as `length` and `partial` with the text generated so far. `on_prepared` is called once
+        the encoded audio is no longer needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id, scheduling_class = request.sampling, request.request_id, admission.caller.scheduling_class
-        began = time.perf_counter()
+        started = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
             try:
-                await self._engine.check_health()  # no download or decoding for an engine that cannot take it
+                await self._engine.check_health()  # no download or decoding for an engine that is not ready
             except NotReady:
                 self._on_not_ready()
                 raise
             await admission.admit()
-            record.stage("admit", time.perf_counter() - began)
-            held = await stack.enter_async_context(AsyncExitStack())
+            record.stage("admit", time.perf_counter() - started)
+            features_held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
-                    features = await self._prepare(request, record, held, scheduling_class)
+                    features = await self._prepare(request, record, features_held, scheduling_class)
             except TimeoutError:
                 raise DeadlineExceeded from None
-            # From here on neither this frame nor the caller needs the encoded audio (up to 10 MiB each).
+            # From here on neither this function nor its caller needs the encoded audio (up to 10 MiB each).
             del request
             on_prepared()
 
@@ -117,35 +121,39 @@ class Captioner:
             while True:
                 try:
                     async with asyncio.timeout_at(deadline):
-                        piece = await anext(deltas, None)
+                        delta = await anext(deltas, None)
                 except TimeoutError:
                     if record.first_token is None:
                         raise DeadlineExceeded from None
                     record.partial, record.finish_reason = True, FinishReason.LENGTH
                     yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True)
                     return
-                if piece is None:
+                if delta is None:
                     raise EngineFailed
                 if record.first_token is None:
                     record.first_token = time.perf_counter()
-                    queue_s = min(piece.queue_s, record.first_token - queued)
+                    queue_s = min(delta.queue_s, record.first_token - queued)
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)
                     record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
-                    await held.aclose()  # the engine has consumed the features
+                    await features_held.aclose()  # the engine has consumed the features
                 usage = record.generated(
-                    piece.text, piece.tokens, piece.finish_reason, uncounted_tokens=piece.uncounted_tokens
+                    delta.text, delta.tokens, delta.finish_reason, uncounted_tokens=delta.uncounted_tokens
                 )
-                record.engine_input_tokens = piece.input_tokens or record.engine_input_tokens
-                yield CaptionDelta(piece.text, usage, piece.finish_reason)
-                if piece.finish_reason is not None:
+                record.engine_input_tokens = delta.input_tokens or record.engine_input_tokens
+                yield CaptionDelta(delta.text, usage, delta.finish_reason)
+                if delta.finish_reason is not None:
                     return
 
     async def _prepare(
-        self, request: CaptionRequest, record: RequestRecord, held: AsyncExitStack, scheduling_class: SchedulingClass
+        self,
+        request: CaptionRequest,
+        record: RequestRecord,
+        features_held: AsyncExitStack,
+        scheduling_class: SchedulingClass,
     ) -> Features:
-        """Features of the request's audio; `held` keeps them, the download is gone when this returns."""
+        """Return features of the request's audio, held by `features_held`. The download is deleted on return."""
         async with AsyncExitStack() as download:
-            began = time.perf_counter()
+            started = time.perf_counter()
             clip: str | Path
             match request.audio:
                 case InlineAudio(base64):
@@ -154,8 +162,8 @@ class Captioner:
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._fetcher.fetch(url, scheduling_class))
-                    record.stage("fetch", time.perf_counter() - began)
-            prepared = await held.enter_async_context(self._workers.prepare(clip, scheduling_class))
+                    record.stage("fetch", time.perf_counter() - started)
+            prepared = await features_held.enter_async_context(self._workers.prepare(clip, scheduling_class))
         ended = time.perf_counter()
         for stage, seconds in (
             ("features", prepared.features_s),

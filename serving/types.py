@@ -1,4 +1,4 @@
-"""The domain's types: frozen, free of wire formats, of HTTP and of any engine.
+"""Types of the domain: frozen, free of wire formats, of HTTP and of any engine.
 
 Units are in the names: `_s` seconds, `_bytes` bytes, `_tokens` tokens.
 """
@@ -40,7 +40,7 @@ class InlineAudio:
 
 @dataclass(frozen=True, slots=True)
 class UploadedAudio:
-    """Audio uploaded before, by its opaque key (what stands after `oss://`)."""
+    """Audio uploaded before, by its opaque key (the part after `oss://`)."""
 
     key: str
 
@@ -65,7 +65,7 @@ NO_TENANT = SchedulingClass()
 
 
 class Region(enum.StrEnum):
-    """The manual's two regions. A key of one is refused in the other."""
+    """The manual's two regions. A key of one region is refused in the other."""
 
     BEIJING = "beijing"
     SINGAPORE = "singapore"
@@ -73,7 +73,7 @@ class Region(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tenant, or one key of it, may take; `None`: as much as it likes.
+    """Limits of a tenant, or of one of its keys; `None`: unlimited.
 
     Tokens are those billed, input and output together. Money is in nano-units (1e-9) of the region's currency, since
     prices per token have no exact value in larger ones.
@@ -92,7 +92,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class FreeQuota:
-    """Free tokens, until `ends_at` (seconds since the epoch). With `only`, nothing is served after them."""
+    """Free tokens, until `ends_at` (seconds since the epoch). With `only`, requests beyond them are refused."""
 
     tokens: int
     ends_at: float
@@ -101,7 +101,7 @@ class FreeQuota:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who calls: a tenant, by one of its keys, and what the two may."""
+    """An authenticated caller: a tenant, by one of its keys, and the limits of both."""
 
     tenant_id: str
     key_id: str
@@ -111,12 +111,12 @@ class Caller:
     key_limits: Limits = field(default_factory=Limits)
     free_quota: FreeQuota | None = None
     log_content: bool = False
-    """Captions of this tenant may be logged; it asked for that."""
+    """Captions of this tenant may be logged, as the tenant requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the engine samples. Defaults are the model card's; ranges are checked by the codecs.
+    """Sampling parameters. Defaults are the model card's; the codecs check the ranges.
 
     `top_k` 0 means off. `stop_token_ids` are single tokens; `stop` strings never appear in the output.
     """
@@ -138,7 +138,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:
-    """One request for one caption, after its dialect was decoded."""
+    """One request for one caption, decoded from its dialect."""
 
     request_id: str
     model: str
@@ -164,7 +164,7 @@ class Features:
 
 
 class FinishReason(enum.StrEnum):
-    """Why a caption ended: by itself, or at a limit (tokens or deadline)."""
+    """Reason for the end of a caption: the model's end token or a stop, or a limit (tokens or deadline)."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -172,7 +172,7 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as billed (API manual): 12.5 per second of audio, the scaffold, and what was generated."""
+    """Tokens as billed (API manual): 12.5 per second of audio, the scaffold, and the generated tokens."""
 
     audio_tokens: int
     output_tokens: int = 0
@@ -193,8 +193,8 @@ class Usage:
 class CaptionDelta:
     """The next piece of a caption. `usage` counts everything up to and with this piece.
 
-    The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut by
-    the deadline of a whole answer (PROTOCOL 10.4).
+    The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut off by
+    the deadline of a non-streamed response (PROTOCOL 10.4).
     """
 
     text: str
@@ -204,5 +204,5 @@ class CaptionDelta:
 
 
 def billed_audio_tokens(samples: int) -> int:
-    """Audio tokens as billed: 12.5 per second, under a second counts as one, fractions round up (PROTOCOL 10.1)."""
+    """Return audio tokens as billed: 12.5 per second, at least one second, fractions rounded up (PROTOCOL 10.1)."""
     return max(13, math.ceil(25 * samples / (2 * SAMPLE_RATE)))

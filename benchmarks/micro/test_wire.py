@@ -81,7 +81,7 @@ def test_write_service(benchmark: Callable[..., Any], dialect: str, codec: Codec
 
     def stream() -> bytes:
         _, reply = codec.decode_request(BODY_WITHOUT_AUDIO[dialect], SSE, "id")
-        return b"".join(reply.frame(delta) for delta in DELTAS)
+        return b"".join(reply.event(delta) for delta in DELTAS)
 
     written = benchmark(stream)
     assert written.count(b"\n\n") >= TOKENS

@@ -1,4 +1,4 @@
-"""What is read at each scrape: where each value of `metrics.WATCHED` comes from."""
+"""Collectors: bind each callback metric to the component that owns its value. Prometheus' scrapes read them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from serving.observability.cpu_time import CpuTime, descendants
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.api.routes import Service
+    from serving.api.components import Components
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Gauges
 
 
-def watch_service(service: Service) -> None:
-    """Tell what the service's parts have taken on."""
-    metrics, workers, engine, settings = service.metrics, service.workers, service.engine, service.settings
-    uploads, watch = service.uploads, metrics.watch
+def bind_service_metrics(components: Components) -> None:
+    """Bind the metrics of a frontend, or of the service on one machine, to its components."""
+    metrics, workers, engine = components.metrics, components.workers, components.engine
+    uploads, settings, watch = components.uploads, components.settings, metrics.watch
     watch("captioner_audio_workers", lambda: settings.audio_workers)
     watch("captioner_audio_workers_busy", lambda: workers.busy)
     watch("captioner_audio_workers_busy_seconds_total", lambda: workers.busy_s)
@@ -32,13 +32,13 @@ def watch_service(service: Service) -> None:
     watch("captioner_audio_queue_depth", lambda: workers.queued)
     watch("captioner_audio_queue_audio_seconds", lambda: workers.queued_audio_s)
     watch("captioner_features_bytes", lambda: workers.outstanding_bytes)
-    watch("captioner_body_bytes", lambda: service.bodies.used)
+    watch("captioner_body_bytes", lambda: components.bodies.used)
     watch("captioner_uploads_bytes", lambda: uploads.used_bytes)
     watch("captioner_upload_received_bytes_total", lambda: uploads.received_bytes)
-    taken: dict[str, Callable[[], float]] = {
-        "concurrent_requests": lambda: service.captioner.in_flight / settings.max_concurrent_requests,
-        "bodies": lambda: service.bodies.used / settings.max_body_memory_bytes,
-        "downloads": lambda: service.fetcher.used_bytes / settings.max_downloads_bytes,
+    saturation: dict[str, Callable[[], float]] = {
+        "concurrent_requests": lambda: components.pipeline.in_flight / settings.max_concurrent_requests,
+        "bodies": lambda: components.bodies.used / settings.max_body_memory_bytes,
+        "downloads": lambda: components.fetcher.used_bytes / settings.max_downloads_bytes,
         "audio_queue": lambda: workers.queued / settings.max_audio_queue,
         "features": lambda: workers.outstanding_bytes / settings.max_features_bytes,
         "uploads": lambda: uploads.used_bytes / settings.max_uploads_bytes,
@@ -50,34 +50,34 @@ def watch_service(service: Service) -> None:
         watch("captioner_engine_retries_total", lambda: engine.retries)
     else:
         cpu["engine"] = _engine_cpu(engine)
-        taken |= _watch_engine(metrics, engine, settings)
-    limits = service.admissions.limiter.store
+        saturation |= _bind_engine_metrics(metrics, engine, settings)
+    limits = components.admissions.limiter.store
     watch("captioner_limits_store_up", lambda: float(not limits.degraded))
     watch("captioner_limits_fallbacks_total", lambda: limits.fallbacks)
-    ledger = service.admissions.ledger
-    watch("captioner_keys_age_seconds", lambda: service.keys.age_s)
-    watch("captioner_database_up", lambda: float(ledger.database_up and not service.keys.failing))
+    ledger, keys = components.admissions.ledger, components.keys
+    watch("captioner_keys_age_seconds", lambda: keys.age_s)
+    watch("captioner_database_up", lambda: float(ledger.database_up and not keys.failing))
     watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)
     watch("captioner_ledger_pending", lambda: ledger.pending)
     watch("captioner_ledger_journal_bytes", lambda: ledger.journal_bytes)
     watch("captioner_ledger_journal_limit_bytes", lambda: settings.max_journal_bytes)
     watch("captioner_ledger_records_total", lambda: dict(ledger.closed))
     watch("captioner_ledger_write_failures_total", lambda: ledger.write_failures)
-    taken["journal"] = lambda: ledger.journal_bytes / settings.max_journal_bytes
-    watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
+    saturation["journal"] = lambda: ledger.journal_bytes / settings.max_journal_bytes
+    watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in saturation.items()})
     watch("captioner_cpu_seconds_total", lambda: {part: read() for part, read in cpu.items()})
 
 
-def watch_replica(metrics: Gauges, engine: Engine, settings: Settings) -> None:
-    """Tell what an engine replica of a cluster has taken on: the frontend's part of its metrics is told by frontends."""
-    taken = _watch_engine(metrics, engine, settings)
+def bind_replica_metrics(metrics: Gauges, engine: Engine, settings: Settings) -> None:
+    """Bind the metrics of an engine replica of a cluster; frontends report the rest of the service's metrics."""
+    saturation = _bind_engine_metrics(metrics, engine, settings)
     cpu = _engine_cpu(engine)
-    metrics.watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
+    metrics.watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in saturation.items()})
     metrics.watch("captioner_cpu_seconds_total", lambda: {"engine": cpu() + time.process_time()})
 
 
-def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[str, Callable[[], float]]:
-    """Tell what the engine of this process has taken on; return how full its bounds are."""
+def _bind_engine_metrics(metrics: Gauges, engine: Engine, settings: Settings) -> dict[str, Callable[[], float]]:
+    """Bind the metrics of this process's engine; return readers of the saturation of its bounds, 0 to 1."""
     watch = metrics.watch
     watch("captioner_engine_running", lambda: engine.load.running)
     watch("captioner_engine_waiting", lambda: engine.load.waiting)
@@ -89,7 +89,7 @@ def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[s
     if isinstance(engine, GatedEngine):
         watch("captioner_engine_stalled_seconds", lambda: engine.silent_s)
     watch("captioner_engine_gpus", lambda: model.gpus if (model := _vllm(engine)) else 0)
-    # vLLM keeps its own in the default registry of the process that talks to the model's.
+    # vLLM keeps its metrics in the default registry of the process that talks to the model's processes.
     metrics.include(prometheus_client.REGISTRY, "vllm:")
     return {
         "engine_queue": lambda: engine.load.waiting / settings.max_engine_queue,
@@ -98,9 +98,9 @@ def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[s
 
 
 def _engine_cpu(engine: Engine) -> Callable[[], float]:
-    """Read the CPU time of the model's processes."""
-    time_of_model = CpuTime()
-    return lambda: time_of_model.look(descendants(model.pids if (model := _vllm(engine)) else ()))
+    """Return a reader of the CPU time of the model's processes, in seconds."""
+    model_time = CpuTime()
+    return lambda: model_time.look(descendants(model.pids if (model := _vllm(engine)) else ()))
 
 
 def _vllm(engine: Engine) -> VllmEngine | None:

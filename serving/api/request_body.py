@@ -1,11 +1,12 @@
-"""Reading request bodies with bounded memory, and noticing a client that has gone."""
+"""Reading of request bodies with bounded memory, and detection of a client that disconnects."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
-from serving.errors import BodyTooLarge, Disconnected, InvalidRequest
+from serving.errors import BodyTooLarge, CaptionerError, Disconnected, InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -18,13 +19,13 @@ IDLE_TIMEOUT_S = 30
 """Longest pause between two pieces of a body: a client that stops sending does not hold memory for ever."""
 
 DRAIN_FACTOR = 4
-"""How many times the limit is read and thrown away, so that the client hears the error instead of a reset."""
+"""Multiple of the limit that is read and discarded, so that the client receives the error instead of a reset."""
 
 
 async def read_body(receive: Receive, limit_bytes: int, permit: Permit) -> bytes:
-    """Read a whole body of at most `limit_bytes`.
+    """Read a complete body of at most `limit_bytes`.
 
-    Raises `BodyTooLarge` once it has read what came (to `DRAIN_FACTOR` times the limit), `Overloaded` when
+    Raises `BodyTooLarge` after reading the rest (up to `DRAIN_FACTOR` times the limit), `Overloaded` when
     `permit` cannot grow, `Disconnected`, and `InvalidRequest` when the client stops sending.
     """
     body: list[bytes] = []
@@ -45,7 +46,11 @@ async def read_body(receive: Receive, limit_bytes: int, permit: Permit) -> bytes
 
 
 async def drain(body: AsyncIterator[bytes], limit_bytes: int) -> None:
-    """Read and forget the rest, so that an early error reaches a client that is still sending (PROTOCOL 2.7)."""
+    """Read and discard the rest, so that an early error reaches a client that is still sending (PROTOCOL 2.7).
+
+    Stops after `DRAIN_FACTOR` times `limit_bytes`. Raises `Disconnected`, and `InvalidRequest` when the client stops
+    sending.
+    """
     size = 0
     async for piece in body:
         size += len(piece)
@@ -53,8 +58,14 @@ async def drain(body: AsyncIterator[bytes], limit_bytes: int) -> None:
             return
 
 
+async def try_drain(body: AsyncIterator[bytes], limit_bytes: int) -> None:
+    """Do as `drain`, and ignore its errors. The body may have been read in part or completely."""
+    with contextlib.suppress(CaptionerError):
+        await drain(body, limit_bytes)
+
+
 async def pieces(receive: Receive) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises `Disconnected`, and `InvalidRequest` when the client stops sending."""
+    """Yield the body as it arrives. Raises `Disconnected`, and `InvalidRequest` when the client stops sending."""
     while True:
         try:
             async with asyncio.timeout(IDLE_TIMEOUT_S):
@@ -70,6 +81,6 @@ async def pieces(receive: Receive) -> AsyncIterator[bytes]:
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client has gone. Call only after the body was read."""
+    """Return when the client disconnects. Call only after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass

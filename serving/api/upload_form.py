@@ -1,6 +1,6 @@
-"""Receiving a file by HTTP form, piece by piece (E4 of PROTOCOL 6.2): the fields come first, the file comes last.
+"""Streaming reception of one file by HTTP form (E4 of PROTOCOL 6.2): fields first, the file last.
 
-Nothing is kept before the fields have shown a valid policy, and the file goes straight to the store.
+Nothing is stored before the fields have shown a valid policy; then the file is written to the store as it arrives.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ if TYPE_CHECKING:
     from serving.storage.uploads import Upload, UploadGrant, UploadStore
 
 _FIELDS_BYTES = 65_536
-"""More than all fields of a client's form take."""
+"""Limit of all fields together; no client's form reaches it."""
 _PARTS = 64
-"""More than a client's form has, which is eight or so. A name takes memory even without a value."""
+"""Limit of parts; a client's form has about eight. A name takes memory even without a value."""
 _OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
-"""The most that a body holds beside its file: all values, and 4 KiB of headers for each part."""
+"""Limit of a body without its file: all values, and 4 KiB of headers for each part."""
 
 
 async def receive_upload(
     body: AsyncIterator[bytes], content_type: str, uploads: UploadStore, *, max_file_bytes: int
 ) -> None:
-    """Store the one file of a form. After an error, the rest of the body is still to be read.
+    """Store the single file of a form. After an error, the rest of the body is unread.
 
-    Raises `InvalidRequest` for what is no such form, `UploadRejected` as the policy and the store say, `Overloaded`.
+    Raises `InvalidRequest` for a body that is no such form, `UploadRejected` if the policy or the store refuses the
+    file, and `Overloaded`.
     """
     form = _form(content_type)
     fields: dict[str, bytearray] = {}
@@ -55,7 +56,9 @@ async def receive_upload(
                     raise InvalidRequest("The fields of the form are too large.")
                 fields.setdefault(name, bytearray()).extend(data)
             total += len(piece)
-            if total > max_file_bytes + _OVERHEAD_BYTES:  # in what means nothing too: after the last part, say
+            if (
+                total > max_file_bytes + _OVERHEAD_BYTES
+            ):  # also counts bytes without meaning, such as those after the last part
                 raise UploadTooLarge
         if file is None or not form.complete:
             raise InvalidRequest("The form is cut off, or has no part with the name file.")
@@ -81,7 +84,7 @@ def _grant(fields: dict[str, bytearray], uploads: UploadStore) -> UploadGrant:
 
 
 class _Form:
-    """What a form's bytes mean: for each part once its name with no data, then its data."""
+    """Incremental parser: yields each part's name once, without data, and then the part's data."""
 
     def __init__(self, boundary: bytes) -> None:
         self.complete = False
@@ -99,7 +102,7 @@ class _Form:
         )
 
     def feed(self, piece: bytes) -> list[tuple[str, bytes]]:
-        """Take the next bytes; return what they complete. Raises `InvalidRequest`."""
+        """Parse the next bytes; return the names and data found in them. Raises `InvalidRequest`."""
         try:
             self._parser.write(piece)
         except FormParserError:

@@ -27,7 +27,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.handle import DeploymentHandle  # noqa: TC002 - Ray resolves annotations
 
 from serving.api.app import create_app, make_engine
-from serving.api.collectors import watch_replica
+from serving.api.collectors import bind_replica_metrics
 from serving.api.uvicorn_protocol import use_everywhere
 from serving.cluster import autoscaling
 from serving.cluster.cluster_engine import ClusterEngine
@@ -94,7 +94,7 @@ class EngineReplica:
         await self._engine.start()
         await self._server.start(host)
         metrics = Gauges()
-        watch_replica(metrics, self._engine, settings)
+        bind_replica_metrics(metrics, self._engine, settings)
         self._metrics = MetricsListener(partial(metrics.expose, self._engine.check_health), settings.metrics_token)
         metrics_address = await self._metrics.start(host, settings.metrics_port)
         serving_address = f"{host}:{self._server.port}"
@@ -151,7 +151,7 @@ class Frontend:
         self._service = create_app(
             settings, engine, on_not_ready=engine.wake, targets=lambda: self._member.view.targets
         )
-        metrics: Metrics = self._service.state.service.metrics
+        metrics: Metrics = self._service.state.components.metrics
         metrics.watch("captioner_replicas_lost_total", lambda: self._member.view.lost)
         self._metrics = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ class Frontend:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load for `WorkPolicy`: clips in work, or the event loop, whichever is closer to its limit."""
-        workers = self._service.state.service.workers
+        workers = self._service.state.components.workers
         loop = self._busy.share() * self._settings.audio_workers
         return {"work": max(float(workers.busy + workers.queued), loop), "wait_s": workers.longest_wait_s}
 

@@ -1,1 +1,1 @@
-"""Uploaded files."""
+"""Storage of uploaded files."""

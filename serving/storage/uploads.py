@@ -1,7 +1,8 @@
-"""Uploaded files: signed policies that allow them, and the store that keeps them for a while (PROTOCOL 6).
+"""Uploaded files: signed policies that allow uploads, and the store that keeps files for a limited time (PROTOCOL 6).
 
-A policy allows whoever holds it to store files under one directory of keys, for a few minutes; only the caller and for
-the model it was issued to can they be used. What is stored may be read for `settings.upload_ttl_s`.
+A policy allows its holder to store files under one directory of keys, for a few minutes
+(`settings.upload_policy_ttl_s`). The files can be used only by the caller and for the model that the policy was issued
+to, for `settings.upload_ttl_s`.
 """
 
 from __future__ import annotations
@@ -47,14 +48,17 @@ if TYPE_CHECKING:
 
 _FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 _KEY_BYTES = 1023
-"""The longest key of an object store."""
+"""Longest key of an object store."""
 
 _SWEEP_S = 600.0
 _GRACE_S = 3600.0
-"""An expired file stays this long for those who had opened it, and a half-written one for its writer."""
+"""Time that an expired file is kept for readers that have opened it, and an incomplete file for its writer."""
 
 _ALPHA = 1.0
-"""One owner may have as much as it leaves free. Files stay for days, so others cannot wait until some are gone."""
+"""Ratio of an owner's files to the free space: an owner may use at most as much as is still free.
+
+Files are kept for days, so other owners cannot wait until some are removed.
+"""
 
 _SHARE_FULL = "Your uploaded files take all the space that one caller's may take. They are removed when they expire."
 
@@ -63,7 +67,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class UploadPolicy:
-    """What a client needs to upload: it sends `policy` and `signature` with a key below `upload_dir`."""
+    """The data with which a client uploads: it sends `policy` and `signature` with a key below `upload_dir`."""
 
     policy: str
     signature: str
@@ -83,17 +87,17 @@ class UploadGrant:
 
 
 class Upload(Protocol):
-    """A file that is being received."""
+    """A file while it is received."""
 
     async def write(self, chunk: bytes) -> None:
-        """Append. Raises `UploadTooLarge`, and `Overloaded` when there is no room."""
+        """Append `chunk`. Raises `UploadTooLarge`, and `Overloaded` when there is no space."""
         ...
 
 
 class UploadStore(Protocol):
-    """Where uploaded files are kept.
+    """A store of uploaded files.
 
-    `used_bytes`: disk that they take; `received_bytes`: what this process has stored so far.
+    `used_bytes`: disk space of all files; `received_bytes`: bytes that this process has stored since its start.
     """
 
     @property
@@ -107,27 +111,27 @@ class UploadStore(Protocol):
     async def stop(self) -> None: ...
 
     def issue(self, owner: str, model: str) -> UploadPolicy:
-        """Make a policy with which files can be uploaded for this caller and model."""
+        """Return a policy for uploads of this caller, for this model."""
         ...
 
     def check(self, *, policy: str, signature: str, key: str) -> UploadGrant:
-        """What a policy allows for this key. Raises `PolicyInvalid`, `PolicyExpired` or `KeyNotAllowed`."""
+        """Return what a policy allows for this key. Raises `PolicyInvalid`, `PolicyExpired` or `KeyNotAllowed`."""
         ...
 
     def receive(self, grant: UploadGrant) -> AbstractAsyncContextManager[Upload]:
-        """Take a file in. It is there, whole, once the context is left, and never if it is left by an exception.
+        """Receive a file. It exists, complete, once the context is left; an exception discards it.
 
-        Raises `UploadExists`, on entering or leaving: nothing is overwritten.
+        Raises `UploadExists`, on entering or leaving: no file is overwritten.
         """
         ...
 
     async def open(self, key: str, *, owner: str, model: str) -> Path:
-        """The path of a stored file. Raises `UploadNotFound`: unknown, expired, another caller's or model's."""
+        """Return the path of a stored file. Raises `UploadNotFound`: unknown, expired, another caller's or model's."""
         ...
 
 
 class UploadPolicies:
-    """Issues policies, and checks what comes back. The same on every replica that has the same secret."""
+    """Issuer and verifier of policies. Replicas with the same secret accept each other's policies."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -170,9 +174,9 @@ class UploadPolicies:
 class DirectoryUploads(UploadPolicies):
     """An `UploadStore` in a directory, which replicas may share.
 
-    A file's name is the hash of its owner, and that of its owner, model and key: no name of a client's touches the
-    disk, and who asks with another key or for another model finds nothing. Its age is the file's own. So there is
-    nothing else to keep.
+    A file's name is the hash of its owner, and the hash of its owner, model and key: no name that a client chose is
+    used on the disk, and a request with another key or for another model finds no file. The age is the file's
+    modification time. So there is no other state.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -185,11 +189,11 @@ class DirectoryUploads(UploadPolicies):
 
     @property
     def used_bytes(self) -> int:
-        """Disk that files take, other replicas' as of the last sweep."""
+        """Disk space of all files in bytes; those of other replicas as of the last sweep."""
         return self._capacity.used
 
     async def start(self) -> None:
-        """Make the directory, or take it over with what it holds. Raises `PermissionError` if it is another user's."""
+        """Create the directory, or adopt it with its files. Raises `PermissionError` if it belongs to another user."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self._directory.lstat().st_uid != os.geteuid():
             raise PermissionError(f"{self._directory} belongs to another user")
@@ -198,7 +202,7 @@ class DirectoryUploads(UploadPolicies):
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def stop(self) -> None:
-        """Stop sweeping. What is stored stays. Idempotent."""
+        """Stop sweeping. Stored files are kept. Idempotent."""
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.wait((self._sweeping,))
@@ -210,7 +214,7 @@ class DirectoryUploads(UploadPolicies):
         if path.exists():
             raise UploadExists
         name = f"{_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
-        with _Partial(self, self.permit(grant.owner), self._directory / name, grant.max_bytes) as partial:
+        with _PartialFile(self, self.permit(grant.owner), self._directory / name, grant.max_bytes) as partial:
             yield partial
             partial.publish(path)
 
@@ -227,24 +231,24 @@ class DirectoryUploads(UploadPolicies):
         return path
 
     async def sweep(self) -> None:
-        """Remove what is expired or was left half-written, and count what remains, other replicas' files included."""
+        """Remove expired and abandoned incomplete files, and count the remaining files, other replicas' included."""
         before = self._capacity.used_by_tenant
         found = await asyncio.to_thread(self._sweep)
-        self._capacity.recount(before, found)  # by the difference, which keeps what was received meanwhile
+        self._capacity.recount(before, found)  # by the difference, which keeps files received meanwhile
 
     def permit(self, owner: str) -> Permit:
-        """Return a permit for the disk that one file of `owner` takes."""
+        """Return a permit for the disk space of one file of `owner`."""
         return self._capacity.permit(SchedulingClass(_digest(owner)))
 
     def grow(self, permit: Permit, nbytes: int) -> None:
-        """Count bytes that go to disk. Raises `Overloaded` if the disk we may use is full, or the owner's share is."""
+        """Count bytes before a write. Raises `Overloaded` if all space, or the owner's share of it, is used."""
         try:
             permit.grow(nbytes)
         except Overloaded:
             used_bytes = self._capacity.used
             if used_bytes + nbytes <= self._capacity.size:
                 raise Overloaded(_SHARE_FULL, retry_after_s=60, reason="uploads") from None
-            log.warning("the uploads directory is full", extra={"used_bytes": used_bytes})
+            log.warning("uploads directory full", extra={"used_bytes": used_bytes})
             raise
 
     def _path(self, key: str, owner: str, model: str) -> Path:
@@ -252,10 +256,10 @@ class DirectoryUploads(UploadPolicies):
         return self._directory / f"{_digest(owner)}.{digest}"
 
     def _sweep(self) -> Mapping[str, int]:
-        """Bytes that remain, by the hash of their owner."""
+        """Remove files; return the bytes that remain, by the hash of their owner."""
         now, used = time.time(), Counter[str]()
         for entry in os.scandir(self._directory):
-            with suppress(FileNotFoundError):  # another replica was faster
+            with suppress(FileNotFoundError):  # another replica has removed it
                 info = entry.stat()
                 ttl_s = 0 if entry.name.endswith(".partial") else self._settings.upload_ttl_s
                 if now >= info.st_mtime + ttl_s + _GRACE_S:
@@ -270,11 +274,11 @@ class DirectoryUploads(UploadPolicies):
             try:
                 await self.sweep()
             except OSError:
-                log.exception("expired uploads could not be removed")
+                log.exception("uploads sweep failed")
 
 
-class _Partial:
-    """A file on its way into the directory: under a name of its own until it is whole."""
+class _PartialFile:
+    """An incomplete file in the directory, under a temporary name until `publish`."""
 
     def __init__(self, store: DirectoryUploads, permit: Permit, path: Path, max_bytes: int) -> None:
         self._store = store
@@ -286,9 +290,9 @@ class _Partial:
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError:
-            log.exception("an upload could not be begun")
+            log.exception("upload create failed")
             raise Overloaded from None
-        self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, and closed on leaving
+        self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, closed by `__exit__`
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -304,18 +308,18 @@ class _Partial:
         try:
             self._file.write(chunk)
         except OSError:
-            log.exception("an upload could not be written")
+            log.exception("upload write failed")
             raise Overloaded from None
 
     def publish(self, path: Path) -> None:
-        """Give the whole file its name, unless that is taken: a link is made at once or not at all."""
+        """Give the complete file its name. Raises `UploadExists` if the name is taken: a link is created atomically."""
         try:
             self._file.close()
             os.link(self._path, path)
         except FileExistsError:
             raise UploadExists from None
         except OSError:
-            log.exception("an upload could not be stored")
+            log.exception("upload publish failed")
             raise Overloaded from None
         self._store.received_bytes += self._permit.amount
         self._permit.keep()

@@ -27,15 +27,15 @@ RESOLVE = {"x-dashscope-ossresourceresolve": "enable"}
 
 HEAD = """# Every format through every form of input
 
-Made by `tests/api/test_audio_inputs.py`, which fails when this page is not true (`UPDATE_TABLES=1 make test` writes it
-anew). Each clip holds the same sound; the figures are seconds, as decoded by the service.
+Made by `tests/api/test_audio_inputs.py`, which fails when this page is not true (`UPDATE_TABLES=1 make test` rewrites
+it). Each clip holds the same sound; the figures are seconds, as decoded by the service.
 
 """
 
 
 @pytest.fixture(scope="module")
 def answers(fake_service: RunningService, media: MediaServer) -> dict[tuple[str, str], Answer]:
-    """Every clip through every form: URL and upload in the native dialect, the two inline ones in the compatible."""
+    """Send every clip in every form: URL and upload in the native dialect, both inline forms in the compatible one."""
     url = fake_service.url
 
     def by_url(sound: Clip) -> Answer:
@@ -52,7 +52,7 @@ def answers(fake_service: RunningService, media: MediaServer) -> dict[tuple[str,
 
 
 def _decoded_s(answer: Answer) -> float:
-    """How long the clip was that the engine got: the fake one says it."""
+    """Return the duration of the clip that reached the engine, in seconds: the fake engine reports it."""
     found = re.search(r"clip of ([\d.]+) seconds has the fingerprint (\w+)", answer.text)
     assert found, answer.text
     return float(found[1])
@@ -60,19 +60,19 @@ def _decoded_s(answer: Answer) -> float:
 
 @pytest.mark.parametrize("name", clip_names())
 def test_duration_and_bill(name: str, answers: dict[tuple[str, str], Answer]) -> None:
-    """Through every form the same samples arrive, as long as the sound is, and are billed by the manual's rule."""
-    told = [answers[name, form] for form in FORMS]
-    assert {_decoded_s(answer) for answer in told} == {_decoded_s(told[0])}
-    assert {answer.text for answer in told} == {told[0].text}, "the same clip is heard differently"
-    assert _decoded_s(told[0]) == pytest.approx(clip(name).duration_s, abs=clip(name).tolerance_s)
-    native, compatible = told[0].usage, told[1].usage
+    """Through every form the same samples arrive, as long as the sound, and are billed by the manual's rule."""
+    received = [answers[name, form] for form in FORMS]
+    assert {_decoded_s(answer) for answer in received} == {_decoded_s(received[0])}
+    assert {answer.text for answer in received} == {received[0].text}, "the same clip is heard differently"
+    assert _decoded_s(received[0]) == pytest.approx(clip(name).duration_s, abs=clip(name).tolerance_s)
+    native, compatible = received[0].usage, received[1].usage
     audio_tokens = native["input_tokens_details"]["audio_tokens"]
-    assert abs(audio_tokens - billed_audio_tokens(round(_decoded_s(told[0]) * SAMPLE_RATE))) <= 1
+    assert abs(audio_tokens - billed_audio_tokens(round(_decoded_s(received[0]) * SAMPLE_RATE))) <= 1
     assert compatible["prompt_tokens_details"] == {"audio_tokens": audio_tokens, "text_tokens": 8}
 
 
 def test_table(answers: dict[tuple[str, str], Answer]) -> None:
-    """The committed table tells what was decoded now."""
+    """The committed table has the durations that are decoded now."""
     rows = [f"| Format | truth | {' | '.join(FORMS)} |", f"|---|---|{'---|' * len(FORMS)}"]
     for name in clip_names():
         decoded = " | ".join(f"{_decoded_s(answers[name, form]):.2f}" for form in FORMS)

@@ -1,4 +1,4 @@
-"""What happens around a caption on the wire: deadlines, heartbeats, overload, bodies, a graceful stop."""
+"""Caption requests over HTTP: deadlines, heartbeats, overload, bodies, a graceful stop."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def slow_tokens() -> Iterator[RunningService]:
         yield service
 
 
-def test_whole_answer_at_deadline_is_partial(slow_tokens: RunningService) -> None:
-    """A whole answer that meets its deadline is what there is, as `length`, and says so in a header."""
+def test_full_response_at_deadline_is_partial(slow_tokens: RunningService) -> None:
+    """A non-streamed response at its deadline has the text so far, as `length`, and a header that says so."""
     for ask in (ask_native, ask_compatible):
         answer = ask(slow_tokens.url, CLIP)
         assert answer.finish_reason == "length"
@@ -57,7 +57,7 @@ def test_whole_answer_at_deadline_is_partial(slow_tokens: RunningService) -> Non
 
 
 def test_stream_at_deadline_ends_as_length(slow_tokens: RunningService) -> None:
-    """A stream that meets its deadline ends properly, as `length`."""
+    """A stream at its deadline ends with its epilogue, as `length`."""
     body = compatible_body(CLIP, stream=True, stream_options={"include_usage": True})
     response = httpx.post(slow_tokens.url + COMPATIBLE, json=body, timeout=30)
     chunks = events(response.text)
@@ -67,7 +67,7 @@ def test_stream_at_deadline_ends_as_length(slow_tokens: RunningService) -> None:
 
 
 def test_nothing_generated_in_time(slow_start: RunningService) -> None:
-    """A whole answer without any token at its deadline is an error that must not be retried."""
+    """A non-streamed response without any token at its deadline is an error that must not be retried."""
     native = httpx.post(slow_start.url + NATIVE, json=native_body(CLIP), timeout=30)
     assert (native.status_code, native.json()["code"]) == (500, "RequestTimeOut")
     assert native.headers["x-should-retry"] == "false"
@@ -77,7 +77,7 @@ def test_nothing_generated_in_time(slow_start: RunningService) -> None:
 
 @pytest.mark.parametrize("path", [NATIVE, COMPATIBLE])
 def test_stream_beats_before_the_first_token(slow_start: RunningService, path: str) -> None:
-    """A stream sends its status line after the grace time, and keep-alives until the first token."""
+    """A stream sends its status line after `first_byte_timeout_s`, and keep-alives until the first token."""
     body = native_body(CLIP) if path == NATIVE else compatible_body(CLIP, stream=True)
     began = time.monotonic()
     with httpx.stream(
@@ -107,8 +107,8 @@ def test_error_after_the_status_line_is_an_event() -> None:
     assert "[DONE]" not in native.text + compatible.text
 
 
-def test_overload_is_told_with_retry_after(slow_tokens: RunningService) -> None:
-    """Past the limit of requests under way, one more is refused at once with when to come again."""
+def test_overload_has_retry_after(slow_tokens: RunningService) -> None:
+    """A request over the limit of concurrent requests is refused at once, with the time of a retry."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = [pool.submit(ask_native, slow_tokens.url, CLIP) for _ in range(2)]
         while slow_tokens.metric("captioner_engine_running") < 2:
@@ -121,7 +121,7 @@ def test_overload_is_told_with_retry_after(slow_tokens: RunningService) -> None:
 
 
 def test_body_over_the_cap(fake_service: RunningService) -> None:
-    """A body over the cap is read to its end and answered 413 in the dialect."""
+    """A body over the limit is read to its end and answered 413 in the dialect."""
     body = b'{"model":"' + b"x" * (17 * 1024 * 1024)
     native = httpx.post(fake_service.url + NATIVE, content=body, timeout=30)
     assert (native.status_code, native.json()["code"]) == (413, "BadRequest.TooLarge")
@@ -131,7 +131,7 @@ def test_body_over_the_cap(fake_service: RunningService) -> None:
 
 
 def test_body_memory_is_bounded() -> None:
-    """Bodies that together pass the memory for bodies are refused as overload, and the memory is given back."""
+    """Bodies that together exceed the memory for bodies are refused as overload, and the memory is released."""
     with RunningService("--engine=fake", f"--max-body-memory-bytes={4 * 2**20}") as service:
         host, port = service.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as stuck:
@@ -145,8 +145,8 @@ def test_body_memory_is_bounded() -> None:
         assert ask_native(service.url, CLIP).text
 
 
-def test_graceful_stop_finishes_what_runs() -> None:
-    """A stream that runs when the service is told to stop comes to its own end; then the service exits with 0."""
+def test_graceful_stop_finishes_requests_in_progress() -> None:
+    """A stream in progress when the service is stopped runs to its end; then the service exits with 0."""
     with RunningService("--engine=fake", "--fake-tpot-s=0.1") as service:
         body = compatible_body(CLIP, stream=True)
         with httpx.stream("POST", service.url + COMPATIBLE, json=body, timeout=30) as response:

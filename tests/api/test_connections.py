@@ -1,4 +1,4 @@
-"""Clients that hold a connection and do not play along are dropped, and hold nothing else."""
+"""Clients that hold a connection and do not cooperate are disconnected, and hold nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from serving.config import Settings
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
-from serving.pipeline import Captioner
+from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.tenancy.usage_session import Admissions
 from serving.types import Caller, Features, SchedulingClass
@@ -40,7 +40,7 @@ CLIP = data_url(wav(1))
 
 
 def connect(service: RunningService, *, receive_buffer: int | None = None) -> socket.socket:
-    """A connection to the service, with a small buffer here if wanted."""
+    """Connect to the service, with a small receive buffer here if `receive_buffer` is given."""
     host, port = service.url.removeprefix("http://").split(":")
     client = socket.socket()
     if receive_buffer:
@@ -51,7 +51,7 @@ def connect(service: RunningService, *, receive_buffer: int | None = None) -> so
 
 
 def status(client: socket.socket) -> int:
-    """Read one answer to its end."""
+    """Read one response to its end; return its status."""
     with HTTPResponse(client) as answer:
         answer.begin()
         answer.read()
@@ -59,25 +59,25 @@ def status(client: socket.socket) -> int:
 
 
 def until(condition: Any, *, within_s: float = 60) -> None:
-    """Wait for it."""
+    """Wait for the condition."""
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-# Clients that send no whole head
+# Clients that do not complete their request headers
 
 
-def test_who_sends_no_whole_head_is_dropped() -> None:
-    """Nothing at all, part of a first one, or of a second one; a slow body is another matter, and so is a rest."""
+def test_incomplete_headers_end_the_connection() -> None:
+    """Silence and partial headers, first or second, end the connection; a slow body or an idle pause does not."""
     with RunningService("--engine=fake", "--header-timeout-s=1") as service:
-        head = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
+        headers = b"GET /healthz HTTP/1.1\r\nhost: x\r\n"
         with connect(service) as silent, connect(service) as slow, connect(service) as second, connect(service) as fair:
-            slow.sendall(head)
-            second.sendall(head + b"\r\n")
+            slow.sendall(headers)
+            second.sendall(headers + b"\r\n")
             assert status(second) == 200
-            second.sendall(head)
+            second.sendall(headers)
             began = time.monotonic()
             fair.sendall(f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n".encode())
             for client in (silent, slow, second):
@@ -89,24 +89,24 @@ def test_who_sends_no_whole_head_is_dropped() -> None:
                 fair.sendall(b" ")
             assert status(fair) == 400
             time.sleep(1.5)
-            fair.sendall(head + b"\r\n")
+            fair.sendall(headers + b"\r\n")
             assert status(fair) == 200
 
 
 # Clients that do not read
 
 
-def test_who_stops_reading_is_dropped() -> None:
-    """A stream that nobody reads ends as for a client that has left, and its connection is gone; others go on."""
+def test_a_client_that_stops_reading_is_disconnected() -> None:
+    """A stream that the client does not read ends as after a disconnect, and its connection is closed; others go on."""
     flags = ("--fake-tpot-s=0.001", "--fake-tokens=30000", f"--fake-text={'x' * 4000}", "--write-timeout-s=1")
     with RunningService("--engine=fake", *flags) as service:
         process = psutil.Process(service.process.pid)
         body = json.dumps(compatible_body(CLIP, stream=True)).encode()
-        head = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-        with connect(service, receive_buffer=4096) as stuck:
-            stuck.sendall(head + body)
-            assert stuck.recv(4096).startswith(b"HTTP/1.1 200")
-            port = stuck.getsockname()[1]
+        headers = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with connect(service, receive_buffer=4096) as stalled:
+            stalled.sendall(headers + body)
+            assert stalled.recv(4096).startswith(b"HTTP/1.1 200")
+            port = stalled.getsockname()[1]
             until(lambda: service.metric("captioner_requests_total", outcome="cancelled"))
             until(lambda: port not in {peer.raddr.port for peer in process.net_connections() if peer.raddr})
             service.settle()
@@ -124,9 +124,9 @@ class _Workers:
         yield SimpleNamespace(features=features, queue_s=0, decode_s=0, features_s=0)
 
 
-@pytest.mark.parametrize("silent_engine", [False, True], ids=["frames", "heartbeats"])
-async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent_engine: bool) -> None:
-    """Where a server's `send` never returns, neither frames nor keep-alives keep a place in the engine."""
+@pytest.mark.parametrize("silent_engine", [False, True], ids=["events", "heartbeats"])
+async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_engine: bool) -> None:
+    """Under a server whose `send` never returns, neither events nor keep-alives hold a slot in the engine."""
     settings = Settings(
         data_dir=tmp_path,
         engine="fake",
@@ -138,11 +138,11 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
         write_timeout_s=0.2,
     )
     engine, metrics = GatedEngine(FakeEngine(settings), settings), Metrics()
-    captioner: Any = Captioner(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
+    pipeline: Any = CaptionPipeline(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, captioner, keys, admissions, metrics, SharedCapacity(10**9), settings)
+    endpoint = CaptionEndpoint(codec, pipeline, keys, admissions, metrics, SharedCapacity(10**9), settings)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 
@@ -162,18 +162,18 @@ async def test_places_are_given_back_behind_any_server(tmp_path: Path, *, silent
     try:
         async with asyncio.timeout(30):
             await endpoint(scope, receive, send)
-        assert (engine.load.running, engine.load.kv_tokens, captioner.in_flight) == (0, 0, 0)
+        assert (engine.load.running, engine.load.kv_tokens, pipeline.in_flight) == (0, 0, 0)
     finally:
         await engine.stop()
-    told, _ = await metrics.expose(engine.check_health, "")
-    assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="cancelled"} 1.0' in told
+    exposed, _ = await metrics.expose(engine.check_health, "")
+    assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="cancelled"} 1.0' in exposed
 
 
-# Heads
+# Header limits
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Everything until the service closes."""
+    """Read everything until the service closes."""
     received = b""
     while piece := client.recv(65_536):
         received += piece
@@ -181,7 +181,7 @@ def read_all(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "head",
+    "headers",
     [
         b"GET /healthz?" + b"x" * 70_000,
         b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 70_000,
@@ -190,11 +190,11 @@ def read_all(client: socket.socket) -> bytes:
     ],
     ids=["url", "header", "one piece", "headers"],
 )
-def test_heads_are_bounded(fake_service: RunningService, head: bytes) -> None:
-    """A request line or headers over 64 KiB are refused, whether they ever end or not, and others are served."""
+def test_headers_are_bounded(fake_service: RunningService, headers: bytes) -> None:
+    """A request line or headers over 64 KiB are refused, whether they ever end or not, and other clients are served."""
     with connect(fake_service) as client:
-        client.sendall(head)
-        ended = head.endswith(b"\r\n\r\n")
+        client.sendall(headers)
+        ended = headers.endswith(b"\r\n\r\n")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(0 if ended else 200):
                 client.sendall(b"x" * 4096)
@@ -205,7 +205,7 @@ def test_heads_are_bounded(fake_service: RunningService, head: bytes) -> None:
 
 
 def test_trailers_are_bounded(fake_service: RunningService) -> None:
-    """A trailer without end ends the connection, as its request can never be whole."""
+    """An endless trailer ends the connection, as its request can never be complete."""
     with connect(fake_service) as client:
         client.sendall(f"POST {COMPATIBLE} HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{{\r\n0\r\nx: ".encode())
         with pytest.raises((BrokenPipeError, ConnectionResetError)):
@@ -213,18 +213,18 @@ def test_trailers_are_bounded(fake_service: RunningService) -> None:
     fake_service.settle()
 
 
-def test_large_heads_and_bodies_are_taken_on_one_connection(fake_service: RunningService) -> None:
-    """Heads just below the bound pass, in one piece or in many, one after the other, with bodies far beyond it."""
+def test_large_headers_and_bodies_pass_on_one_connection(fake_service: RunningService) -> None:
+    """Headers just below the limit pass, in one piece or in many, one after the other, with bodies far beyond it."""
     body = json.dumps(compatible_body(data_url(wav(60)))).encode()
     assert len(body) > 2_000_000
     padding = b"x" * 60_000
-    head = b"POST %s HTTP/1.1\r\nhost: x\r\nx-padding: %s\r\ncontent-length: %d\r\n\r\n"
-    request = head % (COMPATIBLE.encode(), padding, len(body)) + body
+    headers = b"POST %s HTTP/1.1\r\nhost: x\r\nx-padding: %s\r\ncontent-length: %d\r\n\r\n"
+    request = headers % (COMPATIBLE.encode(), padding, len(body)) + body
     chunk = b"%x\r\n%s\r\n" % (len(body), body)
-    chunked = head.replace(b"content-length: %d", b"transfer-encoding: chunked") % (COMPATIBLE.encode(), padding)
+    chunked = headers.replace(b"content-length: %d", b"transfer-encoding: chunked") % (COMPATIBLE.encode(), padding)
     last = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
     with connect(fake_service) as client:
-        for start in range(0, 60_000, 5000):  # the head in pieces
+        for start in range(0, 60_000, 5000):  # the headers in pieces
             client.sendall(request[start : start + 5000])
             time.sleep(0.01)
         client.sendall(request[60_000:] + request + chunked + chunk + b"0\r\n\r\n" + last)  # the others in a pipeline
@@ -233,12 +233,12 @@ def test_large_heads_and_bodies_are_taken_on_one_connection(fake_service: Runnin
     assert answer.count(b"HTTP/1.1") == 4
 
 
-def test_an_answer_on_its_way_is_not_disturbed(fake_service: RunningService) -> None:
-    """A head without end behind a request that is being answered ends the connection, but only after that answer."""
+def test_a_response_in_progress_is_completed(fake_service: RunningService) -> None:
+    """Endless headers behind a request in progress end the connection, but only after that request's response."""
     body = json.dumps(compatible_body(CLIP)).encode()
-    head = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    headers = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     with connect(fake_service) as client:
-        client.sendall(head + body + b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 200_000)
+        client.sendall(headers + body + b"GET /healthz HTTP/1.1\r\nx: " + b"x" * 200_000)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             client.sendall(b"x" * 400_000)
         answer = read_all(client)

@@ -1,4 +1,4 @@
-"""Clients that leave in the middle leave nothing behind."""
+"""Clients that disconnect in the middle of a response leave nothing behind."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ CLIENTS = 200
 
 @pytest.fixture(scope="module")
 def endless_service() -> Iterator[RunningService]:
-    """The fake engine at a caption of some ten minutes, which no client waits for."""
+    """The fake engine with a caption of some ten minutes, which no client waits for."""
     with RunningService(
         "--engine=fake", "--fake-tpot-s=0.02", "--fake-tokens=30000", "--fetch-allow=127.0.0.0/8"
     ) as service:
         yield service
 
 
-async def _leave_mid_stream(url: str, path: str, body: dict[str, object], *, after_frames: int) -> None:
-    """Read some frames of a stream and close the connection without a word."""
+async def _leave_mid_stream(url: str, path: str, body: dict[str, object], *, after_events: int) -> None:
+    """Read some events of a stream and close the connection without notice."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\nx-dashscope-sse: enable\r\ncontent-length: {len(content)}\r\n\r\n"
     writer.write(head.encode() + content)
     seen = b""
-    while seen.count(b"data:") < after_frames:
+    while seen.count(b"data:") < after_events:
         piece = await reader.read(65_536)
         assert piece, f"the stream ended by itself: {seen!r}"
         seen += piece
@@ -45,7 +45,7 @@ async def _leave_mid_stream(url: str, path: str, body: dict[str, object], *, aft
 
 
 def _held(service: RunningService) -> tuple[int, int, int]:
-    """Open files and child processes of the service, and its files in the download directory.
+    """Count open files and child processes of the service, and its files in the download directory.
 
     Not those of its database: how many of a bounded pool's connections are open depends on what ran at the same time.
     """
@@ -56,7 +56,7 @@ def _held(service: RunningService) -> tuple[int, int, int]:
 
 
 async def _assert_holds_no_more_than(service: RunningService, before: tuple[int, int, int]) -> None:
-    """No more files, processes and downloads than before, once the last sockets are closed."""
+    """Wait until files, processes and downloads are no more than before, once the last sockets are closed."""
     for _ in range(100):
         now = _held(service)
         if all(count <= most for count, most in zip(now, before, strict=True)):
@@ -65,7 +65,7 @@ async def _assert_holds_no_more_than(service: RunningService, before: tuple[int,
     assert now == before
 
 
-async def _storm(service: RunningService, audio: list[str], *, after_frames: int, **parameters: object) -> None:
+async def _storm(service: RunningService, audio: list[str], *, after_events: int, **parameters: object) -> None:
     async with asyncio.TaskGroup() as group:
         for index in range(CLIENTS):
             source = audio[index % len(audio)]
@@ -74,28 +74,28 @@ async def _storm(service: RunningService, audio: list[str], *, after_frames: int
                 if index % 2
                 else (COMPATIBLE, compatible_body(source, stream=True, **parameters))
             )
-            group.create_task(_leave_mid_stream(service.url, path, body, after_frames=after_frames))
+            group.create_task(_leave_mid_stream(service.url, path, body, after_events=after_events))
             if index % 40 == 39:
                 await asyncio.sleep(0.2)
 
 
 async def test_fake_engine_is_left_clean(endless_service: RunningService, media: MediaServer) -> None:
-    """200 clients that leave mid-stream leave no generation, file, process or memory behind."""
+    """200 clients that disconnect in mid-stream leave no generation, file, process or memory behind."""
     service = endless_service
     media.files["leaver.wav"] = wav(2)
     audio = [data_url(wav(1)), media.url("leaver.wav")]
-    await _storm(service, audio, after_frames=3)  # the first round fills caches and pools
+    await _storm(service, audio, after_events=3)  # the first round fills caches and pools
     service.settle()
     held, memory = _held(service), psutil.Process(service.process.pid).memory_info().rss
-    await _storm(service, audio, after_frames=3)
+    await _storm(service, audio, after_events=3)
     service.settle()
     await _assert_holds_no_more_than(service, held)
     assert psutil.Process(service.process.pid).memory_info().rss < memory + 32 * 2**20
     assert service.metric("captioner_requests_total", outcome="cancelled") == 2 * CLIENTS
 
 
-async def test_clients_that_leave_during_the_download(endless_service: RunningService) -> None:
-    """A client that leaves while its audio is fetched ends the fetch and frees the download directory."""
+async def test_disconnect_during_the_download(endless_service: RunningService) -> None:
+    """A client that disconnects while its audio is fetched ends the fetch and frees the download directory."""
     service = endless_service
     stuck: list[asyncio.StreamWriter] = []
     all_stuck = asyncio.Event()
@@ -130,12 +130,12 @@ async def test_clients_that_leave_during_the_download(endless_service: RunningSe
 
 @pytest.mark.engine
 async def test_real_engine_is_left_clean(embedded_service: RunningService) -> None:
-    """With vLLM too: nothing generates on for clients that have left, and the next caption comes as before."""
+    """With vLLM, too, no generation continues after its client disconnects, and the next caption succeeds."""
     service = embedded_service
     audio = [data_url(wav(1, frequency_hz=200 + index)) for index in range(8)]
     before = await asyncio.to_thread(ask_compatible, service.url, audio[0], temperature=0)
     held = _held(service)
-    await _storm(service, audio, after_frames=2, ignore_eos=True, max_tokens=256)
+    await _storm(service, audio, after_events=2, ignore_eos=True, max_tokens=256)
     await asyncio.to_thread(service.settle)
     await _assert_holds_no_more_than(service, held)
     after = await asyncio.to_thread(ask_compatible, service.url, audio[0], temperature=0)

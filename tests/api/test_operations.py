@@ -1,4 +1,4 @@
-"""What an operator sees: settings, probes, metrics, logs."""
+"""The operator's view: settings, probes, metrics, logs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 async def test_probes_follow_the_engine() -> None:
-    """Loading: alive, not ready, captions refused with when to retry. Loaded: ready. Dead: neither."""
+    """Loading: alive, not ready, captions refused with the time of a retry. Loaded: ready. Dead: neither."""
     engine = FakeEngine(Settings(auth=False, audio_workers=1))
     app = create_app(Settings(auth=False, audio_workers=1), engine)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        # The lifespan, which would load the engine, is not run: it is loaded by hand.
+        # The lifespan, which would load the engine, is not run: the test loads the engine.
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 503]
         refused = await client.post(NATIVE, json=native_body(data_url(wav(1))))
         assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
@@ -53,8 +53,8 @@ async def test_probes_follow_the_engine() -> None:
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
 
 
-async def test_a_stalled_engine_is_told() -> None:
-    """An engine that stops in the middle ends its captions, and the probes say so."""
+async def test_a_stalled_engine_is_reported() -> None:
+    """An engine that stalls ends its captions, and the probes report it."""
     settings = Settings(auth=False, audio_workers=1, engine_stall_timeout_s=0.5)
     engine = GatedEngine(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
     app = create_app(settings, engine)
@@ -63,7 +63,7 @@ async def test_a_stalled_engine_is_told() -> None:
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
-        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - no event tells it
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.01)
         answers = [client.post(NATIVE, json=native_body(data_url(wav(1)))) for _ in range(3)]
         for answer in await asyncio.gather(*answers):
@@ -77,7 +77,7 @@ async def test_a_stalled_engine_is_told() -> None:
 
 
 async def test_overload_is_refused_and_counted() -> None:
-    """What finds the engine's queue full is told when to come again, in its dialect; all else is captioned."""
+    """A caption over the engine's queue is refused in its dialect, with the time of a retry; others succeed."""
     flags = ("--engine=fake", "--audio-workers=1", "--max-num-seqs=1", "--max-engine-queue=2", "--fake-ttft-s=4")
     with RunningService(*flags) as service:
         audio = data_url(wav(2))
@@ -86,7 +86,7 @@ async def test_overload_is_refused_and_counted() -> None:
             compatible = [client.post(COMPATIBLE, json=compatible_body(audio)) for _ in range(4)]
             running = asyncio.gather(*native, *compatible)
             async with asyncio.timeout(20):
-                while service.metric("captioner_engine_waiting") < 2:  # noqa: ASYNC110 - no event tells it
+                while service.metric("captioner_engine_waiting") < 2:  # noqa: ASYNC110 - there is no event for it
                     await asyncio.sleep(0.05)
             assert service.metric("captioner_engine_running") == 2
             assert service.metric("captioner_engine_running_audio_seconds") == 4
@@ -107,7 +107,7 @@ async def test_overload_is_refused_and_counted() -> None:
 
 
 def test_metrics_add_up(media: MediaServer) -> None:
-    """Requests, audio seconds, tokens and stages in `/metrics` equal what a client counted."""
+    """Requests, audio seconds, tokens and stages in `/metrics` equal the client's own counts."""
     media.files["counted.wav"] = wav(2)
     with RunningService("--engine=fake", "--audio-workers=1", "--fetch-allow=127.0.0.0/8") as service:
         answers = [ask_native(service.url, data_url(wav(seconds))) for seconds in (0.5, 1, 6.08)]
@@ -130,8 +130,8 @@ def test_metrics_add_up(media: MediaServer) -> None:
     assert values[requests, ("code", "invalid_request"), ("dialect", "openai"), refused] == 1
     assert values["captioner_audio_seconds_total", ("dialect", "dashscope")] == pytest.approx(0.5 + 1 + 6.08 + 2)
     assert values["captioner_audio_seconds_total", ("dialect", "openai")] == pytest.approx(3)
-    told = [answer.usage for answer in answers]
-    output = sum(usage.get("output_tokens", 0) + usage.get("completion_tokens", 0) for usage in told)
+    usages = [answer.usage for answer in answers]
+    output = sum(usage.get("output_tokens", 0) + usage.get("completion_tokens", 0) for usage in usages)
     assert values["captioner_tokens_total", ("kind", "output")] == output
     assert values["captioner_tokens_total", ("kind", "audio")] == 13 + 13 + 76 + 25 + 38
     assert values["captioner_tokens_total", ("kind", "text")] == 5 * 8
@@ -156,8 +156,8 @@ def test_log_lines(fake_service: RunningService) -> None:
     assert "UklGR" not in log
 
 
-def test_a_connection_may_rest(fake_service: RunningService) -> None:
-    """It is still open after longer than servers usually wait, so that no request meets a closing one."""
+def test_an_idle_connection_stays_open(fake_service: RunningService) -> None:
+    """An idle connection stays open for longer than most servers allow, so that no request meets a closing one."""
     with httpx.Client(base_url=fake_service.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
         client.get("/healthz")
         (connection,) = client._transport._pool.connections  # type: ignore[attr-defined]
@@ -176,15 +176,15 @@ def test_settings_come_from_flags_variables_and_file(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CAPTIONER_AUDIO_WORKERS", "5")
     monkeypatch.setenv("CAPTIONER_HOST", "")
     settings = Settings.load(["--port", "6"])
-    told = (settings.port, settings.audio_workers, settings.heartbeat_s, settings.fetch_allow, settings.host)
-    assert told == (6, 5, 3, ("10.0.0.0/8",), "127.0.0.1")
+    values = (settings.port, settings.audio_workers, settings.heartbeat_s, settings.fetch_allow, settings.host)
+    assert values == (6, 5, 3, ("10.0.0.0/8",), "127.0.0.1")
 
 
-def test_wrong_settings_are_told(tmp_path: Path) -> None:
-    """A setting out of range, of no such name, or a missing file ends the start with a sentence, not a traceback."""
+def test_wrong_settings_are_reported(tmp_path: Path) -> None:
+    """A setting out of range or unknown, or a missing file, ends the start with a sentence, not a traceback."""
     captioner = str(Path(sys.executable).with_name("captioner"))
     (tmp_path / "typo.toml").write_text("prot = 9000\n")
-    for flags, told in (
+    for flags, message in (
         (["serve", "--port=70000"], "port: must be a whole number, 0 to 65535, not '70000'"),
         (["serve", "--prot=9000"], "--prot: not a setting (did you mean --port?)"),
         (["serve", f"--config={tmp_path}/none.toml"], "does not exist"),
@@ -194,5 +194,5 @@ def test_wrong_settings_are_told(tmp_path: Path) -> None:
     ):
         ended = subprocess.run([captioner, *flags], capture_output=True, text=True, timeout=60, check=False)
         assert ended.returncode == 2, flags
-        assert told in ended.stderr, (flags, ended.stderr)
+        assert message in ended.stderr, (flags, ended.stderr)
         assert "Traceback" not in ended.stderr

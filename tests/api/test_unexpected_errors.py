@@ -1,4 +1,4 @@
-"""What nobody foresaw is answered like any other error: in the dialect, with the request's id."""
+"""Unexpected exceptions are answered like any other error: in the dialect, with the request's id."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from serving.api.app import create_app
-from serving.api.routes import Unforeseen
+from serving.api.error_handlers import UnexpectedErrorMiddleware
 from serving.config import Settings
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ def app(tmp_path: Path) -> Starlette:
 
 
 def fail(*_: object, **__: object) -> Any:
-    """What no code expects."""
+    """Raise an exception outside the error tree."""
     raise ZeroDivisionError("inside")
 
 
 async def ask(app: Starlette, method: str, path: str, **options: Any) -> httpx.Response:
-    """One request; an exception that leaves the application fails the test."""
+    """Make one request; an exception that leaves the application fails the test."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://captioner") as client:
         return await client.request(method, path, **options)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/api/v1/models"])
-async def test_a_failure_is_told_in_the_dialect(app: Starlette, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
-    """An endpoint that breaks answers 500 in its dialect, with an id, a log line, and nothing of its insides."""
+async def test_an_error_is_rendered_in_the_dialect(app: Starlette, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """An endpoint that raises answers 500 in its dialect, with an id, a log line, and no internals."""
     monkeypatch.setattr("serving.api.dialects.openai.models_page", fail)
     monkeypatch.setattr("serving.api.dialects.dashscope.models_page", fail)
     answer = await ask(app, "GET", path, content=b"a body that nobody wants")
@@ -48,8 +48,8 @@ async def test_a_failure_is_told_in_the_dialect(app: Starlette, monkeypatch: pyt
     assert "inside" not in answer.text
 
 
-async def test_a_failure_of_an_upload_is_told_in_xml(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An upload that breaks answers as the object store does."""
+async def test_an_error_of_an_upload_is_rendered_in_xml(app: Starlette, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An upload that raises answers as the object store does."""
     monkeypatch.setattr("serving.api.routes.receive_upload", fail)
     answer = await ask(app, "POST", "/oss-upload", content=b"x")
     assert answer.status_code == 500
@@ -58,15 +58,15 @@ async def test_a_failure_of_an_upload_is_told_in_xml(app: Starlette, monkeypatch
 
 
 async def test_a_boundary_may_be_too_long(app: Starlette) -> None:
-    """A form whose boundary no parser takes is the client's error."""
+    """A form whose boundary no parser accepts is the client's error."""
     headers = {"content-type": f"multipart/form-data; boundary={'a' * 300}"}
     answer = await ask(app, "POST", "/oss-upload", content=b"x", headers=headers)
     assert answer.status_code == 400
     assert "<Code>InvalidArgument</Code>" in answer.text
 
 
-async def test_a_begun_answer_is_not_followed_by_another(app: Starlette) -> None:
-    """Once an answer has begun, what breaks goes to the server, which closes the connection."""
+async def test_a_started_response_is_not_followed_by_another(app: Starlette) -> None:
+    """An exception after the response has started is passed to the server, which closes the connection."""
     sent: list[Message] = []
 
     async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,5 +78,5 @@ async def test_a_begun_answer_is_not_followed_by_another(app: Starlette) -> None
         sent.append(message)
 
     with pytest.raises(ZeroDivisionError):
-        await Unforeseen(breaks, app.state.service)({"type": "http"}, fail, send)
+        await UnexpectedErrorMiddleware(breaks, app.state.components)({"type": "http"}, fail, send)
     assert [message["type"] for message in sent] == ["http.response.start"]

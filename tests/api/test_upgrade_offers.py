@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 KEY = "sk-of-the-settings"
 SHORT, LONG = 8 + 13, 8 + 75
-"""Prompt tokens of a clip of 0.4 s and of one of 6 s: which of two clips an answer is about."""
+"""Prompt tokens of a clip of 0.4 s and of a clip of 6 s: they identify the clip that an answer describes."""
 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RunningService]:
-    """One that asks for keys."""
+    """A service that requires keys."""
     with RunningService("--engine=fake", f"--api-keys={KEY}", "--fake-tpot-s=0") as running:
         yield running
 
 
 def post(seconds: float, *headers: str, key: str | None = KEY, chunked: bool = False, stream: bool = False) -> bytes:
-    """A caption request as it goes over the wire."""
+    """Return a caption request as bytes for the wire."""
     body = json.dumps(compatible_body(data_url(wav(seconds)), stream=stream)).encode()
     fields = ["host: x", *headers] + ([f"authorization: Bearer {key}"] if key else [])
     if chunked:
@@ -47,14 +47,14 @@ def post(seconds: float, *headers: str, key: str | None = KEY, chunked: bool = F
 
 
 def connect(port: int) -> socket.socket:
-    """A connection on loopback."""
+    """Connect on loopback."""
     client = socket.create_connection(("127.0.0.1", port), timeout=60)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
 
 
 class _Kept:
-    """What `HTTPResponse` reads from: no byte of the next answer is lost in a buffer of the last."""
+    """A socket that `HTTPResponse` reads without a buffer, so that no byte of the next answer is lost in it."""
 
     def __init__(self, client: socket.socket) -> None:
         self._client = client
@@ -64,14 +64,14 @@ class _Kept:
 
 
 def read(client: socket.socket, method: str = "POST") -> tuple[int, bytes]:
-    """Status and body of the next answer."""
+    """Return status and body of the next answer."""
     with HTTPResponse(_Kept(client), method=method) as answer:  # type: ignore[arg-type]
         answer.begin()
         return answer.status, answer.read()
 
 
 def prompt_tokens(answer: tuple[int, bytes]) -> int:
-    """Which clip an answer is about."""
+    """Return the clip that an answer describes."""
     status, body = answer
     assert status == 200, body
     tokens: int = json.loads(body)["usage"]["prompt_tokens"]
@@ -96,7 +96,7 @@ OFFERS = {
 def test_a_request_that_offers_an_upgrade_is_served(
     service: RunningService, offer: str, segments: str, *, chunked: bool
 ) -> None:
-    """However it is cut on the wire, its whole body is read, and the requests behind it on the connection too."""
+    """A body split at any place is read completely, and so are the requests behind it on the connection."""
     request = post(0.4, *OFFERS[offer], chunked=chunked)
     head = request.index(b"\r\n\r\n") + 4
     cut = {"one": [len(request)], "head and body": [head, len(request)], "bytes": range(1, len(request) + 1)}[segments]
@@ -108,13 +108,13 @@ def test_a_request_that_offers_an_upgrade_is_served(
                 time.sleep(0.1)
             start = end
         assert prompt_tokens(read(client)) == SHORT
-        # both behind it in one piece, the second of them with another offer
+        # both further requests in one piece, the second of them with another offer
         client.sendall(post(6) + post(0.4, *OFFERS["h2c"]) + post(6))
         assert [prompt_tokens(read(client)) for _ in range(3)] == [LONG, SHORT, LONG]
 
 
 def test_a_body_that_looks_like_a_request_is_a_body(service: RunningService) -> None:
-    """Nothing in it is served, whether it comes with the head or after it; refused without a key like any other."""
+    """No part of a body is served, sent with the headers or after them; without a key it is refused like any other."""
     inner = post(0.4)
     body = b"\r\n" * 20_000 + inner
     outer = f"POST {COMPATIBLE} HTTP/1.1\r\nhost: x\r\n{{}}content-length: {len(body)}\r\n\r\n"
@@ -132,7 +132,7 @@ def test_a_body_that_looks_like_a_request_is_a_body(service: RunningService) -> 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 def test_offers_without_a_body(service: RunningService, method: str) -> None:
-    """What comes behind such a request is the next request; after `connection: close` nothing is."""
+    """The bytes after such a request are the next request; after `connection: close` they are ignored."""
     offer = "\r\n".join(OFFERS["websocket"])
     with connect(int(service.url.rpartition(":")[2])) as client:
         client.sendall(f"{method} /healthz HTTP/1.1\r\nhost: x\r\n{offer}\r\n\r\n".encode() * 2 + post(6))
@@ -145,7 +145,7 @@ def test_offers_without_a_body(service: RunningService, method: str) -> None:
 
 
 def test_connect_is_refused_and_ends_the_connection(service: RunningService) -> None:
-    """This is no proxy, and what follows is for another host."""
+    """CONNECT is refused: the service is no proxy, and the following bytes are for another host."""
     with connect(int(service.url.rpartition(":")[2])) as client:
         client.sendall(b"CONNECT example.com:443 HTTP/1.1\r\nhost: example.com:443\r\n\r\n" + post(0.4))
         received = b""
@@ -173,7 +173,7 @@ http {{
   }}
 }}
 """
-"""As ingress controllers write it: the offer is passed on, and connections to the service are kept for all clients."""
+"""Configuration as ingress controllers write it: the offer is passed on, and connections are shared by all clients."""
 
 
 def test_behind_nginx_each_client_gets_its_own_answer(service: RunningService, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_behind_nginx_each_client_gets_its_own_answer(service: RunningService, t
     port = free_port()
     configuration = tmp_path / "nginx.conf"
     upstream = service.url.rpartition(":")[2]
-    user = "user root; " if os.geteuid() == 0 else ""  # else its worker could not write where only root may
+    user = "user root; " if os.geteuid() == 0 else ""  # another user's worker cannot write to root's directories
     configuration.write_text(NGINX.format(user=user, directory=tmp_path, port=port, upstream=upstream))
     nginx = subprocess.Popen([program("nginx"), "-e", str(tmp_path / "error.log"), "-c", str(configuration)])
     try:
@@ -229,7 +229,7 @@ def test_the_stock_java_client(service: RunningService, tmp_path: Path, *, strea
         assert last[-1]["usage" if not stream else "choices"]
 
 
-def test_the_service_is_as_before(service: RunningService) -> None:
-    """Nothing of all this is left under way."""
+def test_no_request_is_left_in_progress(service: RunningService) -> None:
+    """At the end no request is in progress."""
     service.settle()
     assert httpx.get(service.url + "/healthz").status_code == 200

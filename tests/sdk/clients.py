@@ -1,4 +1,4 @@
-"""The clients that are tested: which version, in which environment, and a process that performs calls with it."""
+"""The tested clients: version, environment, and a process that performs calls with it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NATIVE, COMPATIBLE = "native", "compatible"
 
 @dataclass(frozen=True)
 class Client:
-    """One client as a user would hold it. `dialect` is what it speaks on the wire."""
+    """One client as a user would hold it. `dialect` is the dialect that it sends."""
 
     environment: str
     driver: str
@@ -32,28 +32,28 @@ class Client:
 
     @property
     def name(self) -> str:
-        """For test ids and messages."""
+        """Name in test ids and messages."""
         kind = f"-Client-{self.protocol}" if self.protocol else ""
         return f"{self.environment}{kind}{'-async' if self.asynchronous else ''}"
 
     @property
     def is_1x(self) -> bool:
-        """Whether it is DashScope's 1.x API, which returns errors rather than raising them and never retries."""
+        """True for DashScope's 1.x API, which returns errors rather than raising them and never retries."""
         return self.driver == "dashscope_calls"
 
     @property
     def uploads(self) -> bool:
-        """Whether it uploads local files by itself."""
+        """True if the client uploads local files automatically."""
         return self.environment.startswith("dashscope") and self.protocol != "openai"
 
     def caption(self, outcome: Outcome, stream: str) -> str:
-        """The caption that the pieces of such a stream make: 1.x says nothing of increments unless told to."""
+        """Return the caption that the pieces make; without an instruction, a stream of 1.x is cumulative."""
         cumulative = stream == "cumulative" or (stream == "default" and self.is_1x)
         return outcome.pieces[-1].text if cumulative else outcome.text
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The kinds of streams that it can ask for."""
+        """Kinds of streams that the client can request."""
         return ("default", "delta", "cumulative") if self.dialect == NATIVE else ("default",)
 
 
@@ -124,7 +124,7 @@ class Driver:
         return Outcome(**values | {"pieces": [Piece(**piece) for piece in values["pieces"]]})
 
     def kill(self) -> None:
-        """End it as a crash or an impatient user would."""
+        """Kill the process, as a crash or an impatient user would."""
         self._process.kill()
 
     def _read(self) -> None:

@@ -1,4 +1,4 @@
-"""Clients in their environments, and a tapped line between them and a service."""
+"""Clients in their environments, and recorded connections between them and a service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def driver_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Client], Driver]]:
-    """The process that performs a client's calls: one for each environment and driver, started when first asked for."""
+    """The process that performs a client's calls: one per environment and driver, started at its first use."""
     drivers: dict[tuple[str, str], Driver] = {}
     with contextlib.ExitStack() as stack:
 
@@ -32,8 +32,8 @@ def driver_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cl
 
 @pytest.fixture
 def tap(driver_of: Callable[[Client], Driver]) -> Iterator[Tap]:
-    """Calls of clients, and their bytes. In every test, whatever was answered keeps the rules of the wire."""
+    """Calls of clients, and their bytes. After every test, all recorded answers must keep the rules of the wire."""
     with contextlib.ExitStack() as stack:
         tap = Tap(driver_of, stack)
         yield tap
-    assert [told for exchange in tap.exchanges() for told in violations(exchange)] == []
+    assert [broken for exchange in tap.exchanges() for broken in violations(exchange)] == []

@@ -1,7 +1,7 @@
-"""The environments that client versions live in: made once from committed locks, away from the service's own.
+"""Environments of client versions: created once from committed locks, separate from the service's own.
 
 Python: `requirements/<name>.txt`, installed with its hashes. Node: `node/<name>/package-lock.json`. An environment is
-made anew when its lock has changed, and not otherwise.
+created again when its lock has changed, and not otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STAMP = "lock.blake2b"
 
 
 def python_environment(name: str) -> Path:
-    """The directory of the Python environment, made if need be."""
+    """Return the directory of the Python environment, created if necessary."""
     lock = HERE / "requirements" / f"{name}.txt"
     home = CACHE / name
     if _is_current(home, lock):
@@ -37,7 +37,7 @@ def python_environment(name: str) -> Path:
 
 
 def node_environment(name: str) -> Path:
-    """The directory that holds `node_modules`, made if need be. Skips the test where there is no Node."""
+    """Return the directory with `node_modules`, created if necessary. Skips the test without Node."""
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
@@ -52,7 +52,7 @@ def node_environment(name: str) -> Path:
 
 
 def bare_variables(home: Path) -> dict[str, str]:
-    """Variables for a client's process: none of those that steer clients, and `home` for their files."""
+    """Return a client process's variables: none of those that configure clients, and `home` for their files."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
 
 
@@ -71,5 +71,5 @@ def _stamped(home: Path, lock: Path) -> Path:
 
 
 def _run(*command: str, cwd: Path | None = None) -> None:
-    # Where an old aiohttp has no wheel for a new Python, it is built without a compiler.
+    # An old aiohttp without a wheel for a new Python is built without a compiler.
     subprocess.run(command, cwd=cwd, check=True, env=os.environ | {"AIOHTTP_NO_EXTENSIONS": "1"})

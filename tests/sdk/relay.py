@@ -1,4 +1,4 @@
-"""A relay between a client and the service that keeps every byte of both, and changes none."""
+"""A relay between a client and the service that records every byte of both and changes none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request and the answer to it, as they went over the wire. Header names are in lower case."""
+    """One request and its answer as sent over the wire. Header names are in lower case."""
 
     method: str
     target: str
@@ -27,21 +27,21 @@ class Exchange:
     headers: list[tuple[str, str]]
     body: bytes
     complete: bool
-    """Whether the answer came to its end."""
+    """The answer is complete."""
 
     def header(self, name: str) -> str:
-        """The answer's header, or an empty string."""
+        """Return the answer's header, or an empty string."""
         return next((value for key, value in self.headers if key == name), "")
 
     @property
     def is_stream(self) -> bool:
-        """Whether the answer is an event stream."""
+        """True if the answer is an event stream."""
         return self.header("content-type").startswith("text/event-stream")
 
 
 @dataclass
 class _Connection:
-    """What went over one connection, and when each piece of the answer passed."""
+    """The bytes of one connection, and the time at which each piece of the answer passed."""
 
     sent: bytearray = field(default_factory=bytearray)
     received: bytearray = field(default_factory=bytearray)
@@ -49,7 +49,7 @@ class _Connection:
 
 
 class Relay:
-    """A loopback address that leads to the service's. A context."""
+    """A loopback address that forwards to the service's. A context."""
 
     def __init__(self, origin: str) -> None:
         self._upstream = urlsplit(origin)
@@ -74,15 +74,15 @@ class Relay:
             end.close()
 
     def exchanges(self) -> list[Exchange]:
-        """Everything that was answered so far, connection by connection."""
+        """Return every answer so far, connection by connection."""
         return [exchange for connection in self._connections for exchange in _exchanges(connection)]
 
     def sent(self) -> bytes:
-        """All that clients have sent."""
+        """Return all bytes that clients have sent."""
         return b"".join(bytes(connection.sent) for connection in self._connections)
 
     def arrivals(self) -> list[tuple[float, bytes]]:
-        """Each piece of the answers as it came from the service, with the monotonic time."""
+        """Return each piece of the answers as the service sent it, with the monotonic time in seconds."""
         return [arrival for connection in self._connections for arrival in connection.arrivals]
 
     def _accept(self) -> None:
@@ -118,7 +118,7 @@ def _pump_answer(client: socket.socket, service: socket.socket, connection: _Con
 
 
 def _end(*ends: socket.socket) -> None:
-    """A side that has gone is gone for the other: no client here closes one direction only."""
+    """Close both sides: no client here closes one direction only."""
     for end in ends:
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
@@ -134,7 +134,7 @@ def _exchanges(connection: _Connection) -> Iterator[Exchange]:
         try:
             answer.begin()
         except http.client.HTTPException:
-            return  # the client left before it was answered
+            return  # the client disconnected before the answer
         body, complete = b"", True
         try:
             body = answer.read()
@@ -145,10 +145,10 @@ def _exchanges(connection: _Connection) -> Iterator[Exchange]:
 
 
 class _Unclosed(io.BytesIO):
-    """What `HTTPResponse` takes for a socket. The end of one answer does not close what the next is read from."""
+    """A file in place of a socket for `HTTPResponse`. The end of one answer does not close it for the next."""
 
     def makefile(self, mode: str) -> Self:
-        """All that is left."""
+        """Return the rest."""
         del mode
         return self
 

@@ -1,4 +1,4 @@
-"""The service inside the test's own process, for engines that fail as no setting makes them fail."""
+"""The service inside the test's own process, for engine failures that no setting causes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ServedHere:
-    """The application with this engine, on a free loopback port. A context."""
+    """Serve the application with this engine on a free loopback port. A context."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         app = create_app(settings, engine)

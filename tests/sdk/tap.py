@@ -1,4 +1,4 @@
-"""Clients' calls, made through relays that keep the bytes."""
+"""Clients' calls, made through relays that record the bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 class Served(Protocol):
-    """A service, wherever it runs."""
+    """A service in any process."""
 
     url: str
 
 
 class Tap:
-    """One test's line to services: relays are opened when needed and closed with the stack."""
+    """One test's access to services: relays are opened when needed and closed with the stack."""
 
     def __init__(self, driver_of: Callable[[Client], Driver], stack: contextlib.ExitStack) -> None:
         self._driver_of = driver_of
@@ -30,7 +30,7 @@ class Tap:
         self._relays: dict[str, Relay] = {}
 
     def relay(self, service: Served) -> Relay:
-        """The relay that leads to the service."""
+        """Return the relay to the service."""
         if service.url not in self._relays:
             self._relays[service.url] = self._stack.enter_context(Relay(service.url))
         return self._relays[service.url]
@@ -42,5 +42,5 @@ class Tap:
         return self._driver_of(client).perform(asked)
 
     def exchanges(self) -> list[Exchange]:
-        """Everything that was answered so far."""
+        """Return every answer so far."""
         return [exchange for relay in self._relays.values() for exchange in relay.exchanges()]

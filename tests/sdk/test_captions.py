@@ -1,4 +1,4 @@
-"""Every client, synchronous and asynchronous, whole and streamed, gets the caption as it was made."""
+"""Every client, synchronous and asynchronous, streamed and not, receives the caption as the engine made it."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ TOKENS = (25 + 8, 24, 57)
 HARD_TO_CARRY = (
     'line\u2028separator paragraph\u2029mark next\u0085line “哎呀” 🎵 "quoted" back\\slash two\n\nlines data:[DONE]'
 )
-"""What ends lines or events for a careless reader."""
+"""Characters that end lines or events for a careless reader."""
 
 
 @pytest.fixture(scope="module")
 def caption(fake_service: RunningService) -> str:
-    """What the service says of the clip to a plain HTTP client."""
+    """The service's caption of the clip for a plain HTTP client."""
     return ask_native(fake_service.url, data_url(CLIP)).text
 
 
 @every_client
 def test_whole(client: Client, tap: Tap, fake_service: RunningService, media: MediaServer, caption: str) -> None:
-    """A whole caption of a clip behind a URL: text, end, usage and request id."""
+    """A caption, not streamed, of a clip behind a URL: text, finish reason, usage and request id."""
     media.files["ä clip.wav"] = CLIP
     outcome = tap.perform(client, fake_service, audio=media.url("ä clip.wav"))
     assert outcome.error is None, outcome.message
@@ -47,7 +47,7 @@ def test_whole(client: Client, tap: Tap, fake_service: RunningService, media: Me
 
 @every_stream
 def test_stream(client: Client, stream: str, tap: Tap, fake_service: RunningService, caption: str) -> None:
-    """A streamed caption: every piece, and together the same text, end, usage and request id."""
+    """A streamed caption: every piece, and together the same text, finish reason, usage and request id."""
     outcome = tap.perform(client, fake_service, audio=data_url(CLIP), stream=stream)
     assert outcome.error is None, outcome.message
     assert sum(1 for piece in outcome.pieces if piece.text) >= 24
@@ -58,9 +58,9 @@ def test_stream(client: Client, stream: str, tap: Tap, fake_service: RunningServ
 
 @pytest.fixture(scope="module")
 def hard_to_carry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """The service with an engine that says what is hard to carry (a command line cannot, but a file can)."""
+    """The service with an engine whose text is hard to carry (a file can hold it, a command line cannot)."""
     settings = tmp_path_factory.mktemp("settings") / "captioner.toml"
-    text = json.dumps(HARD_TO_CARRY, ensure_ascii=False)  # which TOML reads alike
+    text = json.dumps(HARD_TO_CARRY, ensure_ascii=False)  # read alike by TOML
     settings.write_text(f"fake_text = {text}\nfake_tokens = {len(HARD_TO_CARRY.split(' '))}\n")
     with RunningService("--engine=fake", "--audio-workers=1", f"--config={settings}") as service:
         yield service
@@ -69,7 +69,7 @@ def hard_to_carry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
 @every_client
 @every_way
 def test_any_text_survives(client: Client, stream: str, tap: Tap, hard_to_carry: RunningService) -> None:
-    """Line and paragraph separators, quotes, other scripts and line ends come through as they were."""
+    """Line and paragraph separators, quotes, other scripts and line ends arrive unchanged."""
     outcome = tap.perform(client, hard_to_carry, audio=data_url(CLIP), stream=stream)
     assert outcome.error is None, outcome.message
     assert client.caption(outcome, stream) == HARD_TO_CARRY
@@ -77,7 +77,7 @@ def test_any_text_survives(client: Client, stream: str, tap: Tap, hard_to_carry:
 
 @pytest.fixture(scope="module")
 def long_winded() -> Iterator[RunningService]:
-    """The service with an engine that says 200 words of 1,500 characters, some 300 KB."""
+    """The service with an engine that makes 200 words of 1,500 characters, some 300 KB."""
     with RunningService(
         "--engine=fake", "--audio-workers=1", f"--fake-text={'w' * 1499}", "--fake-tokens=200"
     ) as service:
@@ -87,7 +87,7 @@ def long_winded() -> Iterator[RunningService]:
 @every_client
 @every_way
 def test_long_captions(client: Client, stream: str, tap: Tap, long_winded: RunningService) -> None:
-    """A caption of 300 KB comes whole, but a cumulative stream ends, as `length`, before a line is too long to read."""
+    """A caption of 300 KB arrives complete; a cumulative stream ends as `length` before a line is too long to read."""
     outcome = tap.perform(client, long_winded, audio=data_url(CLIP), stream=stream)
     assert outcome.error is None, outcome.message
     text = client.caption(outcome, stream)
@@ -114,7 +114,7 @@ def clips_at_the_limit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 def test_largest_inline_audio(
     client: Client, tap: Tap, fake_service: RunningService, clips_at_the_limit: tuple[Path, Path]
 ) -> None:
-    """Base64 of 9.9 MB is described; 10.1 MB is refused in JSON."""
+    """Base64 of 9.9 MB is captioned; 10.1 MB is refused in JSON."""
     below, above = clips_at_the_limit
     described = tap.perform(client, fake_service, inline_file=str(below))
     assert "40.55 seconds" in described.text, described.message

@@ -1,4 +1,4 @@
-"""The real engine behind the real clients: the same greedy caption for all, whole and streamed."""
+"""The real engine behind the real clients: the same greedy caption for all, streamed and not."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 CLIP = data_url(wav(2))
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 48}
 
-# One of each kind and version: whether its calls are awaited makes no difference to the engine.
+# One client of each kind and version: awaiting a call makes no difference to the engine.
 KINDS = {(client.environment, client.driver, client.protocol): client for client in CLIENTS}.values()
 
 
 @pytest.fixture(scope="module")
 def expected(embedded_service: RunningService) -> tuple[str, str, int]:
-    """What the service says to a plain HTTP client: text, how it ended, total tokens."""
+    """The answer to a plain HTTP client: text, finish reason, total tokens."""
     answer = ask_native(embedded_service.url, CLIP, **GREEDY)
     return answer.text, answer.finish_reason, answer.usage["total_tokens"]
 
@@ -33,7 +33,7 @@ def expected(embedded_service: RunningService) -> tuple[str, str, int]:
 def test_same_caption_for_all(
     client: Client, stream: str, tap: Tap, embedded_service: RunningService, expected: tuple[str, str, int]
 ) -> None:
-    """Every client gets vLLM's caption of the embedded checkpoint, and its usage."""
+    """Every client receives vLLM's caption of the embedded checkpoint, and its usage."""
     outcome = tap.perform(client, embedded_service, audio=CLIP, stream=stream, parameters=GREEDY)
     assert outcome.error is None, outcome.message
     assert (client.caption(outcome, stream), outcome.finish_reason, outcome.tokens[2]) == expected

@@ -1,4 +1,4 @@
-"""Failures reach each client as what its users catch: the class, status, code and message of PROTOCOL 9."""
+"""Failures reach each client as the exception that its users catch: class, status, code and message of PROTOCOL 9."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ OPENAI_CLASS = {
     503: "InternalServerError",
 }
 CLIENT_CLASS_OF_CODE = {"Arrearage": "PermissionDeniedError"}
-"""`dashscope.Client` looks at some codes first."""
+"""Codes that `dashscope.Client` maps before it looks at the status."""
 CLIENT_CLASS = OPENAI_CLASS | {413: "RequestTooLargeError", 503: "ServiceUnavailableError"}
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Status, code and message, in each dialect."""
+    """Status, code and message in each dialect."""
 
     native: tuple[int, str, str]
     compatible: tuple[int, str, str]
 
 
 def invalid(message: str) -> Failure:
-    """Something in the request is wrong."""
+    """Return the failure of an invalid request."""
     return Failure((400, "InvalidParameter", message), (400, "invalid_parameter_error", message))
 
 
@@ -92,7 +92,7 @@ FAILURES: dict[str, tuple[dict[str, Any], Failure]] = {
 
 
 def assert_failed(outcome: Outcome, client: Client, failure: Failure) -> None:
-    """The client tells this failure, in its own way."""
+    """Assert that the client reports this failure, in its own way."""
     status, code, message = failure.native if client.dialect == NATIVE else failure.compatible
     error = None if client.is_1x else OPENAI_CLASS.get(status)
     if client.driver == "dashscope_client":
@@ -113,7 +113,7 @@ def strict() -> Iterator[RunningService]:
 
 @pytest.fixture(scope="module")
 def late() -> Iterator[RunningService]:
-    """The service with an engine that says nothing before the deadline."""
+    """The service with an engine that generates nothing before the deadline."""
     flags = ("--fake-ttft-s=60", "--response-timeout-s=0.3", "--stream-timeout-s=0.3")
     with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
@@ -132,7 +132,7 @@ def test_before_the_answer(client: Client, stream: str, name: str, tap: Tap, str
 @every_client
 @every_way
 def test_too_late(client: Client, stream: str, tap: Tap, late: RunningService) -> None:
-    """A caption that has not begun at the deadline has failed, and no client asks for it again."""
+    """A caption that has not started at the deadline fails, and no client retries it."""
     outcome = tap.perform(client, late, audio=CLIP, stream=stream, retries=2)
     assert_failed(outcome, client, Failure((500, "RequestTimeOut", LATE), (500, "request_timeout", LATE)))
     assert len(tap.exchanges()) == 1
@@ -140,7 +140,7 @@ def test_too_late(client: Client, stream: str, tap: Tap, late: RunningService) -
 
 @every_client
 def test_body_over_the_cap(client: Client, tap: Tap, fake_service: RunningService, tmp_path: Path) -> None:
-    """A request body over 16 MiB is read to its end and refused as such."""
+    """A request body over 16 MiB is read to its end and refused as too large."""
     (tmp_path / "big").write_bytes(bytes(13 * 2**20))
     outcome = tap.perform(client, fake_service, inline_file=str(tmp_path / "big"))
     code = "BadRequest.TooLarge" if client.dialect == NATIVE else "request_too_large"
@@ -150,7 +150,7 @@ def test_body_over_the_cap(client: Client, tap: Tap, fake_service: RunningServic
 
 
 class Crowded(FakeEngine):
-    """An engine that is overrun after three tokens of each caption."""
+    """An engine that is overloaded after three tokens of each caption."""
 
     async def generate(
         self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
@@ -165,7 +165,7 @@ class Crowded(FakeEngine):
 
 
 class Loading(FakeEngine):
-    """An engine that never has loaded."""
+    """An engine that never finishes loading."""
 
     async def start(self) -> None:
         """See `Engine`."""
@@ -174,7 +174,7 @@ class Loading(FakeEngine):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings for services in this process."""
+    """Return settings for services in this process."""
     uploads, spool = tmp_path_factory.mktemp("uploads"), tmp_path_factory.mktemp("downloads")
     return Settings(
         engine="fake", auth=False, audio_workers=1, stream_flush_interval_s=0, uploads_dir=uploads, download_dir=spool
@@ -190,7 +190,7 @@ def dying(settings: Settings) -> Iterator[ServedHere]:
 
 @pytest.fixture(scope="module")
 def crowded(settings: Settings) -> Iterator[ServedHere]:
-    """The service with an engine that is overrun after three tokens."""
+    """The service with an engine that is overloaded after three tokens."""
     with ServedHere(settings, Crowded(settings)) as service:
         yield service
 
@@ -205,7 +205,7 @@ def loading(settings: Settings) -> Iterator[ServedHere]:
 @every_client
 @pytest.mark.parametrize("reason", ["dying", "crowded"])
 def test_inside_a_stream(client: Client, reason: str, tap: Tap, request: pytest.FixtureRequest) -> None:
-    """A failure in the middle of a stream: what came is handed out, then the error, to 1.x with its status too."""
+    """After a failure in mid-stream the client yields the pieces received, then the error; 1.x has its status, too."""
     outcome = tap.perform(client, request.getfixturevalue(reason), audio=CLIP, stream="default")
     status, code, openai_code, message = {
         "dying": (500, "InternalError.Algo", "internal_error", "inference internal error."),
@@ -235,7 +235,7 @@ RETRYING = list({(client.environment, client.driver): client for client in RETRY
 
 
 def test_retries_after_overload(tap: Tap) -> None:
-    """Refused for want of room, each client that retries waits as long as it was told to, and is served."""
+    """After a refusal as overload, each client that retries waits for `retry-after`, and is served."""
     flags = ("--engine=fake", "--audio-workers=1", "--fake-tpot-s=0.15", f"--max-concurrent-requests={len(RETRYING)}")
     with RunningService(*flags) as service, ThreadPoolExecutor(2 * len(RETRYING)) as pool:
         for client in RETRYING:

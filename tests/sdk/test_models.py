@@ -1,4 +1,4 @@
-"""What clients ask beside captions: the models, whose key it is, and a key for encryption that there is not."""
+"""Other requests of clients: model lists, the check of a key, and a public key for encryption, which does not exist."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def named() -> Iterator[RunningService]:
 
 @every_listing_client
 def test_list(client: Client, tap: Tap, named: RunningService) -> None:
-    """Every name that is served is listed."""
+    """Every served name is listed."""
     outcome = tap.perform(client, named, action="models", api_key="sk-right-key")
     assert outcome.models == [MODEL, "omni-alias"], outcome.message
 
@@ -47,20 +47,20 @@ def test_one(client: Client, tap: Tap, named: RunningService) -> None:
     missing = tap.perform(client, named, action="model", model="none", api_key="sk-right-key")
     assert missing.models == []
     assert missing.error == (None if client.is_1x else "NotFoundError"), missing.message
-    if client.is_1x:  # 1.24.10 asks by path, and hears the native dialect's 400; 2.0.2 filters the list, and says 404
+    if client.is_1x:  # 1.24.10 requests by path, and receives the native 400; 2.0.2 filters the list, and raises 404
         assert missing.status == {"dashscope-1.24.10": 400, "dashscope-2.0.2": 404}[client.environment]
 
 
 @every_listing_client
 def test_wrong_key(client: Client, tap: Tap, named: RunningService) -> None:
-    """The list is for callers with a key."""
+    """The list requires a key."""
     outcome = tap.perform(client, named, action="models", api_key="sk-wrong")
     assert (outcome.status, outcome.models) == (401, [])
 
 
 @pytest.mark.parametrize(("key", "verdict"), [("sk-right-key", "Authenticated"), ("sk-wrong-key", "Invalid API key")])
 def test_whoami(key: str, verdict: str, tap: Tap, named: RunningService, tmp_path: Path) -> None:
-    """`dashscope auth whoami` tells a good key from a bad one."""
+    """`dashscope auth whoami` distinguishes a good key from a bad one."""
     origin = tap.relay(named).origin
     variables = bare_variables(tmp_path) | {"DASHSCOPE_API_KEY": key, "DASHSCOPE_HTTP_BASE_URL": f"{origin}/api/v1"}
     command = [str(python_environment("dashscope-2.0.2") / "bin" / "dashscope"), "auth", "whoami"]
@@ -72,7 +72,7 @@ def test_whoami(key: str, verdict: str, tap: Tap, named: RunningService, tmp_pat
 
 @pytest.mark.parametrize("client", [client for client in CLIENTS if client.is_1x], ids=lambda client: client.name)
 def test_encryption(client: Client, tap: Tap, fake_service: RunningService) -> None:
-    """A client that would encrypt hears that there is no public key, and is served in plain text."""
+    """A client that wants to encrypt receives no public key, and is served in plain text."""
     assert client.dialect == NATIVE
     outcome = tap.perform(client, fake_service, audio=data_url(wav(1)), parameters={"enable_encryption": True})
     assert outcome.finish_reason == "stop", outcome.message

@@ -1,4 +1,4 @@
-"""Time on the wire: pieces come when they are made, keep-alives disturb nobody, who leaves frees the place."""
+"""Timing on the wire: pieces arrive as they are made, keep-alives are harmless, a disconnect releases the slot."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CLIP = data_url(wav(2))
 TOKENS, TPOT_S = 6, 0.1
 BEATING_TOKENS = 8
 ATTEMPTS = 5
-"""How often time is measured: the machine may stall for a moment, but what bunches pieces up does so every time."""
+"""Attempts at each measurement: the machine may pause for a moment, but code that bunches pieces does so every time."""
 
 TEXT = re.compile(rb'data: ?\{.*"(?:text|content)":"[^"]')
 
 
 @pytest.fixture(scope="module")
 def paced() -> Iterator[RunningService]:
-    """Six tokens, one each 0.1 s, and no keep-alive in that time that could push them along."""
+    """Six tokens, one each 0.1 s, and no keep-alive in that time that could flush them."""
     flags = (f"--fake-tpot-s={TPOT_S}", f"--fake-tokens={TOKENS}")
     with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
@@ -48,24 +48,24 @@ def beating() -> Iterator[RunningService]:
 
 @pytest.fixture(scope="module")
 def endless() -> Iterator[RunningService]:
-    """Captions that nobody waits for the end of."""
+    """Captions that last longer than any client waits."""
     flags = ("--fake-ttft-s=0.1", "--fake-tpot-s=0.02", "--fake-tokens=30000")
     with RunningService("--engine=fake", "--audio-workers=1", *flags) as service:
         yield service
 
 
 def text_times(relay: Relay) -> list[float]:
-    """When each frame with text had come from the service."""
+    """Return the times at which events with text arrived from the service, in seconds."""
     times, unread = [], b""
     for at_s, piece in relay.arrivals():
-        *frames, unread = (unread + piece).split(b"\n\n")
-        times += [at_s for frame in frames if TEXT.search(frame)]
+        *events, unread = (unread + piece).split(b"\n\n")
+        times += [at_s for event in events if TEXT.search(event)]
     return times
 
 
 @every_client
-def test_pieces_come_as_they_are_made(client: Client, tap: Tap, paced: RunningService) -> None:
-    """Pieces leave the service at the engine's pace, and the client's user sees each within 100 ms."""
+def test_pieces_arrive_as_they_are_made(client: Client, tap: Tap, paced: RunningService) -> None:
+    """Pieces leave the service at the engine's pace, and the client yields each within 100 ms."""
     for _ in range(ATTEMPTS):
         before = len(text_times(tap.relay(paced)))
         outcome = tap.perform(client, paced, audio=CLIP, stream="default")
@@ -80,8 +80,8 @@ def test_pieces_come_as_they_are_made(client: Client, tap: Tap, paced: RunningSe
 
 
 @every_stream
-def test_keep_alives_disturb_nobody(client: Client, stream: str, tap: Tap, beating: RunningService) -> None:
-    """With keep-alives before and between the frames, every client hands out what it would without."""
+def test_keep_alives_are_harmless(client: Client, stream: str, tap: Tap, beating: RunningService) -> None:
+    """With keep-alives before and between the events, every client yields the same as without."""
     caption = ask_native(beating.url, CLIP).text
     for _ in range(ATTEMPTS):
         outcome = tap.perform(client, beating, audio=CLIP, stream=stream)
@@ -92,12 +92,12 @@ def test_keep_alives_disturb_nobody(client: Client, stream: str, tap: Tap, beati
         beats = [gap.count(b": keep-alive\n\n") for gap in (before, *between)]
         if sum(count > 0 for count in beats) > BEATING_TOKENS - 2:
             return
-    pytest.fail(f"in {ATTEMPTS} attempts, last with {beats} keep-alives before and between the frames")
+    pytest.fail(f"in {ATTEMPTS} attempts, last with {beats} keep-alives before and between the events")
 
 
 @every_client
-def test_leaving_a_stream_frees_the_place(client: Client, tap: Tap, endless: RunningService) -> None:
-    """A user who breaks off a stream leaves nothing running."""
+def test_leaving_a_stream_releases_the_slot(client: Client, tap: Tap, endless: RunningService) -> None:
+    """A user who breaks off a stream leaves no request running."""
     cancelled = endless.metric("captioner_requests_total", outcome="cancelled")
     outcome = tap.perform(client, endless, audio=CLIP, stream="default", leave_after=3)
     assert len(outcome.pieces) == 3, outcome.message
@@ -106,16 +106,16 @@ def test_leaving_a_stream_frees_the_place(client: Client, tap: Tap, endless: Run
 
 
 @every_client
-def test_client_that_gives_up_frees_the_place(client: Client, tap: Tap, endless: RunningService) -> None:
-    """A client that waits no longer for a whole answer leaves nothing running."""
+def test_client_that_gives_up_releases_the_slot(client: Client, tap: Tap, endless: RunningService) -> None:
+    """A client that times out on a response that is not streamed leaves no request running."""
     outcome = tap.perform(client, endless, audio=CLIP, timeout_s=0.6)
     assert outcome.error is not None
     assert re.search("timed? ?out|abort", f"{outcome.error} {outcome.message}", re.IGNORECASE)
     endless.settle(timeout_s=5)
 
 
-def test_killed_client_frees_the_place(endless: RunningService, tap: Tap) -> None:
-    """A client that dies in the middle of a stream leaves nothing running."""
+def test_killed_client_releases_the_slot(endless: RunningService, tap: Tap) -> None:
+    """A client that is killed in mid-stream leaves no request running."""
     body = json.dumps(compatible_body(CLIP, stream=True))
     command = ["curl", "--silent", "--no-buffer", "--json", "@-", tap.relay(endless).origin + COMPATIBLE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as curl:

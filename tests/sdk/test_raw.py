@@ -1,4 +1,4 @@
-"""Answers as they lie on the wire, where no client looks: paths, methods, headers, and both shapes of errors."""
+"""Raw answers, in the parts that no client reads: paths, methods, headers, and both shapes of errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Ask(NamedTuple):
     headers: dict[str, str] = {}  # noqa: RUF012
 
 
-WHOLE = [
+NOT_STREAMED = [
     Ask("POST", NATIVE, native_body(CLIP)),
     Ask("POST", NATIVE, {"model": MODEL, "input": native_body(CLIP)["input"]}),
     Ask("POST", NATIVE, native_body(CLIP, stream=True), {"content-type": "text/plain"}),
@@ -87,8 +87,8 @@ REFUSED = [
 ]
 
 
-def told(tap: Tap, service: RunningService, ask: Ask) -> Exchange:
-    """The answer's bytes. The tap holds them against the rules of the wire."""
+def send(tap: Tap, service: RunningService, ask: Ask) -> Exchange:
+    """Send the request; return the recorded answer, which the tap checks against the rules of the wire."""
     content = None if ask.body is None else json.dumps(ask.body).encode()
     url = tap.relay(service).origin + ask.path
     httpx.request(ask.method, url, headers=ask.headers, content=content, timeout=30)
@@ -96,21 +96,21 @@ def told(tap: Tap, service: RunningService, ask: Ask) -> Exchange:
 
 
 def name(value: Any) -> str:
-    """For test ids."""
+    """Return the name in test ids."""
     return f"{value.method} {value.path}" if isinstance(value, Ask) else str(value)
 
 
-@pytest.mark.parametrize("ask", WHOLE, ids=name)
-def test_whole(ask: Ask, tap: Tap, fake_service: RunningService) -> None:
-    """Every way to ask for a whole answer gets one."""
-    answer = told(tap, fake_service, ask)
+@pytest.mark.parametrize("ask", NOT_STREAMED, ids=name)
+def test_not_streamed(ask: Ask, tap: Tap, fake_service: RunningService) -> None:
+    """Every request for a response that is not streamed gets one."""
+    answer = send(tap, fake_service, ask)
     assert (answer.status, answer.is_stream) == (200, False), answer.body
 
 
 @pytest.mark.parametrize("ask", NATIVE_STREAMS, ids=name)
 def test_native_stream(ask: Ask, tap: Tap, fake_service: RunningService) -> None:
-    """Every way to ask for a native stream gets one, which ends without a word about it."""
-    answer = told(tap, fake_service, ask)
+    """Every request for a native stream gets one, which ends without `[DONE]`."""
+    answer = send(tap, fake_service, ask)
     assert (answer.status, answer.is_stream) == (200, True), answer.body
     assert b"[DONE]" not in answer.body
     assert json.loads(events(answer)[-1]["data"])["output"]["choices"][0]["finish_reason"] == "stop"
@@ -118,8 +118,8 @@ def test_native_stream(ask: Ask, tap: Tap, fake_service: RunningService) -> None
 
 @pytest.mark.parametrize("ask", COMPATIBLE_STREAMS, ids=name)
 def test_compatible_stream(ask: Ask, tap: Tap, fake_service: RunningService) -> None:
-    """Every way to ask for a compatible stream gets one, which ends with one `[DONE]`."""
-    answer = told(tap, fake_service, ask)
+    """Every request for a compatible stream gets one, which ends with one `[DONE]`."""
+    answer = send(tap, fake_service, ask)
     assert (answer.status, answer.is_stream) == (200, True), answer.body
     assert answer.body.count(b"[DONE]") == 1
     assert answer.body.endswith(b"data: [DONE]\n\n")
@@ -127,21 +127,21 @@ def test_compatible_stream(ask: Ask, tap: Tap, fake_service: RunningService) -> 
 
 @pytest.mark.parametrize(("status", "ask"), REFUSED, ids=name)
 def test_refused(status: int, ask: Ask, tap: Tap, fake_service: RunningService) -> None:
-    """What is refused has its status, and the shape of errors that belongs to the path."""
-    answer = told(tap, fake_service, ask)
+    """A refused request has its status, and the path's shape of errors."""
+    answer = send(tap, fake_service, ask)
     assert answer.status == status, answer.body
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
 def test_operators_paths(path: str, fake_service: RunningService) -> None:
-    """Answers to operators carry a request id too."""
+    """Answers to operators have a request id, too."""
     response = httpx.get(fake_service.url + path)
     assert response.status_code == 200
     assert UUID.fullmatch(response.headers["x-request-id"])
 
 
 def test_expect_continue(tap: Tap, fake_service: RunningService) -> None:
-    """A client that asks before it sends a large body is told to go on."""
+    """A client that sends `expect: 100-continue` before a large body receives 100 and continues."""
     command = ["curl", "--silent", "--header", "expect: 100-continue", "--json", "@-"]
     body = json.dumps(compatible_body(data_url(wav(60))))
     url = tap.relay(fake_service).origin + COMPATIBLE
@@ -150,7 +150,7 @@ def test_expect_continue(tap: Tap, fake_service: RunningService) -> None:
 
 
 ID = "d532f72c-e75b-4ffb-a1ef-d2465e758958"
-NATIVE_FRAME = (
+NATIVE_EVENT = (
     f'id:1\nevent:result\ndata:{{"output":{{"choices":[{{"finish_reason":"stop"}}]}},"request_id":"{ID}"}}\n\n'
 )
 CHUNK = f'data: {{"choices":[{{"delta":{{"content":""}}}}],"id":"chatcmpl-{ID}"}}\n\n'
@@ -160,18 +160,18 @@ ERROR = f'{{"code":"a","message":"b","request_id":"{ID}"}}'
 @pytest.mark.parametrize(
     ("status", "path", "body", "rule"),
     [
-        (200, NATIVE, NATIVE_FRAME, ""),
-        (200, NATIVE, NATIVE_FRAME + "data:[DONE]\n\n", "the stream tells its end"),
-        (200, NATIVE, NATIVE_FRAME.replace("id:1", "id:2"), "ids do not count from 1"),
-        (200, NATIVE, NATIVE_FRAME.replace('"stop"', '"null"'), "wrong finish_reason"),
-        (200, NATIVE, NATIVE_FRAME.replace('{"output"', '{"code":null,"output"'), "code is null"),
-        (200, NATIVE, NATIVE_FRAME.replace(ID, ID[::-1]), "another request_id"),
-        (200, NATIVE, NATIVE_FRAME.replace("result", "error"), "cannot read the error event"),
-        (200, NATIVE, NATIVE_FRAME.replace("stop", "st\u00f6p"), "not plain ASCII"),
-        (200, NATIVE, NATIVE_FRAME.replace('"stop"', '"stop"' + " " * 131_072), "a line has 131"),
+        (200, NATIVE, NATIVE_EVENT, ""),
+        (200, NATIVE, NATIVE_EVENT + "data:[DONE]\n\n", "the stream announces its end"),
+        (200, NATIVE, NATIVE_EVENT.replace("id:1", "id:2"), "ids do not count from 1"),
+        (200, NATIVE, NATIVE_EVENT.replace('"stop"', '"null"'), "wrong finish_reason"),
+        (200, NATIVE, NATIVE_EVENT.replace('{"output"', '{"code":null,"output"'), "code is null"),
+        (200, NATIVE, NATIVE_EVENT.replace(ID, ID[::-1]), "another request_id"),
+        (200, NATIVE, NATIVE_EVENT.replace("result", "error"), "cannot read the error event"),
+        (200, NATIVE, NATIVE_EVENT.replace("stop", "st\u00f6p"), "not plain ASCII"),
+        (200, NATIVE, NATIVE_EVENT.replace('"stop"', '"stop"' + " " * 131_072), "a line has 131"),
         (200, COMPATIBLE, CHUNK + "data: [DONE]\n\n", ""),
-        (200, COMPATIBLE, CHUNK, "[DONE] stands at []"),
-        (200, COMPATIBLE, CHUNK + "data: [DONE]\n\ndata: [DONE]\n\n", "[DONE] stands at [1, 2]"),
+        (200, COMPATIBLE, CHUNK, "[DONE] is at []"),
+        (200, COMPATIBLE, CHUNK + "data: [DONE]\n\ndata: [DONE]\n\n", "[DONE] is at [1, 2]"),
         (200, COMPATIBLE, "event: x\n" + CHUNK + "data: [DONE]\n\n", "other fields than data"),
         (200, COMPATIBLE, CHUNK.replace('""', "null") + "data: [DONE]\n\n", "a delta has no content"),
         (400, NATIVE, ERROR, ""),
@@ -182,7 +182,7 @@ ERROR = f'{{"code":"a","message":"b","request_id":"{ID}"}}'
     ],
 )
 def test_the_rules_can_be_broken(status: int, path: str, body: str, rule: str) -> None:
-    """The rules that all these tests hold answers against tell each kind of wrong answer."""
+    """The rules of the wire detect each kind of wrong answer."""
     kind = "text/event-stream" if body.startswith(("id:", "data:", "event:")) else "application/json"
     headers = {"x-request-id": ID, "content-type": kind, "transfer-encoding": "chunked"}
     headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -192,9 +192,9 @@ def test_the_rules_can_be_broken(status: int, path: str, body: str, rule: str) -
 
 @pytest.mark.parametrize("missing", ["x-request-id", "content-type", "transfer-encoding", "cache-control"])
 def test_a_header_can_be_missed(missing: str) -> None:
-    """So do they tell each missing header."""
+    """The rules of the wire detect each missing header."""
     headers = {"x-request-id": ID, "content-type": "text/event-stream", "transfer-encoding": "chunked"}
     headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"}
     kept = [(name, value) for name, value in headers.items() if name != missing]
-    broken = violations(Exchange("POST", NATIVE, {}, 200, kept, NATIVE_FRAME.encode(), complete=True))
+    broken = violations(Exchange("POST", NATIVE, {}, 200, kept, NATIVE_EVENT.encode(), complete=True))
     assert any(missing in rule for rule in broken)

@@ -1,4 +1,4 @@
-"""The API manual's own samples, run as they stand: only hosts, the key and placeholder paths are put in."""
+"""The API manual's own samples, run unchanged but for hosts, the key and placeholder paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACEHOLDER = "SUQzBAAAAAAAI1RTU0UAAAAPAAADTGF2ZjU4LjI5...."
 ON_THE_WEB = "file-manage-files/zh-CN/20240916/xvappi/装修噪音.wav"
 
 REPAIRS = {
-    # The manual forgets an import, and a comma (PROTOCOL 14, no. 7).
+    # The manual lacks an import, and a comma (PROTOCOL 14, no. 7).
     "python-dashscope-file": [("import dashscope\n", "import dashscope\nimport os\n")],
     "python-dashscope-base64": [('os.getenv("DASHSCOPE_API_KEY")\n', 'os.getenv("DASHSCOPE_API_KEY"),\n')],
 }
@@ -36,7 +36,7 @@ REPAIRS = {
 
 @dataclass(frozen=True)
 class Manual:
-    """What the samples are filled in with, and what they should then print."""
+    """The values that fill in the samples, and the output expected of them."""
 
     service_origin: str
     media_origin: str
@@ -44,7 +44,7 @@ class Manual:
     caption: str
 
     def sample(self, name: str) -> str:
-        """The sample's text for this service and this clip."""
+        """Return the sample's text for this service and this clip."""
         text = (SAMPLES / f"{name}.txt").read_text()
         for old, new in (
             *REPAIRS.get(name, ()),
@@ -62,7 +62,7 @@ class Manual:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`welcome.mp3` in a directory of its own."""
+    """A directory that holds only `welcome.mp3`."""
     path = tmp_path_factory.mktemp("audio") / "welcome.mp3"
     soundfile.write(path, np.random.default_rng(1).uniform(-0.2, 0.2, 16_000), 16_000, format="MP3")
     return path
@@ -77,7 +77,7 @@ def manual(tap: Tap, fake_service: RunningService, media: MediaServer, clip: Pat
 
 
 def printed(command: list[str], home: Path) -> str:
-    """What the command prints, with an API key in its environment as the manual advises."""
+    """Return the command's output, with an API key in its environment as the manual advises."""
     variables = bare_variables(home) | {"DASHSCOPE_API_KEY": "sk-test"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def printed(command: list[str], home: Path) -> str:
     + [(f"openai-{version}", kind) for version in ("3.54.0", "1.52.2") for kind in ("url", "stream", "base64")],
 )
 def test_python(environment: str, kind: str, manual: Manual, tmp_path: Path) -> None:
-    """The seven Python samples, with an old and a new version of each client."""
+    """The seven Python samples run, with an old and a new version of each client."""
     sample = f"python-{environment.partition('-')[0]}-{kind}"
     script = tmp_path / "sample.py"
     script.write_text(manual.sample(sample))
@@ -102,7 +102,7 @@ def test_python(environment: str, kind: str, manual: Manual, tmp_path: Path) -> 
 @pytest.mark.parametrize("environment", ["openai-npm-7.57.0", "openai-npm-4.104.0"])
 @pytest.mark.parametrize("kind", ["url", "stream", "base64"])
 def test_node(environment: str, kind: str, manual: Manual, tmp_path: Path) -> None:
-    """The three Node samples, with an old and a new version of the client."""
+    """The three Node samples run, with an old and a new version of the client."""
     source = manual.sample(f"node-{kind}")
     output = printed(["node", str(node_script(environment, source, tmp_path / "sample.mjs"))], tmp_path)
     if kind == "stream":
@@ -115,7 +115,7 @@ def test_node(environment: str, kind: str, manual: Manual, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", ["url", "stream", "base64"])
 @pytest.mark.parametrize("dialect", ["native", "compatible"])
 def test_curl(dialect: str, kind: str, manual: Manual, tmp_path: Path) -> None:
-    """The six commands, pasted into a shell."""
+    """The six commands run, pasted into a shell."""
     command = manual.sample(f"curl-{dialect}-{kind}")
     script = tmp_path / "sample.sh"
     script.write_text(command)

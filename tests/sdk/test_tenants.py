@@ -1,4 +1,4 @@
-"""Tenants, keys and limits as each client's users meet them: class, status, code and message."""
+"""Tenants, keys and limits as each client's users see them: class, status, code and message."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ NO_KEY = Failure(
 
 
 def same(status: int, code: str, message: str) -> Failure:
-    """Told alike in both dialects."""
+    """Return a failure with one message in both dialects."""
     return Failure((status, code, message), (status, code, message))
 
 
 def limited(native: str, compatible: str, message: str) -> Failure:
-    """A limit is reached."""
+    """Return the failure of a reached limit."""
     return Failure((429, native, message), (429, compatible, message))
 
 
@@ -69,7 +69,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Tenants:
-    """A service, and a key for each way of being refused; `good` is served."""
+    """A service, and a key for each kind of refusal; `good` is served."""
 
     service: RunningService
     keys: dict[str, str]
@@ -77,7 +77,7 @@ class Tenants:
 
 @pytest.fixture(scope="module")
 def tenants() -> Iterator[Tenants]:
-    """Real tenants and keys in the service's database, made while it runs."""
+    """Real tenants and keys in the service's database, created while it runs."""
     with RunningService("--engine=fake", "--audio-workers=1", "--auth") as service:
         database = connect(f"sqlite:///{service.data / 'captioner.db'}")
         admin = Administration(database, Pepper((service.data / "pepper").read_bytes().strip()), "test")
@@ -99,20 +99,20 @@ def tenants() -> Iterator[Tenants]:
         while httpx.get(f"{service.url}/v1/models", headers=bearer(keys["good"])).status_code != 200:
             assert time.monotonic() < until, "the service has not seen the new keys"
             time.sleep(0.1)
-        time.sleep(2)  # until the one has expired
+        time.sleep(2)  # until the key has expired
         yield Tenants(service, keys)
         database.dispose()
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The header that carries a key."""
+    """Return the header with a key."""
     return {"authorization": f"Bearer {key}"}
 
 
 @every_client
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(client: Client, name: str, tap: Tap, tenants: Tenants) -> None:
-    """Each state of key and tenant, the other region, the end of the free tier, and each limit."""
+    """Each state of key and tenant, the other region, the end of the free tier, and each limit is refused."""
     outcome = tap.perform(client, tenants.service, audio=CLIP, api_key=tenants.keys[name])
     assert_failed(outcome, client, REFUSED[name])
 
@@ -120,7 +120,7 @@ def test_refused(client: Client, name: str, tap: Tap, tenants: Tenants) -> None:
 @every_client
 @every_way
 def test_served(client: Client, stream: str, tap: Tap, tenants: Tenants) -> None:
-    """With a good key, by the same service."""
+    """A good key is served by the same service."""
     outcome = tap.perform(client, tenants.service, audio=CLIP, api_key=tenants.keys["good"], stream=stream)
     assert outcome.error is None
     assert outcome.finish_reason == "stop"

@@ -1,4 +1,4 @@
-"""Local files, which DashScope's clients upload by themselves: policy (E3), form (E4), then the call with `oss://`."""
+"""Local files that DashScope's clients upload: policy (E3), form (E4), then the call with `oss://`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def guarded() -> Iterator[RunningService]:
 @every_uploader
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name(client: Client, name: str, tap: Tap, fake_service: RunningService, tmp_path: Path) -> None:
-    """A file of any name is uploaded, and it is that file which is described."""
+    """A file of any name is uploaded, and this file is captioned."""
     clip = wav(1, frequency_hz=300 + 50 * NAMES.index(name))
     (tmp_path / name).write_bytes(clip)
     outcome = tap.perform(client, fake_service, audio="file://" + quote(str(tmp_path / name)), stream="delta")
@@ -48,7 +48,7 @@ def test_any_name(client: Client, name: str, tap: Tap, fake_service: RunningServ
 
 @every_uploader
 def test_bare_path(client: Client, tap: Tap, fake_service: RunningService, tmp_path: Path) -> None:
-    """A path without `file://` is uploaded too, and described whole."""
+    """A path without `file://` is uploaded, too, and captioned completely."""
     clip = wav(1, frequency_hz=1000)
     (tmp_path / "clip.wav").write_bytes(clip)
     outcome = tap.perform(client, fake_service, audio=str(tmp_path / "clip.wav"))
@@ -59,7 +59,7 @@ def test_bare_path(client: Client, tap: Tap, fake_service: RunningService, tmp_p
 def test_upload_is_bound_to_its_owner(
     client: Client, tap: Tap, fake_service: RunningService, guarded: RunningService, tmp_path: Path
 ) -> None:
-    """What one has uploaded, another cannot have described; with a wrong key nothing is uploaded."""
+    """A caller's upload is not found for another caller; with a wrong key nothing is uploaded."""
     (tmp_path / "clip.wav").write_bytes(wav(1))
     path = str(tmp_path / "clip.wav")
     assert tap.perform(client, fake_service, audio=path, api_key="sk-one").text
@@ -76,7 +76,7 @@ def test_upload_is_bound_to_its_owner(
 
 @every_uploader
 def test_file_over_the_limit(client: Client, tap: Tap, fake_service: RunningService, tmp_path: Path) -> None:
-    """A file of 10 MiB is refused in the words of the object store, and nothing of it is kept."""
+    """A file of 10 MiB is refused in the words of the object store, and no part of it is kept."""
     (tmp_path / "big.wav").write_bytes(wav(1) + bytes(10 * 2**20))
     before = set(fake_service.uploads.rglob("*"))
     outcome = tap.perform(client, fake_service, audio=f"file://{tmp_path}/big.wav")
@@ -96,6 +96,6 @@ def test_other_clients_send_the_path_as_it_is(
 
 
 def _uploaded_reference(sent: bytes) -> str:
-    """The `oss://` reference in the last request."""
+    """Return the `oss://` reference in the last request."""
     _, scheme, rest = sent.rpartition(b"oss://")
     return (scheme + rest.partition(b'"')[0]).decode()

@@ -1,4 +1,4 @@
-"""What holds for every answer, whoever asked: the rules of PROTOCOL 2, 4, 5 and 9 that raw bytes can break."""
+"""Rules for every answer to every client: those of PROTOCOL 2, 4, 5 and 9 that raw bytes can break."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NEVER_NULL = {"code", "message", "request_id", "content", "annotations", "reason
 
 
 def violations(exchange: Exchange) -> list[str]:
-    """Each broken rule, in words."""
-    return [f"{exchange.method} {exchange.target} → {exchange.status}: {told}" for told in _violations(exchange)]
+    """Return a sentence for each broken rule."""
+    return [f"{exchange.method} {exchange.target} → {exchange.status}: {broken}" for broken in _violations(exchange)]
 
 
 def events(exchange: Exchange) -> list[dict[str, str]]:
-    """The fields of each event of a stream; comments are left out, and what was cut off at the end too."""
+    """Return the fields of each event of a stream, without comments and without an incomplete last event."""
     blocks = exchange.body.decode().split("\n\n")[:-1]
     found = []
     for block in blocks:
@@ -45,7 +45,7 @@ def _violations(exchange: Exchange) -> Iterator[str]:
     elif exchange.target.startswith("/oss-upload"):
         if exchange.status != 200 and exchange.header("content-type") != "application/xml":
             yield f"content-type is {exchange.header('content-type')}"
-    elif exchange.complete:  # Node's client closes the connection on what it will ask again
+    elif exchange.complete:  # Node's client closes the connection of an answer that it will retry
         if exchange.header("content-type") not in {"application/json", "application/json; charset=utf-8"}:
             yield f"content-type is {exchange.header('content-type')}"
             return
@@ -71,37 +71,37 @@ def _lines(exchange: Exchange) -> Iterator[str]:
 
 
 def _native_stream(exchange: Exchange) -> Iterator[str]:
-    told = events(exchange)
-    if any(event.get("data") == "[DONE]" or event.get("event") == "done" for event in told):
-        yield "the stream tells its end"
+    found = events(exchange)
+    if any(event.get("data") == "[DONE]" or event.get("event") == "done" for event in found):
+        yield "the stream announces its end"
         return
-    if [event.get("id") for event in told] != [str(number + 1) for number in range(len(told))]:
+    if [event.get("id") for event in found] != [str(number + 1) for number in range(len(found))]:
         yield "ids do not count from 1"
-    for number, event in enumerate(told):
+    for number, event in enumerate(found):
         data = json.loads(event["data"])
         yield from _nulls(data)
         if data.get("request_id") != exchange.header("x-request-id"):
-            yield "a frame has another request_id"
+            yield "an event has another request_id"
         if event["event"] == "error":
             if b"event:error\nstatus:" not in exchange.body or not {"code", "message"} <= data.keys():
                 yield "clients cannot read the error event"
             continue
-        last = exchange.complete and number == len(told) - 1
+        last = exchange.complete and number == len(found) - 1
         if (data["output"]["choices"][0]["finish_reason"] == "null") == last:
-            yield f"frame {number} of {len(told)} has the wrong finish_reason"
+            yield f"event {number} of {len(found)} has the wrong finish_reason"
 
 
 def _compatible_stream(exchange: Exchange) -> Iterator[str]:
-    told = events(exchange)
-    if any(event.keys() != {"data"} for event in told):
+    found = events(exchange)
+    if any(event.keys() != {"data"} for event in found):
         yield "there are other fields than data"
-    payloads = [event.get("data", "") for event in told]
+    payloads = [event.get("data", "") for event in found]
     chunks = [json.loads(payload) for payload in payloads if payload != "[DONE]"]
     failed = any("error" in chunk for chunk in chunks)
     ends = [index for index, payload in enumerate(payloads) if payload == "[DONE]"]
-    # A client may go at [DONE], before the answer's last byte.
+    # A client may disconnect at [DONE], before the answer's last byte.
     if (ends or (exchange.complete and not failed)) and ends != [len(payloads) - 1]:
-        yield f"[DONE] stands at {ends} of {len(payloads)}"
+        yield f"[DONE] is at {ends} of {len(payloads)}"
     ids = {chunk["id"] for chunk in chunks if "error" not in chunk}
     if ids - {f"chatcmpl-{exchange.header('x-request-id')}"}:
         yield f"ids are {ids}"

@@ -1,4 +1,4 @@
-"""The service as a process of its own, as a user would start it."""
+"""The service in a separate process, as a user would start it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import httpx
 class RunningService:
     """`captioner serve …` on a free loopback port, with its log and its metrics. A context.
 
-    It asks for keys if `--api-keys` or `--auth` is among the flags.
+    The service requires keys if `--api-keys` or `--auth` is among the flags.
     """
 
     def __init__(self, *flags: str, start_timeout_s: float = 60) -> None:
@@ -25,8 +25,8 @@ class RunningService:
         self.downloads, self.uploads, self.data = directory / "downloads", directory / "uploads", directory / "data"
         self.downloads.mkdir()
         self._log = (directory / "log").open("w+")
-        asks_for_keys = any(flag.startswith(("--api-keys", "--auth")) for flag in flags)
-        self._flags = flags if asks_for_keys else ("--no-auth", *flags)
+        requires_keys = any(flag.startswith(("--api-keys", "--auth")) for flag in flags)
+        self._flags = flags if requires_keys else ("--no-auth", *flags)
         self._start_timeout_s = start_timeout_s
         self.url = ""
 
@@ -53,8 +53,8 @@ class RunningService:
         self._directory.cleanup()
 
     def stop(self) -> int:
-        """End it as an operator would, and return its exit status."""
-        self.process.terminate()  # of one that has ended already, nothing happens
+        """Stop the service as an operator would, and return its exit status."""
+        self.process.terminate()  # harmless if the process has already ended
         try:
             return self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
@@ -62,12 +62,12 @@ class RunningService:
             raise
 
     def log(self) -> str:
-        """Everything it has logged so far."""
+        """Return everything logged so far."""
         self._log.flush()
         return Path(self._log.name).read_text()
 
     def metric(self, name: str, **labels: str) -> float:
-        """A metric's value, summed over the series that have these labels."""
+        """Return a metric's value, summed over the series that have these labels."""
         total, found = 0.0, False
         for line in httpx.get(f"{self.url}/metrics").text.splitlines():
             match = re.fullmatch(r"([\w:]+)(?:\{(.*)\})? (\S+)", line)
@@ -82,15 +82,15 @@ class RunningService:
         return total
 
     def settle(self, timeout_s: float = 10) -> None:
-        """Wait until nothing is under way. Raises `TimeoutError`."""
+        """Wait until no work is in progress. Raises `TimeoutError`."""
         deadline = time.monotonic() + timeout_s
-        while any(self.metric(name) for name in UNDER_WAY):
+        while any(self.metric(name) for name in IN_PROGRESS):
             if time.monotonic() > deadline:
-                raise TimeoutError({name: self.metric(name) for name in UNDER_WAY})
+                raise TimeoutError({name: self.metric(name) for name in IN_PROGRESS})
             time.sleep(0.05)
 
 
-UNDER_WAY = (
+IN_PROGRESS = (
     "captioner_requests_in_flight",
     "captioner_engine_running",
     "captioner_audio_queue_depth",

@@ -18,7 +18,7 @@ COMPATIBLE = "/compatible-mode/v1/chat/completions"
 
 
 def wav(seconds: float, *, frequency_hz: float = 440.0) -> bytes:
-    """A 16 kHz mono WAV of a tone."""
+    """Return a 16 kHz mono WAV of a tone."""
     time_s = np.arange(round(16_000 * seconds)) / 16_000
     buffer = io.BytesIO()
     soundfile.write(buffer, 0.3 * np.sin(2 * np.pi * frequency_hz * time_s), 16_000, format="WAV", subtype="PCM_16")
@@ -26,12 +26,12 @@ def wav(seconds: float, *, frequency_hz: float = 440.0) -> bytes:
 
 
 def data_url(audio: bytes, mime: str = "") -> str:
-    """The audio as a data URL."""
+    """Return the audio as a data URL."""
     return f"data:{mime};base64,{base64.b64encode(audio).decode()}"
 
 
 def native_body(audio: str, **parameters: object) -> dict[str, Any]:
-    """A DashScope request for one clip."""
+    """Return a DashScope request for one clip."""
     return {
         "model": MODEL,
         "input": {"messages": [{"role": "user", "content": [{"audio": audio}]}]},
@@ -40,14 +40,14 @@ def native_body(audio: str, **parameters: object) -> dict[str, Any]:
 
 
 def compatible_body(audio: str, **parameters: object) -> dict[str, Any]:
-    """An OpenAI request for one clip."""
+    """Return an OpenAI request for one clip."""
     part = {"type": "input_audio", "input_audio": {"data": audio}}
     return {"model": MODEL, "messages": [{"role": "user", "content": [part]}], **parameters}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What either dialect tells of a caption, in one shape."""
+    """A caption's response of either dialect, in one shape."""
 
     text: str
     finish_reason: str
@@ -56,7 +56,7 @@ class Answer:
 
 
 def ask_native(url: str, audio: str, *, headers: dict[str, str] | None = None, **parameters: object) -> Answer:
-    """One whole answer in the DashScope dialect."""
+    """Request a caption in the DashScope dialect, not streamed."""
     response = httpx.post(url + NATIVE, json=native_body(audio, **parameters), headers=headers, timeout=120)
     assert response.status_code == 200, response.text
     body = response.json()
@@ -65,7 +65,7 @@ def ask_native(url: str, audio: str, *, headers: dict[str, str] | None = None, *
 
 
 def ask_compatible(url: str, audio: str, *, headers: dict[str, str] | None = None, **parameters: object) -> Answer:
-    """One whole answer in the OpenAI dialect."""
+    """Request a caption in the OpenAI dialect, not streamed."""
     response = httpx.post(url + COMPATIBLE, json=compatible_body(audio, **parameters), headers=headers, timeout=120)
     assert response.status_code == 200, response.text
     body = response.json()
@@ -84,7 +84,7 @@ def upload(url: str, audio: bytes, *, name: str = "clip", headers: dict[str, str
 
 
 def upload_fields(policy: dict[str, Any], key: str) -> dict[str, str]:
-    """The form's fields before the file."""
+    """Return the form's fields before the file."""
     return {
         "OSSAccessKeyId": policy["oss_access_key_id"],
         "Signature": policy["signature"],
@@ -97,6 +97,6 @@ def upload_fields(policy: dict[str, Any], key: str) -> dict[str, str]:
 
 
 def events(stream: str) -> list[Any]:
-    """The JSON payloads of an event stream; `[DONE]` and comments left out."""
+    """Return the JSON payloads of an event stream, without `[DONE]` and comments."""
     payloads = [line.removeprefix("data:").strip() for line in stream.splitlines() if line.startswith("data:")]
     return [json.loads(payload) for payload in payloads if payload != "[DONE]"]

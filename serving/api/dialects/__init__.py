@@ -1,1 +1,1 @@
-"""The dialects: wire formats live here and nowhere else."""
+"""Dialects: all code that knows a wire format."""

@@ -1,7 +1,7 @@
-"""What an audio reference may be (PROTOCOL 7.2): a URL, a data URL, an upload's `oss://` key, or bare base64.
+"""Audio references (PROTOCOL 7.2): a URL, a data URL, an upload's `oss://` key, or bare base64.
 
-Nothing here looks at a whole clip: the base64 text is decoded where the audio is, off the event loop, and whether it is
-base64 at all is told there.
+No function here reads a complete clip: an audio worker decodes the base64 text, off the event loop, and there it is
+checked to be base64.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ MAX_MEDIA_TYPE_CHARS = 1024
 
 _CONTROL = re.compile(r"[\x00-\x20\x7f]")
 
-_BARE_HEAD_CHARS = 2048
-"""How much of bare base64 is looked at: enough for every format's beginning, little enough for the event loop."""
+_SNIFFED_CHARS = 2048
+"""Characters of bare base64 that are decoded to recognise a format: enough for the magic bytes of every format, few
+enough for the event loop."""
 
 
 def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings) -> AudioSource:
-    """The source that the reference names.
+    """Return the source that the reference names.
 
     Raises `InvalidAudioUrl`, `AudioEmpty` and `InlineTooLarge`.
     """
@@ -46,7 +47,7 @@ def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings
             raise InvalidAudioUrl
         return _inline(reference[comma + 1 :], settings)
     if scheme.startswith("oss://"):
-        # Everything after the scheme is the key, as it stands: names with `#`, `?` or `%` are never parsed.
+        # Everything after the scheme is the key, unparsed: file names may contain `#`, `?` or `%`.
         key = reference[len("oss://") :]
         if not key or headers.get("x-dashscope-ossresourceresolve", "").lower() != "enable":
             raise InvalidAudioUrl
@@ -79,9 +80,9 @@ def _inline(text: str, settings: Settings) -> InlineAudio:
 
 
 def _begins_like_audio(text: str) -> bool:
-    """Whether the text is base64 of something that begins as audio files do."""
-    head = "".join(text[:_BARE_HEAD_CHARS].split()).replace("-", "+").replace("_", "/")
+    """Return `True` if the text is base64 that begins with the magic bytes of an audio format."""
+    prefix = "".join(text[:_SNIFFED_CHARS].split()).replace("-", "+").replace("_", "/")
     try:
-        return sniff(base64.b64decode(head[: len(head) // 4 * 4], validate=True)) is not None
+        return sniff(base64.b64decode(prefix[: len(prefix) // 4 * 4], validate=True)) is not None
     except ValueError:
         return False

@@ -1,6 +1,6 @@
-"""What a dialect is: it decodes a request, and renders captions and errors. One core, two dialects.
+"""Interface of a dialect, which decodes requests and renders captions and errors. One core, two dialects.
 
-A codec is pure: bytes and headers in, bytes out; it awaits nothing and reads no clock but for `created`.
+A codec is pure: bytes and headers in, bytes out. It awaits nothing, and reads the clock only for `created`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class HttpError:
-    """An error as it goes over the wire before a stream has begun."""
+    """An error as a plain HTTP response, for as long as no stream has started."""
 
     status: int
     body: bytes
@@ -30,29 +30,29 @@ class HttpError:
 
 
 class Reply(Protocol):
-    """Renders the one answer to one decoded request. Stateful for a stream: call `frame` in order."""
+    """Renderer of the response to one decoded request. Stateful for a stream: call `event` in order."""
 
     stream: bool
 
     ended: bool
-    """The epilogue was rendered: stop generating, further deltas render as nothing.
+    """The epilogue was rendered: stop generating; further deltas render as no bytes.
 
-    So after the last delta, and before it when a cumulative stream reaches the longest line that clients read.
+    True after the last delta, and earlier when a cumulative stream reaches the longest line that clients read.
     """
 
-    def whole(self, text: str, last: CaptionDelta) -> bytes:
-        """The body of a whole answer: all text, and the last delta's usage and finish reason."""
+    def full_body(self, text: str, last: CaptionDelta) -> bytes:
+        """Render a response that is not streamed: all text, and the last delta's usage and finish reason."""
         ...
 
-    def frame(self, delta: CaptionDelta) -> bytes:
-        """Server-sent events for one delta: with the preamble before the first, with the epilogue after the last.
+    def event(self, delta: CaptionDelta) -> bytes:
+        """Render one delta as SSE events: with the preamble before the first, with the epilogue after the last.
 
-        Empty when there is nothing to tell (a delta without text that is not the last).
+        Empty for a delta without text that is not the last.
         """
         ...
 
-    def error_frame(self, error: errors.CaptionerError) -> bytes:
-        """The event that ends a stream which failed after its status line was sent."""
+    def error_event(self, error: errors.CaptionerError) -> bytes:
+        """Render the SSE event that ends a stream which failed after its status line was sent."""
         ...
 
 
@@ -62,28 +62,28 @@ class Codec(Protocol):
     dialect: str
 
     def decode_request(self, body: bytes, headers: Mapping[str, str], request_id: str) -> tuple[CaptionRequest, Reply]:
-        """Check everything that can be checked without fetching the audio. `headers` has lower-case names.
+        """Decode a request, and check everything that needs no audio. `headers` has lower-case names.
 
         Raises `ClientError`.
         """
         ...
 
     def error(self, error: errors.CaptionerError, request_id: str) -> HttpError:
-        """The error as a plain response."""
+        """Render the error as a plain response."""
         ...
 
 
 HEARTBEAT = b": keep-alive\n\n"
-"""A comment that every client ignores (PROTOCOL 2.14)."""
+"""SSE comment that every client ignores (PROTOCOL 2.14)."""
 
 MAX_LINE_BYTES = 128 * 1024
-"""The longest line of an event stream that every client reads (PROTOCOL 2.12)."""
+"""Longest line of an SSE stream that every client reads (PROTOCOL 2.12)."""
 
 MAX_TEXT_BYTES = MAX_LINE_BYTES - 2048
-"""What is left of a line for a text as JSON, beside the frame around it."""
+"""Part of a line that a text may take as JSON; the rest is for the event around the text."""
 
 MAX_RETRY_S = 60
-"""A client that is told to come back later than this does not come back, or does not wait (PROTOCOL 2.13)."""
+"""Longest `retry-after` that every client honours: above it clients do not retry, or do not wait (PROTOCOL 2.13)."""
 
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
@@ -103,16 +103,16 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.Overloaded: 503,
     errors.CaptionerError: 500,
 }
-"""The one table of HTTP statuses; an error takes its nearest ancestor's. A dialect may differ by its own table."""
+"""The single table of HTTP statuses: an error has the status of its nearest ancestor. A dialect may override it."""
 
 
 def nearest(table: Mapping[type[errors.CaptionerError], T], error: errors.CaptionerError) -> T:
-    """The entry of the error's class, or of its nearest ancestor."""
+    """Return the entry of the error's class, or of its nearest ancestor."""
     return next(table[cls] for cls in type(error).__mro__ if cls in table)
 
 
 def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, str]:
-    """Headers that go with an error in every dialect: what a retry should do (PROTOCOL 2.13)."""
+    """Return the headers of an error in every dialect: the request id, and when to retry (PROTOCOL 2.13)."""
     headers = {"x-request-id": request_id}
     if isinstance(error, errors.Overloaded):
         headers["retry-after"] = str(error.retry_after_s)
@@ -128,7 +128,7 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
 
 
 def lines(text: str) -> Iterator[str]:
-    """The text in pieces that each fit one line whatever they hold (a character takes at most 12 bytes as JSON)."""
+    """Split a text into pieces that fit one line each, for any characters (one takes at most 12 bytes as JSON)."""
     step = MAX_TEXT_BYTES // 12
     for start in range(0, len(text), step):
         yield text[start : start + step]

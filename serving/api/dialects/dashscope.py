@@ -95,10 +95,10 @@ class DashScopeCodec:
 
 
 class DashScopeReply:
-    """`Reply` in `result` events, each with all text so far or (`incremental`) with what is new.
+    """`Reply` in `result` events, each with all text so far or (`incremental`) with the new text only.
 
-    A cumulative stream ends as `length`, cut, at the last character that fits the longest line that clients read
-    (`MAX_LINE_BYTES`): what was sent stays right and billed right, where an error would discard a good caption.
+    A cumulative stream ends as `length`, truncated after the last character that fits the longest line that clients
+    read (`MAX_LINE_BYTES`): the text sent stays valid and correctly billed; an error would discard a good caption.
     """
 
     def __init__(self, request_id: str, *, stream: bool, incremental: bool) -> None:
@@ -108,9 +108,9 @@ class DashScopeReply:
         self._request_id = request_id
         self._end = f',"request_id":{quote(request_id)}}}\n\n'
         self._events = 0
-        self._text = ""  # so far, as the inside of a JSON string; of cumulative streams only
+        self._text = ""  # all text so far, JSON-escaped without quotes; cumulative streams only
 
-    def whole(self, text: str, last: CaptionDelta) -> bytes:
+    def full_body(self, text: str, last: CaptionDelta) -> bytes:
         """See `Reply`."""
         usage = last.usage
         return (
@@ -123,15 +123,15 @@ class DashScopeReply:
             f'"request_id":{quote(self._request_id)}}}'
         ).encode("ascii")
 
-    def frame(self, delta: CaptionDelta) -> bytes:
+    def event(self, delta: CaptionDelta) -> bytes:
         """See `Reply`."""
         if self.ended:
             return b""
         events = self._new_text(delta) if self._incremental else self._all_text(delta)
         return events.encode("ascii")
 
-    def error_frame(self, error: errors.CaptionerError) -> bytes:
-        """See `Reply`. `event:error` without a space and `status:` before the data, for the sake of 1.x clients."""
+    def error_event(self, error: errors.CaptionerError) -> bytes:
+        """See `Reply`. `event:error` has no space and `status:` precedes the data: 1.x clients require both."""
         self.ended = True
         self._events += 1
         status = nearest(_STATUS, error)
@@ -141,10 +141,10 @@ class DashScopeReply:
         ).encode("ascii")
 
     def _new_text(self, delta: CaptionDelta) -> str:
-        events = [self._event(quote(text), "null", delta.usage) for text in lines(delta.text)]
+        events = [self._result_event(quote(text), "null", delta.usage) for text in lines(delta.text)]
         if delta.finish_reason is not None:
             self.ended = True
-            events.append(self._event('""', delta.finish_reason, delta.usage))
+            events.append(self._result_event('""', delta.finish_reason, delta.usage))
         return "".join(events)
 
     def _all_text(self, delta: CaptionDelta) -> str:
@@ -152,15 +152,15 @@ class DashScopeReply:
             return ""
         finish_reason = delta.finish_reason
         added = quote(delta.text)[1:-1]
-        room = MAX_TEXT_BYTES - len(self._text)
-        if len(added) > room:
-            added = _cut(delta.text, room)
+        free_bytes = MAX_TEXT_BYTES - len(self._text)
+        if len(added) > free_bytes:
+            added = _truncate(delta.text, free_bytes)
             finish_reason = FinishReason.LENGTH
         self._text += added
         self.ended = finish_reason is not None
-        return self._event(f'"{self._text}"', finish_reason or "null", delta.usage)
+        return self._result_event(f'"{self._text}"', finish_reason or "null", delta.usage)
 
-    def _event(self, text: str, finish_reason: str, usage: Usage) -> str:
+    def _result_event(self, text: str, finish_reason: str, usage: Usage) -> str:
         self._events += 1
         return (
             f"id:{self._events}\nevent:result\n:HTTP_STATUS/200\n"
@@ -174,7 +174,7 @@ class DashScopeReply:
 
 
 def models_page(settings: Settings, query: Mapping[str, str], request_id: str) -> bytes:
-    """The answer to `GET /api/v1/models?page_no&page_size[&model]`. Raises `InvalidRequest`."""
+    """Render the response to `GET /api/v1/models?page_no&page_size[&model]`. Raises `InvalidRequest`."""
     page_no, page_size = _page(query, "page_no", 1, 2**31), _page(query, "page_size", 10, MAX_PAGE_SIZE)
     names = [name for name in served_names(settings) if query.get("model", name) == name]
     models = ",".join(_model_object(settings, name) for name in names[(page_no - 1) * page_size :][:page_size])
@@ -185,7 +185,7 @@ def models_page(settings: Settings, query: Mapping[str, str], request_id: str) -
 
 
 def model(settings: Settings, name: str, request_id: str) -> bytes:
-    """The answer to `GET /api/v1/models/{name}`. Raises `ModelNotFound`."""
+    """Render the response to `GET /api/v1/models/{name}`. Raises `ModelNotFound`."""
     check_served(settings, name)
     return f'{{"request_id":{quote(request_id)},"output":{_model_object(settings, name)}}}'.encode("ascii")
 
@@ -218,11 +218,11 @@ def _seed(parameters: Mapping[str, Any]) -> int | None:
     return seed
 
 
-def _page(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+def _page(query: Mapping[str, str], name: str, default: int, maximum: int) -> int:
     text = query.get(name) or str(default)
-    value = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(most)) else 0
-    if not 1 <= value <= most:
-        raise InvalidRequest(f"Range of {name} should be [1, {most}]", param=name)
+    value = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(maximum)) else 0
+    if not 1 <= value <= maximum:
+        raise InvalidRequest(f"Range of {name} should be [1, {maximum}]", param=name)
     return value
 
 
@@ -235,17 +235,17 @@ def _model_object(settings: Settings, name: str) -> str:
 
 
 def _error_object(error: errors.CaptionerError, request_id: str) -> str:
-    message = "Model not exist." if isinstance(error, errors.ModelNotFound) else str(error)
+    message = "Model not exist." if isinstance(error, errors.ModelNotFound) else str(error)  # sic
     return f'{{"code":"{nearest(_CODE, error)}","message":{quote(message)},"request_id":{quote(request_id)}}}'
 
 
-def _cut(text: str, room: int) -> str:
-    """The longest beginning of the text that takes at most `room` bytes inside a JSON string, as such."""
+def _truncate(text: str, max_bytes: int) -> str:
+    """Return the longest prefix of the text that takes at most `max_bytes` inside a JSON string, JSON-escaped."""
     pieces: list[str] = []
     for character in text:
         piece = quote(character)[1:-1]
-        room -= len(piece)
-        if room < 0:
+        max_bytes -= len(piece)
+        if max_bytes < 0:
             break
         pieces.append(piece)
     return "".join(pieces)

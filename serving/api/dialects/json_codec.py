@@ -1,7 +1,7 @@
-"""JSON as it comes in and as it goes out.
+"""JSON decoding with bounded work, and JSON encoding as ASCII.
 
-In: the standard, strictly, with bounded work. Out: ASCII only, so that a text with U+2028, U+2029 or U+0085 stays one
-line for every client's event parser (PROTOCOL 2.11).
+Decoding accepts standard JSON only. Encoding escapes all other characters, so that a text with U+2028, U+2029 or U+0085
+stays one line for every client's SSE parser (PROTOCOL 2.11).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pydantic_core import from_json
 from serving.errors import InvalidRequest
 
 MAX_COMMAS = 100_000
-"""More than any request needs; fewer than it takes to stall the event loop with millions of tiny values."""
+"""Limit that no real request reaches, and that keeps millions of tiny values from stalling the event loop."""
 
 quote = encode_basestring_ascii
-"""A text as a JSON string, quotes included; astral characters become surrogate pairs."""
+"""Encode a text as a JSON string, quotes included; astral characters become surrogate pairs."""
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object that `body` is. Of repeated keys the last counts.
+    """Decode a JSON object. If a key is repeated, its last value counts.
 
-    A 10 MB base64 string costs about a millisecond (`orjson.loads`: ten). Raises `InvalidRequest` for anything else:
-    not JSON, not UTF-8, not an object, nested or crowded past reason.
+    A 10 MB base64 string costs about a millisecond (`orjson.loads`: ten). Raises `InvalidRequest` if `body` is not
+    JSON, not UTF-8, not an object, nested too deeply, or has more than `MAX_COMMAS` commas.
     """
     if body.count(b",") > MAX_COMMAS:
         raise InvalidRequest

@@ -1,4 +1,4 @@
-"""The one audio among the messages (PROTOCOL 5.4, 7.1). Both dialects accept both dialects' parts."""
+"""Selection of the single audio among the messages (PROTOCOL 5.4, 7.1). Each dialect accepts both dialects' parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MISSING_AUDIO = "Required parameter(audio) missing or invalid, please check the request parameters."
-NOT_A_MODAL = "The item of content should be a message of a certain modal."
+NOT_A_MODAL = "The item of content should be a message of a certain modal."  # sic
 NO_USER = "The input messages do not contain elements with the role of user."
 SINGLE_TURN = "This model only supports a single turn: one message with the role of user."
 ONE_AUDIO = "This model only supports one audio per request."
@@ -24,14 +24,14 @@ MODALS = ACCEPTED | {"image", "video", "image_url", "video_url", "file"}
 
 @dataclass(frozen=True, slots=True)
 class AudioPart:
-    """An audio reference as it was written. Only `input_audio` may carry base64 without a `data:` prefix."""
+    """An audio reference as the client wrote it. Only `input_audio` may hold base64 without a `data:` prefix."""
 
     reference: str
     may_be_bare: bool = False
 
 
 def only_audio(messages: list[Any]) -> AudioPart:
-    """The audio of a single turn; texts and system messages are ignored. Raises `InvalidRequest`."""
+    """Return the audio of a single turn; texts and system messages are ignored. Raises `InvalidRequest`."""
     users = turns = 0
     audios: list[AudioPart] = []
     for index, message in enumerate(messages):
@@ -65,7 +65,7 @@ def _role(message: object, index: int) -> str:
 
 
 def _audios(content: object) -> Iterator[AudioPart]:
-    """Every audio of one message's content."""
+    """Yield every audio of one message's content."""
     if content is None or isinstance(content, str):
         return
     if not isinstance(content, list):
@@ -78,7 +78,7 @@ def _audios(content: object) -> Iterator[AudioPart]:
 
 
 def _kinds(part: dict[str, Any]) -> list[str]:
-    """What a part carries: OpenAI's parts tell by `type`, DashScope's by their keys."""
+    """Return the kinds of content in a part: OpenAI's parts name them by `type`, DashScope's by their keys."""
     kinds = [part["type"]] if "type" in part else [key for key in part if key in MODALS]
     if not kinds or not all(isinstance(kind, str) and kind in ACCEPTED for kind in kinds):
         raise InvalidRequest(NOT_A_MODAL, param="messages")

@@ -1,4 +1,4 @@
-"""What the model lists tell about the model that answers (PROTOCOL 11). A stand-in says that it is one."""
+"""Model cards for the model lists (PROTOCOL 11). The card of a stand-in identifies it as a stand-in."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from serving.config import Settings
 
 CREATED = 1_758_002_134
-"""Unix time that every list gives for every model: the manual's."""
+"""Unix time, in seconds, of every model in every list: the manual's value."""
+
+EMBEDDED_SOUNDS = 65
+"""Kinds of sound that the embedded checkpoint knows: the length of `SOUNDS` in `deploy/embedded/corpus/captions.py`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """Title, owner (`owned_by`, `provider`) and a sentence or two."""
+    """Title, owner (`owned_by`, `provider`; `None`: the dialect's default) and a description in a sentence or two."""
 
     title: str
     owner: str | None
@@ -34,8 +37,9 @@ EMBEDDED = ModelCard(
     title="Embedded stand-in for Qwen3-Omni-30B-A3B-Captioner",
     owner="captioner-embedded",
     description="A small stand-in in the architecture of Qwen3-Omni-30B-A3B-Captioner, which makes this service run "
-    "without a GPU. It is not the 30B captioner: in set phrases it tells which of 64 kinds of sound, eight families of "
-    "instruments and six languages it takes a clip for, and it is often wrong.",
+    "without a GPU. It is not the 30B captioner: in set phrases it tells which of "
+    f"{EMBEDDED_SOUNDS} kinds of sound, eight families of instruments and six languages it takes a clip for, and it is "
+    "often wrong.",
 )
 FAKE = ModelCard(
     title="Fake engine in place of Qwen3-Omni-30B-A3B-Captioner",
@@ -45,25 +49,25 @@ FAKE = ModelCard(
 
 
 def model_card(settings: Settings) -> ModelCard:
-    """The card of what is served, whatever its name."""
+    """Return the card of the served model, under any of its names."""
     if settings.engine == "fake":
         return FAKE
     return EMBEDDED if settings.is_embedded else CAPTIONER
 
 
 def served_names(settings: Settings) -> list[str]:
-    """Every accepted model name, once each, the main one first."""
+    """Return every accepted model name once, the main name first."""
     return list(dict.fromkeys((settings.served_model_name, *settings.model_aliases)))
 
 
 def check_served(settings: Settings, model: str) -> None:
-    """Raise `ModelNotFound` for a name that is not served. What it tells of the name is short."""
+    """Raise `ModelNotFound` for a name that is not served. The message has at most 128 characters of the name."""
     if model not in settings.model_names:
         raise ModelNotFound(model[:128])
 
 
 def requested_model(values: Mapping[str, Any], settings: Settings) -> str:
-    """The request's `model`. Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`."""
+    """Return the request's `model`. Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`."""
     model = values.get("model")
     if model is None or model == "":
         raise MissingModel(param="model")

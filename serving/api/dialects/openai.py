@@ -51,7 +51,7 @@ _MESSAGE: dict[type[errors.CaptionerError], str | None] = {
     errors.Unauthenticated: "Incorrect API key provided.",
     errors.CaptionerError: None,
 }
-"""Where this dialect's text differs from the error's own."""
+"""Messages that differ in this dialect; `None` keeps the error's own."""
 
 
 class OpenAICodec:
@@ -96,14 +96,14 @@ class OpenAIReply:
     def __init__(self, request_id: str, model: str, *, stream: bool, include_usage: bool) -> None:
         self.stream = stream
         self.ended = False
-        self._begun = False
+        self._started = False
         self._include_usage = include_usage
         self._model = quote(model)
         self._id = quote(f"chatcmpl-{request_id}")
         self._created = int(time.time())
         self._after_text = f'}},"index":0,"logprobs":null,"finish_reason":null}}],{self._rest("null")}'
 
-    def whole(self, text: str, last: CaptionDelta) -> bytes:
+    def full_body(self, text: str, last: CaptionDelta) -> bytes:
         """See `Reply`."""
         return (
             f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"}},'
@@ -112,13 +112,13 @@ class OpenAIReply:
             f'"usage":{_usage(last.usage)}}}'
         ).encode("ascii")
 
-    def frame(self, delta: CaptionDelta) -> bytes:
+    def event(self, delta: CaptionDelta) -> bytes:
         """See `Reply`."""
         if self.ended:
             return b""
         chunks = []
-        if not self._begun:
-            self._begun = True
+        if not self._started:
+            self._started = True
             chunks.append(f'data: {{"choices":[{{"delta":{{"content":"","role":"assistant"{self._after_text}')
         chunks += [
             f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{self._after_text}' for text in lines(delta.text)
@@ -134,7 +134,7 @@ class OpenAIReply:
             chunks.append("data: [DONE]\n\n")
         return "".join(chunks).encode("ascii")
 
-    def error_frame(self, error: errors.CaptionerError) -> bytes:
+    def error_event(self, error: errors.CaptionerError) -> bytes:
         """See `Reply`."""
         self.ended = True
         return f'data: {{"error":{_error_object(error)}}}\n\n'.encode("ascii")
@@ -147,13 +147,13 @@ class OpenAIReply:
 
 
 def models_page(settings: Settings) -> bytes:
-    """The answer to `GET …/v1/models`."""
+    """Render the response to `GET …/v1/models`."""
     models = ",".join(_model_object(settings, name) for name in served_names(settings))
     return f'{{"object":"list","data":[{models}]}}'.encode("ascii")
 
 
 def model(settings: Settings, name: str) -> bytes:
-    """The answer to `GET …/v1/models/{name}`. Raises `ModelNotFound`."""
+    """Render the response to `GET …/v1/models/{name}`. Raises `ModelNotFound`."""
     check_served(settings, name)
     return _model_object(settings, name).encode("ascii")
 
@@ -181,7 +181,7 @@ def _seed(values: Mapping[str, Any]) -> int | None:
     if seed is None or 0 <= seed <= MAX_SEED:
         return seed
     if seed < 0:
-        raise InvalidRequest(f"{str(seed)[:32]} is lesser than the minimum of 0 - 'seed'", param="seed")
+        raise InvalidRequest(f"{str(seed)[:32]} is lesser than the minimum of 0 - 'seed'", param="seed")  # sic
     raise InvalidRequest(f"{str(seed)[:32]} is greater than the maximum of {MAX_SEED} - 'seed'", param="seed")
 
 

@@ -1,6 +1,6 @@
-"""Uploading a file as clients do it: a policy from the service (E3), then a form to an object store (E4).
+"""Wire format of uploads (PROTOCOL 6): a policy from the service (E3), then a form to an object store (E4).
 
-PROTOCOL 6. The store's refusals are XML in the words of Alibaba Cloud OSS.
+The store's refusals are XML with the codes and messages of Alibaba Cloud OSS.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ def policy_body(
     max_file_size_mb: int,
     oss_access_key_id: str,
 ) -> bytes:
-    """The answer to `GET /api/v1/uploads?action=getPolicy` (PROTOCOL 6.1). Clients echo the strings as form fields."""
+    """Render the response to `GET /api/v1/uploads?action=getPolicy` (PROTOCOL 6.1).
+
+    Clients send the strings back as form fields.
+    """
     return (
         f'{{"request_id":{quote(request_id)},"data":{{"policy":{quote(policy)},"signature":{quote(signature)},'
         f'"upload_dir":{quote(upload_dir)},"upload_host":{quote(upload_host)},'
@@ -41,7 +44,7 @@ def policy_body(
 
 
 def error(error: errors.CaptionerError, request_id: str) -> HttpError:
-    """The error as the object store tells it, in XML."""
+    """Render the error as the object store does, in XML."""
     code = error.code if isinstance(error, errors.UploadRejected) else nearest(_CODE, error)
     body = f"<Error><Code>{code}</Code><Message>{escape(str(error))}</Message></Error>"
     return HttpError(nearest(STATUS, error), body.encode(), error_headers(error, request_id), "application/xml")

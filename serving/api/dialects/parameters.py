@@ -1,6 +1,6 @@
-"""The parameters that both dialects share: how they are read, their ranges, and the manual's texts (PROTOCOL 8).
+"""Parameters that both dialects share: decoding, ranges and the manual's texts (PROTOCOL 8).
 
-A parameter that is absent or null takes its default, but for `top_k`, where null means off.
+A parameter that is absent or null has its default, except `top_k`, where null means off.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ MAX_N = 4
 
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
-"""Each stop is looked for at every token, so their number and length (characters or tokens) are bounded."""
+"""Longest stop, in characters or tokens. Every stop is searched at every token: number and length are bounded."""
 
 REPETITION_PENALTY_RANGE = (1e-6, 1e6)
-"""Further out nothing changes but that float32 overflows in the engine: clamped, not refused."""
+"""Range to which the penalty is clamped, not refused: values beyond it change nothing and overflow float32 in the
+engine."""
 
 DEFAULTS = Sampling()
 
@@ -35,7 +36,7 @@ STOP_TYPE = (
 
 
 def boolean(values: Mapping[str, Any], name: str) -> bool:
-    """The flag, false if absent. Raises `InvalidRequest`."""
+    """Return the flag, `False` if absent. Raises `InvalidRequest`."""
     value = values.get(name)
     if value is None:
         return False
@@ -45,7 +46,7 @@ def boolean(values: Mapping[str, Any], name: str) -> bool:
 
 
 def integer(values: Mapping[str, Any], name: str) -> int | None:
-    """The whole number, of any size. Raises `InvalidRequest`."""
+    """Return the integer, of any size, `None` if absent. Raises `InvalidRequest`."""
     value = values.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise InvalidRequest(f"'{name}' must be Integer", param=name)
@@ -53,7 +54,7 @@ def integer(values: Mapping[str, Any], name: str) -> int | None:
 
 
 def number(values: Mapping[str, Any], name: str) -> float | None:
-    """The number; infinite if it is too large for a float. Raises `InvalidRequest`."""
+    """Return the number, infinite if too large for a float, `None` if absent. Raises `InvalidRequest`."""
     value = values.get(name)
     if value is None:
         return None
@@ -66,7 +67,7 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
 
 
 def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The object, empty if absent. Raises `InvalidRequest`."""
+    """Return the object, empty if absent. Raises `InvalidRequest`."""
     value = values.get(name)
     if value is None:
         return {}
@@ -76,9 +77,9 @@ def mapping(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def refuse_unsupported(values: Mapping[str, Any], model: str) -> None:
-    """Raise `InvalidRequest` for what asks for something else than one plain text.
+    """Raise `InvalidRequest` for parameters that request anything but one plain text.
 
-    Refused rather than ignored, since the caller would not get what it waits for.
+    They are refused rather than ignored, since the caller would not receive what it requested.
     """
     n = integer(values, "n")
     if n is not None and not 1 <= n <= MAX_N:
@@ -105,7 +106,9 @@ def refuse_unsupported(values: Mapping[str, Any], model: str) -> None:
 def sampling(
     values: Mapping[str, Any], settings: Settings, *, length_names: tuple[str, ...], seed: int | None
 ) -> Sampling:
-    """How to sample. `length_names`: the dialect's names of `max_tokens`; of several that are given the least counts.
+    """Return the sampling parameters.
+
+    `length_names` are the dialect's names of `max_tokens`; if several are given, the smallest value counts.
 
     Raises `InvalidRequest`.
     """
@@ -154,7 +157,7 @@ def _top_k(values: Mapping[str, Any]) -> int:
     if value is None:
         return 0
     if value < 0:
-        raise InvalidRequest("Parameter top_k be greater than or equal to 0", param="top_k")
+        raise InvalidRequest("Parameter top_k be greater than or equal to 0", param="top_k")  # sic
     return value if value <= MAX_TOP_K else 0
 
 
@@ -185,12 +188,12 @@ def _repetition_penalty(values: Mapping[str, Any]) -> float:
         return DEFAULTS.repetition_penalty
     if not value > 0:
         raise InvalidRequest("Repetition_penalty should be greater than 0.0", param="repetition_penalty")
-    least, most = REPETITION_PENALTY_RANGE
-    return min(max(value, least), most)
+    lowest, highest = REPETITION_PENALTY_RANGE
+    return min(max(value, lowest), highest)
 
 
 def _stops(value: object) -> tuple[tuple[str, ...], tuple[int, ...], tuple[tuple[int, ...], ...]]:
-    """Texts, tokens and sequences of tokens that end a caption."""
+    """Return the texts, tokens and sequences of tokens that end a caption."""
     if isinstance(value, str):
         value = [value]
     if value is None or value == []:

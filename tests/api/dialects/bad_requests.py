@@ -1,6 +1,6 @@
-"""Requests that must be refused, in both dialects, and how.
+"""Requests that must be refused in both dialects, each with its error.
 
-Plain data, so that the same cases run against a codec alone and against the whole service over HTTP.
+Plain data, so that the same cases run against a codec alone and against the complete service over HTTP.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ INVALID = ("InvalidParameter", "invalid_parameter_error")
 
 @dataclass(frozen=True)
 class Case:
-    """One bad request of one dialect. `message` is a part of the one to be told.
+    """One bad request of one dialect. `message` is a part of the error's message.
 
     `code`: the native `code`, or the compatible `error.code`. `beyond_codec`: the codec accepts it; the audio itself is
-    at fault, so only the whole service refuses it.
+    at fault, so only the complete service refuses it.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Case:
 
 
 def native(messages: str, model: str = f'"{MODEL}"', parameters: str = "{}") -> bytes:
-    """A DashScope request of these JSON texts."""
+    """Return a DashScope request of these JSON texts."""
     return f'{{"model":{model},"input":{{"messages":{messages}}},"parameters":{parameters}}}'.encode()
 
 
 def compatible(messages: str, model: str = f'"{MODEL}"', parameters: str = "{}") -> bytes:
-    """An OpenAI request of these JSON texts."""
+    """Return an OpenAI request of these JSON texts."""
     more = parameters[1:] if parameters == "{}" else f",{parameters[1:]}"
     return f'{{"model":{model},"messages":{messages}{more}'.encode()
 
 
 def user(*parts: Any) -> str:
-    """A list of one user message with these parts, as JSON."""
+    """Return a list of one user message with these parts, as JSON."""
     return json.dumps([{"role": "user", "content": list(parts)}])
 
 
 def data_url(mime: str, data: bytes) -> str:
-    """A data URL in base64."""
+    """Return a data URL in base64."""
     return f"data:{mime};base64,{b64encode(data).decode()}"
 
 
@@ -309,7 +309,7 @@ _OVERSIZE = "data:audio/wav;base64," + "A" * (10 * 1024 * 1024)
 
 
 def _shared(dialect: int) -> Iterator[Case]:
-    """The cases that both dialects have; `dialect` 0 is native, 1 compatible."""
+    """Yield the cases that both dialects have; `dialect` 0 is native, 1 compatible."""
     request, code = (native, compatible)[dialect], INVALID[dialect]
     for name, body in BODIES.items():
         yield Case(f"body: {name}", body, BODY, code)

@@ -1,4 +1,4 @@
-"""How the official clients read a stream, re-implemented strictly: what they would trip over fails here.
+"""Readers of streams, as strict as the official clients: a stream that breaks one of them fails here.
 
 Rules and versions are those of PROTOCOL 2.11, 2.12, 4.2, 4.4, 5.3 and 13.
 """
@@ -14,7 +14,7 @@ LONGEST_LINE_BYTES = 128 * 1024
 
 @dataclass
 class Event:
-    """One server-sent event."""
+    """One SSE event."""
 
     name: str | None = None
     id: str | None = None
@@ -23,7 +23,7 @@ class Event:
 
 
 def check_bytes(stream: bytes) -> None:
-    """What holds for every stream: ASCII (or a line ends where it should not), and lines that aiohttp reads."""
+    """Check every stream: ASCII (or a line ends where it should not), and lines that aiohttp reads."""
     assert stream.isascii()
     assert b"\r" not in stream
     assert all(len(line) < LONGEST_LINE_BYTES for line in stream.split(b"\n"))
@@ -31,7 +31,7 @@ def check_bytes(stream: bytes) -> None:
 
 
 def dashscope_1x(stream: bytes) -> list[tuple[int, dict[str, Any]]]:
-    """Status and payload of each event, as `_handle_stream` of the DashScope SDK 1.x reads them.
+    """Return status and payload of each event, as `_handle_stream` of the DashScope SDK 1.x reads them.
 
     A payload that is no result (with `output`) and no error makes the SDK raise `TypeError`, so it fails here.
     """
@@ -54,7 +54,7 @@ def dashscope_1x(stream: bytes) -> list[tuple[int, dict[str, Any]]]:
 
 
 def httpx_sse(stream: bytes) -> list[Event]:
-    """Events as `httpx-sse` 0.4.0 reads them: it splits lines by `str.splitlines`, at U+2028 and U+0085 too."""
+    """Return events as `httpx-sse` 0.4.0 reads them: it splits by `str.splitlines`, at U+2028 and U+0085, too."""
     check_bytes(stream)
     events: list[Event] = []
     event = Event()
@@ -84,7 +84,7 @@ def httpx_sse(stream: bytes) -> list[Event]:
 
 
 def openai_chunks(stream: bytes) -> list[dict[str, Any]]:
-    """The chunks of a compatible stream that ends as it should; every line is data, a comment or blank."""
+    """Return the chunks of a complete compatible stream; every line is data, a comment or blank."""
     check_bytes(stream)
     lines = [line for line in stream.decode("ascii").split("\n") if line and not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines), "an id or event line breaks old clients"

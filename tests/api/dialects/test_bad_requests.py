@@ -22,14 +22,14 @@ REQUEST_ID = "d532f72c-e75b-4ffb-a1ef-d2465e758958"
 
 
 def refused(codec: Codec, case: Case) -> HttpError:
-    """What the codec answers to a bad request."""
+    """Return the codec's error for a bad request."""
     with pytest.raises(ClientError) as raised:
         codec.decode_request(case.body, case.headers, REQUEST_ID)
     return codec.error(raised.value, REQUEST_ID)
 
 
 def checked(answer: HttpError, case: Case) -> dict[str, Any]:
-    """The answer's body, after what holds in both dialects was checked."""
+    """Return the error's body, after checks that hold in both dialects."""
     assert answer.status == case.status
     assert answer.content_type == "application/json"
     assert answer.headers["x-request-id"] == REQUEST_ID
@@ -59,8 +59,8 @@ def test_compatible_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("codec", "cases"), [(DashScopeCodec, DASHSCOPE), (OpenAICodec, OPENAI)])
-def test_the_list_is_what_it_says(codec: type[DashScopeCodec | OpenAICodec], cases: tuple[Case, ...]) -> None:
-    """The list has at least 150 distinct cases, and what lies beyond the codec passes the codec."""
+def test_the_list_is_large_and_consistent(codec: type[DashScopeCodec | OpenAICodec], cases: tuple[Case, ...]) -> None:
+    """The list has at least 150 distinct cases, and the codec accepts those that are beyond it."""
     assert len({case.name for case in cases}) == len(cases) >= 150
     assert len({(case.body, *case.headers.items()) for case in cases}) == len(cases)
     for case in cases:
@@ -70,7 +70,7 @@ def test_the_list_is_what_it_says(codec: type[DashScopeCodec | OpenAICodec], cas
 
 @pytest.mark.parametrize("codec", [DashScopeCodec, OpenAICodec])
 def test_no_bad_request_stalls_the_event_loop(codec: type[DashScopeCodec | OpenAICodec]) -> None:
-    """The worst bad request costs a few milliseconds, not the time to build what it describes."""
+    """The worst bad request costs a few milliseconds, not the time to build the objects that it describes."""
     cases = DASHSCOPE if codec is DashScopeCodec else OPENAI
     worst = 0.0
     for case in (case for case in cases if not case.beyond_codec):

@@ -97,39 +97,39 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
 
 
 def tree(root: type[errors.CaptionerError] = errors.CaptionerError) -> Iterator[type[errors.CaptionerError]]:
-    """The class and all that descend from it."""
+    """Yield the class and all its descendants."""
     yield root
     for child in root.__subclasses__():
         yield from tree(child)
 
 
 def made(cls: type[errors.CaptionerError]) -> errors.CaptionerError:
-    """An error of the class, with the argument it needs."""
+    """Return an error of the class, with the argument it needs."""
     if issubclass(cls, errors.RateLimited):
         return cls(limit="some_limit", retry_after_s=7)
     return cls("some-name") if cls in (errors.ModelNotFound, errors.MethodNotAllowed) else cls()
 
 
 def native(error: errors.CaptionerError) -> dict[str, Any]:
-    """The native body."""
+    """Return the native body."""
     body: dict[str, Any] = json.loads(DASHSCOPE.error(error, REQUEST_ID).body)
     return body
 
 
 def compatible(error: errors.CaptionerError) -> dict[str, Any]:
-    """The compatible body."""
+    """Return the compatible body."""
     body: dict[str, Any] = json.loads(OPENAI.error(error, REQUEST_ID).body)
     return body
 
 
 def test_every_class_is_expected() -> None:
-    """A class that is added to the tree must be given its place in both dialects, here."""
+    """A class that is added to the tree must be added to this table, with its rendering in both dialects."""
     assert set(tree()) == set(EXPECTED)
 
 
 @pytest.mark.parametrize("cls", EXPECTED, ids=lambda cls: cls.__name__)
 def test_in_both_dialects(cls: type[errors.CaptionerError]) -> None:
-    """Status, code and type are the manual's; nothing is null that Java reads as a string."""
+    """Status, code and type are the manual's; no field that Java reads as a string is null."""
     status, code, compatible_status, compatible_type, compatible_code = EXPECTED[cls]
     answer = DASHSCOPE.error(made(cls), REQUEST_ID)
     assert (answer.status, answer.content_type) == (status, "application/json")
@@ -148,7 +148,7 @@ def test_in_both_dialects(cls: type[errors.CaptionerError]) -> None:
 
 
 def test_bodies_to_the_byte() -> None:
-    """The manual's own two examples."""
+    """The manual's own two examples are reproduced."""
     assert DASHSCOPE.error(errors.InvalidApiKey(), "1").body == (
         b'{"code":"InvalidApiKey","message":"Invalid API-key provided.","request_id":"1"}'
     )
@@ -159,7 +159,7 @@ def test_bodies_to_the_byte() -> None:
 
 
 def test_texts_that_differ_by_dialect() -> None:
-    """Missing key, missing model and unknown model are told in each dialect's own words."""
+    """Missing key, missing model and unknown model have the messages of each dialect."""
     assert native(errors.MissingApiKey())["message"] == "No API-key provided."
     assert compatible(errors.MissingApiKey())["error"]["message"] == "Incorrect API key provided."
     assert native(errors.ModelNotFound("x"))["message"] == "Model not exist."
@@ -171,15 +171,15 @@ def test_texts_that_differ_by_dialect() -> None:
     assert native(errors.MethodNotAllowed("GET"))["message"] == "Request method 'GET' is not supported."
 
 
-def test_param_is_told_where_there_is_one() -> None:
+def test_param_is_named_if_one_is_at_fault() -> None:
     """The compatible dialect names the parameter at fault."""
     assert compatible(errors.InvalidRequest("no", param="top_p"))["error"]["param"] == "top_p"
     assert compatible(errors.AudioTooLong())["error"]["param"] is None
 
 
 @pytest.mark.parametrize("codec", [DASHSCOPE, OPENAI], ids=["native", "compatible"])
-def test_headers_say_what_a_retry_should_do(codec: DashScopeCodec | OpenAICodec) -> None:
-    """Every error carries its request id; what passes says when; what a retry cannot cure says so."""
+def test_headers_say_when_to_retry(codec: DashScopeCodec | OpenAICodec) -> None:
+    """Every error has its request id; a temporary one has the time of a retry; a lasting one forbids retries."""
     assert codec.error(errors.AudioEmpty(), "1").headers == {"x-request-id": "1"}
     assert codec.error(errors.Overloaded(retry_after_s=7), "1").headers == {"x-request-id": "1", "retry-after": "7"}
     assert 0 < int(codec.error(errors.NotReady(), "1").headers["retry-after"]) <= 60
@@ -206,7 +206,7 @@ def test_headers_say_what_a_retry_should_do(codec: DashScopeCodec | OpenAICodec)
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
 def test_refused_upload_is_xml(error: errors.CaptionerError, status: int, code: str) -> None:
-    """A refused upload is told in the object store's XML, whatever the message holds."""
+    """A refused upload is rendered in the object store's XML, for any message."""
     answer = oss.error(error, REQUEST_ID)
     assert (answer.status, answer.content_type) == (status, "application/xml")
     root = ET.fromstring(answer.body)  # noqa: S314 - our own bytes
@@ -215,14 +215,14 @@ def test_refused_upload_is_xml(error: errors.CaptionerError, status: int, code: 
 
 
 def test_expired_policy_to_the_byte() -> None:
-    """The manual's example."""
+    """The manual's example is reproduced."""
     assert oss.error(errors.PolicyExpired(), "1").body == (
         b"<Error><Code>AccessDenied</Code><Message>Invalid according to Policy: Policy expired.</Message></Error>"
     )
 
 
 def test_policy_body() -> None:
-    """An upload policy has every key that clients echo, as strings, and no `output`."""
+    """An upload policy has every key that clients send back, as strings, and no `output`."""
     body = json.loads(
         oss.policy_body(
             REQUEST_ID,

@@ -1,4 +1,4 @@
-"""Good requests in both dialects: which audio, which sampling."""
+"""Good requests in both dialects: the audio and the sampling that the codecs read from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decode(
     model: str = MODEL,
     **settings: Any,
 ) -> CaptionRequest:
-    """The request that a codec makes of these JSON texts."""
+    """Return the request that a codec decodes from these JSON texts."""
     codec, body = (DashScopeCodec, native) if dialect == "native" else (OpenAICodec, compatible)
     text = body(messages, f'"{model}"', parameters)
     return codec(Settings(**settings)).decode_request(text, headers or {}, "id")[0]
@@ -57,7 +57,7 @@ both = pytest.mark.parametrize("dialect", CODECS)
     ids=json.dumps,
 )
 def test_every_shape_of_part(dialect: str, part: dict[str, Any]) -> None:
-    """Both dialects take both dialects' parts, and vLLM's."""
+    """Both dialects accept both dialects' parts, and vLLM's."""
     assert decode(dialect, user(part)).audio == UrlAudio(URL)
 
 
@@ -74,8 +74,8 @@ def test_every_shape_of_part(dialect: str, part: dict[str, Any]) -> None:
     ],
     ids=json.dumps,
 )
-def test_what_cannot_change_the_caption_is_ignored(dialect: str, others: list[Any]) -> None:
-    """System messages, texts beside the audio and empty turns are accepted and ignored."""
+def test_parts_that_cannot_change_the_caption_are_ignored(dialect: str, others: list[Any]) -> None:
+    """System messages, texts next to the audio and empty turns are accepted and ignored."""
     audio = {"role": "user", "content": [{"text": "Describe."}, {"audio": URL}, {"type": "text", "text": "Please."}]}
     assert decode(dialect, json.dumps([*others, audio])).audio == UrlAudio(URL)
 
@@ -96,14 +96,14 @@ def test_what_cannot_change_the_caption_is_ignored(dialect: str, others: list[An
     ],
 )
 def test_references(dialect: str, reference: str, source: AudioSource | None) -> None:
-    """A URL stays as it was written; the text of a data URL is cut out of it."""
+    """A URL is kept as the client wrote it; the text of a data URL is extracted."""
     assert decode(dialect, user({"audio": reference})).audio == (source or UrlAudio(reference))
 
 
 @both
 @pytest.mark.parametrize("key", ["dashscope-instant/0/2025-11-18/1/t ö+n%e.wav", "a/#?%23.wav", "oss://x", "/"])
 def test_upload_keys_are_opaque(dialect: str, key: str) -> None:
-    """Everything after `oss://` is the key, as it stands, if the header allows it."""
+    """Everything after `oss://` is the key, unchanged, if the header allows it."""
     for value in ("enable", "Enable"):
         headers = {"x-dashscope-ossresourceresolve": value}
         assert decode(dialect, user({"audio": f"oss://{key}"}), headers=headers).audio == UploadedAudio(key)
@@ -111,7 +111,7 @@ def test_upload_keys_are_opaque(dialect: str, key: str) -> None:
 
 @both
 def test_the_upload_header_is_harmless(dialect: str) -> None:
-    """With the header other references mean what they mean without it."""
+    """With the header, other references mean the same as without it."""
     assert decode(dialect, headers=RESOLVE).audio == UrlAudio(URL)
 
 
@@ -135,7 +135,7 @@ def test_the_upload_header_is_harmless(dialect: str) -> None:
     ],
 )
 def test_bare_base64_of_audio(dialect: str, head: bytes) -> None:
-    """`input_audio.data` may be bare base64, in either alphabet and broken into lines, if it begins like audio."""
+    """`input_audio.data` may be bare base64, in either alphabet and with line breaks, if it begins like audio."""
     for text in (b64encode(head * 9).decode(), urlsafe_b64encode(head * 9).decode(), f"\n{b64encode(head).decode()}"):
         part = {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}
         assert decode(dialect, user(part)).audio == InlineAudio(text)
@@ -143,7 +143,7 @@ def test_bare_base64_of_audio(dialect: str, head: bytes) -> None:
 
 @both
 def test_largest_inline_audio(dialect: str) -> None:
-    """One character below 10 MiB of base64 is accepted, the data URL's head not counted."""
+    """One character below 10 MiB of base64 is accepted; the prefix of the data URL is not counted."""
     text = WAV + "A" * (10 * 1024 * 1024 - 1 - len(WAV))
     assert decode(dialect, user({"audio": f"data:audio/wav;base64,{text}"})).audio == InlineAudio(text)
 
@@ -162,7 +162,7 @@ def test_decoding_a_large_body_is_fast(dialect: str) -> None:
 
 @both
 def test_defaults_are_the_model_cards(dialect: str) -> None:
-    """Absent and null parameters take the model card's values; a null `top_k` switches it off."""
+    """Absent and null parameters have the model card's values; a null `top_k` switches it off."""
     card = Sampling(temperature=0.6, top_p=0.95, top_k=20, max_tokens=32_768)
     assert decode(dialect).sampling == card
     nulls = dict.fromkeys(("temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "n", "tools"))
@@ -201,7 +201,7 @@ def test_defaults_are_the_model_cards(dialect: str) -> None:
     ids=str,
 )
 def test_parameters_apply(dialect: str, parameters: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Each parameter reaches the sampling, up to and with the ends of its range."""
+    """Each parameter reaches the sampling, up to and including the ends of its range."""
     assert decode(dialect, parameters=json.dumps(parameters)).sampling == Sampling(**expected)
 
 
@@ -225,26 +225,26 @@ def test_parameters_apply(dialect: str, parameters: dict[str, Any], expected: di
     ids=json.dumps,
 )
 def test_harmless_parameters_pass(dialect: str, parameters: dict[str, Any]) -> None:
-    """What changes nothing is accepted, and so is what is unknown."""
+    """Parameters that change nothing, and unknown ones, are accepted."""
     assert decode(dialect, parameters=json.dumps(parameters)).sampling == Sampling()
 
 
 @both
 def test_ignore_eos_only_where_it_is_allowed(dialect: str) -> None:
-    """Benchmarks may ask a server that allows it to ignore the end of turn."""
+    """Benchmarks may request that the end of turn is ignored, on a server that allows it."""
     assert decode(dialect, parameters='{"ignore_eos":true}', allow_ignore_eos=True).sampling.ignore_eos
 
 
 @both
 def test_a_server_of_shorter_captions(dialect: str) -> None:
-    """The server's own limit is the default and the most, without refusing the manual's range."""
+    """The server's own limit is the default and the maximum, without refusing the manual's range."""
     assert decode(dialect, max_output_tokens=256).sampling.max_tokens == 256
     assert decode(dialect, parameters='{"max_tokens":16384}', max_output_tokens=256).sampling.max_tokens == 256
     assert decode(dialect, parameters='{"max_tokens":16}', max_output_tokens=256).sampling.max_tokens == 16
 
 
 def test_further_names_of_max_tokens() -> None:
-    """Each dialect's other name counts, and of two the least."""
+    """Each dialect's other name counts, and of two values the smaller."""
     assert decode("compatible", parameters='{"max_completion_tokens":9}').sampling.max_tokens == 9
     assert decode("compatible", parameters='{"max_completion_tokens":9,"max_tokens":7}').sampling.max_tokens == 7
     assert decode("native", parameters='{"max_length":9}').sampling.max_tokens == 9
@@ -259,13 +259,13 @@ def test_aliases_are_accepted_and_kept(dialect: str) -> None:
 
 
 @both
-def test_of_repeated_keys_the_last_counts(dialect: str) -> None:
+def test_the_last_of_repeated_keys_counts(dialect: str) -> None:
     """JSON with a repeated key is read as most readers do."""
     assert decode(dialect, parameters='{"top_k":-1,"top_k":5}').sampling.top_k == 5
 
 
 def test_native_headers_mean_nothing_to_the_compatible_dialect() -> None:
-    """Asynchronous calls and encryption are the native surface's."""
+    """Asynchronous calls and encryption exist only in the native dialect."""
     headers = {"x-dashscope-async": "enable", "x-dashscope-encryptionkey": "x", "x-dashscope-sse": "enable"}
     assert decode("compatible", headers=headers).audio == UrlAudio(URL)
     assert not OpenAICodec(Settings()).decode_request(compatible(GOOD), headers, "id")[1].stream

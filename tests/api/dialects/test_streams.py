@@ -1,4 +1,4 @@
-"""Whatever the text and however it is split, clients put it together again; whatever the body, no codec breaks."""
+"""Streams of any text, split in any way, are put together by clients; no body of a request breaks a codec."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ captions = st.lists(words, max_size=12)
 
 
 def stream_of(reply: Reply, pieces: list[str], reason: FinishReason = FinishReason.STOP) -> bytes:
-    """The events of a caption in these pieces, with a heartbeat before each."""
+    """Return the events of a caption in these pieces, with a heartbeat before each."""
     usage = Usage(audio_tokens=76)
     stream = b""
     for piece in pieces:
         usage = Usage(usage.audio_tokens, usage.output_tokens + 1)
-        stream += HEARTBEAT + reply.frame(CaptionDelta(piece, usage))
-    return stream + HEARTBEAT + reply.frame(CaptionDelta("", usage, reason))
+        stream += HEARTBEAT + reply.event(CaptionDelta(piece, usage))
+    return stream + HEARTBEAT + reply.event(CaptionDelta("", usage, reason))
 
 
 def native_reply(*, incremental: bool) -> DashScopeReply:
-    """A streaming reply."""
+    """Return a streaming reply."""
     parameters = json.dumps({"incremental_output": incremental})
     headers = {"accept": "text/event-stream"}
     return DashScopeCodec(SETTINGS).decode_request(native(GOOD, parameters=parameters), headers, "id")[1]
 
 
 def compatible_reply(*, include_usage: bool) -> OpenAIReply:
-    """A streaming reply."""
+    """Return a streaming reply."""
     parameters = json.dumps({"stream": True, "stream_options": {"include_usage": include_usage}})
     return OpenAICodec(SETTINGS).decode_request(compatible(GOOD, parameters=parameters), {}, "id")[1]
 
 
 def native_text(payload: dict[str, Any]) -> str:
-    """The text of a result, indexed as the manual's samples do."""
+    """Return the text of a result, indexed as in the manual's samples."""
     text: str = payload["output"]["choices"][0]["message"]["content"][0]["text"]
     return text
 
@@ -72,7 +72,7 @@ def test_incremental(pieces: list[str]) -> None:
 
 @given(captions)
 def test_cumulative(pieces: list[str]) -> None:
-    """Each text of a cumulative stream begins the next, and the last is the caption."""
+    """Each text of a cumulative stream is a prefix of the next, and the last is the caption."""
     texts = [native_text(payload) for _, payload in dashscope_1x(stream_of(native_reply(incremental=False), pieces))]
     assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
     assert texts[-1] == "".join(pieces)
@@ -80,7 +80,7 @@ def test_cumulative(pieces: list[str]) -> None:
 
 @given(captions, st.booleans())
 def test_compatible(pieces: list[str], include_usage: bool) -> None:  # noqa: FBT001
-    """The contents of a compatible stream add up to the caption; usage comes once, last, if asked for."""
+    """The contents of a compatible stream add up to the caption; usage comes once, last, if requested."""
     chunks = openai_chunks(stream_of(compatible_reply(include_usage=include_usage), pieces))
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     assert "".join(choice["delta"]["content"] for choice in choices) == "".join(pieces)
@@ -91,12 +91,12 @@ def test_compatible(pieces: list[str], include_usage: bool) -> None:  # noqa: FB
 
 @given(words, st.sampled_from(FinishReason))
 def test_whole(text: str, reason: FinishReason) -> None:
-    """A whole body is JSON that holds the caption."""
+    """A body that is not streamed is JSON that holds the caption."""
     last = CaptionDelta("", Usage(audio_tokens=76, output_tokens=3), reason)
-    body = json.loads(native_reply(incremental=False).whole(text, last))
+    body = json.loads(native_reply(incremental=False).full_body(text, last))
     assert native_text(body) == text
     assert body["output"]["choices"][0]["finish_reason"] == reason
-    body = json.loads(compatible_reply(include_usage=False).whole(text, last))
+    body = json.loads(compatible_reply(include_usage=False).full_body(text, last))
     assert body["choices"][0]["message"] == {"content": text, "role": "assistant"}
     assert body["choices"][0]["finish_reason"] == reason
 
@@ -139,7 +139,7 @@ def test_no_request_breaks_a_codec(request: dict[str, Any], said: Any) -> None:
 
 
 def decode_all(body: bytes) -> None:
-    """Decode in both dialects; render what is refused."""
+    """Decode in both dialects; render refusals."""
     for codec in (DashScopeCodec(SETTINGS), OpenAICodec(SETTINGS)):
         try:
             codec.decode_request(body, {}, "id")
@@ -148,7 +148,7 @@ def decode_all(body: bytes) -> None:
 
 
 def official_client(stream: bytes) -> openai.OpenAI:
-    """The official client, talking to a server that always answers with this stream."""
+    """Return the official client, with a server that answers every request with this stream."""
 
     def answer(_: httpx2.Request) -> httpx2.Response:
         return httpx2.Response(200, content=stream, headers={"content-type": "text/event-stream"})
@@ -160,7 +160,7 @@ def official_client(stream: bytes) -> openai.OpenAI:
 
 
 def ask(client: openai.OpenAI) -> openai.Stream[openai.types.chat.ChatCompletionChunk]:
-    """A streamed request."""
+    """Make a streamed request."""
     return client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "x"}], stream=True)
 
 
@@ -177,9 +177,9 @@ def test_the_official_client_reads_the_stream() -> None:
 
 
 def test_the_official_client_raises_the_error() -> None:
-    """The official OpenAI client raises what went wrong in the middle of a stream."""
+    """The official OpenAI client raises the error in the middle of a stream."""
     reply = compatible_reply(include_usage=True)
-    stream = reply.frame(CaptionDelta("The ", Usage(76, 1))) + reply.error_frame(EngineFailed())
+    stream = reply.event(CaptionDelta("The ", Usage(76, 1))) + reply.error_event(EngineFailed())
     with official_client(stream) as client, pytest.raises(openai.APIError, match="inference internal error") as raised:
         list(ask(client))
     assert (raised.value.code, raised.value.type) == ("internal_error", "internal_error")

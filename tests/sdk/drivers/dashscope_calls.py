@@ -11,8 +11,8 @@ from tests.sdk.drivers.calls import Call, Outcome, perform_calls
 
 
 def perform(call: Call, outcome: Outcome) -> None:
-    """Make the call. An error comes as a response, not as an exception."""
-    # Uploads know no other way to be told the address.
+    """Make the call. An error is returned as a response, not raised."""
+    # Uploads read the address from here only.
     dashscope.base_http_api_url = f"{call.origin}/api/v1"
     match call.action:
         case "caption" if call.asynchronous:

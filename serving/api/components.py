@@ -1,0 +1,43 @@
+"""The components that endpoints, error handlers and collectors share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from serving.api.dialects.base import Codec
+    from serving.audio.fetch import Fetcher
+    from serving.audio.worker_pool import AudioWorkers
+    from serving.config import Settings
+    from serving.engine.base import Engine
+    from serving.observability.metrics import Metrics
+    from serving.observability.service_discovery import Target
+    from serving.pipeline import CaptionPipeline
+    from serving.scheduling.shared_capacity import SharedCapacity
+    from serving.storage.uploads import UploadStore
+    from serving.tenancy.keys import Keyring
+    from serving.tenancy.usage_session import Admissions
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """One instance of each component of this process, composed by `create_app`."""
+
+    settings: Settings
+    engine: Engine
+    workers: AudioWorkers
+    pipeline: CaptionPipeline
+    uploads: UploadStore
+    keys: Keyring
+    admissions: Admissions
+    metrics: Metrics
+    bodies: SharedCapacity
+    """Memory of request bodies, in bytes."""
+    openai: Codec
+    dashscope: Codec
+    fetcher: Fetcher
+    targets: Callable[[], list[Target]] | None = None
+    """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""
