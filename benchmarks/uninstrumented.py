@@ -25,7 +25,7 @@ def main() -> int:
     serve = cli._Server.run  # noqa: SLF001 - see above
 
     async def quiet(self: Any) -> int:
-        logging.getLogger("serving.observability.metrics").disabled = True
+        logging.getLogger("serving.observability.request_record").disabled = True
         return await serve(self)
 
     cli._Server.run = quiet  # type: ignore[method-assign]  # noqa: SLF001

@@ -19,7 +19,7 @@ from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
 from serving.api.routes import Service, Unforeseen, error_handlers, routes
 from serving.audio.fetch import Fetcher
-from serving.audio.worker_pool import AudioWorkers
+from serving.audio.worker_pool import AudioWorkerPool
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
@@ -63,7 +63,7 @@ def create_app(
     # Tenants are told apart only where strangers cannot read it.
     private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
     metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
-    workers = AudioWorkers(settings)
+    workers = AudioWorkerPool(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)
     tenancy = Tenancy(settings)

@@ -1,4 +1,4 @@
-"""What is read at each scrape: where each value of `metrics.WATCHED` comes from."""
+"""What is read at each scrape: where each value of `metrics.CALLBACK_METRICS` comes from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def watch_service(service: Service) -> None:
     """Tell what the service's parts have taken on."""
     metrics, workers, engine, settings = service.metrics, service.workers, service.engine, service.settings
-    uploads, watch = service.uploads, metrics.watch
+    uploads, watch = service.uploads, metrics.bind
     watch("captioner_audio_workers", lambda: settings.audio_workers)
     watch("captioner_audio_workers_busy", lambda: workers.busy)
     watch("captioner_audio_workers_busy_seconds_total", lambda: workers.busy_s)
@@ -72,13 +72,13 @@ def watch_replica(metrics: Gauges, engine: Engine, settings: Settings) -> None:
     """Tell what an engine replica of a cluster has taken on: the frontend's part of its metrics is told by frontends."""
     taken = _watch_engine(metrics, engine, settings)
     cpu = _engine_cpu(engine)
-    metrics.watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
-    metrics.watch("captioner_cpu_seconds_total", lambda: {"engine": cpu() + time.process_time()})
+    metrics.bind("captioner_saturation_ratio", lambda: {resource: read() for resource, read in taken.items()})
+    metrics.bind("captioner_cpu_seconds_total", lambda: {"engine": cpu() + time.process_time()})
 
 
 def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[str, Callable[[], float]]:
     """Tell what the engine of this process has taken on; return how full its bounds are."""
-    watch = metrics.watch
+    watch = metrics.bind
     watch("captioner_engine_running", lambda: engine.load.running)
     watch("captioner_engine_waiting", lambda: engine.load.waiting)
     watch("captioner_engine_running_audio_seconds", lambda: engine.load.audio_s - engine.load.waiting_audio_s)
@@ -100,7 +100,7 @@ def _watch_engine(metrics: Gauges, engine: Engine, settings: Settings) -> dict[s
 def _engine_cpu(engine: Engine) -> Callable[[], float]:
     """Read the CPU time of the model's processes."""
     time_of_model = CpuTime()
-    return lambda: time_of_model.look(descendants(model.pids if (model := _vllm(engine)) else ()))
+    return lambda: time_of_model.sample(descendants(model.pids if (model := _vllm(engine)) else ()))
 
 
 def _vllm(engine: Engine) -> VllmEngine | None:

@@ -32,7 +32,7 @@ from serving.errors import (
     NotFound,
     ServerError,
 )
-from serving.observability.request_record import code_of
+from serving.observability.request_record import error_code
 from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from serving.api.dialects.base import Codec
     from serving.audio.fetch import Fetcher
-    from serving.audio.worker_pool import AudioWorkers
+    from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Metrics
@@ -65,7 +65,7 @@ class Service:
 
     settings: Settings
     engine: Engine
-    workers: AudioWorkers
+    workers: AudioWorkerPool
     captioner: Captioner
     uploads: UploadStore
     keys: Keyring
@@ -142,7 +142,7 @@ class Service:
         else:
             self.metrics.upload("stored")
             return Response(status_code=200)
-        self.metrics.upload(code_of(type(error)))
+        self.metrics.upload(error_code(type(error)))
         await _drain(body, self.settings)
         answer = oss.error(error, request.state.request_id)
         return Response(answer.body, answer.status, dict(answer.headers), answer.content_type)

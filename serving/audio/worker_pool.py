@@ -110,7 +110,7 @@ class _Worker:
     deadline: asyncio.TimerHandle | None = None
 
 
-class AudioWorkers:
+class AudioWorkerPool:
     """A pool of `settings.audio_workers` processes with one queue: tenants take turns, small clips of each first.
 
     Of several workers one takes no huge clip, so that small ones never wait for one to end. At most
@@ -165,7 +165,7 @@ class AudioWorkers:
     @property
     def cpu_s(self) -> float:
         """CPU time that all workers have used, those that have died included."""
-        return self._cpu.look(worker.process.pid for worker in self._workers)
+        return self._cpu.sample(worker.process.pid for worker in self._workers)
 
     @property
     def outstanding_bytes(self) -> int:
@@ -380,7 +380,7 @@ class AudioWorkers:
             self._account(worker.task)
         with suppress(ChildProcessError):
             os.waitid(os.P_PID, worker.process.pid, os.WEXITED | os.WNOWAIT)
-        self._cpu.look([worker.process.pid, *(other.process.pid for other in self._workers)])
+        self._cpu.sample([worker.process.pid, *(other.process.pid for other in self._workers)])
 
     def _not_started(self) -> None:
         if not self._all_ready.done():

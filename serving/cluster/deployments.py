@@ -171,7 +171,7 @@ class Frontend:
         self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=lambda: self._presence.targets)
         metrics: Metrics = self._service.state.service.metrics
         self._presence = _presence(directory, settings, partial(metrics.expose, engine.check_health))
-        metrics.watch("captioner_replicas_lost_total", lambda: self._presence.lost)
+        metrics.bind("captioner_replicas_lost_total", lambda: self._presence.lost)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         await self._presence.start(host, settings.metrics_port, "frontend")
         await engine.start()

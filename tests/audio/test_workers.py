@@ -25,7 +25,7 @@ from serving import errors
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
 from serving.audio.worker import decode_base64
-from serving.audio.worker_pool import AudioWorkers, Prepared
+from serving.audio.worker_pool import AudioWorkerPool, Prepared
 from serving.config import Settings
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ def settings(**changes: object) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def running(**changes: object) -> AsyncIterator[AudioWorkers]:
+async def running(**changes: object) -> AsyncIterator[AudioWorkerPool]:
     """Run a pool of puppets."""
-    workers = AudioWorkers(settings(**changes), program=("-c", PUPPET))
+    workers = AudioWorkerPool(settings(**changes), program=("-c", PUPPET))
     await workers.start()
     try:
         yield workers
@@ -91,7 +91,7 @@ async def running(**changes: object) -> AsyncIterator[AudioWorkers]:
 
 
 @pytest.fixture
-async def pool() -> AsyncIterator[AudioWorkers]:
+async def pool() -> AsyncIterator[AudioWorkerPool]:
     """Two puppets."""
     async with running() as workers:
         yield workers
@@ -102,7 +102,7 @@ def say(words: str) -> str:
     return base64.b64encode(words.encode()).decode()
 
 
-async def prepare(pool: AudioWorkers, words: str) -> Prepared:
+async def prepare(pool: AudioWorkerPool, words: str) -> Prepared:
     """Prepare a clip and give it back at once."""
     async with pool.prepare(say(words)) as prepared:
         return prepared
@@ -115,12 +115,12 @@ async def until(condition: Callable[[], object], within_s: float = 20) -> None:
             await asyncio.sleep(0.01)
 
 
-def pids(pool: AudioWorkers) -> set[int]:
+def pids(pool: AudioWorkerPool) -> set[int]:
     """The process ids of the pool's workers."""
     return {worker.process.pid for worker in pool._workers}
 
 
-async def test_features_come_back_as_a_mapping_of_the_right_shape(pool: AudioWorkers) -> None:
+async def test_features_come_back_as_a_mapping_of_the_right_shape(pool: AudioWorkerPool) -> None:
     """A clip's features are float32 (128, frames), writable for torch, with the sample count and stage durations."""
     async with pool.prepare(say("samples 16079")) as prepared:
         features = prepared.features
@@ -134,14 +134,14 @@ async def test_features_come_back_as_a_mapping_of_the_right_shape(pool: AudioWor
     assert pool.outstanding_bytes == 0
 
 
-async def test_the_shortest_clip_has_a_frame(pool: AudioWorkers) -> None:
+async def test_the_shortest_clip_has_a_frame(pool: AudioWorkerPool) -> None:
     """One sample is a clip."""
     prepared = await prepare(pool, "samples 1")
     assert prepared.features.log_mel.shape == (128, 1)
     assert prepared.features.samples == 1
 
 
-async def test_a_file_is_read_by_the_worker(pool: AudioWorkers, tmp_path: Path) -> None:
+async def test_a_file_is_read_by_the_worker(pool: AudioWorkerPool, tmp_path: Path) -> None:
     """A path is opened in the worker, whatever its name."""
     clip = tmp_path / "t ö+n%e\udcff.wav"
     clip.write_text("samples 320")
@@ -171,14 +171,14 @@ def test_anything_else_is_not_base64(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["AAA\u00a7", "\uff21\uff21\uff21\uff21", "\ud800", "c2Ft.cGxlcw"])
-async def test_a_clip_that_is_not_base64_is_refused(pool: AudioWorkers, text: str) -> None:
+async def test_a_clip_that_is_not_base64_is_refused(pool: AudioWorkerPool, text: str) -> None:
     """What is wrong with the text is told as `InvalidAudioUrl`, whether the pool or the worker finds it."""
     with pytest.raises(errors.InvalidAudioUrl):
         async with pool.prepare(text):
             pass
 
 
-async def test_a_typed_error_travels_back(pool: AudioWorkers) -> None:
+async def test_a_typed_error_travels_back(pool: AudioWorkerPool) -> None:
     """An audio error of the worker is raised as the same class with the same message."""
     kinds: list[type[errors.AudioError]] = [errors.AudioError, *errors.AudioError.__subclasses__()]
     for kind in kinds:
@@ -189,7 +189,7 @@ async def test_a_typed_error_travels_back(pool: AudioWorkers) -> None:
 
 @pytest.mark.parametrize("words", ["bug", "raise Overloaded"])
 async def test_an_unexpected_error_is_logged_and_not_shown(
-    pool: AudioWorkers, words: str, caplog: pytest.LogCaptureFixture
+    pool: AudioWorkerPool, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A bug in the worker is `Internal`; its traceback is in the log only."""
     with pytest.raises(errors.Internal) as caught:
@@ -199,7 +199,7 @@ async def test_an_unexpected_error_is_logged_and_not_shown(
 
 
 @pytest.mark.parametrize("words", ["segfault", "exit"])
-async def test_a_clip_that_kills_its_worker_fails_alone(pool: AudioWorkers, words: str) -> None:
+async def test_a_clip_that_kills_its_worker_fails_alone(pool: AudioWorkerPool, words: str) -> None:
     """A crash in a codec fails its clip; the one beside it is untouched, and the worker is replaced."""
     before = pids(pool)
     beside = asyncio.create_task(prepare(pool, "sleep 0.3"))
@@ -212,7 +212,7 @@ async def test_a_clip_that_kills_its_worker_fails_alone(pool: AudioWorkers, word
 
 
 @pytest.mark.parametrize("at_work", [True, False])
-async def test_a_killed_worker_is_replaced(pool: AudioWorkers, *, at_work: bool) -> None:
+async def test_a_killed_worker_is_replaced(pool: AudioWorkerPool, *, at_work: bool) -> None:
     """`kill -9` of a worker fails no clip: the one that it had goes to another."""
     task = asyncio.create_task(prepare(pool, "sleep 0.3")) if at_work else None
     await asyncio.sleep(0.05)
@@ -273,7 +273,7 @@ async def test_many_short_clips_do_not_add_up_to_the_cpu_limit() -> None:
         assert pids(pool) == before
 
 
-async def test_a_bomb_dies_alone(pool: AudioWorkers) -> None:
+async def test_a_bomb_dies_alone(pool: AudioWorkerPool) -> None:
     """A decoder that wants more memory than a worker may have fails its clip only."""
     with pytest.raises(errors.AudioUnreadable, match="memory"):
         await prepare(pool, "hoard 1000000000")
@@ -377,7 +377,7 @@ async def test_one_worker_is_kept_free_of_huge_clips(audio_workers: int, tmp_pat
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _prepare_file(pool: AudioWorkers, clip: Path) -> None:
+async def _prepare_file(pool: AudioWorkerPool, clip: Path) -> None:
     async with pool.prepare(clip):
         pass
 
@@ -395,7 +395,7 @@ async def test_a_full_queue_refuses() -> None:
         assert (await prepare(pool, "samples 160")).features.samples == 160
 
 
-async def test_cancelled_in_the_queue_a_clip_is_dropped(pool: AudioWorkers) -> None:
+async def test_cancelled_in_the_queue_a_clip_is_dropped(pool: AudioWorkerPool) -> None:
     """A waiter that goes takes its clip out of the queue at once."""
     tasks = [asyncio.create_task(prepare(pool, "sleep 0.5")) for _ in range(4)]
     await asyncio.sleep(0.05)
@@ -406,7 +406,7 @@ async def test_cancelled_in_the_queue_a_clip_is_dropped(pool: AudioWorkers) -> N
     await asyncio.gather(*tasks[:3])
 
 
-async def test_two_hundred_cancelled_clips_leave_nothing(pool: AudioWorkers) -> None:
+async def test_two_hundred_cancelled_clips_leave_nothing(pool: AudioWorkerPool) -> None:
     """Cancelled at any moment, clips leave no descriptor, process, mapping or counted byte."""
     process = psutil.Process()
     await prepare(pool, "samples 16000")
@@ -432,7 +432,7 @@ async def test_two_hundred_cancelled_clips_leave_nothing(pool: AudioWorkers) -> 
     assert psutil.Process().children() == before[2]
 
 
-async def test_a_worker_keeps_no_descriptor_of_a_failed_clip(pool: AudioWorkers) -> None:
+async def test_a_worker_keeps_no_descriptor_of_a_failed_clip(pool: AudioWorkerPool) -> None:
     """Errors of every kind leave the worker with the descriptors it began with."""
     before = {pid: psutil.Process(pid).num_fds() for pid in pids(pool)}
     for words in ("bug", "raise AudioEmpty", "hoard 1000000000", "samples 0") * 3:
@@ -442,7 +442,7 @@ async def test_a_worker_keeps_no_descriptor_of_a_failed_clip(pool: AudioWorkers)
     await until(lambda: {pid: psutil.Process(pid).num_fds() for pid in pids(pool)} == before)
 
 
-async def test_ten_megabytes_of_text_do_not_hold_the_loop_up(pool: AudioWorkers) -> None:
+async def test_ten_megabytes_of_text_do_not_hold_the_loop_up(pool: AudioWorkerPool) -> None:
     """The longest base64 text goes over in one piece, and other tasks keep running meanwhile."""
     text = say("samples 160" + " " * (7 * 1024 * 1024))
     pauses: list[float] = []
@@ -494,7 +494,7 @@ async def test_real_workers_give_what_decoder_and_features_give(tmp_path: Path) 
     soundfile.write(clip, np.stack([tone, tone], axis=1), 44_100, format="FLAC")
     samples = decode(clip, max_duration_s=MAX_AUDIO_S)
     expected = log_mel(samples)
-    pool = AudioWorkers(settings())
+    pool = AudioWorkerPool(settings())
     await pool.start()
     try:
         for source in (clip, base64.b64encode(clip.read_bytes()).decode()):
@@ -509,7 +509,7 @@ async def test_real_workers_give_what_decoder_and_features_give(tmp_path: Path) 
         await pool.stop()
 
 
-async def test_workers_leave_signals_to_the_pool(pool: AudioWorkers) -> None:
+async def test_workers_leave_signals_to_the_pool(pool: AudioWorkerPool) -> None:
     """Ctrl-C and a group's SIGTERM do not end a worker."""
     before = pids(pool)
     for pid in before:
@@ -519,7 +519,7 @@ async def test_workers_leave_signals_to_the_pool(pool: AudioWorkers) -> None:
     assert pids(pool) == before
 
 
-async def test_workers_stand_back_where_cores_are_few(pool: AudioWorkers) -> None:
+async def test_workers_stand_back_where_cores_are_few(pool: AudioWorkerPool) -> None:
     """They are nicer than the service and of its session, or Linux would weigh each of them as much as all the rest.
 
     Yet in process groups of their own, so that the terminal's Ctrl-C is not for them.
@@ -549,7 +549,7 @@ async def test_stopping_ends_workers_and_clips() -> None:
 
 async def test_a_worker_that_cannot_start_fails_the_start() -> None:
     """A broken installation is told at the start rather than retried for ever."""
-    pool = AudioWorkers(settings(), program=("-c", "raise SystemExit(3)"))
+    pool = AudioWorkerPool(settings(), program=("-c", "raise SystemExit(3)"))
     with pytest.raises(errors.Internal):
         await pool.start()
     await pool.stop()
@@ -558,10 +558,10 @@ async def test_a_worker_that_cannot_start_fails_the_start() -> None:
 ORPHANS = """
 import asyncio, sys
 from tests.audio.test_workers import PUPPET, say, settings
-from serving.audio.worker_pool import AudioWorkers
+from serving.audio.worker_pool import AudioWorkerPool
 
 async def main():
-    pool = AudioWorkers(settings(), program=("-c", PUPPET))
+    pool = AudioWorkerPool(settings(), program=("-c", PUPPET))
     await pool.start()
     print(*(worker.process.pid for worker in pool._workers), flush=True)
     async with pool.prepare(say("sleep 60")):

@@ -22,7 +22,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import Gauge
 
-from serving.observability.metrics import WATCHED, Metrics
+from serving.observability.metrics import CALLBACK_METRICS, Metrics
 from serving.tenancy import database as store
 from serving.tenancy import schema
 from tests.observability.chain import Chain
@@ -143,7 +143,7 @@ def ledger_nanos(live: Live) -> int:
 
 def documented() -> set[str]:
     """Every metric of ours, as series are named."""
-    names = set(WATCHED)
+    names = set(CALLBACK_METRICS)
     for family in Metrics().registry.collect():
         suffix = {"counter": "_total", "histogram": "_count"}.get(family.type, "")
         names.add(family.name + suffix)
@@ -164,7 +164,7 @@ def test_the_documented_table_is_the_code() -> None:
     told = re.findall(r"^\| `(\w+)` \| \w+ \| (.*) \|$", (DEPLOY / "observability.md").read_text(), re.MULTILINE)
     meanings = {family.name: family.documentation for family in Metrics().registry.collect()}
     meanings = {name: text for name, text in meanings.items() if not name.startswith("process_")} | {
-        name.removesuffix("_total"): text for name, text in WATCHED.items()
+        name.removesuffix("_total"): text for name, text in CALLBACK_METRICS.items()
     }
     assert {name.removesuffix("_total"): text for name, text in told} == meanings
 

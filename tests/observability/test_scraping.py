@@ -2,7 +2,7 @@
 
 from prometheus_client.metrics import MetricWrapperBase
 
-from serving.observability.metrics import WATCHED_LABELS, Metrics
+from serving.observability.metrics import CALLBACK_LABELS, Metrics
 from serving.observability.service_discovery import FORGET_AFTER_S, Register, Target
 
 
@@ -58,6 +58,6 @@ def test_no_metric_has_a_label_that_its_target_has_too() -> None:
     """Prometheus would rename the metric's own (`exported_role`), and rules would read the target's in its place."""
     collectors = set(Metrics().registry._collector_to_names)
     labelled = [collector for collector in collectors if isinstance(collector, MetricWrapperBase)]
-    labels = {label for collector in labelled for label in collector._labelnames} | set(WATCHED_LABELS.values())
+    labels = {label for collector in labelled for label in collector._labelnames} | set(CALLBACK_LABELS.values())
     assert {"outcome", "replica"} <= labels
     assert not labels & {"job", "instance", *target(1)["labels"]}
