@@ -1,7 +1,7 @@
-"""The guarded download, against real servers on loopback that misbehave in every way we know.
+"""Guarded downloads, against real servers on loopback that misbehave in every way we know.
 
-Two loopback addresses stand for the two sides of the guard: 127.0.0.2 is allowed and plays the public internet,
-127.0.0.1 is not and plays our own network.
+Two loopback addresses stand for the two sides of the guard: 127.0.0.2 is allowed and acts as the public internet,
+127.0.0.1 is not and acts as our own network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIB = 1024 * 1024
 
 
 class Site:
-    """A server of raw answers by path; anything else is 404. `requests` are the heads it got."""
+    """A server of raw responses by path; any other path is 404. `requests` are the request headers it received."""
 
     def __init__(self, address: str, answers: dict[str, Any]) -> None:
         self.address = address
@@ -48,7 +48,7 @@ class Site:
 
     @property
     def connections(self) -> int:
-        """How many there were."""
+        """Number of connections so far."""
         return len(self._tasks)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -60,9 +60,9 @@ class Site:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            self.requests.append(head)
-            answer = self.answers.get(head.split(" ")[1], response(b"", "404 Not Found"))
+            headers = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.requests.append(headers)
+            answer = self.answers.get(headers.split(" ")[1], response(b"", "404 Not Found"))
             if callable(answer):
                 await answer(writer)
             else:
@@ -81,7 +81,7 @@ class Site:
             await asyncio.gather(*filter(None, self._tasks), return_exceptions=True)
 
     def url(self, path: str = "/clip", host: str = "") -> str:
-        """Where an answer is."""
+        """Return the URL of a response."""
         return f"http://{host or self.address}:{self.port}{path}"
 
 
@@ -97,7 +97,7 @@ def redirect(location: str, status: str = "302 Found") -> bytes:
 
 
 class Names:
-    """A resolver: each name has a list of answers, one a question; the last one stays. Counts questions."""
+    """A resolver: each name has a list of answers, one per question; the last one repeats. Records questions."""
 
     def __init__(self, **names: Sequence[Sequence[str]]) -> None:
         self._names = {name.replace("_", "."): list(answers) for name, answers in names.items()}
@@ -121,14 +121,14 @@ async def outside() -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def inside() -> AsyncIterator[Site]:
-    """A site on our own network, which must never be asked anything."""
+    """A site on our own network, to which nothing may ever connect."""
     async with Site(INSIDE, {"/clip": response(b"secret")}).running() as site:
         yield site
         assert site.connections == 0
 
 
 def files(directory: Path) -> list[Path]:
-    """Every file below."""
+    """Return every file below `directory`."""
     return [path for path in directory.rglob("*") if path.is_file()]
 
 
@@ -144,7 +144,7 @@ async def fetching(
         yield fetcher
         assert not files(tmp_path)
         assert fetcher._downloads
-        assert fetcher._downloads.taken_bytes == 0
+        assert fetcher._downloads.used_bytes == 0
     finally:
         await fetcher.stop()
     assert not list(tmp_path.iterdir())  # noqa: ASYNC240 - not a server
@@ -156,11 +156,11 @@ async def get(fetcher: Fetcher, url: str, scheduling_class: SchedulingClass = NO
         return path.read_bytes()
 
 
-# What may be reached
+# Reachable addresses
 
 
 def words(text: str) -> list[str]:
-    """A list as one reads it."""
+    """Split a list that is written as text."""
     return text.split()
 
 
@@ -191,13 +191,13 @@ async def test_addresses_that_are_not_public_are_refused(tmp_path: Path, address
 
 
 @pytest.mark.parametrize("address", PUBLIC)
-def test_addresses_beside_the_special_ones_are_public(address: str) -> None:
-    """The guard's networks end where the registries say."""
+def test_addresses_next_to_the_special_ones_are_public(address: str) -> None:
+    """The guard's networks end where the registries' networks end."""
     assert egress.is_public(ipaddress.ip_address(address))
 
 
 def test_the_guard_is_no_laxer_than_the_standard_library() -> None:
-    """Over a sample of the whole address space, what Python calls non-global is never public to the guard."""
+    """Over a sample of all addresses, none that Python calls non-global is public to the guard."""
     sample: list[egress.Address] = [ipaddress.IPv4Address(number) for number in range(0, 2**32, 2**32 // 30_011)]
     sample += [ipaddress.IPv6Address(number) for number in range(0, 2**128, 2**128 // 30_011)]
     assert not [address for address in sample if egress.is_public(address) and not address.is_global]
@@ -244,7 +244,7 @@ async def test_our_network_is_not_reached_by_any_spelling(tmp_path: Path, inside
     http://127.0.0.2/\udc80 oss://bucket/clip HTTPX://127.0.0.2/ javascript:alert(1)
     """.replace("\n    ", " ").split(" ")[1:],
 )
-async def test_what_is_not_an_http_url_is_refused(tmp_path: Path, url: str) -> None:
+async def test_anything_but_an_http_url_is_refused(tmp_path: Path, url: str) -> None:
     """Other schemes, malformed URLs, credentials and control characters are the caller's mistake."""
     async with fetching(tmp_path) as fetcher:
         with pytest.raises(errors.InvalidAudioUrl):
@@ -252,7 +252,7 @@ async def test_what_is_not_an_http_url_is_refused(tmp_path: Path, url: str) -> N
 
 
 async def test_one_forbidden_address_among_many_refuses_the_host(tmp_path: Path, outside: Site, inside: Site) -> None:
-    """A name with a public and a private address is refused whole, in either order."""
+    """A name with a public and a private address is refused, in either order."""
     names = Names(a_test=[[OUTSIDE, INSIDE]], b_test=[[INSIDE, OUTSIDE]], c_test=[[OUTSIDE, "::1"]])
     async with fetching(tmp_path, names) as fetcher:
         for name in ("a.test", "b.test", "c.test"):
@@ -262,7 +262,7 @@ async def test_one_forbidden_address_among_many_refuses_the_host(tmp_path: Path,
 
 
 async def test_rebinding_gains_nothing(tmp_path: Path, outside: Site, inside: Site) -> None:
-    """The name is resolved once a hop, and the connection goes to the address that was checked."""
+    """The name is resolved once per hop, and the connection goes to the address that was checked."""
     names = Names(rebind_test=[[OUTSIDE], [INSIDE]])
     async with fetching(tmp_path, names) as fetcher:
         assert await get(fetcher, outside.url(host="rebind.test")) == BODY
@@ -272,17 +272,17 @@ async def test_rebinding_gains_nothing(tmp_path: Path, outside: Site, inside: Si
 
 
 async def test_rebinding_between_hops_gains_nothing(tmp_path: Path, outside: Site, inside: Site) -> None:
-    """A redirect to the same name is resolved and checked anew."""
+    """A redirect to the same name is resolved and checked again."""
     outside.answers["/away"] = redirect(f"http://rebind.test:{inside.port}/clip")
     async with fetching(tmp_path, Names(rebind_test=[[OUTSIDE], [INSIDE]])) as fetcher:
         with pytest.raises(errors.DownloadFailed):
             await get(fetcher, outside.url("/away", host="rebind.test"))
 
 
-async def test_sockets_connect_to_nothing_that_was_not_checked(
+async def test_sockets_connect_to_checked_addresses_only(
     tmp_path: Path, inside: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even if aiohttp came to another address than the guard, no connection would be made."""
+    """No connection is made even if aiohttp obtains another address than the guard."""
 
     async def elsewhere(_: object, host: str, port: int = 0, **__: object) -> list[Any]:
         return [{"hostname": host, "host": INSIDE, "port": port, "family": 2, "proto": 6, "flags": 0}]
@@ -293,8 +293,8 @@ async def test_sockets_connect_to_nothing_that_was_not_checked(
             await get(fetcher, inside.url(host="clips.test"))
 
 
-def test_ports_are_limited_but_for_what_is_allowed() -> None:
-    """A public host is reached on the usual ports only; an allowed host or network on any, unless one is named."""
+def test_ports_are_limited_except_for_allowed_hosts() -> None:
+    """A public host is reached on the usual ports only; an allowed host or network on any port, or on the named one."""
     assert Settings().fetch_ports == (80, 443, 8000, 8080, 8443)
     guard = egress.EgressGuard(
         Settings.model_validate(
@@ -324,7 +324,7 @@ def test_ports_are_limited_but_for_what_is_allowed() -> None:
             egress.EgressGuard(Settings.model_validate({"fetch_allow": mistake}))
 
 
-async def test_a_refusal_tells_nothing_about_our_network(tmp_path: Path, inside: Site) -> None:
+async def test_a_refusal_reveals_nothing_about_our_network(tmp_path: Path, inside: Site) -> None:
     """Unknown, forbidden and unreachable look alike from outside."""
     unused = socket.create_server((OUTSIDE, 0))
     port = unused.getsockname()[1]
@@ -410,22 +410,22 @@ def test_https_is_not_left_for_http(origin: str, location: str, *, allowed: bool
         assert fetch._next_hop(egress.parse_url(origin), location).scheme == "https"
 
 
-# What is sent
+# The request
 
 
 async def test_only_the_request_is_sent(tmp_path: Path, outside: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials, cookies, referrer or proxy; a cookie that is set is not brought back."""
+    """No credentials, cookies, referrer or proxy are used; a cookie that a server sets is not sent back."""
     (tmp_path / "netrc").write_text(f"machine {OUTSIDE} login a password b\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     outside.answers["/start"] = response(b"", "302 Found", "Location: /clip", "Set-Cookie: a=b; Path=/")
     async with fetching(tmp_path / "downloads") as fetcher:
         assert await get(fetcher, outside.url("/start")) == BODY
-    for head in outside.requests:
-        names = {line.partition(":")[0].lower() for line in head.split("\r\n")[1:] if line}
+    for headers in outside.requests:
+        names = {line.partition(":")[0].lower() for line in headers.split("\r\n")[1:] if line}
         assert names - {"connection"} == {"host", "accept", "accept-encoding", "user-agent"}
-        assert "Accept-Encoding: identity\r\n" in head
-        assert f"Host: {OUTSIDE}:{outside.port}\r\n" in head
+        assert "Accept-Encoding: identity\r\n" in headers
+        assert f"Host: {OUTSIDE}:{outside.port}\r\n" in headers
 
 
 @pytest.mark.parametrize(
@@ -441,18 +441,18 @@ async def test_only_the_request_is_sent(tmp_path: Path, outside: Site, monkeypat
     ],
 )
 async def test_percent_escapes_are_untouched(tmp_path: Path, outside: Site, path: str, sent: str) -> None:
-    """A signed URL arrives as it was written; only what cannot stand in a request line is escaped."""
+    """A signed URL arrives as it was written; only characters that are illegal in a request line are escaped."""
     outside.answers[sent] = response(BODY)
     async with fetching(tmp_path) as fetcher:
         assert await get(fetcher, outside.url(path)) == BODY
     assert outside.requests[0].split("\r\n")[0] == f"GET {sent} HTTP/1.1"
 
 
-# What comes back
+# The response
 
 
 async def test_the_file_holds_the_body_while_the_context_lasts(tmp_path: Path, outside: Site) -> None:
-    """The download is a private file that is gone afterwards, whatever happens within."""
+    """The download is a private file that is removed when the context is left, also by an exception."""
     async with fetching(tmp_path) as fetcher:
         async with fetcher.fetch(outside.url()) as path:
             assert path.read_bytes() == BODY
@@ -467,8 +467,8 @@ async def test_the_file_holds_the_body_while_the_context_lasts(tmp_path: Path, o
 @pytest.mark.parametrize(
     "status", ["400 Bad Request", "401 No", "403 Forbidden", "404 Not Found", "500 Oops", "503 No"]
 )
-async def test_an_error_status_is_told(tmp_path: Path, outside: Site, status: str) -> None:
-    """The caller learns the status that the server answered, not what it said."""
+async def test_an_error_status_is_reported(tmp_path: Path, outside: Site, status: str) -> None:
+    """The error names the status of the response, and nothing of its body."""
     outside.answers["/error"] = response(b"a long story", status)
     async with fetching(tmp_path) as fetcher:
         with pytest.raises(errors.DownloadFailed, match=f"status {status[:3]}") as caught:
@@ -477,7 +477,7 @@ async def test_an_error_status_is_told(tmp_path: Path, outside: Site, status: st
 
 
 async def test_an_empty_body_is_empty_audio(tmp_path: Path, outside: Site) -> None:
-    """Nothing at all is told as such."""
+    """A response without a body is `AudioEmpty`, whatever its framing."""
     chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
     outside.answers |= {"/empty": response(b""), "/none": response(b"", "204 No Content"), "/chunked": chunked}
     async with fetching(tmp_path) as fetcher:
@@ -487,7 +487,7 @@ async def test_an_empty_body_is_empty_audio(tmp_path: Path, outside: Site) -> No
 
 
 async def test_the_size_is_limited_while_reading(tmp_path: Path, outside: Site) -> None:
-    """The largest file is inclusive; a byte more, an endless body, and a length that lies are not."""
+    """A file of exactly the limit passes; one more byte, an endless body, and a false length do not."""
 
     async def endless(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -522,7 +522,7 @@ async def test_the_size_is_limited_while_reading(tmp_path: Path, outside: Site) 
 
 
 async def test_a_length_that_lies_low_ends_the_body_there(tmp_path: Path, outside: Site) -> None:
-    """What follows the announced length is not part of the body; aiohttp refuses it if it comes along at once."""
+    """Bytes past the announced length are not part of the body; aiohttp refuses them if they arrive with the body."""
 
     async def low(writer: asyncio.StreamWriter) -> None:
         writer.write(response(BODY[:100]))
@@ -568,7 +568,7 @@ def _malformed() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", _malformed())
 async def test_a_malformed_answer_is_a_failed_download(tmp_path: Path, outside: Site, name: str) -> None:
-    """Bodies that are cut, compressed or malformed fail in one way, and soon."""
+    """A body that is cut, compressed or malformed is `DownloadFailed`, without a long wait."""
     outside.answers["/bad"] = _malformed()[name]
     async with fetching(tmp_path) as fetcher:
         with pytest.raises(errors.DownloadFailed):
@@ -577,7 +577,7 @@ async def test_a_malformed_answer_is_a_failed_download(tmp_path: Path, outside: 
 
 
 async def test_slow_servers_meet_the_deadline(tmp_path: Path, outside: Site) -> None:
-    """The total time is limited, however a server drips: before or within its head, in its body, in redirects."""
+    """The total time is limited, however a server drips: before or in its headers, in its body, in redirects."""
 
     def drip(first: bytes, drop: bytes) -> Callable[[asyncio.StreamWriter], Awaitable[None]]:
         async def answer(writer: asyncio.StreamWriter) -> None:
@@ -609,7 +609,7 @@ async def test_slow_servers_meet_the_deadline(tmp_path: Path, outside: Site) -> 
 
 
 async def test_a_slow_resolver_meets_the_deadline(tmp_path: Path, outside: Site) -> None:
-    """A name server that does not answer holds up its own download only."""
+    """A name server that does not answer delays only the download that needs it."""
     answering = threading.Event()
 
     def stuck(host: str, port: int, **options: Any) -> list[Any]:
@@ -626,7 +626,7 @@ async def test_a_slow_resolver_meets_the_deadline(tmp_path: Path, outside: Site)
 
 
 async def test_connecting_has_its_own_limit(tmp_path: Path) -> None:
-    """A host that swallows packets is given up after the connect timeout."""
+    """A host that drops packets is abandoned after the connect timeout."""
     with socket.create_server((OUTSIDE, 0), backlog=0) as full, contextlib.ExitStack() as queued:
         address = full.getsockname()
         for _ in range(8):  # fill the backlog, so that further handshakes are not answered
@@ -641,14 +641,14 @@ async def test_connecting_has_its_own_limit(tmp_path: Path) -> None:
 
 
 async def test_the_consumers_time_is_not_the_downloads(tmp_path: Path, outside: Site) -> None:
-    """The deadline ends with the download; what follows takes as long as it takes."""
+    """The deadline covers the download only, not the use of the file."""
     async with fetching(tmp_path, fetch_timeout_s=1) as fetcher, fetcher.fetch(outside.url()) as path:
         await asyncio.sleep(1.1)
         assert path.read_bytes() == BODY
 
 
 async def test_downloads_share_a_bounded_disk(tmp_path: Path, outside: Site) -> None:
-    """When downloads under way fill the disk they may take, the next is refused for now, and fits later."""
+    """A download is refused while others fill the disk that downloads may use, and fits later."""
     outside.answers |= {"/half": response(bytes(MIB // 2)), "/more": response(bytes(MIB // 2 + 1))}
     async with fetching(tmp_path, max_downloads_bytes=MIB) as fetcher:
         async with fetcher.fetch(outside.url("/half")):
@@ -659,7 +659,7 @@ async def test_downloads_share_a_bounded_disk(tmp_path: Path, outside: Site) -> 
 
 
 async def test_no_tenant_fills_the_disk_of_downloads(tmp_path: Path, outside: Site) -> None:
-    """However much one has under way, another's download finds room; without tenants one may take all of it."""
+    """One tenant's downloads leave disk for those of another; without tenants, downloads may fill all of it."""
     outside.answers |= {"/part": response(bytes(MIB)), "/small": response(bytes(MIB // 8))}
     async with fetching(tmp_path, max_downloads_bytes=8 * MIB) as fetcher, contextlib.AsyncExitStack() as under_way:
         for _ in range(7):
@@ -675,7 +675,7 @@ async def test_no_tenant_fills_the_disk_of_downloads(tmp_path: Path, outside: Si
 
 
 class SlowNames:
-    """A resolver that answers the names `slow…` only once it is let go."""
+    """A resolver that answers the names `slow…` only once `go` is set."""
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -690,7 +690,7 @@ class SlowNames:
 
 
 async def test_one_tenants_slow_names_hold_up_no_other_tenant(tmp_path: Path, outside: Site) -> None:
-    """Lookups outlive their requests and keep their tenant's share of the threads; it is told that it took too long."""
+    """Lookups outlive their requests and keep their tenant's part of the threads; that tenant's requests time out."""
     names = SlowNames()
     fast = f"http://fast.test:{outside.port}/clip"
     async with fetching(tmp_path, names, fetch_timeout_s=1) as fetcher:
@@ -708,22 +708,22 @@ async def test_one_tenants_slow_names_hold_up_no_other_tenant(tmp_path: Path, ou
         await asyncio.sleep(0.1)
         assert not waiting.done()
         names.go.set()
-        assert await waiting == BODY, "what waited goes on as soon as the threads are back"
-        assert "slow39.test" not in names.asked, "nobody waited for it any more"
+        assert await waiting == BODY, "queued lookups start as soon as threads are free"
+        assert "slow39.test" not in names.asked, "its request had timed out in the queue"
 
 
-async def test_many_lookups_of_one_tenant_all_come_to_their_turn(tmp_path: Path, outside: Site) -> None:
-    """More at once than there are threads are not refused."""
+async def test_many_lookups_of_one_tenant_are_all_served(tmp_path: Path, outside: Site) -> None:
+    """Lookups in excess of the threads are queued, not refused."""
     async with fetching(tmp_path, SlowNames()) as fetcher:
         url = f"http://fast.test:{outside.port}/clip"
         assert await asyncio.gather(*(get(fetcher, url, SchedulingClass("one")) for _ in range(100))) == [BODY] * 100
 
 
 @pytest.mark.parametrize("when", ["write", "close"])
-async def test_a_full_disk_is_our_fault(
+async def test_a_full_disk_is_overload(
     tmp_path: Path, outside: Site, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """No space left on the device is `Overloaded`, whether a write or the last flush meets it."""
+    """A full disk is `Overloaded`, whether a write or the final flush finds it full."""
     outside.answers["/big"] = response(bytes(MIB if when == "write" else 1000))
     real = Path.open
 
@@ -737,8 +737,10 @@ async def test_a_full_disk_is_our_fault(
             await get(fetcher, outside.url("/big"))
 
 
-async def test_no_file_to_write_to_is_our_fault(tmp_path: Path, outside: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file that cannot be made, as all descriptors are taken, is `Overloaded`."""
+async def test_a_file_that_cannot_be_created_is_overload(
+    tmp_path: Path, outside: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Running out of descriptors for the file is `Overloaded`."""
 
     def full(*_: object, **__: object) -> Any:
         raise OSError(errno.EMFILE, "too many open files")
@@ -776,10 +778,10 @@ async def test_two_hundred_cancelled_downloads_leave_nothing(tmp_path: Path, out
                 await asyncio.sleep(0.02)
 
 
-# The spool
+# The directory of downloads
 
 
-SPOOLING = """
+ABANDON = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from serving.audio.fetch import Fetcher
@@ -795,9 +797,11 @@ asyncio.run(main())
 """
 
 
-async def test_what_killed_services_left_is_swept_and_what_others_use_is_not(tmp_path: Path, outside: Site) -> None:
-    """A new service removes the spool of one that was killed, and leaves that of one that runs."""
-    dead = await asyncio.create_subprocess_exec(sys.executable, "-c", SPOOLING, str(tmp_path))
+async def test_directories_of_killed_services_are_removed_and_those_in_use_are_kept(
+    tmp_path: Path, outside: Site
+) -> None:
+    """A starting service removes the downloads of a killed service, and keeps those of a running one."""
+    dead = await asyncio.create_subprocess_exec(sys.executable, "-c", ABANDON, str(tmp_path))
     await dead.wait()
     (left,) = files(tmp_path)
     first, second = (Fetcher(Settings(download_dir=tmp_path, fetch_allow=(OUTSIDE,))) for _ in range(2))
@@ -840,7 +844,7 @@ AwIDRwAwRAIgcSk/DBErndpwhq12bpt93WFiYV3YDLvja+7hZzjixHgCIA540QeN
 async def test_https_is_verified_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, trusted: bool, host: str
 ) -> None:
-    """The certificate must be trusted and be the named host's, though the connection goes to a pinned address."""
+    """The certificate must be trusted and name the host, though the connection goes to a pinned address."""
     (tmp_path / "pem").write_text(KEY + CERTIFICATE)
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server.load_cert_chain(tmp_path / "pem")
@@ -855,7 +859,7 @@ async def test_https_is_verified_by_name(
     assert len(site.requests) == good
 
 
-# The translation
+# Translation of exceptions
 
 
 def _client_errors() -> list[type[aiohttp.ClientError]]:
@@ -869,7 +873,7 @@ def _client_errors() -> list[type[aiohttp.ClientError]]:
 
 @pytest.mark.parametrize("kind", _client_errors(), ids=lambda kind: kind.__name__)
 def test_every_exception_of_aiohttp_has_a_translation(kind: type[aiohttp.ClientError]) -> None:
-    """A new exception upstream fails here until someone decides what it means."""
+    """Every exception class of aiohttp has a translation; a new one upstream fails here until it is given one."""
     assert any(parent in fetch.TRANSLATION for parent in kind.__mro__)
     assert aiohttp.ClientError not in fetch.TRANSLATION
     if issubclass(kind, TimeoutError):
