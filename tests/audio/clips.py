@@ -121,7 +121,7 @@ def with_av(
 
 
 def remuxed(muxer: str, *files: bytes) -> bytes:
-    """Move the encoded audio of files into one container, each as a track of its own."""
+    """Move the encoded audio of files into one container, each as a separate track."""
     with TemporaryDirectory() as directory, ExitStack() as stack:
         path = Path(directory, "clip")
         out = stack.enter_context(av.open(path, "w", format=muxer))

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,99 +24,11 @@ from serving import errors
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
 from serving.audio.worker import decode_base64
-from serving.audio.worker_pool import AudioWorkerPool, Prepared
-from serving.config import Settings
+from serving.audio.worker_pool import AudioWorkerPool
+from tests.audio.puppets import FRAME_BYTES, MAX_AUDIO_S, pids, prepare, running, say, settings, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
-
-# A worker whose decoder does what the clip says. Without the real decoder it starts quickly.
-PUPPET = """
-import sys, types
-sys.modules["serving.audio.decode"] = types.SimpleNamespace(decode=None)
-features = types.SimpleNamespace(MELS=128, frame_count=lambda samples: samples // 160 or 1, log_mel=None)
-sys.modules["serving.audio.features"] = features
-import ctypes, os, signal, time
-import numpy as np
-from pathlib import Path
-import serving.audio.worker as worker
-from serving import errors
-
-def decode(source, *, max_duration_s):
-    word, _, number = (source if isinstance(source, bytes) else source.read_bytes()).decode().partition(" ")
-    match word:
-        case "samples": return np.full(int(number), 0.25, np.float32)
-        case "sleep": time.sleep(float(number)); return np.zeros(1600, np.float32)
-        case "segfault": ctypes.string_at(0)
-        case "exit": os._exit(7)
-        case "spin":
-            while True: pass
-        case "burn":
-            end = time.process_time() + float(number)
-            while time.process_time() < end: pass
-        case "hoard": return np.ones(int(number), np.float32)
-        case "raise": raise getattr(errors, number)("from the worker")
-        case "bug": raise ZeroDivisionError("an inside")
-        case "environment": raise errors.AudioUnreadable(repr(sorted(os.environ.items())))
-    return np.zeros(len(word), np.float32)
-
-def log_mel(samples, out=None):
-    out[:] = samples[0]
-    return out
-
-worker.decode, worker.log_mel = decode, log_mel
-worker.main(sys.argv[1:])
-"""
-
-MAX_AUDIO_S = 60.0
-FRAME_BYTES = 128 * 4
-
-
-def settings(**changes: object) -> Settings:
-    """Return settings: two workers and a longest clip of a minute, unless changed."""
-    return Settings.model_validate({"audio_workers": 2, "max_audio_s": MAX_AUDIO_S, "audio_timeout_s": 30, **changes})
-
-
-@contextlib.asynccontextmanager
-async def running(**changes: object) -> AsyncIterator[AudioWorkerPool]:
-    """Run a pool of puppets."""
-    workers = AudioWorkerPool(settings(**changes), program=("-c", PUPPET))
-    await workers.start()
-    try:
-        yield workers
-    finally:
-        await workers.stop()
-
-
-@pytest.fixture
-async def pool() -> AsyncIterator[AudioWorkerPool]:
-    """A pool of two puppets."""
-    async with running() as workers:
-        yield workers
-
-
-def say(words: str) -> str:
-    """Return a clip that makes the puppet follow `words`."""
-    return base64.b64encode(words.encode()).decode()
-
-
-async def prepare(pool: AudioWorkerPool, words: str) -> Prepared:
-    """Prepare a clip and release its features at once."""
-    async with pool.prepare(say(words)) as prepared:
-        return prepared
-
-
-async def until(condition: Callable[[], object], within_s: float = 20) -> None:
-    """Wait until the condition holds."""
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110 - no event reports it
-            await asyncio.sleep(0.01)
-
-
-def pids(pool: AudioWorkerPool) -> set[int]:
-    """Return the process ids of the pool's workers."""
-    return {worker.process.pid for worker in pool._workers}
 
 
 async def test_features_return_as_a_mapping_of_the_right_shape(pool: AudioWorkerPool) -> None:
@@ -284,132 +195,6 @@ async def test_a_bomb_dies_alone(pool: AudioWorkerPool) -> None:
     assert (await prepare(pool, "samples 160")).features.samples == 160
 
 
-async def test_clips_are_dispatched_only_within_the_memory_budget() -> None:
-    """Clips wait while features fill the memory budget, and are dispatched when it is released."""
-    mib_frames = 1024 * 1024 // FRAME_BYTES
-    async with running(max_features_bytes=1024 * 1024) as pool, AsyncExitStack() as first:
-        await first.enter_async_context(pool.prepare(say(f"samples {mib_frames * 160}")))
-        order: list[int] = []
-
-        async def follow(number: int) -> None:
-            async with pool.prepare(say(f"samples {(number + 1) * 160}")) as prepared:
-                order.append(prepared.features.samples // 160 - 1)
-                assert prepared.queue_s >= 0.2
-
-        followers = [asyncio.create_task(follow(number)) for number in range(5)]
-        await asyncio.sleep(0.25)
-        assert (pool.queued, pool.busy, order) == (5, 0, [])
-        assert pool.outstanding_bytes == 1024 * 1024
-        await first.aclose()
-        await asyncio.gather(*followers)
-        assert sorted(order) == list(range(5))
-        assert (pool.queued, pool.busy, pool.outstanding_bytes) == (0, 0, 0)
-
-
-async def test_one_worker_takes_clips_in_order() -> None:
-    """Clips of equal size are served first in, first out."""
-    async with running(audio_workers=1) as pool:
-        order: list[int] = []
-
-        async def follow(number: int) -> None:
-            await prepare(pool, f"samples {number}")
-            order.append(number)
-
-        await asyncio.gather(*(follow(number) for number in range(160, 180)))
-        assert order == list(range(160, 180))
-
-
-async def test_small_clips_go_first(tmp_path: Path) -> None:
-    """Queued clips are ordered by size, base64 text and files alike."""
-    big = tmp_path / "big"
-    big.write_text("samples 160" + " " * 5_000_000)
-    async with running(audio_workers=1, max_audio_s=2400) as pool:
-        order: list[str] = []
-
-        async def follow(name: str, clip: str | Path) -> None:
-            async with pool.prepare(clip):
-                order.append(name)
-
-        clips: dict[str, str | Path] = {
-            "at work": say("sleep 0.3"),
-            "big": big,
-            "middle": say("samples 160" + " " * 500_000),
-        }
-        clips |= {"small": say("samples 160"), "small too": say("samples 170")}
-        tasks = [asyncio.create_task(follow(*clip)) for clip in clips.items()]
-        await asyncio.sleep(0.1)
-        # 5 MB and 0.5 MB, estimated as if they were MP3.
-        assert pool.queued_audio_s == pytest.approx(343.75, abs=1)
-        await asyncio.gather(*tasks)
-        assert order == ["at work", "small", "small too", "middle", "big"]
-        assert pool.queued_audio_s == 0
-
-
-async def test_a_big_clip_is_overtaken_for_a_bounded_time(tmp_path: Path) -> None:
-    """Small clips that arrive long after a big one are served after it."""
-    big = tmp_path / "big"
-    big.write_text("samples 160" + " " * 500_000)  # counts as 31 s, which may be overtaken for 0.26 s
-    async with running(audio_workers=1, max_audio_s=2400) as pool:
-        order: list[str] = []
-
-        async def follow(name: str, clip: str | Path) -> None:
-            async with pool.prepare(clip):
-                order.append(name)
-
-        tasks = [asyncio.create_task(follow(*clip)) for clip in (("at work", say("sleep 1")), ("big", big))]
-        await asyncio.sleep(0.1)
-        tasks.append(asyncio.create_task(follow("soon", say("samples 160"))))
-        await asyncio.sleep(0.4)
-        tasks.append(asyncio.create_task(follow("late", say("samples 160"))))
-        await asyncio.gather(*tasks)
-        assert order == ["at work", "soon", "big", "late"]
-
-
-@pytest.mark.parametrize("audio_workers", [1, 2, 3])
-async def test_one_worker_is_kept_free_of_huge_clips(audio_workers: int, tmp_path: Path) -> None:
-    """One worker takes no huge clips, however many are queued; a single worker takes them too."""
-    huge = tmp_path / "huge"
-    huge.write_text("sleep 1" + " " * 17_000_000)
-    async with running(audio_workers=audio_workers, max_audio_s=2400) as pool:
-        tasks = [asyncio.create_task(_prepare_file(pool, huge)) for _ in range(4)]
-        await asyncio.sleep(0.05)
-        assert pool.busy == max(1, audio_workers - 1)
-        if audio_workers > 1:
-            assert (await prepare(pool, "samples 160")).queue_s < 0.5
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _prepare_file(pool: AudioWorkerPool, clip: Path) -> None:
-    async with pool.prepare(clip):
-        pass
-
-
-async def test_a_full_queue_refuses() -> None:
-    """A clip beyond the bound of the queue is `Overloaded`, with the seconds until a retry."""
-    async with running(audio_workers=1, max_audio_queue=3) as pool:
-        tasks = [asyncio.create_task(prepare(pool, "sleep 0.3")) for _ in range(4)]
-        await asyncio.sleep(0.05)
-        with pytest.raises(errors.Overloaded) as refused:
-            await prepare(pool, "samples 160")
-        assert refused.value.reason == "audio_queue"
-        assert 1 <= refused.value.retry_after_s <= 60
-        await asyncio.gather(*tasks)
-        assert (await prepare(pool, "samples 160")).features.samples == 160
-
-
-async def test_cancelled_in_the_queue_a_clip_is_dropped(pool: AudioWorkerPool) -> None:
-    """Cancelling a queued clip removes it from the queue at once."""
-    tasks = [asyncio.create_task(prepare(pool, "sleep 0.5")) for _ in range(4)]
-    await asyncio.sleep(0.05)
-    assert (pool.queued, pool.busy) == (2, 2)
-    tasks[3].cancel()
-    await asyncio.wait(tasks[3:])
-    assert (pool.queued, pool.busy) == (1, 2)
-    await asyncio.gather(*tasks[:3])
-
-
 async def test_two_hundred_cancelled_clips_leave_nothing(pool: AudioWorkerPool) -> None:
     """Cancelled at any moment, clips leave no descriptor, process, mapping or counted byte."""
     process = psutil.Process()
@@ -562,7 +347,7 @@ async def test_a_worker_that_cannot_start_fails_the_start() -> None:
 
 ORPHANS = """
 import asyncio, sys
-from tests.audio.test_workers import PUPPET, say, settings
+from tests.audio.puppets import PUPPET, say, settings
 from serving.audio.worker_pool import AudioWorkerPool
 
 async def main():

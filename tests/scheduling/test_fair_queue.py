@@ -156,7 +156,7 @@ def test_within_a_tenant_the_key_orders() -> None:
 
 
 def test_the_table_of_tenants_is_bounded() -> None:
-    """Of ten thousand successive tenants few are kept, without or with a tenant that always has items queued."""
+    """Few of ten thousand successive tenants are kept, without or with a tenant that always has items queued."""
     alone, shared = Server(), Server()
     for number in range(10_000):
         for server in (alone, shared):
