@@ -40,7 +40,7 @@ import soundfile
 
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
-from serving.audio.worker_pool import AudioWorkers
+from serving.audio.worker_pool import AudioWorkerPool
 from serving.config import Settings
 from tests.audio.clips import sound, stereo, with_av, with_soundfile
 
@@ -149,7 +149,7 @@ def _av_only(data: bytes) -> None:
 async def _workers(data: bytes) -> list[dict[str, float]]:
     """Clips/s and CPU seconds per clip with one and with two workers, by turns."""
     found = []
-    pools = {count: AudioWorkers(Settings(audio_workers=count)) for count in (1, 2)}
+    pools = {count: AudioWorkerPool(Settings(audio_workers=count)) for count in (1, 2)}
     with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
         file.write(data)
         file.flush()
@@ -171,7 +171,7 @@ async def _workers(data: bytes) -> list[dict[str, float]]:
     return found
 
 
-async def _prepare(pool: AudioWorkers, path: Path) -> None:
+async def _prepare(pool: AudioWorkerPool, path: Path) -> None:
     async with pool.prepare(path):
         pass
 

@@ -26,7 +26,7 @@ def main() -> int:
     serve = ServiceRun.run
 
     async def quiet(self: Any) -> int:
-        logging.getLogger("serving.observability.metrics").disabled = True
+        logging.getLogger("serving.observability.request_record").disabled = True
         return await serve(self)
 
     ServiceRun.run = quiet  # type: ignore[method-assign]

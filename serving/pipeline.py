@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from serving.audio.fetch import Fetcher
-    from serving.audio.worker_pool import AudioWorkers
+    from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.request_record import RequestRecord
@@ -47,7 +47,7 @@ class CaptionPipeline:
         self,
         settings: Settings,
         engine: Engine,
-        workers: AudioWorkers,
+        workers: AudioWorkerPool,
         fetcher: Fetcher,
         uploads: UploadStore,
         *,
@@ -136,7 +136,7 @@ class CaptionPipeline:
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)
                     record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
                     await features_held.aclose()  # the engine has consumed the features
-                usage = record.generated(
+                usage = record.add_output(
                     delta.text, delta.tokens, delta.finish_reason, uncounted_tokens=delta.uncounted_tokens
                 )
                 record.engine_input_tokens = delta.input_tokens or record.engine_input_tokens

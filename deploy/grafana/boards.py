@@ -1,4 +1,4 @@
-"""What the dashboards show: panels and their expressions. `make.py` turns them into Grafana's JSON."""
+"""Dashboards: panels and their expressions. `make.py` turns them into Grafana's JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RATE = "$__rate_interval"
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One panel: expressions by legend. `kind`: graph, stat (one number), or stack (a graph whose series add up)."""
+    """One panel: expressions by legend. `kind` is graph, stat (one number), or stack (a graph whose series add up)."""
 
     title: str
     unit: str
@@ -20,7 +20,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """One dashboard: rows of panels. `uid` is its file's name, too."""
+    """One dashboard: rows of panels. `uid` is also the name of its file."""
 
     uid: str
     title: str
@@ -29,7 +29,7 @@ class Board:
 
 
 def quantiles(metric: str, by: str = "", *, of: str = "", at: tuple[float, ...] = (0.5, 0.95)) -> dict[str, str]:
-    """Quantiles of a histogram, one series for each value of `by`."""
+    """Return quantiles of a histogram, one series for each value of `by`."""
     labels, legend = (f"le, {by}", f"{{{{{by}}}}} ") if by else ("le", "")
     return {
         f"{legend}p{100 * q:g}": f"histogram_quantile({q}, sum by ({labels}) (rate({metric}_bucket{{{of}}}[{RATE}])))"
@@ -38,7 +38,7 @@ def quantiles(metric: str, by: str = "", *, of: str = "", at: tuple[float, ...] 
 
 
 def rate(metric: str, by: str, of: str = "") -> dict[str, str]:
-    """A counter's rate, one series for each value of `by`."""
+    """Return a counter's rate, one series for each value of `by`."""
     return {f"{{{{{by}}}}}": f"sum by ({by}) (rate({metric}{{{of}}}[{RATE}]))"}
 
 
@@ -48,24 +48,24 @@ STAGE, AUDIO = "captioner_stage_seconds", "captioner_audio_seconds_total"
 OVERVIEW = Board(
     "captioner-overview",
     "Captioner: service",
-    "Are callers served, how fast, and how full is it?",
+    "Availability, latency and saturation of the service.",
     {
         "Now": [
-            Panel("Captioned", "none", {"audio-seconds per second": "captioner:audio_seconds:rate5m"}, "stat"),
+            Panel("Throughput", "none", {"audio-seconds per second": "captioner:audio_seconds:rate5m"}, "stat"),
             Panel("Requests", "reqps", {"": "sum(captioner:requests:rate5m)"}, "stat"),
             Panel("Failed", "percentunit", {"": "captioner:errors:ratio_rate5m"}, "stat"),
             Panel("First token, p95", "s", quantiles(TTFT, at=(0.95,)), "stat"),
-            Panel("Whole caption, p95", "s", quantiles(E2E, of='outcome="finished"', at=(0.95,)), "stat"),
-            Panel("Audio that waits", "s", {"": "captioner:backlog_audio_seconds"}, "stat"),
-            Panel("Processes that can caption", "none", {"": 'sum(captioner_ready{role!="engine"})'}, "stat"),
-            Panel("Under way", "none", {"": "sum(captioner_requests_in_flight)"}, "stat"),
+            Panel("Complete caption, p95", "s", quantiles(E2E, of='outcome="finished"', at=(0.95,)), "stat"),
+            Panel("Queued audio", "s", {"": "captioner:backlog_audio_seconds"}, "stat"),
+            Panel("Ready processes", "none", {"": 'sum(captioner_ready{role!="engine"})'}, "stat"),
+            Panel("In flight", "none", {"": "sum(captioner_requests_in_flight)"}, "stat"),
         ],
         "Objectives": [
             Panel(
-                "Error budget that is left (3 days)",
+                "Remaining error budget (3 days)",
                 "percentunit",
                 {"availability": "1 - captioner:errors:ratio_rate3d / 0.001"},
-                about="Of 0.1 % of requests that may fail.",
+                about="Remaining fraction of the 0.1 % of requests that may fail.",
             ),
             Panel(
                 "Burn rate (1 hour)",
@@ -75,7 +75,7 @@ OVERVIEW = Board(
                     "first token, {{length}}": "captioner:ttft_slow:ratio_rate1h / 0.05",
                     "caption, {{length}}": "captioner:e2e_slow:ratio_rate1h / 0.05",
                 },
-                about="1 spends exactly the month's budget in a month; at 14.4 someone is woken.",
+                about="At 1 the month's budget lasts exactly a month; 14.4 pages.",
             ),
         ],
         "Traffic and errors": [
@@ -86,19 +86,27 @@ OVERVIEW = Board(
                 {"{{dialect}} {{code}}": f"sum by (dialect, code) (rate(captioner_requests_total[{RATE}])) > 0"},
                 "stack",
             ),
-            Panel("Refused for want of room", "reqps", rate("captioner_requests_shed_total", "reason")),
-            Panel("Refused by callers' limits", "reqps", rate("captioner_requests_rate_limited_total", "limit")),
+            Panel("Shed requests", "reqps", rate("captioner_requests_shed_total", "reason")),
+            Panel("Refused by limits of callers", "reqps", rate("captioner_requests_rate_limited_total", "limit")),
         ],
-        "Waiting": [
+        "Latency": [
             Panel("Time to the first token, by length of the audio", "s", quantiles(TTFT, "length")),
-            Panel("Time to the end, by length of the audio", "s", quantiles(E2E, "length", of='outcome="finished"')),
+            Panel(
+                "Time to the complete caption, by length of the audio",
+                "s",
+                quantiles(E2E, "length", of='outcome="finished"'),
+            ),
             Panel("Time per token", "s", quantiles("captioner_time_per_output_token_seconds")),
             Panel("Real-time factor", "none", quantiles("captioner_real_time_factor_ratio")),
         ],
         "Saturation": [
-            Panel("How full", "percentunit", {"{{resource}}": "max by (resource) (captioner_saturation_ratio)"}),
             Panel(
-                "Audio that waits",
+                "Saturation by resource",
+                "percentunit",
+                {"{{resource}}": "max by (resource) (captioner_saturation_ratio)"},
+            ),
+            Panel(
+                "Queued audio",
                 "s",
                 {
                     "for a worker": "sum(captioner_audio_queue_audio_seconds)",
@@ -113,9 +121,9 @@ OVERVIEW = Board(
 PIPELINE = Board(
     "captioner-audio",
     "Captioner: audio pipeline",
-    "Where a request's time goes, and what the audio work takes.",
+    "Time of a request by stage, and load of the audio workers.",
     {
-        "Where the time goes": [
+        "Time by stage": [
             Panel("Share of each stage", "percentunit", {
                 "{{stage}}": f"sum by (stage) (rate({STAGE}_sum[{RATE}])) "
                 f"/ on () group_left () sum(rate({STAGE}_sum[{RATE}]))"
@@ -128,8 +136,8 @@ PIPELINE = Board(
             }),
         ],
         "Audio": [
-            Panel("Audio in and captioned", "none", {
-                "in": "captioner:audio_in_seconds:rate5m",
+            Panel("Audio decoded and captioned", "none", {
+                "decoded": "captioner:audio_decoded_seconds:rate5m",
                 "captioned": "captioner:audio_seconds:rate5m",
             }, about="Audio-seconds per second."),
             Panel("Length of the audio", "s", quantiles("captioner_audio_duration_seconds", at=(0.5, 0.95, 0.99))),
@@ -141,13 +149,13 @@ PIPELINE = Board(
             }),
         ],
         "Audio workers": [
-            Panel("Use of the workers", "percentunit", {"{{instance}}": "captioner:audio_workers_busy:ratio5m"}),
-            Panel("Workers at work", "none", {
-                "at work": "sum(captioner_audio_workers_busy)",
+            Panel("Worker utilisation", "percentunit", {"{{instance}}": "captioner:audio_workers_busy:ratio5m"}),
+            Panel("Busy workers", "none", {
+                "busy": "sum(captioner_audio_workers_busy)",
                 "all": "sum(captioner_audio_workers)",
             }),
-            Panel("Clips that wait for a worker", "none", {"{{instance}}": "captioner_audio_queue_depth"}),
-            Panel("Workers that died (15 min)", "none", {
+            Panel("Clips queued for a worker", "none", {"{{instance}}": "captioner_audio_queue_depth"}),
+            Panel("Worker deaths (15 min)", "none", {
                 "{{instance}}": "increase(captioner_audio_worker_deaths_total[15m])"
             }),
         ],
@@ -157,25 +165,25 @@ PIPELINE = Board(
 ENGINE = Board(
     "captioner-engine",
     "Captioner: engine",
-    "What the engines have taken on, how fast they are, and vLLM's own view.",
+    "Load and speed of the engines, and vLLM's own view.",
     {
         "Load": [
-            Panel("Captions in the engine and waiting", "none", {
+            Panel("Captions running and queued", "none", {
                 "{{instance}} running": "captioner_engine_running",
-                "{{instance}} waiting": "captioner_engine_waiting",
+                "{{instance}} queued": "captioner_engine_waiting",
             }),
-            Panel("Audio in the engine and waiting", "s", {
+            Panel("Audio running and queued", "s", {
                 "{{instance}} running": "captioner_engine_running_audio_seconds",
-                "{{instance}} waiting": "captioner_engine_waiting_audio_seconds",
+                "{{instance}} queued": "captioner_engine_waiting_audio_seconds",
             }),
             Panel("Context reserved", "percentunit", {
                 "{{instance}}": "captioner_engine_kv_tokens / (captioner_engine_kv_capacity_tokens > 0)"
             }),
             Panel("Steps", "ops", {"{{instance}}": f"rate(captioner_engine_steps_total[{RATE}])"}),
-            Panel("Silence while tokens are owed", "s", {"{{instance}}": "captioner_engine_stalled_seconds"}),
+            Panel("Stalled", "s", {"{{instance}}": "captioner_engine_stalled_seconds"}),
         ],
         "Speed": [
-            Panel("Wait for the engine", "s", quantiles(STAGE, of='stage="engine_queue"')),
+            Panel("Queue for the engine", "s", quantiles(STAGE, of='stage="engine_queue"')),
             Panel("Prefill", "s", quantiles(STAGE, of='stage="prefill"')),
             Panel("Time per token", "s", quantiles("captioner_time_per_output_token_seconds")),
             Panel("Tokens as billed", "none", rate("captioner_tokens_total", "kind"), about="Per second."),
@@ -184,15 +192,15 @@ ENGINE = Board(
             Panel("Requests in vLLM", "none", {
                 "{{instance}} running": "vllm:num_requests_running",
                 "{{instance}} waiting": "vllm:num_requests_waiting",
-            }, about="Blind to what waits before the engine and to audio work."),
+            }, about="Excludes captions queued before the engine, and audio work."),
             Panel("KV cache", "percentunit", {"{{instance}}": "vllm:kv_cache_usage_perc"}),
             Panel("Preemptions", "ops", {"{{instance}}": f"rate(vllm:num_preemptions_total[{RATE}])"}),
             Panel("Tokens", "none", {
                 "prompt": f"sum(rate(vllm:prompt_tokens_total[{RATE}]))",
                 "generation": f"sum(rate(vllm:generation_tokens_total[{RATE}]))",
             }, about="Per second, by the engine's own count."),
-            Panel("Tokens in a step", "none", quantiles("vllm:iteration_tokens_total")),
-            Panel("Between tokens", "s", quantiles("vllm:inter_token_latency_seconds")),
+            Panel("Tokens per step", "none", quantiles("vllm:iteration_tokens_total")),
+            Panel("Time between tokens", "s", quantiles("vllm:inter_token_latency_seconds")),
         ],
     },
 )  # fmt: skip
@@ -200,15 +208,15 @@ ENGINE = Board(
 TENANTS = Board(
     "captioner-tenants",
     "Captioner: tenants",
-    "Who uses it, who waits, who is refused, and what it costs them.",
+    "Usage, waits, refusals and cost by tenant.",
     {
-        "Use": [
+        "Usage": [
             Panel("Audio-seconds per second", "none", rate("captioner_tenant_audio_seconds_total", "tenant"), "stack"),
             Panel("Requests", "reqps", {
                 "{{tenant}} {{outcome}}": f"sum by (tenant, outcome) (rate(captioner_tenant_requests_total[{RATE}]))"
             }, "stack"),
             Panel("Tokens as billed", "none", rate("captioner_tenant_tokens_total", "tenant"), "stack"),
-            Panel("Most audio in a day", "s", {
+            Panel("Top 10 by audio in a day", "s", {
                 "{{tenant}}": "topk(10, sum by (tenant) (increase(captioner_tenant_audio_seconds_total[1d])))"
             }),
         ],
@@ -217,10 +225,11 @@ TENANTS = Board(
                 "{{tenant}}": f"sum by (tenant) (rate(captioner_tenant_wait_seconds_total[{RATE}])) "
                 f"/ (sum by (tenant) (rate(captioner_tenant_requests_total[{RATE}])) > 0)"
             }),
-            Panel("Refused by a limit", "reqps", {
-                "{{tenant}} {{limit}}": f"sum by (tenant, limit) (rate(captioner_tenant_requests_rate_limited_total[{RATE}]))"
+            Panel("Refused by limits", "reqps", {
+                "{{tenant}} {{limit}}": "sum by (tenant, limit) "
+                f"(rate(captioner_tenant_requests_rate_limited_total[{RATE}]))"
             }),
-            Panel("Share of requests that failed", "percentunit", {
+            Panel("Failed requests", "percentunit", {
                 "{{tenant}}": "sum by (tenant) "
                 f'(rate(captioner_tenant_requests_total{{outcome="server_error"}}[{RATE}])) '
                 f"/ (sum by (tenant) (rate(captioner_tenant_requests_total[{RATE}])) > 0)"
@@ -231,9 +240,9 @@ TENANTS = Board(
                 "{{tenant}} {{currency}}": "3600 * sum by (tenant, currency) "
                 f"(rate(captioner_tenant_cost_total[{RATE}]))"
             }),
-            Panel("The ledger's lag", "s", {"{{instance}}": "captioner_ledger_lag_seconds"}),
-            Panel("Entries not in the database yet", "none", {"{{instance}}": "captioner_ledger_pending"}),
-            Panel("The ledger's journal", "bytes", {"{{instance}}": "captioner_ledger_journal_bytes"}),
+            Panel("Ledger lag", "s", {"{{instance}}": "captioner_ledger_lag_seconds"}),
+            Panel("Ledger entries not in the database", "none", {"{{instance}}": "captioner_ledger_pending"}),
+            Panel("Ledger journal", "bytes", {"{{instance}}": "captioner_ledger_journal_bytes"}),
         ],
     },
 )  # fmt: skip
@@ -241,7 +250,7 @@ TENANTS = Board(
 AUTOSCALING = Board(
     "captioner-autoscaling",
     "Captioner: autoscaling",
-    "How many frontends and engines there are, and what they are scaled by.",
+    "Number of frontends and engines, and the metrics that scale them.",
     {
         "Replicas": [
             Panel("Processes scraped", "none", {"{{role}}": 'count by (role) (up{job="captioner"} == 1)'}),
@@ -252,21 +261,21 @@ AUTOSCALING = Board(
             Panel("Replicas lost (15 min)", "none", {
                 "{{replica}}": "max by (replica) (increase(captioner_replicas_lost_total[15m]))"
             }),
-            Panel("Captions asked for a second time", "reqps", {
+            Panel("Captions retried at another replica", "reqps", {
                 "": f"sum(rate(captioner_engine_retries_total[{RATE}]))"
             }),
         ],
-        "What they are scaled by": [
-            Panel("Audio under way in each engine", "s", {
+        "Scaling metrics": [
+            Panel("Audio in flight per engine", "s", {
                 "{{instance}}": "captioner_engine_running_audio_seconds + captioner_engine_waiting_audio_seconds"
             }, about="Another engine is started at `target_audio_seconds_per_engine`."),
-            Panel("Clips for each audio worker of a frontend", "none", {
+            Panel("Clips per audio worker of a frontend", "none", {
                 "{{instance}}": "(captioner_audio_workers_busy + captioner_audio_queue_depth) / captioner_audio_workers"
             }, about="Another frontend is started at `target_clips_per_audio_worker`."),
-            Panel("Refused for want of room", "reqps", rate("captioner_requests_shed_total", "reason")),
+            Panel("Shed requests", "reqps", rate("captioner_requests_shed_total", "reason")),
         ],
         "Ray Serve's own": [
-            Panel("Replicas that Ray wants", "none", {
+            Panel("Target replicas", "none", {
                 "{{deployment}}": "max by (deployment) (ray_serve_autoscaling_target_replicas)"
             }),
             Panel("Healthy replicas", "none", {
@@ -279,16 +288,16 @@ AUTOSCALING = Board(
 CAPACITY = Board(
     "captioner-capacity",
     "Captioner: capacity",
-    "What a machine gives, and what an hour of audio costs.",
+    "Throughput of a machine, cost of an hour of audio, and free capacity.",
     {
-        "What it gives": [
+        "Throughput": [
             Panel("Audio-seconds per second, per engine", "none", {
                 "": "captioner:audio_seconds:rate5m / count(captioner_engine_kv_capacity_tokens > 0)"
             }),
             Panel("Audio captioned in a day", "s", {"": f"sum(increase({AUDIO}[1d]))"}),
-            Panel("Captions at the same time, per engine", "none", {"{{instance}}": "captioner_engine_running"}),
+            Panel("Concurrent captions per engine", "none", {"{{instance}}": "captioner_engine_running"}),
         ],
-        "What it costs": [
+        "Cost": [
             Panel("CPU-seconds per hour of audio", "s", {"{{part}}": "captioner:cpu_seconds_per_audio_hour"}, "stack"),
             Panel("GPU-seconds per hour of audio", "s", {"": "captioner:gpu_seconds_per_audio_hour"}),
             Panel("CPU in use", "none", {
@@ -298,12 +307,14 @@ CAPACITY = Board(
                 "{{instance}}": 'process_resident_memory_bytes{job="captioner"}'
             }),
         ],
-        "What is left": [
-            Panel("Room in the context", "percentunit", {
+        "Free capacity": [
+            Panel("Free context", "percentunit", {
                 "{{instance}}": "1 - captioner_engine_kv_tokens / (captioner_engine_kv_capacity_tokens > 0)"
             }),
             Panel("Free audio workers", "percentunit", {"{{instance}}": "1 - captioner:audio_workers_busy:ratio5m"}),
-            Panel("How full", "percentunit", {"{{resource}}": "max by (resource) (captioner_saturation_ratio)"}),
+            Panel("Saturation by resource", "percentunit", {
+                "{{resource}}": "max by (resource) (captioner_saturation_ratio)"
+            }),
         ],
     },
 )  # fmt: skip

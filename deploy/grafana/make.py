@@ -1,4 +1,4 @@
-"""Make the dashboards: `python deploy/grafana/make.py` writes `dashboards/*.json` from `boards.py`."""
+"""Generator of the dashboards: `python deploy/grafana/make.py` writes `dashboards/*.json` from `boards.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grafana_foundation_sdk.models.dashboard import DashboardCursorSync, Dashboa
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from boards import BOARDS  # noqa: E402 - beside this file
+from boards import BOARDS  # noqa: E402 - in this directory
 
 if TYPE_CHECKING:
     from boards import Board, Panel
@@ -31,7 +31,7 @@ WIDTH = 24
 
 
 def make(board: Board) -> str:
-    """A dashboard's JSON."""
+    """Return the JSON of a dashboard."""
     made = (
         dashboard.Dashboard(board.title)
         .uid(board.uid)
@@ -56,7 +56,7 @@ def make(board: Board) -> str:
 
 
 def _others() -> dashboard.DashboardLink:
-    """A menu of all dashboards."""
+    """Return a link that is a menu of all dashboards."""
     link = dashboard.DashboardLink("Captioner").type(DashboardLinkType.DASHBOARDS).tags(["captioner"])
     return link.as_dropdown(as_dropdown=True).keep_time(keep_time=True)
 
@@ -79,7 +79,7 @@ def _panel(panel: Panel) -> Any:
 
 
 def main() -> None:
-    """Write every dashboard."""
+    """Write all dashboards."""
     directory = HERE / "dashboards"
     directory.mkdir(exist_ok=True)
     for board in BOARDS:

@@ -1,7 +1,8 @@
-"""Make the recording and alert rules: `python deploy/prometheus/make.py` writes the two files beside this one.
+"""Generator of the recording and alert rules: `python deploy/prometheus/make.py` writes both files next to this one.
 
-They are made by code since each objective needs the same rules over six windows, and since the live test runs the same
-rules with shorter windows (`--pace 0.0166 --directory …`). `--runbooks` sets where the pages of `deploy/alerts` are.
+Code makes them because each objective needs the same rules over several windows, and because the live test runs the
+same rules with shorter windows (`--pace 0.0166 --directory …`). `--runbooks` sets the base of the links to the pages of
+`deploy/alerts`.
 """
 
 from __future__ import annotations
@@ -19,48 +20,48 @@ JOB = 'job="captioner"'
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
 JUDGED = 'outcome=~"finished|server_error"'
-"""What a caller got wrong, or gave up, is no failure of the service."""
+"""Outcomes that count for availability: a caller's mistake or cancellation is no failure of the service."""
 
 AVAILABILITY = 0.999
-PROMPT = 0.95
-"""Share of captions that must begin, and end, within the time for their length."""
+TIMELY = 0.95
+"""Share of captions that must begin, and end, within the time limits for their length."""
 
 TTFT_S = {"short": 2.5, "medium": 5, "long": 30}
 E2E_S = {"short": 30, "medium": 60, "long": 300}
-"""By class of audio length: to 30 s, to 300 s, longer. Each must be a bound of the histogram's buckets."""
+"""Time limits by class of audio length: to 30 s, to 300 s, longer. Each must be a bound of the histogram's buckets."""
 
 WINDOWS = {"5m": 5 * MINUTE, "30m": 30 * MINUTE, "1h": HOUR, "2h": 2 * HOUR, "6h": 6 * HOUR, "1d": DAY, "3d": 3 * DAY}
 PAGE = ((14.4, "1h", "5m"), (6, "6h", "30m"))
 TICKET = ((3, "1d", "2h"), (1, "3d", "6h"))
-"""Burn rate, long and short window: 2 % of a month's budget in an hour, 5 % in six; 10 % in a day or in three."""
+"""Burn rate, long and short window: 2 % of a month's budget in an hour, 5 % in six; 10 % in a day or in three days."""
 
-FEW = 20
-"""Fewer requests than this in the first long window are no evidence."""
+MIN_REQUESTS = 20
+"""Requests in the first long window below which a ratio is no evidence."""
 
-_HEAD = "# Made by deploy/prometheus/make.py; change it there.\n"
+_HEADER = "# Made by deploy/prometheus/make.py; change it there.\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How long a window really is: 1 in production, less in tests."""
+    """Scale of all durations: 1 in production, less in tests."""
 
     factor: float = 1.0
 
     def __call__(self, seconds: float) -> str:
-        """A duration as PromQL writes it."""
+        """Return a scaled duration in PromQL's notation."""
         return f"{max(1, math.ceil(seconds * self.factor))}s" if self.factor != 1 else _duration(int(seconds))
 
     def seconds(self, seconds: float) -> str:
-        """A number of seconds to compare with."""
+        """Return a scaled number of seconds, to compare with."""
         return f"{seconds * self.factor:g}"
 
 
 def records(pace: Pace) -> dict[str, Any]:
-    """Recording rules: what dashboards and alerts both read."""
+    """Return the recording rules, which dashboards and alerts read."""
     w5 = pace(5 * MINUTE)
     rules = [
         _record("captioner:audio_seconds:rate5m", f"sum(rate(captioner_audio_seconds_total[{w5}]))"),
-        _record("captioner:audio_in_seconds:rate5m", f"sum(rate(captioner_audio_decoded_seconds_total[{w5}]))"),
+        _record("captioner:audio_decoded_seconds:rate5m", f"sum(rate(captioner_audio_decoded_seconds_total[{w5}]))"),
         _record("captioner:requests:rate5m", f"sum by (outcome) (rate(captioner_requests_total[{w5}]))"),
         _record(
             "captioner:backlog_audio_seconds",
@@ -91,18 +92,19 @@ def records(pace: Pace) -> dict[str, Any]:
         ):
             for length, limit in limits.items():
                 chosen = f'length="{length}"{labels}'
-                quick = f'sum(rate({metric}_bucket{{{chosen},le=~"{_le(limit)}"}}[{window}]))'
+                timely = f'sum(rate({metric}_bucket{{{chosen},le=~"{_le(limit)}"}}[{window}]))'
                 of_all = f"sum(rate({metric}_count{{{chosen}}}[{window}]))"
                 rules.append(
-                    _record(f"captioner:{sli}:ratio_rate{name}", f"1 - {quick} / ({of_all} > 0)", length=length)
+                    _record(f"captioner:{sli}:ratio_rate{name}", f"1 - {timely} / ({of_all} > 0)", length=length)
                 )
     return {"groups": [{"name": "captioner.records", "interval": pace(15), "rules": rules}]}
 
 
 def alerts(pace: Pace, runbooks: str = "deploy/alerts") -> dict[str, Any]:
-    """Alert rules. `severity`: page wakes someone, ticket waits for the morning.
+    """Return the alert rules.
 
-    `kind`: a cause that pages silences the symptoms that follow from it (deploy/alertmanager).
+    Label `severity`: a page wakes somebody, a ticket waits for the morning. Label `kind`: a cause that pages silences
+    the symptoms that follow from it (deploy/alertmanager).
     """
     made = _Alerts(pace, runbooks)
     _objectives(made)
@@ -131,7 +133,7 @@ class _Alerts:
         rule = {"alert": name, "expr": expr}
         if lasting:
             rule["for"] = self.pace(lasting)
-        if lingering:  # as long as the short windows of what it silences
+        if lingering:  # as long as the short windows of the alerts that it silences
             rule["keep_firing_for"] = self.pace(lingering)
         self.rules.append(
             rule
@@ -143,16 +145,16 @@ class _Alerts:
 
 
 def _objectives(made: _Alerts) -> None:
-    """The budget of an objective is being burnt: over a long window, and still over a short one."""
-    failing, late = (
+    """Add alerts on the burn rate of each objective's budget, over a long window and still over a short one."""
+    failing, captions = (
         f"More than {100 * (1 - AVAILABILITY):g} % of requests fail",
         "Captions of {{ $labels.length }} audio",
     )
     # Slowness pages later than its causes do (a backlog, a stall), which then silence it.
-    for name, sli, budget, what, lasting in (
+    for name, sli, budget, fact, lasting in (
         ("CaptionerErrors", "errors", 1 - AVAILABILITY, failing, 2 * MINUTE),
-        ("CaptionerFirstTokenSlow", "ttft_slow", 1 - PROMPT, f"{late} begin too late", 5 * MINUTE),
-        ("CaptionerCaptionSlow", "e2e_slow", 1 - PROMPT, f"{late} end too late", 5 * MINUTE),
+        ("CaptionerFirstTokenSlow", "ttft_slow", 1 - TIMELY, f"{captions} begin too late", 5 * MINUTE),
+        ("CaptionerCaptionSlow", "e2e_slow", 1 - TIMELY, f"{captions} end too late", 5 * MINUTE),
     ):
         for suffix, severity, windows in (("", "page", PAGE), ("Slowly", "ticket", TICKET)):
             burns = [
@@ -161,13 +163,13 @@ def _objectives(made: _Alerts) -> None:
                 for rate, long, short in windows
             ]
             first = made.pace(WINDOWS[windows[0][1]])
-            enough = f"sum(increase(captioner_requests_total{{{JUDGED}}}[{first}])) >= {FEW}"
+            enough = f"sum(increase(captioner_requests_total{{{JUDGED}}}[{first}])) >= {MIN_REQUESTS}"
             expr = f"({' or '.join(burns)}) and on () {enough}"
             pace_of_burn = "fast" if severity == "page" else "slowly"
             made.add(
                 f"{name}{suffix}",
                 expr,
-                f"{what}: the month's budget burns {pace_of_burn}.",
+                f"{fact}: the month's error budget burns {pace_of_burn}.",
                 severity=severity,
                 kind="symptom",
                 lasting=lasting if severity == "page" else 15 * MINUTE,
@@ -175,12 +177,12 @@ def _objectives(made: _Alerts) -> None:
 
 
 def _causes(made: _Alerts) -> None:
-    """What wakes someone, since callers suffer or money is at stake."""
+    """Add alerts on causes that page, because callers suffer or money is at stake."""
     pace = made.pace
     made.add(
         "CaptionerNothingScraped",
         f"absent(up{{{JOB},role!~'ray|haproxy'}} == 1)",
-        "Prometheus sees no process of the service: it is down, or nobody watches it.",
+        "Prometheus scrapes no process of the service: the service is down or unmonitored.",
         severity="page",
         lasting=3 * MINUTE,
     )
@@ -194,7 +196,7 @@ def _causes(made: _Alerts) -> None:
     made.add(
         "CaptionerEngineStalled",
         f"captioner_engine_stalled_seconds > {pace.seconds(MINUTE)}",
-        "The engine at {{ $labels.instance }} owes tokens and takes no step.",
+        "The engine at {{ $labels.instance }} is stalled: requests are running and no step has completed for 60 s.",
         severity="page",
         lasting=15,
         lingering=6 * MINUTE,
@@ -203,7 +205,7 @@ def _causes(made: _Alerts) -> None:
         "CaptionerReplicaCrashLoop",
         f"max by (replica) (increase(captioner_replicas_lost_total[{pace(15 * MINUTE)}])) >= 3 "
         f"or changes(process_start_time_seconds{{{JOB}}}[{pace(15 * MINUTE)}]) >= 3",
-        "Processes of the service end and are replaced again and again.",
+        "Processes of the service end repeatedly: three times within 15 minutes.",
         severity="page",
     )
     made.add(
@@ -211,7 +213,7 @@ def _causes(made: _Alerts) -> None:
         f"captioner:backlog_audio_seconds > {pace.seconds(MINUTE)} * captioner:audio_seconds:rate5m "
         f"and captioner:backlog_audio_seconds > 0.8 * captioner:backlog_audio_seconds offset {pace(5 * MINUTE)} "
         "and captioner:backlog_audio_seconds > 60",
-        "More audio waits than is captioned in a minute, and it does not get less.",
+        "The backlog exceeds one minute of captioning and does not shrink.",
         severity="page",
         lasting=3 * MINUTE,
         lingering=15 * MINUTE,
@@ -219,17 +221,17 @@ def _causes(made: _Alerts) -> None:
     made.add(
         "CaptionerLedgerJournalFilling",
         "captioner_ledger_journal_bytes / (captioner_ledger_journal_limit_bytes > 0) > 0.5",
-        "The ledger's journal at {{ $labels.instance }} is half full; when it is full, requests are refused.",
+        "The ledger's journal at {{ $labels.instance }} is more than half full; requests are refused when it is full.",
         severity="page",
         lasting=5 * MINUTE,
     )
 
 
 def _tickets(made: _Alerts) -> None:
-    """What can wait until the morning."""
+    """Add alerts that can wait until the morning."""
     pace = made.pace
-    # Left out: HAProxy, which runs only where replicas are, and what a PodMonitor asks at `captions`, in each pod,
-    # whether or not Ray has placed a process there.
+    # Left out: HAProxy, which runs only on nodes with replicas, and the `captions` endpoint, which a PodMonitor scrapes
+    # in each pod, whether or not Ray has placed a process there.
     made.add(
         "CaptionerTargetDown",
         f"up{{{JOB},role!='haproxy',endpoint!='captions'}} == 0 "
@@ -241,20 +243,20 @@ def _tickets(made: _Alerts) -> None:
     made.add(
         "CaptionerAudioWorkersDying",
         f"increase(captioner_audio_worker_deaths_total[{pace(15 * MINUTE)}]) >= 3",
-        "Audio workers of {{ $labels.instance }} die again and again, each with the clip it had.",
+        "Audio workers of {{ $labels.instance }} die repeatedly, each with its clip: three within 15 minutes.",
         severity="ticket",
     )
     made.add(
         "CaptionerDecodePoolSaturated",
         "captioner:audio_workers_busy:ratio5m > 0.9 and captioner_audio_queue_depth > 0",
-        "All audio workers of {{ $labels.instance }} are at work, and clips wait for one.",
+        "All audio workers of {{ $labels.instance }} are busy, and clips are queued.",
         severity="ticket",
         lasting=10 * MINUTE,
     )
     made.add(
         "CaptionerDatabaseDown",
         "captioner_database_up == 0",
-        "{{ $labels.instance }} cannot use the database: keys stay as they were, and the ledger waits.",
+        "{{ $labels.instance }} cannot use the database: keys are not updated, and ledger entries are not written.",
         severity="ticket",
         lasting=2 * MINUTE,
         lingering=3 * MINUTE,
@@ -262,21 +264,21 @@ def _tickets(made: _Alerts) -> None:
     made.add(
         "CaptionerLedgerLagging",
         f"captioner_ledger_lag_seconds > {pace.seconds(5 * MINUTE)}",
-        "What {{ $labels.instance }} has captioned has not reached the ledger's database for minutes.",
+        "Ledger entries of {{ $labels.instance }} have waited for the database for more than 5 minutes.",
         severity="ticket",
         lasting=2 * MINUTE,
     )
     made.add(
         "CaptionerLimitsStoreDown",
         "captioner_limits_store_up == 0",
-        "The store of limits does not answer {{ $labels.instance }}: it limits callers by what it knows alone.",
+        "The store of limits does not answer {{ $labels.instance }}, which applies limits from its own counts alone.",
         severity="ticket",
         lasting=5 * MINUTE,
     )
     made.add(
         "CaptionerKeysOutdated",
         f"captioner_keys_age_seconds > {pace.seconds(5 * MINUTE)}",
-        "{{ $labels.instance }} checks callers against keys that are minutes old: a revoked one still works.",
+        "{{ $labels.instance }} checks callers against keys more than 5 minutes old: revoked keys still work.",
         severity="ticket",
         lasting=2 * MINUTE,
     )
@@ -285,20 +287,21 @@ def _tickets(made: _Alerts) -> None:
         f"sum by (tenant) (rate(captioner_tenant_tokens_total[{pace(HOUR)}])) > 5 * "
         f"sum by (tenant) (rate(captioner_tenant_tokens_total[{pace(DAY)}] offset {pace(HOUR)})) > 20 "
         f"and sum by (tenant) (captioner_tenant_tokens_total offset {pace(DAY)}) > 0",
-        "Tenant {{ $labels.tenant }} takes five times as many tokens as it did the day before.",
+        "Tenant {{ $labels.tenant }} uses more than five times as many tokens as on the day before.",
         severity="ticket",
         lasting=10 * MINUTE,
     )
     made.add(
         "CaptionerBudgetExhausted",
-        f'sum by (tenant) (increase(captioner_tenant_requests_rate_limited_total{{limit="budget_exhausted"}}[{pace(HOUR)}])) > 0',
-        "Tenant {{ $labels.tenant }} is refused: its budget is spent.",
+        "sum by (tenant) (increase(captioner_tenant_requests_rate_limited_total"
+        f'{{limit="budget_exhausted"}}[{pace(HOUR)}])) > 0',
+        "Requests of tenant {{ $labels.tenant }} are refused: its budget is exhausted.",
         severity="ticket",
     )
     made.add(
         "CaptionerBoundNear",
         'captioner_saturation_ratio{resource=~"concurrent_requests|bodies|downloads|features|uploads"} > 0.9',
-        "{{ $labels.resource }} of {{ $labels.instance }} is nearly full; past its bound requests are refused.",
+        "{{ $labels.resource }} of {{ $labels.instance }} is over 90 % full; requests beyond its bound are refused.",
         severity="ticket",
         lasting=10 * MINUTE,
     )
@@ -309,7 +312,7 @@ def _record(name: str, expr: str, **labels: str) -> dict[str, Any]:
 
 
 def _le(limit: float) -> str:
-    """Both spellings of a bound: `5` and `5.0`, after the format that was scraped."""
+    """Return a regular expression for both spellings of a bound, `5` and `5.0`: the exposition format decides."""
     return f"{limit:g}" if limit % 1 else f"{limit:g}|{limit:g}.0"
 
 
@@ -321,12 +324,12 @@ def _duration(seconds: int) -> str:
 
 
 def text(rules: dict[str, Any]) -> str:
-    """The file's text."""
-    return _HEAD + yaml.safe_dump(rules, sort_keys=False, width=110, allow_unicode=True)
+    """Return the text of a rule file."""
+    return _HEADER + yaml.safe_dump(rules, sort_keys=False, width=110, allow_unicode=True)
 
 
 def main() -> None:
-    """Write both files."""
+    """Write both rule files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pace", type=float, default=1.0)
     parser.add_argument("--runbooks", default="deploy/alerts")

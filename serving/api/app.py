@@ -20,7 +20,7 @@ from serving.api.error_handlers import UnexpectedErrorMiddleware, error_handlers
 from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
 from serving.audio.fetch import Fetcher
-from serving.audio.worker_pool import AudioWorkers
+from serving.audio.worker_pool import AudioWorkerPool
 from serving.engine.admission_control import GatedEngine
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
@@ -62,7 +62,7 @@ def create_app(
     # Metrics are labelled by tenant only where strangers cannot read them.
     private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
     metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
-    workers = AudioWorkers(settings)
+    workers = AudioWorkerPool(settings)
     fetcher = Fetcher(settings)
     uploads = DirectoryUploads(settings)
     tenancy = Tenancy(settings)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def bind_service_metrics(components: Components) -> None:
     """Bind the metrics of a frontend, or of the service on one machine, to its components."""
     metrics, workers, engine = components.metrics, components.workers, components.engine
-    uploads, settings, watch = components.uploads, components.settings, metrics.watch
+    uploads, settings, watch = components.uploads, components.settings, metrics.bind
     watch("captioner_audio_workers", lambda: settings.audio_workers)
     watch("captioner_audio_workers_busy", lambda: workers.busy)
     watch("captioner_audio_workers_busy_seconds_total", lambda: workers.busy_s)
@@ -72,13 +72,13 @@ def bind_replica_metrics(metrics: Gauges, engine: Engine, settings: Settings) ->
     """Bind the metrics of an engine replica of a cluster; frontends report the rest of the service's metrics."""
     saturation = _bind_engine_metrics(metrics, engine, settings)
     cpu = _engine_cpu(engine)
-    metrics.watch("captioner_saturation_ratio", lambda: {resource: read() for resource, read in saturation.items()})
-    metrics.watch("captioner_cpu_seconds_total", lambda: {"engine": cpu() + time.process_time()})
+    metrics.bind("captioner_saturation_ratio", lambda: {resource: read() for resource, read in saturation.items()})
+    metrics.bind("captioner_cpu_seconds_total", lambda: {"engine": cpu() + time.process_time()})
 
 
 def _bind_engine_metrics(metrics: Gauges, engine: Engine, settings: Settings) -> dict[str, Callable[[], float]]:
     """Bind the metrics of this process's engine; return readers of the saturation of its bounds, 0 to 1."""
-    watch = metrics.watch
+    watch = metrics.bind
     watch("captioner_engine_running", lambda: engine.load.running)
     watch("captioner_engine_waiting", lambda: engine.load.waiting)
     watch("captioner_engine_running_audio_seconds", lambda: engine.load.audio_s - engine.load.waiting_audio_s)
@@ -100,7 +100,7 @@ def _bind_engine_metrics(metrics: Gauges, engine: Engine, settings: Settings) ->
 def _engine_cpu(engine: Engine) -> Callable[[], float]:
     """Return a reader of the CPU time of the model's processes, in seconds."""
     model_time = CpuTime()
-    return lambda: model_time.look(descendants(model.pids if (model := _vllm(engine)) else ()))
+    return lambda: model_time.sample(descendants(model.pids if (model := _vllm(engine)) else ()))
 
 
 def _vllm(engine: Engine) -> VllmEngine | None:

@@ -25,7 +25,7 @@ from serving.errors import (
     ModelNotFound,
     ServerError,
 )
-from serving.observability.request_record import code_of
+from serving.observability.request_record import error_code
 from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class _Endpoints:
         else:
             self._metrics.upload("stored")
             return Response(status_code=200)
-        self._metrics.upload(code_of(type(error)))
+        self._metrics.upload(error_code(type(error)))
         await try_drain(body, self._settings.max_body_bytes)
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)

@@ -1,1 +1,1 @@
-"""From bytes to log-mel features, off the event loop."""
+"""Audio: from a reference to log-mel features, off the event loop."""

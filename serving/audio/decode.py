@@ -1,15 +1,15 @@
-"""Any audio file to 16 kHz mono float32.
+"""Decode: any audio file to 16 kHz mono float32.
 
-soundfile reads what is uncompressed (and WAV whatever is in it), PyAV everything else and what soundfile refuses; see
-`formats.py` for where the line runs and why. Both hand over blocks of mono; soxr resamples them into one array.
+soundfile reads uncompressed formats (and WAV with any codec), PyAV every other format and whatever soundfile refuses;
+`formats.py` has the division and its reasons. Both yield blocks of mono; soxr resamples them into one array.
 
-What makes a caption from bad input, and what does not:
-- Duration is what was decoded. Durations and sample counts in headers are not believed, time stamps not looked at:
-  a gap between two packets is closed.
-- A file that is cut or damaged gives the samples that can be decoded. Only where there are none it is unreadable.
-- Of several audio tracks FFmpeg's "best" is taken (the default one, then most channels, then highest bit rate), or the
-  first that there is a decoder for. Pictures, video and subtitles are neither decoded nor, where possible, read.
-- Nothing but the file itself is opened, whatever the file names.
+Rules for bad input:
+- The duration is that of the decoded samples. Durations and sample counts in headers are not trusted and time stamps
+  are ignored: a gap between two packets is closed.
+- A file that is cut or damaged gives the samples that can be decoded. It is unreadable only if there are none.
+- Of several audio tracks FFmpeg's "best" is chosen (the default one, then most channels, then highest bit rate), or the
+  first one with a known decoder. Pictures, video and subtitles are neither decoded nor, where possible, read.
+- No file is opened except the clip itself, whatever the clip refers to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from av.audio.plane import AudioPlane
 from av.stream import Discard
 
 from serving.audio.formats import is_text, recognise
-from serving.audio.ogg_chain import links
+from serving.audio.ogg_chain import chain_parts
 from serving.errors import AudioEmpty, AudioTooLong, AudioUnreadable
 from serving.types import SAMPLE_RATE
 
@@ -46,18 +46,18 @@ if TYPE_CHECKING:
     Reader = Callable[[File, int, Format, "_Waveform"], None]
 
 PADDING_S = 0.1
-"""Samples over the limit that are let through: what codecs pad with (PROTOCOL 7.4)."""
+"""Tolerance over the duration limit, since codecs pad (PROTOCOL 7.4)."""
 
 MEMORY_BYTES = 64 * 1024 * 1024
-"""Memory that decoding may take besides the waveform, whatever the file."""
+"""Bound on the memory of decoding any file, in addition to the waveform."""
 
 _BLOCK_VALUES = 1 << 16
-"""Samples times channels that are mixed and resampled at once."""
+"""Samples times channels that are mixed and resampled in one block."""
 
 _READ_BYTES = 1 << 20
 
 _SAMPLE_RATES = range(1_000, 768_001)
-"""What sound is recorded at. A header that says otherwise is forged."""
+"""Sample rates in Hz at which sound is recorded. A header with any other rate is forged."""
 
 _DECODERS = (
     *("aac", "aac_latm", "ac3", "alac", "eac3", "flac", "gsm", "gsm_ms", "opus", "speex"),
@@ -68,12 +68,12 @@ _DECODERS = (
     *("pcm_s16be", "pcm_s16le", "pcm_s24be", "pcm_s24le", "pcm_s32be", "pcm_s32le", "pcm_s64be", "pcm_s64le"),
     *("pcm_s8", "pcm_u16be", "pcm_u16le", "pcm_u24be", "pcm_u24le", "pcm_u32be", "pcm_u32le", "pcm_u8"),
 )
-"""The only decoders of FFmpeg that may run. None is of pictures or video."""
+"""Allowlist of FFmpeg's decoders, none of them for pictures or video."""
 
 _AV_OPTIONS = {"codec_whitelist": ",".join(_DECODERS), "protocol_whitelist": "none"}
 
 _BETTER_DECODER = {"amrnb": "libopencore_amrnb", "amrwb": "libopencore_amrwb"}
-"""FFmpeg's own AMR decoders drop the frames of silence (SID, no data) where others make comfort noise."""
+"""Replacements of FFmpeg's AMR decoders, which drop frames of silence (SID, no data); others make comfort noise."""
 
 _SAMPLE_FORMATS = {
     "u8": ("u1", 2**7),
@@ -83,25 +83,25 @@ _SAMPLE_FORMATS = {
     "flt": ("f4", 1),
     "dbl": ("f8", 1),
 }
-"""FFmpeg's sample formats: NumPy's name, and full scale."""
+"""FFmpeg's sample formats: NumPy's dtype, and full scale."""
 
 
 def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Samples:
     """Decode a file, or its bytes, to 16 kHz mono: float32, shape (samples,), finite and within ±1.
 
-    The array is a view of memory for `max_duration_s` of which only what is used is real. It blocks, and while it works
-    its process can get no more memory than that and `MEMORY_BYTES`: call it in a process of its own.
+    The array is a view of memory for `max_duration_s`, of which only the used pages are resident. The call blocks, and
+    meanwhile its process can allocate no more than that and `MEMORY_BYTES`: call it in a separate process.
 
-    Raises `AudioEmpty` if there is not one sample, `AudioTooLong` past `max_duration_s` and `PADDING_S`, and
-    `AudioUnreadable` for everything else that is wrong with the file (PROTOCOL 7.4).
+    Raises `AudioEmpty` if there is not one sample, `AudioTooLong` above `max_duration_s` plus `PADDING_S`, and
+    `AudioUnreadable` for every other fault of the file (PROTOCOL 7.4).
     """
     with source.open("rb") if isinstance(source, Path) else BytesIO(source) as file:
-        form, start, head = recognise(file)
-        if not head and not start:
+        form, start, prefix = recognise(file)
+        if not prefix and not start:
             raise AudioEmpty
         if form is None:
-            what = "it is text" if is_text(head) else "it is of no known audio or video format"
-            raise AudioUnreadable(f"{AudioUnreadable.message}: {what}")
+            reason = "it is text" if is_text(prefix) else "it is of no known audio or video format"
+            raise AudioUnreadable(f"{AudioUnreadable.message}: {reason}")
         waveform = _Waveform(max_duration_s)
         problems: list[str] = []
         with _memory_limited(), np.errstate(all="ignore"):
@@ -117,15 +117,15 @@ def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Sampl
 
 
 class _ReaderError(Exception):
-    """A reader came to no good end; says why. What it has decoded by then stands."""
+    """A reader failed, for the reason in the message. The samples that it has decoded by then are kept."""
 
 
 class _DamagedError(_ReaderError):
-    """The usual one, and the one that a file of a kind which the reader does not know looks like."""
+    """The file is damaged, or of a kind that the reader does not know: the two look alike."""
 
 
 def _attempt(read: Reader, file: File, start: int, form: Format, waveform: _Waveform) -> str:
-    """Decode with one reader and return what went wrong, or nothing. Raises `AudioTooLong`."""
+    """Decode with one reader and return the problem, empty if there is none. Raises `AudioTooLong`."""
     waveform.rewind()
     problem = ""
     try:
@@ -141,12 +141,12 @@ def _attempt(read: Reader, file: File, start: int, form: Format, waveform: _Wave
 
 
 class _Waveform:
-    """The growing result: takes blocks of mono of any rate and resamples them into one array."""
+    """The growing result: one array, into which blocks of mono of any rate are resampled."""
 
     def __init__(self, max_duration_s: float) -> None:
         self._array = np.empty(int((max_duration_s + PADDING_S) * SAMPLE_RATE), np.float32)
-        self._end = 0  # of what is being decoded
-        self._size = 0  # of what any reader has decoded
+        self._end = 0  # of the current reader's samples
+        self._size = 0  # the most that any reader has decoded
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
 
@@ -159,13 +159,13 @@ class _Waveform:
         return self._array[: self._size]
 
     def rewind(self) -> None:
-        """Let another reader start over. Where it ends earlier, what the one before had decoded stays."""
+        """Prepare for another reader. If it ends earlier, the rest of the previous reader's samples is kept."""
         self._end = 0
 
     def append(self, rate: int, mono: Samples) -> None:
         """Add samples. Raises `AudioTooLong`."""
         np.clip(mono, -1, 1, out=mono)
-        if not np.isfinite(mono @ mono):  # one NaN would spoil all that follow
+        if not np.isfinite(mono @ mono):  # one NaN would spoil all later samples
             np.nan_to_num(mono, copy=False)
         if rate != self._rate:
             self.flush()
@@ -180,7 +180,7 @@ class _Waveform:
         self._write(self._resampler.resample_chunk(mono))
 
     def flush(self) -> None:
-        """Add what the resampler holds back."""
+        """Add the samples that the resampler still buffers."""
         if resampler := self._resampler:
             self._resampler = None
             self._write(resampler.resample_chunk(np.empty(0, np.float32), last=True))
@@ -195,7 +195,7 @@ class _Waveform:
 
 
 def _read_soundfile(file: File, start: int, form: Format, waveform: _Waveform) -> None:
-    del form  # libsndfile finds it out
+    del form  # libsndfile recognises it
     try:
         with soundfile.SoundFile(_Part(file, start, file.seek(0, SEEK_END))) as sound:
             # libsndfile's conversion to float takes five times as long as ours.
@@ -212,7 +212,7 @@ def _read_soundfile(file: File, start: int, form: Format, waveform: _Waveform) -
 
 
 def _read_av(file: File, start: int, form: Format, waveform: _Waveform) -> None:
-    parts = links(file, start) if form.demuxer == "ogg" else [(start, file.seek(0, SEEK_END))]
+    parts = chain_parts(file, start) if form.demuxer == "ogg" else [(start, file.seek(0, SEEK_END))]
     damaged = False
     for part in parts:
         try:
@@ -249,7 +249,7 @@ def _av_blocks(file: _Part, form: Format) -> Iterator[tuple[int, Samples]]:
 
 
 def _audio_stream(container: Any, form: Format) -> Any:
-    """Choose the audio stream; the demuxer shall skip the others."""
+    """Choose the audio stream, and let the demuxer skip the others."""
     tracks = container.streams.audio
     known = [each for each in tracks if each.codec_context and each.codec_context.name in _DECODERS]
     if not tracks:
@@ -266,7 +266,7 @@ def _audio_stream(container: Any, form: Format) -> Any:
 
 
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Yield what can be decoded, past damaged packets. Raises `_DamagedError` if nothing was for that reason."""
+    """Yield all frames that can be decoded, skipping damaged packets. Raises `_DamagedError` if damage left none."""
     name = stream.codec_context.name
     decoder = av.CodecContext.create(_BETTER_DECODER[name], "r") if name in _BETTER_DECODER else stream.codec_context
     packets = container.demux(stream)
@@ -279,7 +279,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         except MemoryError:
             raise
         except av.FFmpegError:
-            damaged = True  # this packet; if it was the container, that has ended `packets`
+            damaged = True  # the packet; a damaged container ends `packets`
         else:
             decoded = decoded or bool(frames)
             yield from frames
@@ -288,7 +288,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _mono(frame: Any) -> Samples:
-    """Average the channels, to float32 of ±1."""
+    """Average the channels, to float32 within ±1."""
     kind, channels = frame.format.name.removesuffix("p"), frame.layout.nb_channels
     dtype, full_scale = _SAMPLE_FORMATS[kind]
     if frame.format.is_planar:
@@ -304,7 +304,7 @@ def _mono(frame: Any) -> Samples:
 
 
 def _plane(frame: Any, index: int, dtype: str, count: int) -> npt.NDArray[Any]:
-    plane: Any = AudioPlane(frame, index)  # not `frame.planes`, which from 8 channels on runs past their end
+    plane: Any = AudioPlane(frame, index)  # `frame.planes` reads past their end from 8 channels on
     return np.frombuffer(plane, dtype, count)
 
 
@@ -316,9 +316,9 @@ def _averaged(frames: npt.NDArray[Any], full_scale: float) -> Samples:
 
 @contextmanager
 def _memory_limited() -> Iterator[None]:
-    """Let the process get at most `MEMORY_BYTES` more: an allocation past that fails, and with it the file.
+    """Limit the process to `MEMORY_BYTES` more than it uses now: an allocation above that fails, and with it the file.
 
-    A few bytes can ask for gigabytes in more ways than can be listed: an index, a cover picture, a packet of a million
+    A few bytes can demand gigabytes in more ways than can be listed: an index, a cover picture, a packet of a million
     frames.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -332,7 +332,7 @@ def _memory_limited() -> Iterator[None]:
 
 
 class _Part(RawIOBase):
-    """Bytes `begin` to `end` of a file, as a file of its own."""
+    """Bytes `begin` to `end` of a file, as a separate file."""
 
     def __init__(self, file: File, begin: int, end: int) -> None:
         self._file, self._begin, self._end = file, begin, end
@@ -353,16 +353,16 @@ class _Part(RawIOBase):
         return self.tell()
 
     def read(self, size: int = -1) -> bytes:
-        """Read for FFmpeg, which asks for a whole packet or picture, and asks again for what it did not get."""
+        """Read for FFmpeg, which requests a complete packet or picture, and requests again the bytes it did not get."""
         self._file.seek(self._position)
         data = self._file.read(max(0, min(size, _READ_BYTES, self._end - self._position)))
         self._position += len(data)
         return data
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Read for libsndfile, which takes less than it asked for as the end."""
+        """Read for libsndfile, which takes a short read for the end."""
         self._file.seek(self._position)
-        with memoryview(buffer) as whole, whole[: max(0, self._end - self._position)] as part:
+        with memoryview(buffer) as view, view[: max(0, self._end - self._position)] as part:
             size = self._file.readinto(part)
         self._position += size
         return size

@@ -1,4 +1,4 @@
-"""Looking up hosts, in threads that tenants share: names that resolve slowly hold up nobody else's downloads."""
+"""DNS lookups in threads that tenants share: names that resolve slowly delay no other tenant's downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from serving.types import SchedulingClass
 
 _THREADS, _ALPHA = 32, 1.0
-"""One tenant may have as many threads as it leaves free: no lookup can be made to give one back."""
+"""Threads, and the ratio of one tenant's threads to the free ones: at most half, since no lookup can be interrupted."""
 
 
 @dataclass(eq=False, slots=True)
@@ -37,16 +37,16 @@ class _Lookup:
 
 
 class Resolver:
-    """Resolves names. `getaddrinfo` has the signature of `socket`'s.
+    """A resolver of host names. `getaddrinfo` has the signature of `socket`'s.
 
-    Nothing ends a lookup that is under way, so its thread stays its tenant's until it returns, whoever still waits. A
-    tenant that has its share of the threads waits for them; others find some free.
+    A running lookup cannot be interrupted, so its thread stays with its tenant until it returns, even if nobody waits
+    for the answer any more. A tenant that uses its part of the threads waits for them; other tenants find some free.
     """
 
     def __init__(self, getaddrinfo: Callable[..., Any], *, patience_s: float) -> None:
         self._getaddrinfo = getaddrinfo
         self._loop = asyncio.get_running_loop()
-        # Threads of its own: what else runs in threads is not held up.
+        # A separate pool, so that other work in threads is not delayed.
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="resolve")
         self._capacity = SharedCapacity(_THREADS, alpha=_ALPHA)
         self._queue: FairQueue[_Lookup] = FairQueue(
@@ -54,16 +54,16 @@ class Resolver:
         )
 
     def stop(self) -> None:
-        """Begin no more lookups; those under way end in their own time."""
+        """Start no more lookups. Running ones end when `getaddrinfo` returns."""
         for lookup in self._queue.clear():
             lookup.answer.cancel()
         self._threads.shutdown(wait=False)
 
     async def resolve(self, host: str, port: int, scheduling_class: SchedulingClass) -> list[AddrInfoType]:
-        """Every address of a host. Raises `OSError` and `UnicodeError`. Takes as long as it takes."""
+        """Return every address of a host. Raises `OSError` and `UnicodeError`. Has no timeout."""
         lookup = _Lookup(scheduling_class, host, port, self._loop.time(), self._loop.create_future())
         self._queue.add(lookup)
-        self._begin()
+        self._start_lookups()
         try:
             return await lookup.answer
         finally:
@@ -72,23 +72,23 @@ class Resolver:
     def _may_start(self, lookup: _Lookup) -> bool:
         return self._capacity.may_acquire(lookup.scheduling_class)
 
-    def _begin(self) -> None:
-        """Begin what there are threads for."""
+    def _start_lookups(self) -> None:
+        """Start queued lookups as far as there are threads."""
         while lookup := next(filter(self._may_start, self._queue.in_order()), None):
             self._queue.dequeue(lookup)
             permit = self._capacity.acquire(lookup.scheduling_class)
-            looking = self._threads.submit(self._getaddrinfo, lookup.host, lookup.port, type=socket.SOCK_STREAM)
-            looking.add_done_callback(partial(self._on_thread_done, lookup, permit))
+            running = self._threads.submit(self._getaddrinfo, lookup.host, lookup.port, type=socket.SOCK_STREAM)
+            running.add_done_callback(partial(self._on_thread_done, lookup, permit))
 
-    def _on_thread_done(self, lookup: _Lookup, permit: Permit, looking: Future[list[AddrInfoType]]) -> None:
+    def _on_thread_done(self, lookup: _Lookup, permit: Permit, running: Future[list[AddrInfoType]]) -> None:
         with suppress(RuntimeError):  # the loop has ended before the thread
-            self._loop.call_soon_threadsafe(self._finish, lookup, permit, looking)
+            self._loop.call_soon_threadsafe(self._finish, lookup, permit, running)
 
-    def _finish(self, lookup: _Lookup, permit: Permit, looking: Future[list[AddrInfoType]]) -> None:
+    def _finish(self, lookup: _Lookup, permit: Permit, running: Future[list[AddrInfoType]]) -> None:
         permit.release()
-        if not lookup.answer.done():  # somebody still waits
-            if error := looking.exception():
+        if not lookup.answer.done():  # a caller still waits
+            if error := running.exception():
                 lookup.answer.set_exception(error)
             else:
-                lookup.answer.set_result(looking.result())
-        self._begin()
+                lookup.answer.set_result(running.result())
+        self._start_lookups()

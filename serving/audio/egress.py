@@ -1,6 +1,6 @@
-"""The egress guard: which hosts a URL of a stranger may make us talk to. Only the public internet, on a few ports.
+"""Egress guard: the hosts that a stranger's URL may make us connect to. Only the public internet, on a few ports.
 
-The guard looks at addresses, never at spellings: whatever way a host is written, what counts is what it resolves to.
+The guard checks addresses, never spellings: however a host is written, the addresses that it resolves to count.
 Sources: PROTOCOL 7.3 and the IANA special-purpose address registries.
 """
 
@@ -29,7 +29,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _GRAPHIC = string.ascii_letters + string.digits + string.punctuation
 
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")
-"""Outside it nothing is public: loopback, IPv4-mapped, NAT64, unique local (cloud metadata), link-local, multicast."""
+"""The public IPv6 range. Outside are loopback, IPv4-mapped, NAT64, unique local (cloud metadata), link-local,
+multicast."""
 
 _SPECIAL: tuple[Network, ...] = tuple(
     map(
@@ -68,7 +69,7 @@ log = logging.getLogger(__name__)
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is an ordinary one of the public internet."""
+    """Return whether an address is an ordinary one of the public internet."""
     if isinstance(address, ipaddress.IPv6Address) and address not in _PUBLIC_V6:
         return False
     return not any(address in network for network in _SPECIAL)
@@ -77,8 +78,8 @@ def is_public(address: Address) -> bool:
 def parse_url(text: str) -> URL:
     """Parse an http(s) URL, its percent-escapes untouched; only spaces and non-ASCII characters are escaped.
 
-    Raises `InvalidAudioUrl`, also for a URL with a user name or password: we forward no credentials, and fetching
-    without them what was asked for with them would be another thing.
+    Raises `InvalidAudioUrl`, also for a URL with a user name or password: we forward no credentials, and the same URL
+    without them would be a different resource.
     """
     try:
         parts = urlsplit(text)
@@ -98,7 +99,7 @@ def parse_url(text: str) -> URL:
 
 
 class EgressGuard:
-    """Decides on a host's addresses. `settings.fetch_allow` opens what would be refused.
+    """The decision on a host's addresses. `settings.fetch_allow` admits hosts that would be refused.
 
     Raises `ValueError` for an entry that is neither a host, a host and port, nor a network.
     """
@@ -119,13 +120,13 @@ class EgressGuard:
     def check(self, host: str, port: int, addresses: Iterable[Address]) -> None:
         """Return if the host may be reached at every one of its addresses; raise `DownloadFailed` if not.
 
-        Whether a name does not resolve, or resolves to what is forbidden, looks the same from outside.
+        A name that does not resolve and a name that resolves to a forbidden address look the same from outside.
         """
         if not self._hosts.isdisjoint({(_name(host), port), (_name(host), None)}):
             return
         unlisted = [address for address in addresses if not any(address in network for network in self._networks)]
         if not all(map(is_public, unlisted)):
-            log.warning("a download was refused", extra={"host": host, "addresses": list(map(str, unlisted))})
+            log.warning("download refused", extra={"host": host, "addresses": list(map(str, unlisted))})
             raise DownloadFailed
         if unlisted and port not in self._ports:
             raise DownloadFailed(f"{DownloadFailed.message} Port {port} is not allowed.")

@@ -1,10 +1,10 @@
 """Log-mel features of the model's audio encoder: those of `WhisperFeatureExtractor`, 128 mels every 10 ms, in NumPy.
 
-Equal to what the Qwen3-Omni processor of transformers computes (the clip alone, not padded to 300 s), but without torch
-and in half the time: frames in blocks that stay in the cache, and each band of filters times only the bins it reaches.
+They equal those of the Qwen3-Omni processor of transformers (of the clip alone, not padded to 300 s), but take no torch
+and half the time: frames in blocks that stay in the cache, and each band of filters times only the bins it reaches.
 
-The last `samples % 160` samples make no frame of their own, as in transformers, which the model was trained with.
-vLLM's processor pads them with zeros to one more frame instead.
+The last `samples % 160` samples make no separate frame, as in transformers, with which the model was trained. vLLM's
+processor pads them with zeros to one more frame instead.
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ _BINS = _WINDOW // 2 + 1
 _BLOCK_FRAMES = 512
 _BAND_MELS = 16
 _GAIN = 1e4
-"""Of the filters, so that a quarter of the logarithm is the feature and nothing is left to add."""
+"""Gain of the filters, with which the feature is a quarter of the logarithm and no addition is left."""
 
 _FLOOR = np.float32(1e-10 * _GAIN)
 _RANGE_DECADES = 8
-"""What is quieter than the loudest by more decades of power is raised to that."""
+"""Dynamic range in decades of power below the loudest value: quieter values are raised to its lower end."""
 
 
 def frame_count(samples: int) -> int:
-    """Frames that `log_mel` makes of so many samples: one per whole hop, and at least one."""
+    """Return the number of frames that `log_mel` makes of `samples` samples: one per full hop, at least one."""
     return max(1, samples // HOP)
 
 
 def log_mel(samples: Floats, out: Floats | None = None) -> Floats:
-    """Log-mel features, float32 of shape (128, frame_count(samples.size)), of 16 kHz mono of at least one sample.
+    """Return the log-mel features of 16 kHz mono of at least one sample.
 
-    Written into `out` if that is given. The values are log10 of power, limited to 8 decades, over 4, plus 1. Clips too
-    short to be reflected at their ends (up to 200 samples), which transformers refuses, are continued with silence.
+    The result is float32 of shape (128, frame_count(samples.size)), in `out` if that is given. The values are log10 of
+    power, limited to 8 decades, over 4, plus 1. Clips too short to be reflected at their ends (up to 200 samples) are
+    continued with silence; transformers refuses them.
     """
     count = frame_count(samples.size)
     if out is None:
@@ -75,7 +76,7 @@ def log_mel(samples: Floats, out: Floats | None = None) -> Floats:
 
 
 def _frames(samples: Floats, first: int, count: int) -> Floats:
-    """Windows around each hop, shape (count, 400), reflected where they reach past the clip's ends."""
+    """Return the windows around each hop, shape (count, 400), reflected where they reach past the clip's ends."""
     begin, end = first * HOP - _PAD, (first + count - 1) * HOP + _PAD
     part = samples[max(begin, 0) : end]
     before, after = max(-begin, 0), max(end - samples.size, 0)
@@ -88,7 +89,10 @@ def _frames(samples: Floats, first: int, count: int) -> Floats:
 
 
 def _mel_filters() -> Floats:
-    """Slaney's mel scale and normalisation from 0 to 8 kHz: shape (128, 201), as `mel_filter_bank` of transformers."""
+    """Return the mel filters, shape (128, 201): Slaney's scale and normalisation, 0 to 8 kHz.
+
+    They equal those of `mel_filter_bank` of transformers.
+    """
     knee_hz, knee_mel, mel_hz, per_log = 1000.0, 15.0, 200 / 3, 27 / np.log(6.4)
     nyquist_hz = SAMPLE_RATE / 2
     mels = np.linspace(0, knee_mel + per_log * np.log(nyquist_hz / knee_hz), MELS + 2)
@@ -101,7 +105,7 @@ def _mel_filters() -> Floats:
 
 
 def _bands(filters: Floats) -> list[tuple[slice, slice, Floats]]:
-    """Cut the sparse filters into bands: which mels, which bins they reach, their weights."""
+    """Cut the sparse filters into bands: their mels, the bins that those reach, and the weights."""
     bands = []
     for first in range(0, MELS, _BAND_MELS):
         mels = slice(first, first + _BAND_MELS)

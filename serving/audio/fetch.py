@@ -1,8 +1,8 @@
 """Downloads of clips, behind the egress guard.
 
-For every hop the host is resolved once, by us, and the guard sees every address it has. The sockets then connect to
-those very addresses and to no other: a name that resolves differently the next time (rebinding), or that another parser
-reads differently, gains nothing. Source: PROTOCOL 7.3.
+For every hop we resolve the host once, and the guard checks all of its addresses. The sockets then connect to exactly
+those addresses: a name that resolves differently the next time (rebinding), or that another parser reads differently,
+gains nothing. Source: PROTOCOL 7.3.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
     aiohttp.ServerTimeoutError: DownloadTimeout,
     aiohttp.UploadAbortedError: DownloadFailed,
 }
-"""What becomes of each exception of aiohttp; one takes its nearest ancestor's."""
+"""Our exception for each exception of aiohttp. A class that is not listed has its nearest listed ancestor's."""
 
 log = logging.getLogger(__name__)
 
 
 class Fetcher:
-    """Downloads clips into temporary files. `getaddrinfo` is the resolver, with the signature of `socket`'s."""
+    """A downloader of clips into temporary files. `getaddrinfo` is the resolver, with the signature of `socket`'s."""
 
     def __init__(self, settings: Settings, *, getaddrinfo: Callable[..., Any] = socket.getaddrinfo) -> None:
         self._settings = settings
@@ -84,11 +84,11 @@ class Fetcher:
 
     @property
     def used_bytes(self) -> int:
-        """Disk that downloads take."""
-        return self._downloads.taken_bytes if self._downloads else 0
+        """Disk used by downloads, in bytes."""
+        return self._downloads.used_bytes if self._downloads else 0
 
     async def start(self) -> None:
-        """Make the directory for downloads, and remove those that killed services left behind."""
+        """Create the directory for downloads, and remove those that killed services left behind."""
         self._resolver = Resolver(self._getaddrinfo, patience_s=self._settings.fetch_timeout_s / 2)
         self._downloads = _DownloadDirectory(
             self._settings.download_dir or Path(tempfile.gettempdir()), self._settings.max_downloads_bytes
@@ -103,13 +103,13 @@ class Fetcher:
 
     @asynccontextmanager
     async def fetch(self, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Path]:
-        """Download the file behind an http(s) URL. It is there until the context is left. `share` says whose it is.
+        """Download the file behind an http(s) URL for a tenant. The file exists until the context is left.
 
         Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, uses no
         proxy, and refuses a compressed body.
 
         Raises `InvalidAudioUrl`, `DownloadFailed`, `DownloadTimeout`, `AudioTooLarge`, `AudioEmpty`, and `Overloaded`
-        when downloads fill the disk they may take, or the tenant's do its share of it.
+        when downloads fill the disk that they may use, or the tenant's downloads fill its part of that disk.
         """
         hop = parse_url(url)
         if self._downloads is None:
@@ -134,7 +134,7 @@ class Fetcher:
 
     @asynccontextmanager
     async def _get(self, url: URL, scheduling_class: SchedulingClass) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send one request over a connection of its own: nothing of it is shared with another caller's."""
+        """Send one request over a new connection: callers share nothing."""
         pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port), scheduling_class))
         connector = aiohttp.TCPConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
         session = aiohttp.ClientSession(
@@ -150,11 +150,11 @@ class Fetcher:
             yield response
 
     async def _resolve(self, host: str, port: int, scheduling_class: SchedulingClass) -> list[AddrInfoType]:
-        """Every address of the host, literal or name, all of them allowed."""
+        """Return every address of the host, literal or name. Raises `DownloadFailed` unless all of them are allowed."""
         try:
             found = await self._resolver.resolve(host, port, scheduling_class)
         except (OSError, UnicodeError) as error:
-            log.info("a host could not be resolved", extra={"host": host, "reason": str(error)})
+            log.info("cannot resolve host", extra={"host": host, "reason": str(error)})
             raise DownloadFailed from None
         self._guard.check(host, port, (ipaddress.ip_address(info[4][0]) for info in found))
         return found
@@ -174,7 +174,7 @@ class Fetcher:
 
 
 class _Pinned(AbstractResolver):
-    """Resolves to the addresses that were checked, and makes sockets for no other."""
+    """A resolver that returns the checked addresses, and a factory of sockets for those addresses only."""
 
     def __init__(self, checked: Sequence[AddrInfoType]) -> None:
         self._checked = checked
@@ -201,43 +201,44 @@ class _Pinned(AbstractResolver):
 
     def socket(self, info: AddrInfoType) -> socket.socket:
         family, kind, protocol, _, address = info
-        # aiohttp asks no resolver about what it takes for a literal, so this is the place that sees every connection.
+        # aiohttp calls no resolver for a host that it takes for a literal, but it calls this for every connection.
         if ipaddress.ip_address(address[0]) not in self._addresses:
             raise OSError(errno.EACCES, "not an address that was checked")
         return socket.socket(family, kind, protocol)
 
 
 class _DownloadDirectory:
-    """A directory of our own for downloads under way, and the bound on what they take together.
+    """A private directory for the downloads under way, and the bound on their total size.
 
-    It is locked. A service that was killed leaves its directory but not its lock, so the next one can tell and sweep.
+    The directory is locked. A killed service leaves its directory but not its lock, so the next service recognises the
+    directory as abandoned and removes it.
     """
 
     def __init__(self, parent: Path, max_bytes: int) -> None:
         parent.mkdir(parents=True, exist_ok=True)
         for other in parent.glob(f"{_DOWNLOADS_PREFIX}*"):
-            with suppress(OSError):  # its owner lives, or is another user
+            with suppress(OSError):  # its owner is running, or is another user
                 os.close(_lock(other))
                 shutil.rmtree(other)
-        # Locked before it gets the name that others sweep.
+        # Locked before it gets a name that other services sweep.
         new = Path(tempfile.mkdtemp(prefix=f".{_DOWNLOADS_PREFIX}", dir=parent))
         self._lock = _lock(new)
         self._directory = new.rename(parent / new.name.removeprefix("."))
         self._capacity = SharedCapacity(max_bytes, reason="downloads")
 
     @property
-    def taken_bytes(self) -> int:
-        """Disk that downloads take."""
+    def used_bytes(self) -> int:
+        """Disk used by downloads, in bytes."""
         return self._capacity.used
 
     @asynccontextmanager
     async def file(self, scheduling_class: SchedulingClass) -> AsyncIterator[_DownloadFile]:
-        """Make a file that is removed when the context is left. Raises `Overloaded` if it cannot be made."""
+        """Create a file that is removed when the context is left. Raises `Overloaded` if it cannot be created."""
         path = self._directory / uuid.uuid4().hex
         try:
             file = _DownloadFile(self._capacity.permit(scheduling_class), path)
         except OSError:
-            log.exception("a file for a download could not be made")
+            log.exception("cannot create a download file")
             raise Overloaded(reason="downloads") from None
         try:
             yield file
@@ -245,7 +246,7 @@ class _DownloadDirectory:
             with suppress(OSError):
                 file.close()
             try:
-                # Writing pays no thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
+                # A write is not worth a thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
                 await asyncio.shield(asyncio.to_thread(path.unlink))
             finally:
                 file.permit.release()
@@ -265,17 +266,17 @@ class _DownloadFile:
         self._file: BinaryIO = path.open("xb", buffering=_CHUNK_BYTES)
 
     def write(self, chunk: bytes) -> None:
-        """Append. Raises `Overloaded` if downloads take all the disk they may, `OSError` if there is none."""
+        """Append `chunk`. Raises `Overloaded` if downloads use all the disk they may, `OSError` if the disk is full."""
         self.permit.grow(len(chunk))
         self._file.write(chunk)
 
     def close(self) -> None:
-        """Write what is buffered. Raises `OSError`."""
+        """Flush and close the file. Raises `OSError`."""
         self._file.close()
 
 
 def _lock(directory: Path) -> int:
-    """Lock a directory for as long as the descriptor that is returned is open. Raises `OSError` if it is locked."""
+    """Lock a directory until the returned descriptor is closed. Raises `OSError` if it is locked already."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,13 +298,13 @@ def _next_hop(url: URL, location: str | None) -> URL:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Turn what a download can raise into our tree; what the other side or the network said stays in our log."""
+    """Translate the exceptions of a download into our tree; the peer's and the network's words stay in our log."""
     try:
         yield
     except CaptionerError:
         raise
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        log.info("a download failed", extra={"reason": repr(error)})
+        log.info("download failed", extra={"reason": repr(error)})
         raise _translate(error) from None
 
 

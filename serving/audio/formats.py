@@ -1,7 +1,7 @@
-"""What a clip is, told by its first bytes and never by its name.
+"""Audio formats, recognised by a clip's first bytes and never by its name.
 
-Recognition decides which library opens the clip and as what. Text is of no format, so web pages, playlists, SDP and
-concat scripts reach no decoder.
+Recognition decides which library opens the clip, and as which format. Text has no format, so web pages, playlists, SDP
+and concat scripts reach no decoder.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, BinaryIO
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HEAD_BYTES = 65_536
-"""How much of a clip is looked at."""
+PREFIX_BYTES = 65_536
+"""Number of bytes of a clip that recognition reads."""
 
 _ID3_HEADER_BYTES = 10
 _MAX_ID3_TAGS = 8
@@ -26,7 +26,7 @@ _MPEG_FRAMES = 3
 class Format:
     """A container format.
 
-    `demuxer` is FFmpeg's name for it. `soundfile` tells that libsndfile reads it, and is as right and as fast.
+    `demuxer` is FFmpeg's name of the format. `soundfile` marks formats that libsndfile reads as correctly and as fast.
     """
 
     name: str
@@ -34,8 +34,8 @@ class Format:
     soundfile: bool = False
 
 
-# libsndfile also reads FLAC, MP3 and Ogg. But there it believes the number of samples that the header tells (an MP3
-# made of two ends after the first), gives up at the first damaged frame, and takes 2.5 to 3 times as long for Ogg.
+# libsndfile also reads FLAC, MP3 and Ogg. But there it trusts the number of samples in the header (an MP3 made of two
+# ends after the first), gives up at the first damaged frame, and takes 2.5 to 3 times as long for Ogg.
 _MP3 = Format("MP3", "mp3")
 _AAC = Format("AAC", "aac")
 _LATM = Format("AAC (LATM)", "loas")
@@ -66,80 +66,83 @@ _MAGIC: tuple[tuple[bytes, Format], ...] = (
 _RIFF = {b"WAVE": _WAV, b"AVI ": Format("AVI", "avi")}
 _IFF = dict.fromkeys((b"AIFF", b"AIFC"), Format("AIFF", "aiff", soundfile=True))
 _ATOMS = (b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
-"""What a QuickTime file may begin with where an MP4 has `ftyp`."""
+"""Atoms with which a QuickTime file may begin where an MP4 has `ftyp`."""
 
 
 def recognise(file: BinaryIO) -> tuple[Format | None, int, bytes]:
     """Return the format of a file, where its audio begins (past any ID3v2 tags), and the bytes there.
 
-    What follows an ID3v2 tag and is nothing else is taken for MP3.
+    Bytes of no other format after an ID3v2 tag are taken for MP3.
     """
     start = 0
     for _ in range(_MAX_ID3_TAGS):
         file.seek(start)
-        head = file.read(HEAD_BYTES)
-        if not (tag_bytes := _id3_bytes(head)):
+        prefix = file.read(PREFIX_BYTES)
+        if not (tag_bytes := _id3_bytes(prefix)):
             break
         start += tag_bytes
-    found = sniff(head)
-    return (found or _MP3 if start and head else found), start, head
+    found = sniff(prefix)
+    return (found or _MP3 if start and prefix else found), start, prefix
 
 
-def sniff(head: bytes) -> Format | None:
-    """Return the format that begins with these bytes, or `None`. The more bytes (`HEAD_BYTES` at best), the surer."""
+def sniff(prefix: bytes) -> Format | None:
+    """Return the format of a file that begins with `prefix`, or `None`.
+
+    The result is the surer the longer `prefix` is, up to `PREFIX_BYTES`.
+    """
     for magic, found in _MAGIC:
-        if head.startswith(magic):
+        if prefix.startswith(magic):
             return found
-    match head[:4]:
+    match prefix[:4]:
         case b"RIFF" | b"RIFX" | b"RF64":
-            return _RIFF.get(head[8:12])
+            return _RIFF.get(prefix[8:12])
         case b"FORM":
-            return _IFF.get(head[8:12])
-    match head[4:8]:
+            return _IFF.get(prefix[8:12])
+    match prefix[4:8]:
         case b"ftyp":
-            return _3GP if head[8:10] == b"3g" else _QUICKTIME if head[8:12] == b"qt  " else _MP4
+            return _3GP if prefix[8:10] == b"3g" else _QUICKTIME if prefix[8:12] == b"qt  " else _MP4
         case atom if atom in _ATOMS:
             return _QUICKTIME
-    if head[: 2 * _TS_PACKET_BYTES + 1 : _TS_PACKET_BYTES] == b"GGG":
+    if prefix[: 2 * _TS_PACKET_BYTES + 1 : _TS_PACKET_BYTES] == b"GGG":
         return _MPEG_TS
-    return _MP3 if _id3_bytes(head) else _mpeg_audio(head)
+    return _MP3 if _id3_bytes(prefix) else _mpeg_audio(prefix)
 
 
-def is_text(head: bytes) -> bool:
-    """Whether these bytes read as text: a web page, a playlist, a script, JSON."""
+def is_text(prefix: bytes) -> bool:
+    """Return whether these bytes are text: a web page, a playlist, a script, JSON."""
     try:
-        text = head.decode("utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+        text = prefix.decode("utf-16" if prefix.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        text = head[: error.start].decode(errors="replace") if len(head) - error.start < 4 else "\0"  # noqa: PLR2004
+        text = prefix[: error.start].decode(errors="replace") if len(prefix) - error.start < 4 else "\0"  # noqa: PLR2004
     return all(char.isprintable() or char.isspace() for char in text)
 
 
-def _id3_bytes(head: bytes) -> int:
-    """Length of the ID3v2 tag at the start, 0 if there is none."""
-    if not head.startswith(b"ID3") or len(head) < _ID3_HEADER_BYTES or max(head[6:10]) >= 0x80:  # noqa: PLR2004
+def _id3_bytes(prefix: bytes) -> int:
+    """Return the length of the ID3v2 tag at the start, 0 if there is none."""
+    if not prefix.startswith(b"ID3") or len(prefix) < _ID3_HEADER_BYTES or max(prefix[6:10]) >= 0x80:  # noqa: PLR2004
         return 0
-    size = head[6] << 21 | head[7] << 14 | head[8] << 7 | head[9]
-    has_footer = bool(head[5] & 0x10)
+    size = prefix[6] << 21 | prefix[7] << 14 | prefix[8] << 7 | prefix[9]
+    has_footer = bool(prefix[5] & 0x10)
     return (1 + has_footer) * _ID3_HEADER_BYTES + size
 
 
-def _mpeg_audio(head: bytes) -> Format | None:
-    """MP3 (or MP2) or AAC by a chain of frames, at the start or after junk such as zeros."""
-    for start in _sync_words(head):
+def _mpeg_audio(prefix: bytes) -> Format | None:
+    """Recognise MP3 (or MP2) or AAC by a chain of frames, at the start or after junk such as zeros."""
+    for start in _sync_words(prefix):
         for found, frame_bytes in ((_MP3, _mp3_frame_bytes), (_AAC, _adts_frame_bytes), (_LATM, _loas_frame_bytes)):
             position, frames = start, 0
-            while frames < _MPEG_FRAMES and (size := frame_bytes(head[position : position + 6])):
+            while frames < _MPEG_FRAMES and (size := frame_bytes(prefix[position : position + 6])):
                 position, frames = position + size, frames + 1
-            # Bytes that end within the chain prove less, so they must be a chain from their beginning.
-            if frames == _MPEG_FRAMES or (frames and start == 0 and position >= len(head)):
+            # A prefix that ends within the chain proves less, so the chain must begin at its first byte.
+            if frames == _MPEG_FRAMES or (frames and start == 0 and position >= len(prefix)):
                 return found
     return None
 
 
-def _sync_words(head: bytes) -> Iterator[int]:
+def _sync_words(prefix: bytes) -> Iterator[int]:
     yield 0
     start = 0
-    while (start := head.find(b"\xff", start + 1)) >= 0:
+    while (start := prefix.find(b"\xff", start + 1)) >= 0:
         yield start
 
 
@@ -153,7 +156,7 @@ _MP3_HZ = (44_100, 48_000, 32_000)
 
 
 def _mp3_frame_bytes(header: bytes) -> int:
-    """Length of the MPEG-1/2/2.5 layer II or III frame with this header, 0 if it is none."""
+    """Return the length of the MPEG-1/2/2.5 layer II or III frame with this header, 0 if it is not such a header."""
     word = int.from_bytes(header[:4])
     version, layer, rate, hz = word >> 19 & 3, 4 - (word >> 17 & 3), word >> 12 & 15, word >> 10 & 3
     if word >> 21 != 0x7FF or version == 1 or layer not in (2, 3) or rate in (0, 15) or hz == 3:  # noqa: PLR2004
@@ -165,13 +168,13 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def _adts_frame_bytes(header: bytes) -> int:
-    """Length of the ADTS frame with this header, 0 if it is none."""
+    """Return the length of the ADTS frame with this header, 0 if it is not such a header."""
     word = int.from_bytes(header[:6].ljust(6, b"\0"))
     is_sync, hz, size = word >> 36 == 0xFFF and not word >> 33 & 3, word >> 26 & 15, word >> 5 & 0x1FFF  # noqa: PLR2004
     return size if is_sync and hz < 13 and size > 7 else 0  # noqa: PLR2004
 
 
 def _loas_frame_bytes(header: bytes) -> int:
-    """Length of the LOAS (LATM) frame with this header, 0 if it is none."""
+    """Return the length of the LOAS (LATM) frame with this header, 0 if it is not such a header."""
     word = int.from_bytes(header[:3])
     return 3 + (word & 0x1FFF) if word >> 13 == 0x2B7 and word & 0x1FFF else 0  # noqa: PLR2004

@@ -1,7 +1,7 @@
-"""Where the links of a chained Ogg file begin and end: whole Ogg files, one after another, each with its own headers.
+"""Chained Ogg files: byte ranges of the complete Ogg files, each with its own headers, that one file concatenates.
 
-Radio recordings and simple concatenation make them. FFmpeg and libsndfile both stop without a word after the first.
-Source: RFC 3533, sections 4 and 6.
+Radio recordings and simple concatenation make them. FFmpeg and libsndfile both stop after the first one and report
+nothing. Source: RFC 3533, sections 4 and 6.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _BEGIN_OF_STREAM = 2
 _SEARCH_BYTES = 65_536
 
 
-def links(file: BinaryIO, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield the offsets (begin, end) of each link. A link begins with the pages that begin its streams."""
+def chain_parts(file: BinaryIO, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the offsets (begin, end) of each part of the chain. A part begins with the pages that begin its streams."""
     begin, position, in_beginnings = start, start, True
     while True:
         file.seek(position)
@@ -37,7 +37,7 @@ def links(file: BinaryIO, start: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def _next_page(file: BinaryIO, position: int) -> int:
-    """Offset of the first page after a place where one was expected, -1 if there is none."""
+    """Return the offset of the first page from `position` on, where one was expected; -1 if there is none."""
     file.seek(position)
     tail = b""
     while chunk := file.read(_SEARCH_BYTES):

@@ -1,15 +1,16 @@
-"""One audio worker: a process that turns clips into log-mel features, one at a time. `workers.py` is the pool.
+"""Audio worker: the program of a process that turns clips into log-mel features, one at a time.
 
     python -m serving.audio.worker FD MAX_DURATION_S CPU_S MEMORY_BYTES
 
-FD is a Unix socket that keeps message boundaries. The worker says that it is ready (`{}`), then answers each clip:
+FD is a Unix socket that keeps message boundaries; `worker_process.py` has its other end. The worker sends `{}` when it
+is ready, then answers each clip:
 
     ◄ {"path": …}, or {} and a memfd that holds base64 text
     ► {"samples", "shape", "decode_s", "features_s"} and a memfd that holds the log-mel
     ► {"error", "message"}: an exception of our tree        ► {"traceback"}: any other
 
-It parses what strangers send with large C libraries. So it holds no secret, its answers are data and never pickles, and
-it may die of a clip at any moment: of its own crash, its CPU time, or its memory.
+The worker parses strangers' bytes with large C libraries. Therefore it holds no secret, its answers are data and never
+pickles, and it may die of a clip at any moment: of a crash, its CPU limit, or its memory limit.
 """
 
 from __future__ import annotations
@@ -39,32 +40,32 @@ from serving.types import MELS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_MESSAGE_BYTES = 65_536
-"""No message to a worker is longer."""
+_MAX_MESSAGE_BYTES = 65_536
+"""Upper bound of a message to a worker."""
 
 _TRACEBACK_CHARS = 8_000
 _NICENESS = 5
-"""Where all cores are busy, captions that run go before clips that come (deploy/adr/0004)."""
+"""With all cores busy, running captions take precedence over arriving clips (deploy/adr/0004)."""
 _PR_SET_PDEATHSIG = 1
 _WHITESPACE = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Answer clips until the pool closes its end."""
+    """Answer clips until the pool closes its end of the socket."""
     descriptor, max_duration_s, cpu_s, memory_bytes = arguments
     _confine(int(memory_bytes))
-    with socket.socket(fileno=int(descriptor)) as link:
-        link.send(b"{}")
+    with socket.socket(fileno=int(descriptor)) as channel:
+        channel.send(b"{}")
         while True:
-            message, descriptors, _, _ = socket.recv_fds(link, _MESSAGE_BYTES, 1)
+            message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE_BYTES, 1)
             if not message:
                 return
             signal.setitimer(signal.ITIMER_PROF, float(cpu_s))  # when it runs out, SIGPROF ends the process
             reply, features = _answer(json.loads(message), descriptors, float(max_duration_s))
             signal.setitimer(signal.ITIMER_PROF, 0)
             try:
-                socket.send_fds(link, [json.dumps(reply).encode()], features)
+                socket.send_fds(channel, [json.dumps(reply).encode()], features)
             finally:
                 for fd in (*descriptors, *features):
                     os.close(fd)
@@ -73,18 +74,18 @@ def main(arguments: Sequence[str]) -> None:
 def _confine(memory_bytes: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group: the pool decides
         signal.signal(number, signal.SIG_IGN)
-    # The end of the socket tells an idle worker that the pool is gone; this tells a busy one.
+    # An idle worker ends when its socket is closed; this ends a busy one when the pool's thread is gone.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
-    # Private memory, so that mapping a large input or the features does not count.
+    # RLIMIT_DATA limits private memory only: mapping a large input or the features does not count.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    with suppress(OSError):  # should the machine run out of memory, a worker is the least loss
+    with suppress(OSError):  # if the machine runs out of memory, a worker is the least loss
         Path("/proc/self/oom_score_adj").write_text("800")
 
 
 def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
-    """Return the reply, and the descriptor that goes with it."""
+    """Return the reply, and the descriptors to send with it."""
     try:
         return _prepare(Path(task["path"]) if "path" in task else descriptors[0], max_duration_s)
     except CaptionerError as error:
@@ -96,10 +97,10 @@ def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float)
 
 
 def _prepare(clip: Path | int, max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
-    began = time.perf_counter()
+    started_s = time.perf_counter()
     source = clip if isinstance(clip, Path) else decode_base64(os.pread(clip, os.fstat(clip).st_size, 0))
     samples = decode(source, max_duration_s=max_duration_s)
-    decoded = time.perf_counter()
+    decoded_s = time.perf_counter()
     shape = MELS, frame_count(samples.size)
     size = 4 * MELS * shape[1]
     descriptor = os.memfd_create("log-mel")
@@ -109,12 +110,12 @@ def _prepare(clip: Path | int, max_duration_s: float) -> tuple[dict[str, Any], l
     except BaseException:
         os.close(descriptor)
         raise
-    done = time.perf_counter()
+    done_s = time.perf_counter()
     return {
         "samples": samples.size,
         "shape": shape,
-        "decode_s": decoded - began,
-        "features_s": done - decoded,
+        "decode_s": decoded_s - started_s,
+        "features_s": done_s - decoded_s,
     }, [descriptor]
 
 
@@ -126,7 +127,7 @@ def decode_base64(text: bytes) -> bytes:
     compact = text.translate(_URL_SAFE, _WHITESPACE)
     digits = compact.rstrip(b"=")
     try:
-        if len(compact) - len(digits) > 2:  # noqa: PLR2004 - more padding than there can be
+        if len(compact) - len(digits) > 2:  # noqa: PLR2004 - more padding than base64 ever has
             raise InvalidAudioUrl
         return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
     except binascii.Error:

@@ -152,7 +152,7 @@ class Frontend:
             settings, engine, on_not_ready=engine.wake, targets=lambda: self._member.view.targets
         )
         metrics: Metrics = self._service.state.components.metrics
-        metrics.watch("captioner_replicas_lost_total", lambda: self._member.view.lost)
+        metrics.bind("captioner_replicas_lost_total", lambda: self._member.view.lost)
         self._metrics = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._member.start(await self._metrics.start(host, settings.metrics_port))

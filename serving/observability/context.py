@@ -1,4 +1,4 @@
-"""What goes with a request wherever its work goes, in this task and those that it starts: its id, and its trace."""
+"""Request context: the request id and the trace, carried by the tasks that work on a request."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-"""Every log line tells it."""
+"""Id of the current request; part of every log line. Tasks inherit it from the task that starts them."""
 
 TRACE: ContextVar[Mapping[str, str] | None] = ContextVar("trace", default=None)
-"""W3C trace context (`traceparent`, `tracestate`), for whoever does the next part; `None`: nothing is traced."""
+"""W3C trace context (`traceparent`, `tracestate`) for the next hop; `None` if nothing is traced."""
 
 
 class Tracer(Protocol):
-    """Traces requests."""
+    """A writer of traces of requests."""
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
-        """Open the trace of a request, or join its caller's, which `headers` (names in lower case) tell."""
+        """Start the trace of a request, or join the caller's if `headers` (names in lower case) carry one."""
         ...
 
     def end(self, record: RequestRecord, outcome: str, code: str) -> str | None:
-        """Tell the record as spans; return the trace's id if it was sampled."""
+        """Write the record as spans; return the trace's id if the trace is sampled."""
         ...
 
     def stop(self) -> None:
-        """Send what has not been sent."""
+        """Send the spans that are still buffered."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""CPU time: of other processes, as a counter that goes on when one of them ends; and the share of it a thread takes."""
+"""CPU time: a counter over other processes that survives their end, and the CPU share of the current thread."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ if TYPE_CHECKING:
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _UTIME = 11
-"""Where user time stands in `/proc/PID/stat` after the name; system time follows."""
+"""Index of user time in `/proc/PID/stat` after the name; system time follows."""
 
 
 class CpuTime:
-    """What processes have used, in seconds. Of one that has ended it keeps what was seen last.
+    """CPU seconds used by a changing set of processes; of an ended process the last sample is kept.
 
-    A process that has ended and was not waited for yet can still be seen: look before waiting, and nothing is missed.
+    A process that has ended can still be sampled until it is waited for: sample before waiting, and nothing is missed.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, float] = {}
+        self._used_s: dict[int, float] = {}
         self._ended_s = 0.0
 
-    def look(self, pids: Iterable[int]) -> float:
-        """What these, and all that were seen before, have used."""
+    def sample(self, pids: Iterable[int]) -> float:
+        """Return the CPU seconds used by these processes and by all that were sampled before."""
         living = set()
         for pid in pids:
             with suppress(OSError, ValueError, IndexError):
-                self._seen[pid] = max(self._seen.get(pid, 0.0), _used_s(pid))
+                self._used_s[pid] = max(self._used_s.get(pid, 0.0), _used_s(pid))
                 living.add(pid)
-        for pid in self._seen.keys() - living:
-            self._ended_s += self._seen.pop(pid)
-        return self._ended_s + sum(self._seen.values())
+        for pid in self._used_s.keys() - living:
+            self._ended_s += self._used_s.pop(pid)
+        return self._ended_s + sum(self._used_s.values())
 
 
 class Busy:
-    """How busy the thread that asks has been since it asked last, 0 to 1: at 1 its event loop keeps up no more."""
+    """CPU share of the calling thread since its last call, 0 to 1: at 1 its event loop no longer keeps up."""
 
     def __init__(self) -> None:
-        self._asked_s, self._used_s = time.monotonic(), time.thread_time()
+        self._called_s, self._used_s = time.monotonic(), time.thread_time()
 
     def share(self) -> float:
-        """Since the last call, or since this was made."""
-        before = self._asked_s, self._used_s
-        self._asked_s, self._used_s = time.monotonic(), time.thread_time()
-        return min(1.0, (self._used_s - before[1]) / max(self._asked_s - before[0], 1e-3))
+        """Return the share since the last call, or since this object was made."""
+        called_s, used_s = self._called_s, self._used_s
+        self._called_s, self._used_s = time.monotonic(), time.thread_time()
+        return min(1.0, (self._used_s - used_s) / max(self._called_s - called_s, 1e-3))
 
 
 def descendants(pids: Iterable[int]) -> list[int]:
-    """These processes and all that they started, as far as they live."""
+    """Return these processes and their descendants, as far as they are alive."""
     found: list[int] = []
     for pid in pids:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line, or plain text for a terminal."""
+"""Structured logs: one JSON object per line, or plain text for a terminal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from serving.observability.context import REQUEST_ID
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
-
 _SECRET = re.compile(
     r"""\bsk-[\w-]{4,}                                    # an API key
     | (?i:\bbearer\s+)[^\s"'\\,]+                        # a token in a header
-    | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # who, and with which password
+    | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # user name and password
     | (?<=[?&])(?i:[\w-]*(?:signature|token|key(?:_?id)?|secret|password|credential|policy|sig))=[^&\s"'\\]+
     | \bdata:[^\s"',]{0,99},[^\s"'\\]{8,}               # audio in a URL
-    | [A-Za-z0-9+/_-]{256,}={0,2}                       # audio as it is
+    | [A-Za-z0-9+/_-]{256,}={0,2}                       # bare audio in base64
     """,
     re.VERBOSE,
 )
 
 
 def redact(text: str) -> str:
-    """The text without what must not be kept: keys, tokens, passwords, signatures of URLs, audio."""
+    """Return the text with keys, tokens, passwords, signatures of URLs and audio replaced by `[redacted]`."""
     return _SECRET.sub("[redacted]", text)
 
 
@@ -37,12 +36,12 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
     return ({"request_id": request_id} if request_id else {}) | {
         key: value
         for key, value in vars(record).items()
-        if key not in _STANDARD and not key.startswith(("vllm_", "_ray_"))  # they put their own into every record
+        if key not in _STANDARD and not key.startswith(("vllm_", "_ray_"))  # set by vLLM and Ray on every record
     }
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, the request's id, and whatever `extra` holds."""
+    """One JSON object per line: time, level, logger, message, the request's id, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -58,7 +57,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """`12:34:56 message key=value …` for a person at a terminal."""
+    """`12:34:56 message key=value …`, for a terminal."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", datefmt="%H:%M:%S")
@@ -70,10 +69,10 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(level: str, log_format: Literal["json", "text"]) -> None:
-    """Send every log record to standard error in the chosen form."""
+    """Write every log record to standard error in the chosen format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # Their own lines repeat ours, or tell a request before it is finished.
+    # Their lines repeat ours, or report a request before it is finished.
     for name in ("uvicorn.access", "uvicorn.error", "httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,7 +1,8 @@
-"""The record of one request: what is known of it so far, where its time went, and in which words it ended."""
+"""Request record: the facts and stage times of one request, its outcome, and the log line made from it."""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from typing import Any
 
 from serving.errors import CaptionerError, ClientError, Disconnected, ServerError
 from serving.types import SAMPLE_RATE, FinishReason, Usage
+
+log = logging.getLogger(__name__)
 
 STAGES = (
     "receive",
@@ -24,62 +27,72 @@ STAGES = (
 )
 """Stages of a caption, in order.
 
-`receive` reads the request; `admit` checks the caller's limits and takes a place; `audio_queue` waits for an audio
-worker and `engine_queue` for the engine; `prefill` lasts from the engine's taking it to the first token; `generate`
-from there to the end, and within that `encode` writes the dialect.
+`receive` reads the request. `admit` checks the caller's limits and acquires a slot. `fetch` downloads the clip.
+`audio_queue` waits for an audio worker, `decode` and `features` are the worker's parts. `engine_queue` waits for the
+engine. `prefill` lasts from the engine's start on the caption to its first token, `generate` from there to the end of
+the request. `encode` writes the dialect; it is spread over `generate` and contained in it.
 """
 
-_SHORT_S, _MEDIUM_S = 30.0, 300.0
+_MAX_SHORT_S, _MAX_MEDIUM_S = 30.0, 300.0
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of one request so far. Filled by the path, told once by `Metrics.finish`."""
+    """Facts about one request, filled along the path and written once, by `Metrics.finish`.
+
+    Points in time are seconds of `time.perf_counter`.
+    """
 
     request_id: str
     dialect: str
     caller: str = ""
+    """Tenant id; empty while the caller is unknown."""
     stream: bool = False
     audio_form: str = ""
+    """Kind of audio reference: inline, uploaded or url."""
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     samples: int = 0
     usage: Usage | None = None
     engine_input_tokens: int = 0
     engine_output_tokens: int = 0
-    """The engine's own counts, which are not what is billed."""
+    """The engine's own counts, which are not the billed ones."""
     finish_reason: FinishReason | None = None
     partial: bool = False
     caption: list[str] | None = None
-    """What was said; kept only for a tenant that wants its captions in the log."""
+    """Pieces of the caption; kept only for a tenant that wants its captions in the log."""
     stages_s: dict[str, float] = field(default_factory=dict)
-    began: dict[str, float] = field(default_factory=dict)
-    """When each stage began, by the clock of `started`."""
+    stage_started: dict[str, float] = field(default_factory=dict)
     ended: float = 0.0
     billed_nanos: int = 0
     currency: str = ""
     span: Any = None
-    """Of the trace, if there is one."""
+    """Span of the trace, if the request is traced."""
 
     @property
     def audio_s(self) -> float:
-        """Length of the decoded audio; 0 as long as there is none."""
+        """Length of the decoded audio in seconds; 0 before it is decoded."""
         return self.samples / SAMPLE_RATE
 
     @property
-    def length(self) -> str:
-        """Class of the audio's length, by which waiting times are judged."""
+    def length_class(self) -> str:
+        """Class of the audio's length, for which each objective on waiting times has a limit."""
         if not self.samples:
             return "unknown"
-        return "short" if self.audio_s <= _SHORT_S else "medium" if self.audio_s <= _MEDIUM_S else "long"
+        return "short" if self.audio_s <= _MAX_SHORT_S else "medium" if self.audio_s <= _MAX_MEDIUM_S else "long"
 
     @property
-    def waited_s(self) -> float:
-        """How long it stood in queues."""
+    def queued_s(self) -> float:
+        """Time in queues, in seconds."""
         return self.stages_s.get("audio_queue", 0.0) + self.stages_s.get("engine_queue", 0.0)
 
-    def generated(self, text: str, tokens: int, finish_reason: FinishReason | None, *, uncounted_tokens: int) -> Usage:
-        """Note the next piece of the caption; return what has been used with it."""
+    @property
+    def duration_s(self) -> float:
+        """Time from arrival to end, in seconds; valid once the record is closed."""
+        return self.ended - self.started
+
+    def add_output(self, text: str, tokens: int, finish_reason: FinishReason | None, *, uncounted_tokens: int) -> Usage:
+        """Add the next piece of the caption; return the usage up to and including it."""
         before = self.usage or Usage(0)
         self.usage = Usage(before.audio_tokens, before.output_tokens + tokens)
         self.engine_output_tokens += tokens + uncounted_tokens
@@ -89,44 +102,68 @@ class RequestRecord:
         return self.usage
 
     def stage(self, name: str, seconds: float, *, ended: float | None = None) -> None:
-        """Note that a stage took so long and has ended, at `ended` or now."""
+        """Record a stage that took `seconds` and ended at `ended`, by default now."""
         self.stages_s[name] = seconds
-        self.began[name] = (time.perf_counter() if ended is None else ended) - seconds
+        self.stage_started[name] = (time.perf_counter() if ended is None else ended) - seconds
 
     def close(self) -> None:
-        """The request has ended, now."""
+        """Record that the request has ended now."""
         self.ended = time.perf_counter()
         if self.first_token is not None:
             self.stage("generate", self.ended - self.first_token, ended=self.ended)
 
     def outcome(self, error: BaseException | None) -> tuple[str, str]:
-        """How the request ended, in two bounded words: outcome and code. `error`: what ended it, if anything did."""
+        """Return the outcome and the code of the request, both bounded words.
+
+        `error` is the exception that ended the request, if one did.
+        """
         if isinstance(error, Disconnected):
             return "cancelled", "disconnected"
         if error is None:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             return "finished", "partial" if self.partial else str(self.finish_reason or FinishReason.LENGTH)
         if isinstance(error, CaptionerError):
-            return "client_error" if isinstance(error, ClientError) else "server_error", code_of(type(error))
+            return "client_error" if isinstance(error, ClientError) else "server_error", error_code(type(error))
         if isinstance(error, Exception):
             return "server_error", "internal"
         return "cancelled", "cancelled"
 
+    def log(self, outcome: str, code: str, trace_id: str | None) -> None:
+        """Log the closed record as one line."""
+        log.log(
+            logging.WARNING if outcome == "server_error" else logging.INFO,
+            "request",
+            extra={
+                "request_id": self.request_id,
+                "dialect": self.dialect,
+                "caller": self.caller,
+                "stream": self.stream,
+                "audio_form": self.audio_form,
+                "outcome": outcome,
+                "code": code,
+                "audio_s": round(self.audio_s, 3),
+                "output_tokens": self.usage.output_tokens if self.usage else 0,
+                "duration_s": round(self.duration_s, 4),
+                "stages_s": {stage: round(seconds, 4) for stage, seconds in self.stages_s.items()},
+                **({"caption": "".join(self.caption)} if self.caption else {}),
+                **({"trace_id": trace_id} if trace_id else {}),
+            },
+        )
 
-def code_of(kind: type[CaptionerError]) -> str:
-    """An error's name as a metric's label has it: `engine_stalled`."""
+
+def error_code(kind: type[CaptionerError]) -> str:
+    """Return an error's name in the form of a metric's label: `engine_stalled` for `EngineStalled`."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
 def _outcomes() -> tuple[tuple[str, str], ...]:
-    """Every way for a request to end."""
     kinds: list[type[CaptionerError]] = [ClientError, ServerError]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    errors = (("client_error" if issubclass(kind, ClientError) else "server_error", code_of(kind)) for kind in kinds)
+    errors = (("client_error" if issubclass(kind, ClientError) else "server_error", error_code(kind)) for kind in kinds)
     finished = (("finished", code) for code in (*FinishReason, "partial"))
     return (*finished, ("cancelled", "disconnected"), ("cancelled", "cancelled"), *errors)
 
 
 OUTCOMES = _outcomes()
-"""Pairs of outcome and code."""
+"""All possible pairs of outcome and code."""

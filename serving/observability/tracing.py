@@ -1,7 +1,7 @@
-"""Traces with OpenTelemetry: one span per request, and below it one per stage, made from the record when it ends.
+"""Traces with OpenTelemetry: one span per request with one child span per stage, made from the record at its end.
 
-Only imported if traces are wanted. Stages become spans afterwards, with the times that the path has noted anyway: the
-path has no second set of marks, and a request that is not sampled costs one span that records nothing.
+Imported only if traces are enabled. Stages become spans afterwards, from the times in the request record: the path has
+no second set of marks, and a request that is not sampled costs one span that records nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _W3C = TraceContextTextMapPropagator()
 
 
 class OpenTelemetry:
-    """A `Tracer` that sends to `endpoint` (OTLP over HTTP). A caller that samples is followed; else `ratio` decides."""
+    """A `Tracer` that sends to `endpoint` (OTLP over HTTP).
+
+    The sampling decision of the caller's `traceparent` is followed; without one, `ratio` of the requests are sampled.
+    """
 
     def __init__(self, endpoint: str, ratio: float, *, exporter: SpanExporter | None = None) -> None:
         self._provider = TracerProvider(
@@ -46,7 +49,7 @@ class OpenTelemetry:
         self._epoch_ns = time.time_ns() - time.perf_counter_ns()
 
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
-        """See `Tracer`. Whoever does the next part is told even of a trace that is not sampled, lest it starts one."""
+        """See `Tracer`. The next hop gets the context of an unsampled trace too, so that it does not start another."""
         span = self._tracer.start_span(
             "caption", _W3C.extract(headers), kind=SpanKind.SERVER, start_time=self._ns(record.started)
         )
@@ -61,11 +64,11 @@ class OpenTelemetry:
         if span is None or not span.is_recording():
             return None
         context = set_span_in_context(span)
-        for stage, began in record.began.items():
-            # Encoding is spread over the whole of `generate`: as a span it would stand at a wrong place.
+        for stage, started in record.stage_started.items():
+            # Encoding is spread over the whole of `generate`: a single span would have a wrong start.
             if stage != "encode":
-                child = self._tracer.start_span(stage, context, start_time=self._ns(began))
-                child.end(self._ns(began + record.stages_s[stage]))
+                child = self._tracer.start_span(stage, context, start_time=self._ns(started))
+                child.end(self._ns(started + record.stages_s[stage]))
         span.set_attributes(
             {
                 "captioner.request_id": record.request_id,

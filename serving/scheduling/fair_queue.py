@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_IDLE_TENANTS = 256
-"""Tenants without queued items that are remembered before they are looked through."""
+"""Number of tenants without queued items above which their state is pruned."""
 
 
 def shortest_first(arrived_s: float, audio_s: float, *, longest_s: float, patience_s: float) -> float:
@@ -36,7 +36,7 @@ def shortest_first(arrived_s: float, audio_s: float, *, longest_s: float, patien
 
 
 class SortedQueue(Generic[T]):
-    """Items in the order of their keys, first in, first out among equal keys."""
+    """A queue in the order of keys, first in, first out among equal keys."""
 
     def __init__(self, key: Callable[[T], float]) -> None:
         self._key = key
@@ -92,14 +92,14 @@ class _TenantQueue(Generic[Q]):
 class FairQueue(Generic[Q]):
     """A queue that serves tenants in proportion to their weights, by cost.
 
-    Each tenant has a virtual start time, and the tenant with the least is served next. Serving an item moves its
-    tenant's start time on by cost over weight. A tenant that returns starts at the current virtual time: idle time is
-    not saved up, and what it used while nobody else queued is not held against it. Among tenants that always have
-    items queued, each gets its share within one item, whatever the others have queued. When the queue is empty, all
-    of this is forgotten.
+    Each tenant has a virtual start time, and the tenant with the least is served next. Serving an item advances its
+    tenant's start time by cost over weight. A tenant that returns starts at the current virtual time: idle time is not
+    saved up, and service received while no other tenant queued is not charged later. Among tenants that always have
+    items queued, each gets its share within one item, whatever the others have queued. An empty queue resets all
+    virtual times.
 
-    Tenants of a higher priority are served before those of a lower one. Items that have waited for `patience_s` count
-    as of the highest priority: together they are served like one tenant of weight 1, in order of arrival.
+    Tenants of a higher priority are served before those of a lower one. Items that have waited for `patience_s` get the
+    highest priority: together they are served like one tenant of weight 1, in order of arrival.
 
     Within a tenant the order is that of `key`.
     """
@@ -118,27 +118,27 @@ class FairQueue(Generic[Q]):
         return self._count
 
     def __iter__(self) -> Iterator[Q]:
-        """All queued items, in no order."""
+        """Iterate over all queued items, in no order."""
         return (item for tenant in self._waiting.values() for item in tenant.items)
 
     def add(self, item: Q) -> None:
         """Enqueue `item`."""
-        of = item.scheduling_class
-        if (tenant := self._tenants.get(of.tenant)) is None:
-            self._forget_idle()
-            tenant = _TenantQueue(SortedQueue(self._key), of.weight, of.priority, 0.0)
-            self._tenants[of.tenant] = tenant
-        if tenant.priority != of.priority:
-            tenant.start += self._virtual_time[of.priority] - self._virtual_time[tenant.priority]
-        tenant.weight, tenant.priority = of.weight, of.priority
+        its = item.scheduling_class
+        if (tenant := self._tenants.get(its.tenant)) is None:
+            self._prune_idle()
+            tenant = _TenantQueue(SortedQueue(self._key), its.weight, its.priority, 0.0)
+            self._tenants[its.tenant] = tenant
+        if tenant.priority != its.priority:
+            tenant.start += self._virtual_time[its.priority] - self._virtual_time[tenant.priority]
+        tenant.weight, tenant.priority = its.weight, its.priority
         if not tenant.items:
             tenant.start = max(tenant.start, self._virtual_time[tenant.priority])
-            self._waiting[of.tenant] = tenant
+            self._waiting[its.tenant] = tenant
         tenant.items.add(item)
         self._count += 1
 
     def in_order(self) -> Iterator[Q]:
-        """Queued items in the order of service; dequeuing the first that can be served keeps the queue fair.
+        """Yield queued items in the order of service; dequeuing the first that can be served keeps the queue fair.
 
         If a tenant's first item cannot be served, its next may be; if none can, the next tenant's.
         """
@@ -167,7 +167,7 @@ class FairQueue(Generic[Q]):
         self.discard(item)
 
     def correct_cost(self, item: Q, cost: float) -> None:
-        """Replace the estimated cost of a dequeued item by the cost it turned out to have."""
+        """Replace the estimated cost of a dequeued item by its measured cost."""
         if tenant := self._tenants.get(item.scheduling_class.tenant):
             tenant.start += (cost - item.cost) / tenant.weight
         item.cost = cost
@@ -181,7 +181,7 @@ class FairQueue(Generic[Q]):
         if not tenant.items:
             del self._waiting[item.scheduling_class.tenant]
         if not self._count:
-            self._forget()
+            self._reset()
         return True
 
     def clear(self) -> list[Q]:
@@ -189,15 +189,15 @@ class FairQueue(Generic[Q]):
         items = list(self)
         self._waiting.clear()
         self._count = 0
-        self._forget()
+        self._reset()
         return items
 
     def fits(self, item: Q, size: int) -> bool:
-        """Whether a queued `item` may stay in a queue of `size` slots, which tenants share like a `SharedCapacity`."""
+        """Return whether a queued `item` may stay in a queue of `size` slots, shared like a `SharedCapacity`."""
         held = len(self._waiting[item.scheduling_class.tenant].items) - 1
         return within_threshold(item.scheduling_class, held, size - (self._count - 1))
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._tenants.clear()
         self._virtual_time.clear()
         self._aged_start = 0.0
@@ -209,13 +209,13 @@ class FairQueue(Generic[Q]):
         return item.arrived_s <= self._now_s() - self._patience_s
 
     def _aged(self, highest: int) -> list[Q]:
-        """Items that have waited too long behind higher priorities, in order of arrival."""
+        """Return the items that have waited too long behind higher priorities, in order of arrival."""
         lower = (tenant for tenant in self._waiting.values() if tenant.priority < highest)
         aged = (item for tenant in lower for item in tenant.items if self._is_aged(item))
         return sorted(aged, key=lambda item: item.arrived_s)
 
-    def _forget_idle(self) -> None:
-        """Forget tenants whose state no longer matters, so that the table does not grow with every tenant ever seen."""
+    def _prune_idle(self) -> None:
+        """Remove tenants whose state no longer matters, so that the table does not grow with every tenant ever seen."""
         if len(self._tenants) < 2 * len(self._waiting) + _MAX_IDLE_TENANTS:
             return
         for name, tenant in list(self._tenants.items()):

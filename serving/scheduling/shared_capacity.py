@@ -25,8 +25,8 @@ class SharedCapacity:
     """`size` units of one resource, of which a tenant may acquire more while it holds less than its threshold.
 
     The threshold is `alpha` times the tenant's weight times the free units. With `alpha` 8 one tenant alone gets eight
-    ninths of a large capacity; the next tenant finds the rest, and each gets its share as units are released. A smaller
-    `alpha` suits units that are held for days rather than seconds. Work without a tenant may acquire everything.
+    ninths of a large capacity; the next tenant gets from the rest, and each gets its share as units are released. A
+    smaller `alpha` suits units that are held for days rather than seconds. Work without a tenant may acquire all units.
 
     `reason` names the resource in `Overloaded` and in `captioner_requests_shed_total`.
     """
@@ -44,7 +44,7 @@ class SharedCapacity:
         return dict(self._used_by)
 
     def may_acquire(self, scheduling_class: SchedulingClass, amount: int = 1) -> bool:
-        """Whether the tenant may acquire `amount` units now."""
+        """Return whether the tenant may acquire `amount` units now."""
         free = self.size - self.used
         return amount <= free and within_threshold(
             scheduling_class, self._used_by.get(scheduling_class.tenant, 0), free, self._alpha
@@ -57,11 +57,11 @@ class SharedCapacity:
         return permit
 
     def permit(self, scheduling_class: SchedulingClass) -> Permit:
-        """Return a permit for 0 units, for a use whose size becomes known while it grows."""
+        """Return a permit for 0 units, to `grow` as the size of the use becomes known."""
         return Permit(self, scheduling_class)
 
     def recount(self, before: Mapping[str, int], now: Mapping[str, int]) -> None:
-        """Correct what tenants hold by the difference of two counts taken elsewhere."""
+        """Correct the units that tenants hold by the difference of two counts made elsewhere."""
         for tenant in before.keys() | now.keys():
             self._add(tenant, now.get(tenant, 0) - before.get(tenant, 0))
 
@@ -92,12 +92,12 @@ class Permit:
         self.release()
 
     def grow(self, amount: int) -> None:
-        """Acquire `amount` more units. Raises `Overloaded`, and then holds what it held before."""
+        """Acquire `amount` more units. Raises `Overloaded`, and then holds as many units as before."""
         self._capacity._grow(self._class, amount)  # noqa: SLF001 - of this module
         self.amount += amount
 
     def count(self, amount: int) -> None:
-        """Hold `amount` more units whether they are free or not: they exist already."""
+        """Hold `amount` more units whether they are free or not, for a resource that is in use already."""
         self._capacity._add(self._class.tenant, amount)  # noqa: SLF001
         self.amount += amount
 
@@ -112,5 +112,5 @@ class Permit:
 
 
 def within_threshold(scheduling_class: SchedulingClass, held: int, free: int, alpha: float = _ALPHA) -> bool:
-    """Whether a tenant that holds `held` units may acquire more while `free` units are free."""
+    """Return whether a tenant that holds `held` units may acquire more while `free` units are free."""
     return free > 0 and (scheduling_class.tenant == NO_TENANT.tenant or held < alpha * scheduling_class.weight * free)

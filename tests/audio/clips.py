@@ -3,7 +3,7 @@
     for clip in every_clip():
         send(clip.data); assert abs(answer.duration_s - clip.duration_s) <= clip.tolerance_s
 
-All hold the same sound, `sound(rate)`. What PyAV and soundfile cannot encode stands in `fixtures/`.
+All hold the same sound, `sound(rate)`. Formats that PyAV and soundfile cannot encode are in `fixtures/`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A file's bytes, how long the sound in it is, and how far off its codec may be (frames, priming)."""
+    """A file's bytes, the duration of its sound, and the tolerance for its codec (frames, priming)."""
 
     name: str
     data: bytes
@@ -51,17 +51,17 @@ def clip(name: str) -> Clip:
 
 
 def clip_names() -> list[str]:
-    """Every format: what it is and what is in it."""
+    """Return the names of all clips: container and codec."""
     return list(_MAKERS)
 
 
 def every_clip() -> list[Clip]:
-    """Make them all: about two seconds."""
+    """Make all clips, which takes about two seconds."""
     return [clip(name) for name in clip_names()]
 
 
 def sound(rate: int, duration_s: float = DURATION_S) -> Samples:
-    """Mono samples within ±0.5: a gliding, swelling voice-like tone with everything below 3 kHz."""
+    """Return mono samples within ±0.5: a gliding, swelling voice-like tone, all of it below 3 kHz."""
     time_s = np.arange(round(rate * duration_s)) / rate
     phase = 2 * np.pi * np.cumsum(140 + 40 * np.sin(2 * np.pi * 0.6 * time_s)) / rate
     voice = sum(np.sin(harmonic * phase) / harmonic for harmonic in range(1, 14))
@@ -70,7 +70,7 @@ def sound(rate: int, duration_s: float = DURATION_S) -> Samples:
 
 
 def stereo(rate: int, duration_s: float = DURATION_S) -> Samples:
-    """The sound on two channels, shape (samples, 2), one louder than the other, that average to `sound`."""
+    """Return the sound on two channels of different loudness that average to `sound`, shape (samples, 2)."""
     mono = sound(rate, duration_s)
     return np.stack([1.25 * mono, 0.75 * mono], axis=1)
 
@@ -121,7 +121,7 @@ def with_av(
 
 
 def remuxed(muxer: str, *files: bytes) -> bytes:
-    """Move the encoded audio of files into one container, each as a track of its own."""
+    """Move the encoded audio of files into one container, each as a separate track."""
     with TemporaryDirectory() as directory, ExitStack() as stack:
         path = Path(directory, "clip")
         out = stack.enter_context(av.open(path, "w", format=muxer))
@@ -258,4 +258,4 @@ _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
         _ABOUT_S,
     ),
 }
-"""How each is made, and its tolerance in seconds."""
+"""Maker of each clip, and its tolerance in seconds."""

@@ -1,4 +1,4 @@
-"""Decode in a process of its own, to see it crash, and to see its memory."""
+"""Decoding in a separate process, to observe crashes and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _processes.set_forkserver_preload([__name__, "pytest"])  # the main module, too,
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How decoding went: the samples or the error, and the memory it took besides the waveform."""
+    """Result of decoding: the samples or the error, and the memory used in addition to the waveform."""
 
     samples: int
     error: AudioError | None
@@ -55,7 +55,7 @@ def _call(connection: Connection, function: Callable[..., Any], args: tuple[Any,
 
 
 def _decode(path: Path, max_duration_s: float) -> Outcome:
-    decode(b"#!AMR\n" + b"\x7c" * 9, max_duration_s=1)  # whatever the libraries keep, they get now
+    decode(b"#!AMR\n" + b"\x7c" * 9, max_duration_s=1)  # libraries allocate their permanent memory now
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     samples, error = 0, None
     try:

@@ -1,4 +1,4 @@
-"""Decoding: every format, what is wrong with files, and what a caller may count on."""
+"""Decoding: every format, every fault of a file, and the guarantees to a caller."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _decode(data: bytes, max_duration_s: float = 60) -> Samples:
 
 
 def _likeness(decoded: Samples, truth: Samples) -> float:
-    """Correlation of the features up to 3 kHz, a codec's delay aside: speech codecs keep no waveform."""
+    """Return the correlation of the features up to 3 kHz, a codec's delay aside: speech codecs keep no waveform."""
     ours, theirs = log_mel(decoded)[:72], log_mel(truth)[:72]
     frames = min(ours.shape[1], theirs.shape[1]) - 15
     ours, theirs = ours[:, : frames + 15], theirs[:, : frames + 15]
@@ -49,7 +49,7 @@ def _loudness(samples: Samples) -> float:
 
 @pytest.mark.parametrize("name", clip_names())
 def test_every_format_is_decoded(name: str) -> None:
-    """The right duration, the right sound and the right loudness, as finite 16 kHz mono within ±1."""
+    """Every format decodes to finite 16 kHz mono within ±1, of the right duration, sound and loudness."""
     made = clip(name)
     samples = _decode(made.data)
     assert samples.dtype == np.float32
@@ -64,7 +64,7 @@ def test_every_format_is_decoded(name: str) -> None:
 
 
 def test_the_table_of_formats_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FORMATS.md shows who decodes what, and how exactly; run with UPDATE_TABLES=1 to write it anew."""
+    """FORMATS.md lists the decoder and the error in duration of each clip; UPDATE_TABLES=1 rewrites it."""
     taken: list[str] = []
     for name in ("soundfile", "av"):
         read = getattr(decode_module, f"_read_{name}")
@@ -88,7 +88,7 @@ def test_the_table_of_formats_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> 
         [
             "# Formats that are decoded",
             "",
-            "Made by `test_decode.py` from the clips of `clips.py`. The error is what the codec pads or primes with.",
+            "Made by `test_decode.py` from the clips of `clips.py`. The error is the codec's padding and priming.",
             "",
             "| Clip | Recognised as | Decoded by | True s | Decoded s | Error ms |",
             "|---|---|---|---:|---:|---:|",
@@ -107,14 +107,14 @@ def test_the_table_of_formats_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _words_and_figures(table: str) -> tuple[str, list[float]]:
-    """Take the column of decoded durations out of the table, and drop that of the errors."""
+    """Split the table into its text and the column of decoded durations; drop the column of errors."""
     last_columns = r"([\d.]+) \| [+-]\d+ \|$"
     figures = re.findall(last_columns, table, flags=re.MULTILINE)
     return re.sub(last_columns, "", table, flags=re.MULTILINE), [float(figure) for figure in figures]
 
 
 def test_a_file_and_its_bytes_are_the_same(tmp_path: Path) -> None:
-    """Bytes, a view of bytes and a path give the same samples; the path's suffix tells nothing."""
+    """Bytes, a view of bytes and a path give the same samples; the path's suffix has no effect."""
     data = clip("MP3").data
     path = tmp_path / "page.html"
     path.write_bytes(data)
@@ -181,7 +181,7 @@ def test_samples_outside_the_range_are_clipped() -> None:
 
 
 def test_the_limit_is_that_of_the_decoded_samples() -> None:
-    """Exactly the limit and the padding pass; a sample more does not, nor does the same in a file that lies."""
+    """Exactly the limit and the padding pass; one sample more does not, nor does a file whose header lies."""
     limit = with_soundfile("WAV", "PCM_16", 16_000, samples=np.zeros(16_000 + int(PADDING_S * 16_000), np.float32))
     over = with_soundfile("WAV", "PCM_16", 16_000, samples=np.zeros(16_001 + int(PADDING_S * 16_000), np.float32))
     assert _decode(limit, 1).size == 17_600
@@ -204,7 +204,7 @@ def test_the_limit_is_that_of_the_decoded_samples() -> None:
     ids=["no bytes", "WAV", "AIFF", "FLAC", "AMR"],
 )
 def test_a_file_without_a_sample_is_empty(data: bytes) -> None:
-    """No bytes at all, and headers with nothing behind them."""
+    """An empty file and a header without data are `AudioEmpty`."""
     with pytest.raises(AudioEmpty, match=r"^The audio is empty$"):
         _decode(data)
 
@@ -260,8 +260,8 @@ def _without_audio() -> bytes:
         "RIFF",
     ],
 )
-def test_what_cannot_be_decoded_says_why(data: bytes, reason: str) -> None:
-    """The manual's message, and what is known about the reason."""
+def test_an_undecodable_file_is_refused_with_the_reason(data: bytes, reason: str) -> None:
+    """The error has the manual's message, and the reason as far as it is known."""
     with pytest.raises(
         AudioUnreadable, match=rf"^The audio format is illegal and cannot be opened: {re.escape(reason)}"
     ):
@@ -273,7 +273,7 @@ def test_what_cannot_be_decoded_says_why(data: bytes, reason: str) -> None:
     [("channels", 0), ("channels", 65_535), *(("rate", hz) for hz in (0, 1, 999, 768_001, 2**31 - 1))],
 )
 def test_forged_headers_are_refused(field: str, value: int) -> None:
-    """Channels that there cannot be and sample rates that nothing is recorded at."""
+    """Impossible channel counts and sample rates at which nothing is recorded are refused."""
     data = bytearray(clip("WAV PCM 16").data)
     struct.pack_into(*{"channels": ("<H", data, 22), "rate": ("<I", data, 24)}[field], value)
     with pytest.raises(AudioUnreadable):
@@ -282,7 +282,7 @@ def test_forged_headers_are_refused(field: str, value: int) -> None:
 
 @pytest.mark.parametrize("channels", [3, 8, 64, 1024])
 def test_many_channels_are_averaged(channels: int) -> None:
-    """As many as libsndfile reads, in blocks of bounded size."""
+    """All channels that libsndfile reads are averaged, in blocks of bounded size."""
     samples = np.repeat(sound(16_000)[:, None], channels, axis=1)
     decoded = _decode(with_soundfile("WAV", "FLOAT", 16_000, samples=samples))
     assert np.abs(decoded - sound(16_000)).max() < 1e-6
@@ -290,7 +290,7 @@ def test_many_channels_are_averaged(channels: int) -> None:
 
 @pytest.mark.parametrize("channels", [6, 8, 16])
 def test_many_planes_are_averaged(channels: int) -> None:
-    """FFmpeg keeps the planes past the eighth elsewhere."""
+    """More than eight planes are averaged, though FFmpeg keeps those past the eighth elsewhere."""
     samples = np.repeat(sound(16_000)[:, None], channels, axis=1)
     decoded = _decode(with_av("wv", "wavpack", 16_000, samples=samples))
     assert decoded.size == 32_000
@@ -299,7 +299,7 @@ def test_many_planes_are_averaged(channels: int) -> None:
 
 @pytest.mark.parametrize("rate", [1000, 7999, 16_001, 47_999, 191_999, 768_000])
 def test_odd_sample_rates_are_resampled(rate: int) -> None:
-    """Any rate in between gives the right duration."""
+    """Any sample rate in the accepted range gives the right duration."""
     decoded = _decode(with_soundfile("WAV", "PCM_16", rate, samples=sound(rate)))
     assert decoded.size == pytest.approx(32_000, abs=2)
 
@@ -329,23 +329,23 @@ def test_a_file_cut_in_the_middle_gives_what_is_there(name: str, least_s: float)
     assert _likeness(samples, sound(16_000)[: samples.size]) > 0.85
 
 
-def test_a_cut_vorbis_gives_its_whole_pages() -> None:
-    """Ogg decodes page by page."""
+def test_a_cut_vorbis_gives_its_complete_pages() -> None:
+    """A cut Ogg Vorbis file decodes up to its last complete page."""
     data = with_soundfile("OGG", "VORBIS", samples=stereo(44_100, 12))
     assert 4 < _decode(data[: len(data) // 2]).size / 16_000 < 7
 
 
 @pytest.mark.parametrize("name", ["FLAC 16", "MP3", "AAC (ADTS)", "AMR-NB"])
 def test_a_hole_in_the_middle_loses_only_the_hole(name: str) -> None:
-    """Past damaged bytes decoding goes on."""
+    """Decoding continues after damaged bytes."""
     data = bytearray(clip(name).data)
     middle, hole = len(data) // 2, len(data) // 20
     data[middle : middle + hole] = bytes(hole)
     assert _decode(bytes(data)).size / 16_000 > 1.6
 
 
-def test_counts_in_headers_are_not_believed() -> None:
-    """An MP3 whose Xing header tells 10 frames or a million, a FLAC of 0 or 1000 samples, two MP3s in one file."""
+def test_counts_in_headers_are_not_trusted() -> None:
+    """Wrong counts change nothing: MP3 with Xing counts of 10 and a million, FLAC of 0 and 1000, two MP3s in a file."""
     mp3, flac = bytearray(clip("MP3").data), bytearray(clip("FLAC 16").data)
     xing = mp3.index(b"Info") + 8
     for count in (10, 1_000_000):
@@ -358,8 +358,8 @@ def test_counts_in_headers_are_not_believed() -> None:
     assert _decode(clip("MP3").data * 2).size / 16_000 == pytest.approx(4, abs=0.1)
 
 
-def test_of_several_tracks_the_best_is_taken() -> None:
-    """The default track wins, and where none is marked so the one with more channels."""
+def test_of_several_tracks_the_best_is_chosen() -> None:
+    """The default track is chosen, and without one the track with more channels."""
     noise = with_av("ipod", "aac", 16_000, samples=np.random.default_rng(0).normal(0, 0.1, 32_000).astype(np.float32))
     voice = clip("MP4 AAC (M4A)").data
     assert _likeness(_decode(remuxed("mp4", voice, noise)), sound(16_000)) > 0.85
@@ -368,13 +368,13 @@ def test_of_several_tracks_the_best_is_taken() -> None:
         assert _likeness(_decode(remuxed("mpegts", *order)), sound(16_000)) > 0.85
 
 
-def test_a_track_that_there_is_a_decoder_for_is_preferred() -> None:
-    """A second track is taken if the best one's codec is unknown."""
+def test_a_track_with_a_decoder_is_preferred() -> None:
+    """A second track is chosen if the best one's codec is unknown."""
     both = remuxed("matroska", clip("MP3").data, with_av("matroska", "aac", 16_000))
     assert _likeness(_decode(both.replace(b"A_MPEG/L3", b"A_QUICKTI")), sound(16_000)) > 0.85
 
 
-def test_links_of_a_chain_are_joined() -> None:
+def test_parts_of_a_chain_are_joined() -> None:
     """A chain of three gives all three, each at its own rate, though the second is damaged."""
     parts = [clip(name).data for name in ("Ogg Opus", "Ogg Vorbis", "Ogg Opus mono 16 kHz")]
     assert _decode(b"".join(parts)).size / 16_000 == pytest.approx(6, abs=0.05)
@@ -383,7 +383,7 @@ def test_links_of_a_chain_are_joined() -> None:
 
 
 def test_memory_limit_is_lifted_afterwards() -> None:
-    """The process may allocate again what it could before, after success and after failure."""
+    """The process may allocate as much as before, both after success and after failure."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     _decode(clip("MP3").data)
     with pytest.raises(AudioUnreadable):

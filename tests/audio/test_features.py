@@ -60,7 +60,7 @@ _CLIPS: dict[str, Samples] = {
 
 
 def _exact(samples: Samples) -> npt.NDArray[np.float64]:
-    """Whisper's features by the book, in double precision."""
+    """Compute Whisper's features by their definition, in double precision."""
     padded = np.pad(samples.astype(np.float64), 200, "reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, 400)[::160][: samples.size // 160]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
@@ -72,7 +72,7 @@ def _exact(samples: Samples) -> npt.NDArray[np.float64]:
 
 @pytest.mark.parametrize("name", _CLIPS)
 def test_features_equal_those_of_transformers(name: str) -> None:
-    """Same shape and, within the tolerance, same values as the extractor that the model's processor calls."""
+    """The features have the shape and, within the tolerance, the values of the extractor in the model's processor."""
     samples = _CLIPS[name]
     theirs = _EXTRACTOR(
         samples, sampling_rate=16_000, padding=True, truncation=False, return_attention_mask=True, return_tensors="np"
@@ -87,7 +87,7 @@ def test_features_equal_those_of_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 79, 80, 159, 160, 161, 200])
 def test_clips_too_short_to_reflect_are_continued_with_silence(count: int) -> None:
-    """What transformers refuses gives one frame, the one of the clip followed by silence."""
+    """A clip that transformers refuses gives one frame, that of the clip followed by silence."""
     samples = sound(16_000)[1000 : 1000 + count]
     longer = np.pad(samples, (0, 201 - count))
     assert log_mel(samples).shape == (128, 1)
@@ -95,7 +95,7 @@ def test_clips_too_short_to_reflect_are_continued_with_silence(count: int) -> No
 
 
 def test_features_are_written_into_a_given_array() -> None:
-    """The caller may hand the memory, as shared memory, and gets it back."""
+    """The caller may pass the array to fill, such as shared memory, and gets the same array back."""
     samples = sound(16_000)
     memory = bytearray(4 * 128 * frame_count(samples.size))
     out = np.frombuffer(memory, np.float32).reshape(128, -1)

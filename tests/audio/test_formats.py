@@ -1,4 +1,4 @@
-"""Recognition by content."""
+"""Recognition of formats by content."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 
-from serving.audio.formats import HEAD_BYTES, is_text, recognise, sniff
-from serving.audio.ogg_chain import links
+from serving.audio.formats import PREFIX_BYTES, is_text, recognise, sniff
+from serving.audio.ogg_chain import chain_parts
 from tests.audio.clips import clip, clip_names, remuxed, stereo, with_av
 
 _FIRST_WORDS = {
@@ -23,7 +23,7 @@ _FIRST_WORDS = {
     "WMA": "WMA or ASF",
     "WebM": "Matroska or WebM",
 }
-"""Where a clip's name does not begin with its format's."""
+"""Format by first word of a clip's name, if the name does not begin with that of the format."""
 
 _TEXTS = {
     "HTML": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>",
@@ -52,7 +52,7 @@ _NOT_AUDIO = {
 
 @pytest.mark.parametrize("name", clip_names())
 def test_a_clip_is_recognised_by_its_first_bytes(name: str) -> None:
-    """Every format is told from the first 4 KiB, whatever else is in the file."""
+    """Every format is recognised from the first 4 KiB, whatever else is in the file."""
     found = sniff(clip(name).data[:4096])
     first = name.split(maxsplit=1)[0]
     expected = "AAC (LATM)" if name == "AAC (LATM)" else _FIRST_WORDS.get(first, first)
@@ -62,20 +62,20 @@ def test_a_clip_is_recognised_by_its_first_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("kind", _TEXTS)
 def test_text_is_no_audio(kind: str) -> None:
-    """Web pages, playlists and scripts are of no format, so no demuxer sees them, and they are called text."""
+    """Web pages, playlists and scripts have no format, so no demuxer sees them, and they are recognised as text."""
     assert sniff(_TEXTS[kind]) is None
     assert is_text(_TEXTS[kind])
 
 
 @pytest.mark.parametrize("kind", _NOT_AUDIO)
 def test_other_files_are_no_audio(kind: str) -> None:
-    """Pictures, archives and programs are of no format; none but the empty one is text."""
+    """Pictures, archives and programs have no format; only the empty file counts as text."""
     assert sniff(_NOT_AUDIO[kind]) is None
     assert is_text(_NOT_AUDIO[kind]) == (kind == "nothing")
 
 
 def test_text_that_is_cut_within_a_character_is_text() -> None:
-    """The end of what was looked at may split a character."""
+    """The end of the prefix may split a character."""
     assert is_text("ü".encode()[:-1])
     assert is_text(("a" * 99 + "€").encode()[:-1])
     assert not is_text(b"\xfc and more")
@@ -83,20 +83,20 @@ def test_text_that_is_cut_within_a_character_is_text() -> None:
 
 def test_noise_is_no_audio() -> None:
     """Random bytes do not pass for frames of MPEG audio."""
-    assert [sniff(np.random.default_rng(seed).bytes(HEAD_BYTES)) for seed in range(20)] == [None] * 20
+    assert [sniff(np.random.default_rng(seed).bytes(PREFIX_BYTES)) for seed in range(20)] == [None] * 20
 
 
 @pytest.mark.parametrize(
     ("name", "format_name"), [("MP3", "MP3"), ("FLAC 16", "FLAC"), ("AAC (ADTS)", "AAC"), ("WAV PCM 16", "WAV")]
 )
 def test_id3_tags_are_skipped(name: str, format_name: str) -> None:
-    """What follows ID3v2 tags decides, however long they are; what is nothing else is MP3."""
+    """The bytes after ID3v2 tags decide, however long the tags are; bytes of no other format are MP3."""
     tags = _id3_tag(10) + _id3_tag(300_000)
-    found, start, head = recognise(io.BytesIO(tags + clip(name).data))
+    found, start, prefix = recognise(io.BytesIO(tags + clip(name).data))
     assert found is not None
     own_tag = 45 if clip(name).data.startswith(b"ID3") else 0
     assert (found.name, start) == (format_name, len(tags) + own_tag)
-    assert clip(name).data[own_tag:].startswith(head[:100])
+    assert clip(name).data[own_tag:].startswith(prefix[:100])
 
 
 def test_an_id3_tag_alone_means_mp3() -> None:
@@ -111,19 +111,19 @@ def test_mpeg_audio_after_junk_is_found() -> None:
         assert getattr(sniff(junk + bare), "name", None) == "MP3"
 
 
-def test_the_links_of_a_chained_ogg_are_found() -> None:
-    """Each link of a chain is found, also past damage; streams that begin together are one link."""
-    link, other = clip("Ogg Opus").data, clip("Ogg Vorbis").data
-    assert list(links(io.BytesIO(link))) == [(0, len(link))]
-    chain = [link, other, link]
+def test_the_parts_of_a_chained_ogg_are_found() -> None:
+    """Each part of a chain is found, also past damage; streams that begin together are one part."""
+    part, other = clip("Ogg Opus").data, clip("Ogg Vorbis").data
+    assert list(chain_parts(io.BytesIO(part))) == [(0, len(part))]
+    chain = [part, other, part]
     ends = list(itertools.accumulate(map(len, chain)))
     expected = list(itertools.pairwise([0, *ends]))
-    assert list(links(io.BytesIO(b"".join(chain)))) == expected
+    assert list(chain_parts(io.BytesIO(b"".join(chain)))) == expected
     damaged = bytearray(b"".join(chain))
-    damaged[len(link) // 2 : len(link) // 2 + 10_000] = bytes(10_000)
-    assert list(links(io.BytesIO(damaged))) == expected
-    two_streams = remuxed("ogg", link, with_av("ogg", "libopus", 48_000, samples=stereo(48_000, 0.5)))
-    assert list(links(io.BytesIO(two_streams + other))) == [
+    damaged[len(part) // 2 : len(part) // 2 + 10_000] = bytes(10_000)
+    assert list(chain_parts(io.BytesIO(damaged))) == expected
+    two_streams = remuxed("ogg", part, with_av("ogg", "libopus", 48_000, samples=stereo(48_000, 0.5)))
+    assert list(chain_parts(io.BytesIO(two_streams + other))) == [
         (0, len(two_streams)),
         (len(two_streams), len(two_streams) + len(other)),
     ]

@@ -1,4 +1,4 @@
-"""Files made to harm: each is decoded in a process of its own, which may neither die nor take much memory."""
+"""Hostile files: each is decoded in a separate process, which may neither die nor use much memory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _synchsafe(size: int) -> bytes:
 
 
 def _m4a_with_cover(picture: bytes) -> bytes:
-    """Append the cover to the metadata of an M4A, whose index stands at its end."""
+    """Append the cover to the metadata of an M4A whose index is at its end."""
     handler = _atom(b"hdlr", bytes(8) + b"mdirappl" + bytes(9))
     items = _atom(b"ilst", _atom(b"covr", _atom(b"data", struct.pack(">II", 14, 0) + picture)))
     extra = _atom(b"udta", _atom(b"meta", bytes(4) + handler + items))
@@ -85,7 +85,7 @@ def _packet_of_many_frames() -> bytes:
 
 
 def _forged_index(sample_bytes: int) -> bytes:
-    """Return an M4A that tells of two thousand million packets."""
+    """Return an M4A whose index claims two thousand million packets."""
     m4a = bytearray(clip("MP4 AAC (M4A)").data)
     struct.pack_into(">II", m4a, m4a.index(b"stsz") + 8, sample_bytes, 0x7FFF_FFFF)
     return bytes(m4a)
@@ -121,7 +121,7 @@ def _wide_flac() -> bytes:
     ],
 )
 def test_memory_is_bounded(make: Callable[[], bytes], expected: int | type[AudioError], tmp_path: Path) -> None:
-    """Whatever a file asks for, decoding takes the waveform and 64 MiB, and says what was wrong."""
+    """Decoding uses at most the waveform and 64 MiB, whatever the file demands, and reports the fault."""
     path = tmp_path / "clip"
     path.write_bytes(make())
     result = outcome(path, max_duration_s=60)
@@ -130,12 +130,14 @@ def test_memory_is_bounded(make: Callable[[], bytes], expected: int | type[Audio
         assert result.samples == expected
     else:
         assert isinstance(result.error, expected)
-    waveform_mib = 4 * 16_000 * 60 / 2**20 if result.error else 0  # what an error had decoded before is not told
+    waveform_mib = (
+        4 * 16_000 * 60 / 2**20 if result.error else 0
+    )  # the samples decoded before an error are not reported
     assert result.memory_mib < _MEMORY_MIB + waveform_mib
 
 
 def test_pictures_are_not_decoded() -> None:
-    """Not even to learn the size of a cover, which FFmpeg otherwise does on opening."""
+    """No cover is decoded, not even for its size, though FFmpeg does so by default when it opens a file."""
     with av.open(io.BytesIO(_m4a_with_cover(_png_bomb())), options=_AV_OPTIONS) as container:
         assert [(each.codec_context.name, each.codec_context.width) for each in container.streams.video] == [("png", 0)]
 
@@ -156,21 +158,23 @@ def test_forty_minutes_of_stereo_take_little_more_than_the_waveform(tmp_path: Pa
 
 
 def _mutated(data: bytes, seed: int) -> bytes:
-    """Cut, flip bits anywhere or in the head, overwrite the tail's fields, or blank out a stretch."""
+    """Cut, flip bits anywhere, overwrite bytes of the headers or of the tail, or randomise a stretch."""
     random = np.random.default_rng([seed, len(data)])
     broken = bytearray(data)
     match seed % 5:
         case 0:
             del broken[int(random.integers(1, len(data))) :]
         case 1:
-            for place in random.integers(0, len(data), random.integers(1, 40)):
-                broken[place] ^= 1 << int(random.integers(8))
+            for offset in random.integers(0, len(data), random.integers(1, 40)):
+                broken[offset] ^= 1 << int(random.integers(8))
         case 2:
-            for place in random.integers(0, min(len(data), int(random.choice([64, 200, 1000]))), random.integers(1, 8)):
-                broken[place] = int(random.integers(256))
+            for offset in random.integers(
+                0, min(len(data), int(random.choice([64, 200, 1000]))), random.integers(1, 8)
+            ):
+                broken[offset] = int(random.integers(256))
         case 3:
-            for place in random.integers(max(0, len(data) - 1500), len(data), random.integers(1, 8)):
-                broken[place] = int(random.choice([0, 127, 128, 255]))
+            for offset in random.integers(max(0, len(data) - 1500), len(data), random.integers(1, 8)):
+                broken[offset] = int(random.choice([0, 127, 128, 255]))
         case 4:
             start = int(random.integers(len(data)))
             stretch = len(broken[start : start + int(random.integers(1, 5000))])
@@ -179,7 +183,7 @@ def _mutated(data: bytes, seed: int) -> bytes:
 
 
 def _decode_mutations(name: str, seeds: range) -> list[str]:
-    """Decode in this process and return what went against the rules."""
+    """Decode in this process and return the violations of the rules."""
     faults = []
     for seed in seeds:
         data = _mutated(clip(name).data, seed)

@@ -157,12 +157,12 @@ def test_engines_that_are_lost_repeatedly_raise_an_alert(counted: Counted) -> No
     """Three engines lost within the alert's window fire one page, which names the role."""
     chain, page = counted.chain, ("pages", "CaptionerReplicaCrashLoop", "firing")
     chain.until(lambda: page[1] not in chain.firing())
-    chain.told.clear()
+    chain.notifications.clear()
     for _ in range(3):
         victim = min(counted.cluster.pids(ENGINE))
         os.kill(victim, signal.SIGKILL)
         counted.cluster.wait(lambda killed=victim: len(counted.cluster.pids(ENGINE) - {killed}) == 2)  # type: ignore[misc]
-    chain.until(lambda: page in chain.told)
+    chain.until(lambda: page in chain.notifications)
     fired = chain.query(f'max_over_time(ALERTS{{alertname="{page[1]}",alertstate="firing"}}[1m])')
     assert [each["metric"]["replica"] for each in fired] == ["engine"]
     counted.cluster.wait(counted.cluster.complete)

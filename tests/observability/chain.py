@@ -1,4 +1,4 @@
-"""The live chain: a real Prometheus with our rules, a real Alertmanager, and a receiver that notes what it is told.
+"""Live chain: a real Prometheus with our rules, a real Alertmanager, and a receiver that records notifications.
 
 The committed files are used, with other addresses and shorter times: a minute lasts a second.
 """
@@ -27,7 +27,7 @@ PACE = make.Pace(1 / 60)
 
 
 class Chain:
-    """Prometheus and Alertmanager over the service at `url`, which is scraped so often. A context."""
+    """Prometheus and Alertmanager over the service at `url`, scraped at the interval `every`. A context."""
 
     def __init__(self, url: str, directory: Path, every: str = "1s") -> None:
         self._directory = directory
@@ -36,8 +36,8 @@ class Chain:
         self._receiver = ThreadingHTTPServer(("127.0.0.1", 0), _receiver(self))
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         self._alertmanager = f"127.0.0.1:{(alert_port := free_port())}"
-        self.told: list[tuple[str, str, str]] = []
-        """Receiver, alert, and `firing` or `resolved`, in the order in which they came."""
+        self.notifications: list[tuple[str, str, str]] = []
+        """Receiver, alert, and `firing` or `resolved`, in the order of arrival."""
         (directory / "captioner.records.yml").write_text(make.text(make.records(PACE)))
         (directory / "captioner.alerts.yml").write_text(make.text(make.alerts(PACE)))
         self._write("prometheus.yml", self._prometheus(url))
@@ -72,31 +72,31 @@ class Chain:
         self._receiver.server_close()
 
     def query(self, expr: str) -> list[Any]:
-        """The series of an instant query."""
+        """Return the series of an instant query."""
         answer = httpx.post(f"{self.url}/api/v1/query", data={"query": expr}, timeout=30).json()
         assert answer["status"] == "success", (expr, answer)
         return list(answer["data"]["result"])
 
     def value(self, expr: str) -> float:
-        """The value of an expression with one series; 0 if there is none."""
+        """Return the value of an expression with one series; 0 if there is none."""
         found = self.query(expr)
         assert len(found) <= 1, (expr, found)
         return float(found[0]["value"][1]) if found else 0.0
 
     def names(self) -> set[str]:
-        """Every metric that Prometheus knows."""
+        """Return the names of all metrics in Prometheus."""
         return set(httpx.get(f"{self.url}/api/v1/label/__name__/values", timeout=30).json()["data"])
 
     def firing(self) -> set[str]:
-        """Alerts that fire in Prometheus, silenced or not."""
+        """Return the alerts that fire in Prometheus, silenced or not."""
         return {series["metric"]["alertname"] for series in self.query('ALERTS{alertstate="firing"}')}
 
     def until(self, condition: Callable[[], object], timeout_s: float = 90) -> None:
-        """Wait for something. Raises `TimeoutError` with what was told and what fires."""
+        """Wait for a condition. Raises `TimeoutError` with the notifications and the firing alerts."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(self.told, self.firing())
+                raise TimeoutError(self.notifications, self.firing())
             time.sleep(0.2)
 
     def _ready(self) -> bool:
@@ -140,15 +140,15 @@ class Chain:
 def _receiver(chain: Chain) -> type[BaseHTTPRequestHandler]:
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            for alert in told["alerts"]:
+            notification = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            for alert in notification["alerts"]:
                 entry = self.path.removeprefix("/"), alert["labels"]["alertname"], alert["status"]
-                if entry not in chain.told:
-                    chain.told.append(entry)
+                if entry not in chain.notifications:
+                    chain.notifications.append(entry)
             self.send_response(200)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     return Receiver

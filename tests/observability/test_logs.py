@@ -1,4 +1,4 @@
-"""Logs: one line for each request, its id in every line of it, and nothing in them that must not be kept."""
+"""Logs: one line per request, the request's id in every line about it, and no secret or audio in any."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TELLTALE = ["0123456789ab", "abc.def", "XYZ-123", "hunter2", "s3cr3t", "LTAI5", 
 @pytest.mark.parametrize("secret", SECRETS, ids=[str(number) for number in range(len(SECRETS))])
 @pytest.mark.parametrize("formatter", [JsonFormatter(), TextFormatter()], ids=["json", "text"])
 def test_secrets_are_redacted(secret: str, formatter: logging.Formatter) -> None:
-    """In the message, in what goes with it and in a traceback, keys, passwords, signatures and audio are not told."""
+    """Keys, passwords, signatures and audio are redacted in messages, extra fields and tracebacks."""
     record = logging.makeLogRecord({"msg": "refused %s", "args": (secret,), "url": secret, "nested": {"a": [secret]}})
     try:
         raise ValueError(f"what about '{secret}'?")  # noqa: TRY301 - it is to have a traceback
@@ -62,13 +62,13 @@ def test_secrets_are_redacted(secret: str, formatter: logging.Formatter) -> None
         "task-scheduler and disk-usage",
     ],
 )
-def test_the_rest_stays(text: str) -> None:
-    """What is no secret is told as it is."""
+def test_other_text_is_unchanged(text: str) -> None:
+    """Text without a secret is unchanged."""
     assert redact(text) == text
 
 
-def test_lines_tell_the_request() -> None:
-    """A line that is written while a request is under way has its id, in both formats."""
+def test_lines_have_the_request_id() -> None:
+    """A line written while a request is under way has its id, in both formats."""
     record = logging.makeLogRecord({"msg": "something", "count": 3})
     assert "request_id" not in JsonFormatter().format(record)
     token = REQUEST_ID.set("id-1")
@@ -81,12 +81,12 @@ def test_lines_tell_the_request() -> None:
         REQUEST_ID.reset(token)
 
 
-def test_each_request_is_told_once(media: MediaServer) -> None:
-    """Finished, refused or without a key, a request is one line; its stages add up to no more than its time."""
-    media.files["told.wav?signature=of-the-url"] = wav(1)
+def test_each_request_is_one_line(media: MediaServer) -> None:
+    """A request, finished or refused, is one line; its stages add up to no more than its duration."""
+    media.files["clip.wav?signature=of-the-url"] = wav(1)
     secret = {"authorization": "Bearer sk-very-secret-key-of-mine"}
     with RunningService("--engine=fake", "--audio-workers=1", "--fetch-allow=127.0.0.0/8") as service:
-        finished = ask_native(service.url, media.url("told.wav?signature=of-the-url"), headers=secret)
+        finished = ask_native(service.url, media.url("clip.wav?signature=of-the-url"), headers=secret)
         refused = httpx.post(service.url + COMPATIBLE, json=compatible_body("file:///etc/shadow"), headers=secret)
         service.settle()
         log = service.log()
@@ -101,8 +101,8 @@ def test_each_request_is_told_once(media: MediaServer) -> None:
         assert word not in log, word
 
 
-async def test_a_lost_worker_names_its_request() -> None:
-    """The line about a worker that died at work has the id of its request, which another worker finishes."""
+async def test_the_line_of_a_dead_worker_names_its_request() -> None:
+    """The line about a worker that died with a clip has the id of its request, which another worker finishes."""
     with RunningService("--engine=fake", "--audio-workers=1") as service:
         (worker,) = psutil.Process(service.process.pid).children()
         worker.suspend()
@@ -116,9 +116,9 @@ async def test_a_lost_worker_names_its_request() -> None:
             answer = await asking
         assert answer.status_code == 200
         lines = [json.loads(line) for line in service.log().splitlines()]
-        (died,) = [line for line in lines if line["message"] == "an audio worker died"]
+        (died,) = [line for line in lines if line["message"] == "audio worker died"]
         assert died["request_id"] == answer.headers["x-request-id"] == answer.json()["request_id"]
-        # What it had used is counted on, and its successor's beside it.
+        # The CPU time of the dead worker and that of its successor both count.
         assert service.metric("captioner_audio_worker_deaths_total") == 1
         assert service.metric("captioner_cpu_seconds_total", part="audio") >= before > 0
         assert service.metric("captioner_requests_total", outcome="finished") == 1

@@ -1,4 +1,4 @@
-"""The rules: committed as the code makes them, sound to Prometheus; each alert fires when it should, and only then.
+"""Rules: the committed files equal the code's, Prometheus accepts them, and each alert fires when it should only.
 
 Each case is a promtool unit test: series, a time, and the labels with which the alert fires (or none).
 """
@@ -6,6 +6,7 @@ Each case is a promtool unit test: series, a time, and the labels with which the
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ HERE = DEPLOY / "prometheus"
 
 
 def load(path: Path) -> ModuleType:
-    """A program of `deploy`, as a module."""
+    """Load a program of `deploy` as a module."""
     spec = importlib.util.spec_from_file_location(f"deploy_{path.parent.name}_{path.stem}", path)
     assert spec
     assert spec.loader
@@ -36,46 +37,46 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-make = load(HERE / "make.py")
+make, boards = load(HERE / "make.py"), load(DEPLOY / "grafana" / "boards.py")
 ALERTS = {rule["alert"]: rule for rule in make.alerts(make.Pace())["groups"][0]["rules"]}
 
 
 @dataclass(frozen=True)
 class Case:
-    """What happens (`series`, by steps of a set time), and whether the alert fires `at` that time, and how labelled."""
+    """A promtool test: `series` in steps of a fixed time, and the labels with which the alert fires `at` a time."""
 
     alert: str
     at: str
     series: dict[str, str]
     fires: list[dict[str, str]] = field(default_factory=list)
-    beside: tuple[str, ...] = ()
-    """Others that fire as well, and in the live chain are silenced or say the same."""
+    also_fire: tuple[str, ...] = ()
+    """Other alerts that fire as well; in the live chain they are silenced or say the same."""
 
     @property
     def step(self) -> str:
-        """Time between two values, longer for what lasts long."""
+        """Time between two values, longer in cases that last longer."""
         hours = int(self.at.removesuffix("h")) if self.at.endswith("h") else 0
         return "5m" if hours > 12 else "1m" if hours else "15s"
 
 
 EVALUATED = {"15s": "30s", "1m": "2m", "5m": "10m"}
-"""How often rules are evaluated, by step: as in production it would take minutes to go through days."""
+"""Evaluation interval by step: at production's interval, days would take minutes to evaluate."""
 
 
 def requests(finished: str, failed: str) -> dict[str, str]:
-    """Requests of two frontends, so that sums matter."""
+    """Return series of requests of two frontends, so that sums matter."""
     return {
         'captioner_requests_total{instance="a",dialect="openai",outcome="finished",code="stop"}': finished,
         'captioner_requests_total{instance="b",dialect="dashscope",outcome="finished",code="stop"}': finished,
         'captioner_requests_total{instance="b",dialect="openai",outcome="server_error",code="engine_failed"}': failed,
-        # However many of these: they are the callers' own.
+        # Callers' own mistakes and cancellations do not count, however many.
         'captioner_requests_total{instance="a",dialect="openai",outcome="client_error",code="audio_empty"}': finished,
         'captioner_requests_total{instance="a",dialect="openai",outcome="cancelled",code="disconnected"}': finished,
     }
 
 
 def slow(metric: str, le: str, quick: str, every: str, *labels: str) -> dict[str, str]:
-    """Captions of which `quick` are in time."""
+    """Return series of captions of which `quick` are in time."""
     chosen = ",".join(labels)
     return requests("0+20x1000", "0x1000") | {
         f'{metric}_bucket{{{chosen},le="{le}"}}': quick,
@@ -94,15 +95,15 @@ A = [{"instance": "a"}]
 CASES = [
     # 5 % of requests fail: the month's budget is gone in 15 hours.
     Case("CaptionerErrors", "1h", requests("0+10x1000", "0+1x1000"), [{}], ("CaptionerErrorsSlowly",)),
-    # 0.5 %: a ticket, nobody is woken.
-    Case("CaptionerErrors", "3h", requests("0+100x1000", "0+1x1000"), beside=("CaptionerErrorsSlowly",)),
+    # 0.5 %: a ticket, no page.
+    Case("CaptionerErrors", "3h", requests("0+100x1000", "0+1x1000"), also_fire=("CaptionerErrorsSlowly",)),
     Case("CaptionerErrorsSlowly", "3h", requests("0+100x1000", "0+1x1000"), [{}]),
-    # 0.02 %: what the objective allows.
+    # 0.02 %: within the objective.
     Case("CaptionerErrorsSlowly", "3h", requests("0+250x1000", "0+0.1x1000")),
     # All failed, but they were three.
     Case("CaptionerErrors", "1h", requests("0x1000", "0 0 0 3x1000")),
-    # It is over: the long window still sees it, the short one no more.
-    Case("CaptionerErrors", "2h", requests("0+10x1000", "0+1x80 80x900"), beside=("CaptionerErrorsSlowly",)),
+    # The failures are over: they are in the long window, but no longer in the short one.
+    Case("CaptionerErrors", "2h", requests("0+10x1000", "0+1x80 80x900"), also_fire=("CaptionerErrorsSlowly",)),
     Case("CaptionerFirstTokenSlow", "1h", slow(TTFT, "2.5", "0+1x1000", "0+10x1000", 'length="short"'),
          [{"length": "short"}], ("CaptionerFirstTokenSlowSlowly",)),
     Case("CaptionerFirstTokenSlow", "1h", slow(TTFT, "2.5", "0+97x1000", "0+100x1000", 'length="short"')),
@@ -117,11 +118,11 @@ CASES = [
     Case("CaptionerCaptionSlowSlowly", "3h", slow(E2E, "30.0", "0+99x1000", "0+100x1000", 'length="short"', DONE)),
     Case("CaptionerNothingScraped", "10m", {UP: "1x10 0x100"}, [{}]),
     Case("CaptionerNothingScraped", "10m", {'up{job="captioner",instance="b"}': "0x100"},
-         beside=("CaptionerTargetDown",)),
+         also_fire=("CaptionerTargetDown",)),
     Case("CaptionerNothingScraped", "10m", {UP: "0x100", 'up{job="captioner",instance="r",role="ray"}': "1x100"},
          [{}]),
     Case("CaptionerNotReady", "15m", {READY: "0x100"}, [{}]),
-    # It loads, which takes minutes.
+    # The model is loading, which takes minutes.
     Case("CaptionerNotReady", "8m", {READY: "0x100"}),
     Case("CaptionerNotReady", "15m",
          {READY: "0x100", 'captioner_ready{job="captioner",instance="b"}': "1x100"}),
@@ -138,13 +139,13 @@ CASES = [
          [{"job": "captioner", "instance": "a"}]),
     Case("CaptionerReplicaCrashLoop", "10m",
          {'process_start_time_seconds{job="captioner",instance="a"}': "1 1 5x90"}),
-    # It captions 10 audio-seconds a second, and 1,500 wait, ever more.
+    # 10 audio-seconds are captioned per second, 1,500 are queued, and the queue grows.
     Case("CaptionerBacklogGrowing", "20m",
          {BACKLOG: "0+100x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}, [{}]),
-    # So much waits, but it becomes less.
+    # As much is queued, but the queue shrinks.
     Case("CaptionerBacklogGrowing", "20m",
          {BACKLOG: "9000-100x90", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
-    # Much waits, for half a minute.
+    # The queue is only half a minute of captioning.
     Case("CaptionerBacklogGrowing", "20m",
          {BACKLOG: "300x100", AUDIO_QUEUE: "0x100", CAPTIONED: "0+150x100"}),
     Case("CaptionerLedgerJournalFilling", "10m",
@@ -156,8 +157,8 @@ CASES = [
     Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x100"},
          [{"job": "captioner", "instance": "b"}]),
     Case("CaptionerTargetDown", "10m", {'up{job="captioner",instance="b"}': "0x10 1x90"}),
-    Case("CaptionerTargetDown", "10m", {UP: "0x100"}, beside=("CaptionerNothingScraped",)),
-    # A PodMonitor's targets: Ray's agent is in every pod, a frontend or engine and HAProxy only where Ray has placed them.
+    Case("CaptionerTargetDown", "10m", {UP: "0x100"}, also_fire=("CaptionerNothingScraped",)),
+    # A PodMonitor's targets: Ray's agent is in every pod, frontends, engines and HAProxy only where Ray places them.
     Case("CaptionerTargetDown", "10m",
          {'up{job="captioner",instance="p",role="ray",endpoint="metrics"}': "0x100"},
          [{"job": "captioner", "instance": "p", "role": "ray", "endpoint": "metrics"}]),
@@ -174,7 +175,7 @@ CASES = [
          {'captioner_audio_workers_busy_seconds_total{instance="a"}': "0+20x100",
           'captioner_audio_workers{instance="a"}': "2x100", 'captioner_audio_queue_depth{instance="a"}': "3x100"}),
     Case("CaptionerDatabaseDown", "10m", {'captioner_database_up{instance="a"}': "1 0x100"}, A),
-    # One use that failed is no outage.
+    # One failed access is no outage.
     Case("CaptionerDatabaseDown", "10m", {'captioner_database_up{instance="a"}': "1 0 0 1x100"}),
     Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "400x100"}, A),
     Case("CaptionerLedgerLagging", "10m", {'captioner_ledger_lag_seconds{instance="a"}': "2x100"}),
@@ -185,7 +186,7 @@ CASES = [
     Case("CaptionerSpendingUnusual", "27h",
          {'captioner_tenant_tokens_total{tenant="t",kind="audio"}': "0+2000x300 600000+600000x50",
           'captioner_tenant_tokens_total{tenant="u",kind="audio"}': "0+600000x400"}, [{"tenant": "t"}]),
-    # Ten times nearly nothing is nearly nothing; and a new tenant has no day before.
+    # A tenfold of very few tokens is few tokens; and a new tenant has no day before.
     Case("CaptionerSpendingUnusual", "27h",
          {'captioner_tenant_tokens_total{tenant="t",kind="audio"}': "0+20x300 6000+2000x50",
           'captioner_tenant_tokens_total{tenant="new",kind="audio"}': "0x305 0+600000x50"}),
@@ -196,15 +197,15 @@ CASES = [
          {'captioner_tenant_requests_rate_limited_total{tenant="t",limit="requests_limited"}': "0+1x90"}),
     Case("CaptionerBoundNear", "20m", {'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.95x100"},
          [{"instance": "a", "resource": "uploads"}]),
-    # A full context is what an engine at work has.
+    # A busy engine has a full context.
     Case("CaptionerBoundNear", "20m",
          {'captioner_saturation_ratio{instance="a",resource="kv_cache"}': "0.99x100",
           'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.8x100"}),
 ]  # fmt: skip
 
 
-def test_what_is_committed_is_what_the_code_makes() -> None:
-    """Both rule files equal what `make.py` would write."""
+def test_the_committed_rules_equal_the_generated_ones() -> None:
+    """Both rule files equal the output of `make.py`."""
     assert (HERE / "captioner.records.yml").read_text() == make.text(make.records(make.Pace()))
     assert (HERE / "captioner.alerts.yml").read_text() == make.text(make.alerts(make.Pace()))
 
@@ -220,7 +221,7 @@ def test_files_are_sound() -> None:
 
 
 def test_each_alert_is_tested_to_fire_and_to_stay_quiet() -> None:
-    """No alert is without a case in which it fires, and one in which it does not; and none without its page."""
+    """Every alert has a case in which it fires, one in which it stays quiet, and a runbook page."""
     assert {case.alert for case in CASES if case.fires} == ALERTS.keys()
     assert {case.alert for case in CASES if not case.fires} == ALERTS.keys()
     for name, rule in ALERTS.items():
@@ -231,8 +232,18 @@ def test_each_alert_is_tested_to_fire_and_to_stay_quiet() -> None:
     assert {page.stem for page in (DEPLOY / "alerts").glob("*.md")} == ALERTS.keys()
 
 
+def test_runbook_pages_name_existing_panels() -> None:
+    """Every dashboard that a page names exists, and so does every quoted panel."""
+    titles = {board.title for board in boards.BOARDS}
+    panels = {panel.title for board in boards.BOARDS for row in board.rows.values() for panel in row}
+    for page in (DEPLOY / "alerts").glob("*.md"):
+        text = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", page.read_text()))
+        assert set(re.findall(r"\*(Captioner: [^*]+)\*", text)) <= titles, page
+        assert set(re.findall(r'"([A-Z][^"]*)"', text)) <= panels, page
+
+
 def test_alerts_fire_and_stay_quiet(tmp_path: Path) -> None:
-    """In each case the alert does what it should, and no other alert fires beside those that are named."""
+    """In each case the alert fires or stays quiet as expected, and no unnamed alert fires."""
     rules = []
     for name in ("captioner.records.yml", "captioner.alerts.yml"):
         groups = yaml.safe_load((HERE / name).read_text())["groups"]
@@ -249,7 +260,7 @@ def test_alerts_fire_and_stay_quiet(tmp_path: Path) -> None:
                 "alert_rule_test": [
                     {"alertname": name, "eval_time": case.at, "exp_alerts": _expected(case, name)}
                     for name in ALERTS
-                    if name not in case.beside
+                    if name not in case.also_fire
                 ],
             }
             for number, case in enumerate(CASES)
@@ -263,7 +274,7 @@ def test_alerts_fire_and_stay_quiet(tmp_path: Path) -> None:
 
 
 def _alive(series: dict[str, str]) -> dict[str, str]:
-    """The case's series, with those of a service that is scraped and ready."""
+    """Return the case's series, with those of a service that is scraped and ready."""
     return {UP: "1x1000", READY: "1x1000"} | series
 
 
@@ -282,14 +293,14 @@ def _expected(case: Case, name: str) -> list[dict[str, Any]]:
 
 
 def test_objectives_are_bounds_of_buckets() -> None:
-    """A share below a time can only be read where the histogram has a bucket that ends there."""
+    """Every time limit of an objective is a bucket bound: only there can the histogram be read."""
     assert set(make.TTFT_S.values()) <= set(metrics._TTFT_BUCKETS)
     assert set(make.E2E_S.values()) <= set(metrics._E2E_BUCKETS)
 
 
 @pytest.mark.parametrize("factor", [1 / 60, 1 / 300])
 def test_a_quicker_pace_is_sound_too(factor: float, tmp_path: Path) -> None:
-    """The rules with shorter windows, which the live test runs, are rules all the same."""
+    """Prometheus also accepts the rules with shorter windows, which the live test runs."""
     pace = make.Pace(factor)
     for name, rules in (("records", make.records(pace)), ("alerts", make.alerts(pace))):
         (tmp_path / f"{name}.yml").write_text(make.text(rules))

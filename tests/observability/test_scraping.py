@@ -5,7 +5,7 @@ from dataclasses import asdict
 from prometheus_client.metrics import MetricWrapperBase
 
 from serving.cluster.membership import Heartbeat, Membership
-from serving.observability.metrics import WATCHED_LABELS, Metrics
+from serving.observability.metrics import CALLBACK_LABELS, Metrics
 
 
 async def test_no_metric_has_a_label_that_its_target_has_too() -> None:
@@ -17,6 +17,6 @@ async def test_no_metric_has_a_label_that_its_target_has_too() -> None:
     (target,) = view["targets"]
     collectors = set(Metrics().registry._collector_to_names)
     labelled = [collector for collector in collectors if isinstance(collector, MetricWrapperBase)]
-    labels = {label for collector in labelled for label in collector._labelnames} | set(WATCHED_LABELS.values())
+    labels = {label for collector in labelled for label in collector._labelnames} | set(CALLBACK_LABELS.values())
     assert {"outcome", "replica"} <= labels
     assert not labels & {"job", "instance", *target["labels"]}

@@ -1,4 +1,4 @@
-"""Traces: off and free unless wanted; a span per stage in the caller's trace; the trace goes on to the engine."""
+"""Traces: off by default and then free, a span per stage in the caller's trace, propagation to the engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNSAMPLED = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-00"}
 
 
 class Listening(FakeEngine):
-    """A fake engine that notes which trace it works in."""
+    """A fake engine that records the trace context of each caption."""
 
     def __init__(self, settings: Settings, *, faults: Faults | None = None) -> None:
         super().__init__(settings, faults=faults)
@@ -57,7 +57,7 @@ class Listening(FakeEngine):
 async def service(
     engine: Engine, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, ratio: float = 1.0
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """The application with traces that stay here."""
+    """Run the application with traces that go to `exporter`."""
     traces = OpenTelemetry("http://unused", ratio, exporter=exporter)
     monkeypatch.setattr("serving.api.app._tracer", lambda _: traces)
     with tempfile.TemporaryDirectory() as data:
@@ -66,13 +66,13 @@ async def service(
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30) as client,
         ):
-            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - no event tells it
+            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - no event reports it
                 await asyncio.sleep(0.01)
             yield client
 
 
 async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The request's span is a child of the caller's; its stages lie within it, one after the other."""
+    """The request's span is a child of the caller's; the stages are within it, one after the other."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
     async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
         answer = await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=SAMPLED)
@@ -97,7 +97,7 @@ async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.Mo
         assert span.parent == root.context
         assert span.start_time
         assert span.end_time
-        # Within some milliseconds: a worker tells its durations, and they are counted back from when it was heard.
+        # Within some milliseconds: a worker reports durations, which are counted back from the arrival of its reply.
         assert at - SLACK_NS <= span.start_time <= span.end_time <= root.end_time + SLACK_NS, stage
         at = span.end_time
     (trace,) = engine.traces
@@ -106,8 +106,8 @@ async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.Mo
     assert f'# {{trace_id="{TRACE_ID}"}}' in metrics.text
 
 
-async def test_what_is_not_sampled_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the ratio nor the caller samples: no span, no exemplar, and the engine is told not to trace either."""
+async def test_an_unsampled_request_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If neither ratio nor caller samples, there is no span and no exemplar, and the engine is not to trace either."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
     async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
         for headers in (UNSAMPLED, {}, {"traceparent": "nonsense"}):
@@ -115,12 +115,12 @@ async def test_what_is_not_sampled_leaves_nothing(monkeypatch: pytest.MonkeyPatc
         metrics = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
     assert not exporter.get_finished_spans()
     assert "trace_id" not in metrics.text
-    # The lowest bit says whether it is sampled; another one, whether the id is random.
+    # The lowest bit is the sampling decision; another bit marks a random id.
     assert [int(trace["traceparent"].rpartition("-")[2], 16) & 1 for trace in engine.traces] == [0, 0, 0]
 
 
 async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that fails by our fault has an error on its span; a caller's mistake has none."""
+    """A failure of the service marks its span with an error; a caller's mistake does not."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS, faults=Faults(fail_after_tokens=3))
     async with service(engine, exporter, monkeypatch) as client:
         assert (await client.post(COMPATIBLE, json=compatible_body(data_url(wav(1))))).status_code == 500
@@ -131,7 +131,7 @@ async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a cluster the engine replica works in the frontend's trace."""
+    """The engine replica of a cluster gets the frontend's trace context."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
     await engine.start()
     server, remote = EngineServer(SETTINGS, engine, lambda: "secret"), RemoteEngine()
@@ -146,7 +146,7 @@ async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPa
     assert engine.traces[0]["traceparent"].startswith(f"00-{TRACE_ID}-")
 
 
-def test_off_it_is_not_even_imported() -> None:
+def test_opentelemetry_is_not_imported_without_an_endpoint() -> None:
     """Without an endpoint the service does not load OpenTelemetry."""
     code = (
         "import sys; from serving.api.app import create_app; from serving.config import Settings;"

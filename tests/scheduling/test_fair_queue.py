@@ -1,4 +1,4 @@
-"""Tenants take turns: exactly, in virtual time, and in front of an engine that is short."""
+"""Fair queueing and shared capacity, exact in virtual time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Work:
 
 @dataclass
 class Server:
-    """Serves one item at a time from a line, each as long as it costs, in a time of its own."""
+    """A server of one item at a time from a queue, in virtual time; an item takes as long as its cost."""
 
     now_s: float = 0.0
     served: Counter[str] = field(default_factory=Counter)
@@ -37,13 +37,13 @@ class Server:
         self.queue: FairQueue[Work] = FairQueue(lambda work: work.key, patience_s=PATIENCE_S, now_s=lambda: self.now_s)
 
     def add(self, scheduling_class: SchedulingClass, cost: float, *, key: float = 0.0) -> Work:
-        """Something arrives."""
+        """Enqueue an item that arrives now."""
         work = Work(scheduling_class, cost, self.now_s, key)
         self.queue.add(work)
         return work
 
     def serve(self) -> Work:
-        """Whose turn it is."""
+        """Serve the next item."""
         work = next(self.queue.in_order())
         self.queue.dequeue(work)
         self.now_s += work.cost
@@ -52,18 +52,18 @@ class Server:
         return work
 
 
-def flow(name: str, weight: float = 1.0, priority: int = 0) -> SchedulingClass:
-    """Whose it is."""
+def tenant(name: str, weight: float = 1.0, priority: int = 0) -> SchedulingClass:
+    """Return the scheduling class of a tenant."""
     return SchedulingClass(name, weight, priority)
 
 
 @pytest.mark.parametrize(
     ("weights", "costs"), [((3, 1), (5, 5)), ((3, 1), (2, 60)), ((1, 1), (1, 40)), ((5, 2), (7, 3))]
 )
-def test_what_is_served_is_in_proportion_to_the_weights(weights: tuple[int, int], costs: tuple[int, int]) -> None:
-    """In cost, not in items: whatever the items cost, within one item of each."""
+def test_service_is_in_proportion_to_the_weights(weights: tuple[int, int], costs: tuple[int, int]) -> None:
+    """Tenants are served in proportion to their weights, by cost and not by items, within one item of each."""
     server = Server()
-    shares = [flow(name, weight) for name, weight in zip("ab", weights, strict=True)]
+    shares = [tenant(name, weight) for name, weight in zip("ab", weights, strict=True)]
     for scheduling_class, cost in zip(shares, costs, strict=True):
         for _ in range(3000):
             server.add(scheduling_class, cost)
@@ -74,9 +74,9 @@ def test_what_is_served_is_in_proportion_to_the_weights(weights: tuple[int, int]
 
 
 def delays(flood: int) -> list[float]:
-    """How long each of B's items takes, which uses half of the server, beside so many of A's a second."""
+    """Return the delays of B, which uses a quarter of the server, next to `flood` items of A per second."""
     server, rng = Server(), random.Random(3)
-    a, b, waited, arrivals = flow("a"), flow("b"), [], []
+    a, b, waited, arrivals = tenant("a"), tenant("b"), [], []
     for second in range(2000):
         arrivals += [(second + rng.random(), a, 0.5 / flood if flood == 1 else 0.5) for _ in range(flood)]
         arrivals += [(second + rng.random(), b, 0.25)]
@@ -97,7 +97,7 @@ def delays(flood: int) -> list[float]:
 
 
 def test_a_flood_does_not_delay_others() -> None:
-    """B's 95th percentile beside 20 times A's share is what it is beside A's share, and one of A's items."""
+    """B's 95th percentile delay under 20 times A's load is at most 1.25 times the normal one, plus one of A's items."""
     calm, flooded = delays(1), delays(20)
     at = int(0.95 * len(calm))
     assert len(flooded) == pytest.approx(len(calm), rel=0.01)
@@ -105,8 +105,8 @@ def test_a_flood_does_not_delay_others() -> None:
 
 
 def test_idle_share_is_used_and_not_saved_up() -> None:
-    """Alone, A has everything; when B comes it has its half at once, and no more for having been away."""
-    server, a, b = Server(), flow("a"), flow("b")
+    """A alone gets all service; B gets its half as soon as it arrives, and no more for its idle time."""
+    server, a, b = Server(), tenant("a"), tenant("b")
     for _ in range(100):
         server.add(a, 1)
     for _ in range(50):
@@ -117,9 +117,9 @@ def test_idle_share_is_used_and_not_saved_up() -> None:
     assert turns == {"a": 20, "b": 20}
 
 
-def test_what_was_more_than_expected_is_paid_later() -> None:
-    """A's items turn out to cost three times what was expected: B has three turns for each of A's."""
-    server, a, b = Server(), flow("a"), flow("b")
+def test_a_cost_above_the_estimate_is_charged_later() -> None:
+    """A's items cost three times their estimate: B gets three turns for each of A's."""
+    server, a, b = Server(), tenant("a"), tenant("b")
     for _ in range(400):
         server.add(a, 1)
         server.add(b, 1)
@@ -133,8 +133,8 @@ def test_what_was_more_than_expected_is_paid_later() -> None:
 
 
 def test_a_higher_priority_goes_first_until_others_have_waited_too_long() -> None:
-    """A low one waits for all of the high ones, but no longer than the patience; then it has turns among them."""
-    server, high, low = Server(), flow("high", priority=1), flow("low")
+    """A low priority waits for a higher one, but no longer than the patience; then it is served in turns."""
+    server, high, low = Server(), tenant("high", priority=1), tenant("low")
     waiting = [server.add(low, 1) for _ in range(5)]
     for _ in range(500):
         server.add(high, 1)
@@ -145,9 +145,9 @@ def test_a_higher_priority_goes_first_until_others_have_waited_too_long() -> Non
     assert server.now_s <= PATIENCE_S + 2 * len(waiting) + 2
 
 
-def test_within_a_flow_the_order_is_its_own() -> None:
-    """Short ones of a tenant go before its long ones, whatever other tenants have."""
-    server, a, b = Server(), flow("a"), flow("b")
+def test_within_a_tenant_the_key_orders() -> None:
+    """A tenant's short items are served before its long ones, whatever other tenants have queued."""
+    server, a, b = Server(), tenant("a"), tenant("b")
     long, short = server.add(a, 10, key=10), server.add(a, 1, key=1)
     other = server.add(b, 1)
     order = [server.serve() for _ in range(3)]
@@ -155,25 +155,25 @@ def test_within_a_flow_the_order_is_its_own() -> None:
     assert order.index(other) < 2
 
 
-def test_a_line_does_not_grow_with_everyone_who_ever_came() -> None:
-    """Ten thousand tenants, one after the other, alone or beside one who is always there: only some are remembered."""
-    alone, beside = Server(), Server()
+def test_the_table_of_tenants_is_bounded() -> None:
+    """Few of ten thousand successive tenants are kept, without or with a tenant that always has items queued."""
+    alone, shared = Server(), Server()
     for number in range(10_000):
-        for server in (alone, beside):
-            server.add(flow(f"tenant-{number}"), 1)
+        for server in (alone, shared):
+            server.add(tenant(f"tenant-{number}"), 1)
         alone.serve()
-        beside.add(flow("always"), 1)
+        shared.add(tenant("always"), 1)
         if number:
-            beside.serve()
-            beside.serve()
+            shared.serve()
+            shared.serve()
     assert len(alone.queue._tenants) == 0
-    assert len(beside.queue._tenants) < 1000
+    assert len(shared.queue._tenants) < 1000
 
 
 def test_nothing_is_lost_whatever_happens() -> None:
-    """Random arrivals, turns and departures: what came is served once, or has left."""
+    """Under random arrivals, service and departures, every item is served once or has left."""
     server, rng = Server(), random.Random(5)
-    shares = [flow(f"t{number}", rng.choice([0.5, 1, 3]), rng.choice([0, 0, 1])) for number in range(6)]
+    shares = [tenant(f"t{number}", rng.choice([0.5, 1, 3]), rng.choice([0, 0, 1])) for number in range(6)]
     numbers, fate = count(), defaultdict[int, list[str]](list)
     waiting: dict[int, Work] = {}
     for _ in range(5000):
@@ -196,12 +196,12 @@ def test_nothing_is_lost_whatever_happens() -> None:
     assert all(len(ends) == 1 for ends in fate.values())
 
 
-def acquired(capacity: SharedCapacity, tenant: SchedulingClass, tries: int) -> list[Permit]:
-    """Permits for as many single units as the tenant gets."""
+def acquired(capacity: SharedCapacity, whose: SchedulingClass, tries: int) -> list[Permit]:
+    """Return permits for as many single units as the tenant gets."""
     permits, reasons = [], set()
     for _ in range(tries):
         try:
-            permits.append(capacity.acquire(tenant))
+            permits.append(capacity.acquire(whose))
         except Overloaded as refused:
             reasons.add(refused.reason)
     assert reasons <= {"bodies"}
@@ -209,8 +209,8 @@ def acquired(capacity: SharedCapacity, tenant: SchedulingClass, tries: int) -> l
 
 
 def test_a_shared_capacity_keeps_units_for_tenants_that_come_later() -> None:
-    """One tenant alone gets eight ninths; a second one still finds some, and together they cannot fill it."""
-    capacity, a, b = SharedCapacity(90, reason="bodies"), flow("a"), flow("b")
+    """One tenant alone gets eight ninths; a second one still gets some, and together they cannot fill the capacity."""
+    capacity, a, b = SharedCapacity(90, reason="bodies"), tenant("a"), tenant("b")
     of_a = acquired(capacity, a, 200)
     assert len(of_a) == 80
     of_b = acquired(capacity, b, 200)
@@ -224,22 +224,22 @@ def test_a_shared_capacity_keeps_units_for_tenants_that_come_later() -> None:
 
 
 def test_a_weight_counts_in_a_shared_capacity_too() -> None:
-    """Three times the weight, three times the part of what is left."""
+    """A weight multiplies the threshold: 3 allows 24 times the free units, 1/8 exactly the free units."""
     heavy, light = SharedCapacity(400, reason="bodies"), SharedCapacity(400, reason="bodies")
-    assert len(acquired(heavy, flow("a", 3), 400)) == 384
-    assert len(acquired(light, flow("a", 1 / 8), 400)) == 200
+    assert len(acquired(heavy, tenant("a", 3), 400)) == 384
+    assert len(acquired(light, tenant("a", 1 / 8), 400)) == 200
 
 
-def test_without_keys_there_is_nobody_to_keep_units_for() -> None:
-    """Work of no tenant may fill a capacity."""
+def test_work_without_a_tenant_may_fill_a_capacity() -> None:
+    """Without keys there is no tenant to keep units for."""
     capacity = SharedCapacity(10, reason="bodies")
     assert len(acquired(capacity, NO_TENANT, 20)) == 10
 
 
-def test_permits_grow_are_released_once_and_refuse_whole() -> None:
-    """What does not fit is refused whole; leaving the context releases all, keeping and recounting correct the sum."""
+def test_permits_grow_entirely_or_not_and_are_released_once() -> None:
+    """An amount that does not fit is refused entirely; leaving releases all; keeping and recounting correct the sum."""
     capacity = SharedCapacity(100, reason="bodies", alpha=1.0)
-    with capacity.permit(flow("a")) as permit:
+    with capacity.permit(tenant("a")) as permit:
         permit.grow(40)
         with pytest.raises(Overloaded):
             permit.grow(61)
@@ -247,7 +247,7 @@ def test_permits_grow_are_released_once_and_refuse_whole() -> None:
         permit.count(70)
         assert capacity.used == 110
     assert (capacity.used, dict(capacity.used_by_tenant)) == (0, {})
-    with capacity.permit(flow("a")) as permit:
+    with capacity.permit(tenant("a")) as permit:
         permit.grow(30)
         permit.keep()
     assert capacity.used == 30

@@ -1,0 +1,107 @@
+"""One audio worker from the pool's side: its process, and the socket that carries clips there and features back.
+
+`worker.py` is the program in the process and documents the messages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving import errors
+from serving.types import SAMPLE_RATE, Features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serving.config import Settings
+
+MAX_MESSAGE_BYTES = 65_536
+"""Upper bound of a message from a worker."""
+
+_PRIVATE_BYTES = 512 * 1024 * 1024
+_WAVEFORM_COPIES = 4
+"""Memory limit of a worker: `_PRIVATE_BYTES`, and this many copies of the longest waveform."""
+
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+log = logging.getLogger(__name__)
+
+
+def spawn(settings: Settings, program: Sequence[str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a worker; return its process and our end of its socket, which does not block. Raises `OSError`."""
+    memory_bytes = _PRIVATE_BYTES + _WAVEFORM_COPIES * 4 * int(SAMPLE_RATE * settings.max_audio_s)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    arguments = theirs.fileno(), settings.max_audio_s, settings.audio_timeout_s, memory_bytes
+    try:
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+            [sys.executable, "-P", *program, *map(str, arguments)],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env=_environment(),
+            # The terminal's Ctrl-C must not reach the worker, not even while it starts. No new session: Linux may
+            # divide the cores equally between sessions, whatever their niceness.
+            process_group=0,
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    ours.settimeout(0)
+    return process, ours
+
+
+def send_clip(channel: socket.socket, clip: str | Path) -> None:
+    """Send a clip, as a path or as base64 text in a memfd. Raises `OSError`."""
+    if isinstance(clip, Path):
+        channel.send(json.dumps({"path": str(clip)}).encode())
+        return
+    with open(os.memfd_create("base64"), "wb", buffering=0) as text:  # noqa: PTH123 - a descriptor, not a path
+        text.write(clip.encode("ascii"))
+        socket.send_fds(channel, [b"{}"], [text.fileno()])
+
+
+def receive_reply(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive a message and its descriptors; an empty message means that the worker is dead.
+
+    Raises `BlockingIOError` if there is no message.
+    """
+    try:
+        message, descriptors, _, _ = socket.recv_fds(channel, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return b"", []
+    return message, descriptors
+
+
+def map_features(reply: dict[str, Any], descriptor: int) -> Features:
+    """Map the features that a memfd holds. The mapping is private: a write to it stays in this process."""
+    mels, frames = reply["shape"]
+    memory = mmap.mmap(descriptor, 4 * mels * frames, mmap.MAP_PRIVATE)
+    return Features(np.frombuffer(memory, np.float32).reshape(mels, frames), reply["samples"])
+
+
+def audio_error(name: str, message: str) -> errors.CaptionerError:
+    """Return the exception that a worker named. A worker has only audio errors to raise; any other is `Internal`."""
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, errors.AudioError):
+        return kind(message)
+    log.error("audio worker raised an unexpected error", extra={"error": name, "reason": message})
+    return errors.Internal()
+
+
+def _environment() -> dict[str, str]:
+    """Return our environment without our secrets, with our module path, and with one thread for each library."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("CAPTIONER_")}
+    return {**ours, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
