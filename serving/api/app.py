@@ -20,7 +20,7 @@ from serving.api.dialects.openai import OpenAICodec
 from serving.api.routes import Service, Unforeseen, error_handlers, routes
 from serving.audio.fetch import Fetcher
 from serving.audio.worker_pool import AudioWorkers
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
 from serving.errors import EngineFailed
@@ -115,9 +115,9 @@ def _tracer(settings: Settings) -> Tracer:
     return tracer
 
 
-def make_engine(settings: Settings) -> GatedEngine:
+def make_engine(settings: Settings) -> AdmissionControl:
     """Make the engine that the settings name, with admission in front. Importing vLLM waits until it starts."""
-    return GatedEngine(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
+    return AdmissionControl(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
 async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.types import Sampling
 from tests.engine.conftest import sound, start
@@ -89,5 +89,5 @@ async def test_the_gate_keeps_the_engine_from_preempting(cramped: tuple[VllmEngi
     await _overload(engine)
     assert preemptions.count > 0
     preemptions.count = 0
-    await _overload(GatedEngine(engine, SETTINGS))
+    await _overload(AdmissionControl(engine, SETTINGS))
     assert preemptions.count == 0
