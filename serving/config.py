@@ -128,6 +128,11 @@ class Settings(BaseSettings):
         None,
         description="No compilation, no CUDA graphs: slower, but it starts faster; default: where there is no GPU",
     )
+    cpu_kernels: bool | None = Field(
+        None,
+        description="Direct calls of vLLM's CPU kernels, fewer operations per step. Needs float32 weights, "
+        "tensor_parallel 1 and enforce_eager. Default: on for the embedded checkpoint on a CPU, off otherwise",
+    )
 
     # Fake engine (tests, load generators, client development)
     fake_ttft_s: float = Field(0.0, ge=0, description="Fake engine: time to the first token")
