@@ -40,7 +40,7 @@ START_TIMEOUT_S = 1800
 MODEL_NAME = "qwen3-omni-30b-a3b-captioner"
 LIMITS = {"audio": 1, "image": 0, "video": 0}
 EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-OUR_EXECUTOR = "serving.engine.vllm.executor.SoloExecutor"
+OUR_EXECUTOR = "serving.engine.vllm.executor.InProcessExecutor"
 KEEPING_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -290,6 +290,7 @@ class OfflineEngine(System):
     name = "offline engine"
     stdout_is_log = False
     executor = OUR_EXECUTOR
+    cpu_kernels = True
     allocator: ClassVar = KEEPING_MEMORY
 
     @property
@@ -298,7 +299,8 @@ class OfflineEngine(System):
         settings = {
             "model": str(setup.model),
             "max_tokens": setup.max_tokens,
-            "engine": setup.engine | {"distributed_executor_backend": self.executor},
+            "engine": setup.engine
+            | {"distributed_executor_backend": self.executor, "additional_config": {"cpu_kernels": self.cpu_kernels}},
         }
         return [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(settings)]
 
@@ -336,6 +338,7 @@ class StockOfflineEngine(OfflineEngine):
 
     name = "offline engine, stock"
     executor = EXECUTOR
+    cpu_kernels = False
     allocator: ClassVar = {}
 
 

@@ -21,7 +21,7 @@ from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
 from serving.audio.fetch import Fetcher
 from serving.audio.worker_pool import AudioWorkerPool
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
 from serving.errors import EngineFailed
@@ -114,9 +114,9 @@ def _tracer(settings: Settings) -> Tracer:
     return tracer
 
 
-def make_engine(settings: Settings) -> GatedEngine:
+def make_engine(settings: Settings) -> AdmissionControl:
     """Return the engine that the settings name, with admission control. vLLM is imported when the engine starts."""
-    return GatedEngine(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
+    return AdmissionControl(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
 async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:

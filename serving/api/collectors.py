@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import prometheus_client
 
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.remote.client import RemoteEngine
 from serving.engine.vllm.engine import VllmEngine
 from serving.observability.cpu_time import CpuTime, descendants
@@ -86,8 +86,8 @@ def _bind_engine_metrics(metrics: Gauges, engine: Engine, settings: Settings) ->
     watch("captioner_engine_kv_tokens", lambda: engine.load.kv_tokens)
     watch("captioner_engine_kv_capacity_tokens", lambda: engine.load.kv_capacity_tokens)
     watch("captioner_engine_steps_total", lambda: engine.steps)
-    if isinstance(engine, GatedEngine):
-        watch("captioner_engine_stalled_seconds", lambda: engine.silent_s)
+    if isinstance(engine, AdmissionControl):
+        watch("captioner_engine_stalled_seconds", lambda: engine.stalled_s)
     watch("captioner_engine_gpus", lambda: model.gpus if (model := _vllm(engine)) else 0)
     # vLLM keeps its metrics in the default registry of the process that talks to the model's processes.
     metrics.include(prometheus_client.REGISTRY, "vllm:")
@@ -104,5 +104,5 @@ def _engine_cpu(engine: Engine) -> Callable[[], float]:
 
 
 def _vllm(engine: Engine) -> VllmEngine | None:
-    inner = engine.inner if isinstance(engine, GatedEngine) else engine
-    return inner if isinstance(inner, VllmEngine) else None
+    bare = engine.engine if isinstance(engine, AdmissionControl) else engine
+    return bare if isinstance(bare, VllmEngine) else None

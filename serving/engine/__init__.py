@@ -1,1 +1,1 @@
-"""What writes the caption: one protocol, two implementations."""
+"""Engines that write captions: one protocol, three implementations (vLLM, remote, fake)."""

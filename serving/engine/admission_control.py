@@ -1,17 +1,17 @@
-"""Admission in front of an engine: what may run now, what waits and in which order, what is refused.
+"""Admission control of an engine: what may run now, what waits and in which order, what is rejected.
 
-vLLM takes whatever it is given. Given too much it preempts: it throws away captions' context and computes it again. Its
-queue has no bound, and the order of arrival. So an engine gets from here only what it can run:
+vLLM accepts every request. Overloaded, it preempts: it discards captions' context and computes it again. Its queue has
+no bound, and the order of arrival. So admission control passes an engine only what it can run:
 
-- as many captions as it generates at the same time, and a few more, so that a place which falls free is taken at once;
+- as many captions as it generates at the same time, and a few more, so that a slot that becomes free is used at once;
 - as many tokens of context as fit: the input's, and of the output what captions usually take (not `max_tokens`, whose
-  default would let three captions fill a GPU), more once a caption takes more. Where captions outgrow what was expected
-  of them nothing new is admitted until there is room again;
-- of clips over ten minutes one at a time until its first token: the engine would read one after the other all the same,
-  and whose turn it is among tenants is decided here.
+  default would let three captions fill a GPU), more once a caption takes more. Where captions exceed their estimates,
+  no caption is admitted until there is capacity again;
+- of clips over ten minutes one at a time until its first token: the engine would read them one after the other in any
+  case, and the order among tenants is decided here.
 
-What waits gets its turn by `line.FairLine`: tenants share the engine in proportion to their weights, by tokens. What a
-caption writes is not known when its turn comes; its tenant pays what is expected, and the difference when it has ended.
+Waiting captions are ordered by `FairQueue`: tenants share the engine in proportion to their weights, by tokens. The
+output of a caption is not known when it is admitted; its tenant is charged the estimate, and the difference at its end.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine, EngineDelta
     from serving.types import Features, Sampling, SchedulingClass
 
-_SURPLUS = 16
-"""One caption in so many is admitted beyond what the engine runs at the same time, at least one."""
+_SLOTS_PER_EXTRA = 16
+"""Slots of the engine for each caption that is admitted beyond them; at least one caption is."""
 
 _GROWTH_TOKENS = 128
-"""Context that a caption reserves further when it has used up what was expected of it."""
+"""Further context that a caption reserves when it has used up its estimate."""
 
 _OUTPUT_COST = 4
-"""A token written costs as much as so many read: the engine reads thousands in a step, and writes one of each caption.
+"""Cost of an output token in input tokens: the engine reads thousands in a step, and writes one of each caption.
 
-Only where one tenant's clips are long and another's short does the figure matter. Prices per token are about equal,
-and a caption of 30 s takes its place in the engine for some 400 steps of writing and a part of one of reading.
+The figure matters only where one tenant's clips are long and another's short. Prices per token are about equal, and a
+caption of 30 s occupies its slot in the engine for some 400 steps of writing and a part of one step of reading.
 """
 
 _VERY_LONG_TOKENS = 8192
-"""Ten minutes and a half."""
+"""Input tokens of a very long clip: ten minutes and a half."""
 
 _STALL_TICKS = 20
-"""The watchdog counts its own ticks rather than time: a process that was suspended has not stalled."""
+"""Ticks of the watchdog until a stall. It counts ticks, not time, so a suspended process has not stalled."""
 
 log = logging.getLogger(__name__)
 
 
 class OutputEstimate:
-    """How many tokens a caption takes: the running mean and twice the mean deviation, so that most take less."""
+    """Estimate of a caption's tokens: the running mean plus twice the mean deviation; most captions take less."""
 
     def __init__(self) -> None:
         # Captions of the real model have 300 to 600 tokens.
@@ -67,11 +67,11 @@ class OutputEstimate:
 
     @property
     def tokens(self) -> int:
-        """What to expect of the next caption."""
+        """Estimated output tokens of the next caption."""
         return math.ceil(self._mean_tokens + 2 * self._deviation_tokens)
 
-    def learn(self, tokens: int) -> None:
-        """A caption has ended after so many."""
+    def update(self, tokens: int) -> None:
+        """Include a caption that finished after `tokens`."""
         error = tokens - self._mean_tokens
         self._mean_tokens += error / 16
         self._deviation_tokens += (abs(error) - self._deviation_tokens) / 16
@@ -79,7 +79,7 @@ class OutputEstimate:
 
 @dataclass(eq=False, slots=True)
 class _Caption:
-    """One caption on its way through the gate. `reserved_tokens` counts from its admission."""
+    """One caption in admission control. `reserved_tokens` is 0 until its admission."""
 
     scheduling_class: SchedulingClass
     arrived_s: float
@@ -89,26 +89,32 @@ class _Caption:
     max_output_tokens: int
     fixed_length: bool
     long: bool
-    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     output_tokens: int = 0
     reserved_tokens: int = 0
 
 
-class GatedEngine:
-    """An `Engine` that hands captions on to another one as that can take them.
+class AdmissionControl:
+    """An `Engine` that passes captions on to another engine as that engine has capacity.
 
-    At most `max_engine_queue` captions wait, at most `max_engine_wait_s` each; then they are `Overloaded`. No tenant's
-    captions take the whole queue. Tenants take turns; of one's captions the shorter go first, and the longest clip is
-    overtaken for at most half of that time.
+    At most `max_engine_queue` captions wait, at most `max_engine_wait_s` each; beyond either bound a caption is
+    `Overloaded`. No tenant's captions fill the whole queue. Tenants share the engine; of one tenant's captions shorter
+    clips go first, and a clip is overtaken only by clips that arrive within a delay in proportion to its length: half
+    of `max_engine_wait_s` for the longest clip.
 
-    A watchdog ends everything as `EngineStalled`, for good, when the engine owes deltas and has not taken a step
-    for `engine_stall_timeout_s`. A client that does not read is not owed any; a long prefill is many steps.
+    Limit: under lasting overload the wait exceeds this delay. At f times the load that the engine can serve, the clips
+    that overtake take f times the delay; the clip runs if that and the queue it finds take less than
+    `max_engine_wait_s`, and is `Overloaded` otherwise. From an empty queue the longest clip runs up to f = 2, a clip
+    of half its length up to f = 4.
+
+    A watchdog fails everything as `EngineStalled`, permanently, when deltas are awaited and the engine has not taken a
+    step for `engine_stall_timeout_s`. A client that does not read awaits none; a long prefill is many steps.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._settings = settings
-        self._places = settings.max_num_seqs + max(1, settings.max_num_seqs // _SURPLUS)
+        self._slots = settings.max_num_seqs + max(1, settings.max_num_seqs // _SLOTS_PER_EXTRA)
         patience_s = settings.max_engine_wait_s / 2
         self._queue: FairQueue[_Caption] = FairQueue(self._order, patience_s=patience_s, now_s=_now_s)
         self._running: set[_Caption] = set()
@@ -116,14 +122,14 @@ class GatedEngine:
         self._long_prefill: _Caption | None = None
         self._outputs = OutputEstimate()
         self._drain = DrainRate()
-        self._owed: set[asyncio.Timeout] = set()
-        self._silent_ticks = 0
+        self._awaited: set[asyncio.Timeout] = set()
+        self._stalled_ticks = 0
         self._stalled = False
         self._watchdog: asyncio.Task[None] | None = None
 
     @property
     def load(self) -> Load:
-        """See `Engine`. The tokens of context are those reserved."""
+        """See `Engine`. The tokens of context are the reserved ones."""
         waiting_s = sum(caption.audio_s for caption in self._queue)
         return Load(
             running=len(self._running),
@@ -141,24 +147,24 @@ class GatedEngine:
 
     @property
     def longest_wait_s(self) -> float:
-        """How long the caption that has waited longest has done so; 0 if none waits."""
+        """Wait so far of the caption that has waited longest, in seconds; 0 if none waits."""
         return _now_s() - min((caption.arrived_s for caption in self._queue), default=_now_s())
 
     @property
-    def inner(self) -> Engine:
-        """The engine behind the gate."""
+    def engine(self) -> Engine:
+        """The engine behind admission control."""
         return self._engine
 
     @property
-    def silent_s(self) -> float:
-        """How long the engine has taken no step though it owes tokens; 0 if it works."""
-        ticks = _STALL_TICKS if self._stalled else self._silent_ticks
+    def stalled_s(self) -> float:
+        """Time without a step while deltas are awaited, in seconds; 0 if the engine works or is idle."""
+        ticks = _STALL_TICKS if self._stalled else self._stalled_ticks
         return ticks * self._settings.engine_stall_timeout_s / _STALL_TICKS
 
     async def start(self) -> None:
         """See `Engine`."""
         await self._engine.start()
-        self._watchdog = asyncio.create_task(self._watch())
+        self._watchdog = asyncio.create_task(self._watch_steps())
 
     async def check_health(self) -> None:
         """See `Engine`. Raises `EngineStalled` once the engine has made no progress."""
@@ -167,30 +173,30 @@ class GatedEngine:
         await self._engine.check_health()
 
     async def stop(self) -> None:
-        """See `Engine`. What waits ends as `NotReady`."""
+        """See `Engine`. Waiting captions raise `NotReady`."""
         if self._watchdog:
             self._watchdog.cancel()
             await asyncio.wait((self._watchdog,))
-        self._turn_away(NotReady())
+        self._reject_all(NotReady())
         await self._engine.stop()
 
     async def generate(
         self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
-        """See `Engine`. Raises `Overloaded` too, and `AudioTooLong` for what would not fit even alone."""
+        """See `Engine`. Also raises `Overloaded`, and `AudioTooLong` for a clip that does not fit even alone."""
         await self.check_health()
         caption = self._caption(features, sampling, scheduling_class)
         try:
-            await self._turn(caption)
+            await self._wait_for_admission(caption)
             queue_s = _now_s() - caption.arrived_s
             async with aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)) as deltas:
-                del features  # 123 MB for the longest clip, not needed once handed over
-                while delta := await self._next(deltas):
-                    self._progress(caption, delta)
+                del features  # 123 MB for the longest clip, not needed once sent
+                while delta := await self._next_delta(deltas):
+                    self._account(caption, delta)
                     yield replace(delta, queue_s=queue_s) if queue_s else delta
                     queue_s = 0.0
         finally:
-            self._leave(caption)
+            self._release(caption)
 
     def _caption(self, features: Features, sampling: Sampling, scheduling_class: SchedulingClass) -> _Caption:
         input_tokens, capacity_tokens = context_tokens(features), self._engine.load.kv_capacity_tokens
@@ -212,7 +218,7 @@ class GatedEngine:
         return caption
 
     def _order(self, caption: _Caption) -> float:
-        """The order of what waits of one tenant, as a key."""
+        """Return the sort key of a tenant's waiting captions."""
         return shortest_first(
             caption.arrived_s,
             caption.audio_s,
@@ -220,17 +226,17 @@ class GatedEngine:
             patience_s=self._settings.max_engine_wait_s / 2,
         )
 
-    async def _turn(self, caption: _Caption) -> None:
-        """Wait for the caption's turn."""
+    async def _wait_for_admission(self, caption: _Caption) -> None:
+        """Enqueue the caption and return once it is admitted. Raises `Overloaded`."""
         self._queue.add(caption)
         self._admit()
-        if caption.turn.done():
+        if caption.admitted.done():
             return
         if not self._queue.fits(caption, self._settings.max_engine_queue):
             raise self._overloaded("engine_queue")
         try:
             async with asyncio.timeout(self._settings.max_engine_wait_s):
-                await caption.turn
+                await caption.admitted
         except TimeoutError:
             raise self._overloaded("engine_wait") from None
 
@@ -239,21 +245,21 @@ class GatedEngine:
         return Overloaded(retry_after_s=self._drain.retry_after_s(backlog_s, _now_s()), reason=reason)
 
     def _admit(self) -> None:
-        """Let in what there is room for. To be called whenever room may have become free."""
-        while len(self._running) < self._places and (caption := self._first()):
+        """Admit captions while there is capacity. To be called whenever capacity may have become free."""
+        while len(self._running) < self._slots and (caption := self._next_admissible()):
             self._queue.dequeue(caption)
             self._running.add(caption)
             self._reserve(caption, self._expected_tokens(caption))
             if caption.long:
                 self._long_prefill = caption
             self._drain.add(caption.audio_s, _now_s())
-            if not caption.turn.done():
-                caption.turn.set_result(None)
+            if not caption.admitted.done():
+                caption.admitted.set_result(None)
 
-    def _first(self) -> _Caption | None:
-        """The caption whose turn it is, if there is room for it.
+    def _next_admissible(self) -> _Caption | None:
+        """Return the next caption in order if its context fits, else None.
 
-        Nobody passes one that waits for room in the context, or it would starve.
+        No caption overtakes one that waits for context, or that one would starve.
         """
         capacity_tokens = self._engine.load.kv_capacity_tokens
         for caption in self._queue.in_order():
@@ -263,7 +269,7 @@ class GatedEngine:
         return None
 
     def _expected_tokens(self, caption: _Caption) -> int:
-        """Context that it will take, as far as one can tell; never more than there is."""
+        """Return the estimated context of the caption, at most the engine's capacity."""
         output_tokens = caption.max_output_tokens
         if not caption.fixed_length:
             output_tokens = min(output_tokens, self._outputs.tokens)
@@ -273,33 +279,33 @@ class GatedEngine:
         self._kv_tokens += tokens - caption.reserved_tokens
         caption.reserved_tokens = tokens
 
-    async def _next(self, deltas: AsyncGenerator[EngineDelta]) -> EngineDelta | None:
-        """The next delta. Raises `EngineStalled` if the watchdog gives it up."""
-        if not self._owed:
-            self._silent_ticks = 0
-        async with asyncio.timeout(None) as owed:
-            self._owed.add(owed)
+    async def _next_delta(self, deltas: AsyncGenerator[EngineDelta]) -> EngineDelta | None:
+        """Return the next delta, None at the end. Raises `EngineStalled` if the watchdog finds a stall."""
+        if not self._awaited:
+            self._stalled_ticks = 0
+        async with asyncio.timeout(None) as timeout:
+            self._awaited.add(timeout)
             try:
                 return await anext(deltas, None)
             except asyncio.CancelledError:
-                if owed.expired():
+                if timeout.expired():
                     raise EngineStalled from None
                 raise
             finally:
-                self._owed.discard(owed)
-                # It knows its task, which if cancelled keeps the traceback, and so this frame and all features below.
-                del owed
+                self._awaited.discard(timeout)
+                # A timeout refers to its task; a cancelled task keeps the traceback, so this frame, so the features.
+                del timeout
 
-    def _progress(self, caption: _Caption, delta: EngineDelta) -> None:
-        """Account for a delta; with the last one the caption's place is free."""
-        self._silent_ticks = 0
+    def _account(self, caption: _Caption, delta: EngineDelta) -> None:
+        """Account for a delta; release the caption's slot at the last one."""
+        self._stalled_ticks = 0
         caption.output_tokens += delta.tokens
         if delta.finish_reason is not None:
             if not caption.fixed_length and (
                 delta.finish_reason is FinishReason.STOP or caption.output_tokens >= self._outputs.tokens
             ):
-                self._outputs.learn(caption.output_tokens)
-            self._leave(caption)
+                self._outputs.update(caption.output_tokens)
+            self._release(caption)
             return
         used_tokens = caption.input_tokens + caption.output_tokens
         if used_tokens > caption.reserved_tokens:
@@ -310,12 +316,12 @@ class GatedEngine:
             self._long_prefill = None
             self._admit()
 
-    def _leave(self, caption: _Caption) -> None:
-        """Give back what the caption has, wherever it is; once is as good as twice."""
+    def _release(self, caption: _Caption) -> None:
+        """Release the caption's slot, context and position in the queue. Idempotent."""
         if caption in self._running:
             self._running.remove(caption)
-            # What it did not take of what was expected, or took beyond it. One that was cut before the engine had read
-            # it pays for the reading even so.
+            # The actual cost replaces the estimate. A caption that was cut before the engine had read its input is
+            # charged for the input too.
             self._queue.correct_cost(caption, _cost(caption, caption.output_tokens))
         self._queue.discard(caption)
         self._reserve(caption, 0)
@@ -323,26 +329,26 @@ class GatedEngine:
             self._long_prefill = None
         self._admit()
 
-    async def _watch(self) -> None:
+    async def _watch_steps(self) -> None:
         steps = 0
         while not self._stalled:
             await asyncio.sleep(self._settings.engine_stall_timeout_s / _STALL_TICKS)
             before, steps = steps, self._engine.steps
-            self._silent_ticks = self._silent_ticks + 1 if self._owed and steps == before else 0
-            if self._silent_ticks > _STALL_TICKS:
-                self._give_up()
+            self._stalled_ticks = self._stalled_ticks + 1 if self._awaited and steps == before else 0
+            if self._stalled_ticks > _STALL_TICKS:
+                self._fail_stalled()
 
-    def _give_up(self) -> None:
-        log.error("the engine makes no progress", extra={"running": len(self._running), "waiting": len(self._queue)})
+    def _fail_stalled(self) -> None:
+        log.error("engine stalled", extra={"running": len(self._running), "waiting": len(self._queue)})
         self._stalled = True
-        self._turn_away(EngineStalled())
-        for owed in self._owed:
-            owed.reschedule(_now_s())
+        self._reject_all(EngineStalled())
+        for timeout in self._awaited:
+            timeout.reschedule(_now_s())
 
-    def _turn_away(self, error: CaptionerError) -> None:
+    def _reject_all(self, error: CaptionerError) -> None:
         for caption in self._queue.clear():
-            if not caption.turn.done():
-                caption.turn.set_exception(error)
+            if not caption.admitted.done():
+                caption.admitted.set_exception(error)
 
 
 def _cost(caption: _Caption, output_tokens: int) -> float:

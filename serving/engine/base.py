@@ -1,4 +1,4 @@
-"""What the path asks of an engine. It never knows a wire format; `vllm.py` and `fake.py` are interchangeable."""
+"""The engine protocol: features in, deltas out, no wire format. vLLM, the remote and the fake engine implement it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineDelta:
-    """Text that became final since the last delta, and how many tokens were generated since then.
+    """Text that became final since the last delta, and the number of tokens generated since then.
 
-    The end-of-turn token is not counted (PROTOCOL 10.1). The last delta carries the finish reason; the first one, how
-    long the caption waited for its turn.
+    The end-of-turn token is not counted (PROTOCOL 10.1). The last delta carries the finish reason; the first delta, the
+    caption's wait for admission (`queue_s`).
     """
 
     text: str
@@ -27,18 +27,18 @@ class EngineDelta:
     finish_reason: FinishReason | None = None
     queue_s: float = 0.0
     input_tokens: int = 0
-    """What the engine itself counts as input; with the first delta."""
+    """Input tokens by the engine's own count; in the first delta."""
     uncounted_tokens: int = 0
-    """Generated, but no part of the caption: the end of turn."""
+    """Generated tokens that are no part of the caption: the end of turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What an engine has taken on, in the units by which one engine compares with another.
+    """The load of an engine, in units that compare between engines.
 
-    `audio_s`: audio of the captions that run or wait, in seconds; `waiting_audio_s`: of those that wait.
-    `kv_tokens`: tokens of context that what runs takes, or has reserved. `kv_capacity_tokens`: how many fit at once,
-    however they are divided among captions; 0 until the model is loaded.
+    `audio_s`: audio of running and waiting captions, in seconds; `waiting_audio_s`: of the waiting captions alone.
+    `kv_tokens`: tokens of context that running captions take, or have reserved. `kv_capacity_tokens`: tokens of context
+    that fit at once, however they are divided among captions; 0 until the model is loaded.
     """
 
     running: int
@@ -50,7 +50,7 @@ class Load:
 
 
 class Tally:
-    """Counts what an engine runs."""
+    """A count of an engine's running captions."""
 
     def __init__(self) -> None:
         self.running = self._samples = self._input_tokens = 0
@@ -67,7 +67,7 @@ class Tally:
             self._add(-1, -samples, -input_tokens)
 
     def load(self, kv_capacity_tokens: int) -> Load:
-        """The load of an engine with that capacity and no queue; of the context only the input is known."""
+        """Return the load of an engine with that capacity and no queue; `kv_tokens` counts the input alone."""
         return Load(self.running, 0, self._samples / SAMPLE_RATE, self._input_tokens, kv_capacity_tokens)
 
     def _add(self, captions: int, samples: int, input_tokens: int) -> None:
@@ -77,19 +77,19 @@ class Tally:
 
 
 def audio_tokens(frames: int) -> int:
-    """Tokens that the audio tower makes of that many frames of 10 ms: 13 per second, and of the rest one per 80 ms."""
+    """Return the audio tower's tokens for `frames` of 10 ms: 13 per second, and for the rest one per 80 ms."""
     seconds, rest = divmod(frames, 100)
-    for _ in range(3):  # each of three convolutions halves it, rounding up
+    for _ in range(3):  # each of three convolutions halves the frames, rounding up
         rest = (rest + 1) // 2
     return seconds * 13 + rest
 
 
 PROMPT_TOKENS = 16
-"""The prompt around the audio takes no more tokens of context than this (10 by the captioner's tokenizer)."""
+"""Upper bound of the context of the prompt around the audio, in tokens (10 by the captioner's tokenizer)."""
 
 
 def context_tokens(features: Features) -> int:
-    """Tokens of context that the input takes: the model's own count, not the one that is billed."""
+    """Return the input's tokens of context: the model's own count, not the billed one."""
     return audio_tokens(features.log_mel.shape[1]) + PROMPT_TOKENS
 
 
@@ -98,12 +98,12 @@ class Engine(Protocol):
 
     @property
     def load(self) -> Load:
-        """What it has taken on."""
+        """Current load."""
         ...
 
     @property
     def steps(self) -> int:
-        """Grows with whatever it computes, prefill included: an engine that owes tokens and does not step is stuck."""
+        """Number of steps, prefill included: an engine whose count stands still while captions run is stalled."""
         ...
 
     async def start(self) -> None:
@@ -113,7 +113,7 @@ class Engine(Protocol):
     def generate(
         self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
-        """Yield deltas until one has a finish reason. `share` says whose it is, for where work waits.
+        """Yield deltas until one has a finish reason. `scheduling_class` orders the caption where captions wait.
 
         Closing the generator aborts the request in the engine at once. Raises `EngineFailed` when the engine dies and
         `InvalidRequest` when the parameters cannot be honoured.
@@ -121,9 +121,9 @@ class Engine(Protocol):
         ...
 
     async def check_health(self) -> None:
-        """Return if the engine can generate; raise `NotReady` or `EngineFailed` if not."""
+        """Return if the engine can generate. Raises `NotReady` or `EngineFailed` if not."""
         ...
 
     async def stop(self) -> None:
-        """Free everything. Idempotent."""
+        """Release everything. Idempotent."""
         ...

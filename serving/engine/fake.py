@@ -1,7 +1,7 @@
-"""An engine without a model: set text at a set speed, deterministic, with faults on demand.
+"""An engine without a model: fixed text at a fixed speed, deterministic, with faults on demand.
 
-For tests, load generators and client development. A token is a word with the space before it; which words, depends on
-the features alone. Token ids mean nothing here, so stop tokens never match, and there is nothing to sample.
+For tests, load generators and client development. A token is a word with the space before it; the words depend on the
+features alone. There are no token ids, so stop tokens never match, and there is nothing to sample.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ _STORY = (
 )
 
 _FINGERPRINT_FRAMES = 64
-"""Frames that the fingerprint looks at, so that a long clip costs no more than a short one."""
+"""Frames in the fingerprint, so that a long clip costs no more than a short one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong with every generation, and after how many tokens (0: before the first)."""
+    """Faults of every generation, by the number of tokens before the fault (0: before the first token)."""
 
     fail_after_tokens: int | None = None
     hang_after_tokens: int | None = None
 
     @property
     def tokens(self) -> frozenset[int | None]:
-        """After how many tokens something goes wrong."""
+        """Numbers of tokens before the faults."""
         return frozenset((self.fail_after_tokens, self.hang_after_tokens))
 
 
 class FakeEngine:
-    """An `Engine` that says `fake_tokens` words: the first after `fake_ttft_s`, then one every `fake_tpot_s`.
+    """An `Engine` that writes `fake_tokens` words: the first after `fake_ttft_s`, then one every `fake_tpot_s`.
 
-    At most `concurrency` generations are under way at once; others wait for their turn, and count as running.
-    `finished`, `failed` and `aborted` count generations: each ends as exactly one of them, as `aborted` if it was
-    closed or cancelled.
+    At most `concurrency` generations proceed at once; the others wait, and count as running. `finished`, `failed` and
+    `aborted` count generations: each generation counts as exactly one of them, as `aborted` if it was closed or
+    cancelled.
     """
 
     def __init__(self, settings: Settings, *, concurrency: int | None = None, faults: Faults | None = None) -> None:
@@ -69,7 +69,7 @@ class FakeEngine:
         self._merges = settings.stream_flush_interval_s > 0
         self._fail_share = settings.fake_fail_share
         self._log = _Log(settings.fake_log) if settings.fake_log else None
-        self._turns: contextlib.AbstractAsyncContextManager[Any] = (
+        self._slots: contextlib.AbstractAsyncContextManager[Any] = (
             asyncio.Semaphore(concurrency) if concurrency else contextlib.nullcontext()
         )
         self._ready = False
@@ -96,19 +96,19 @@ class FakeEngine:
         self._ready = False
 
     def die(self) -> None:
-        """Crash: what runs (hanging or not) and what comes raises `EngineFailed`."""
+        """Crash: current generations (hanging or not) and later ones raise `EngineFailed`."""
         self._dead.set()
 
     async def generate(
         self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        del scheduling_class  # the order was chosen in front
-        ended = "aborted"
+        del scheduling_class  # admission control has chosen the order
+        outcome = "aborted"
         try:
             await self.check_health()
             with self._tally.count(features):
-                async with self._turns:
+                async with self._slots:
                     loop = asyncio.get_running_loop()
                     due, held = loop.time() + self._ttft_s, EngineDelta("", 0)
                     faults = self._faults_of(request_id)
@@ -116,39 +116,40 @@ class FakeEngine:
                     for tokens, delta in enumerate(self._deltas(features, sampling)):
                         at = due + tokens * self._tpot_s
                         if held.tokens and (not self._merges or loop.time() < at or tokens in faulty):
-                            yield self._told(request_id, held)
+                            yield self._logged(request_id, held)
                             held = EngineDelta("", 0)
                         await self._step(tokens, at, faults)
                         held = EngineDelta(held.text + delta.text, held.tokens + delta.tokens, delta.finish_reason)
                         if tokens == 0 and delta.finish_reason is None:
-                            yield self._told(request_id, held)
+                            yield self._logged(request_id, held)
                             held = EngineDelta("", 0)
-                    ended = "finished"
-                    yield self._told(request_id, held)
+                    outcome = "finished"
+                    yield self._logged(request_id, held)
         except (EngineFailed, NotReady):
-            ended = "failed"
+            outcome = "failed"
             raise
         finally:
-            self.finished += ended == "finished"
-            self.failed += ended == "failed"
-            self.aborted += ended == "aborted"
+            self.finished += outcome == "finished"
+            self.failed += outcome == "failed"
+            self.aborted += outcome == "aborted"
 
     def _faults_of(self, request_id: str) -> Faults:
-        """What goes wrong with this generation: with some, by their id, after some number of tokens."""
+        """Return the faults of this generation; `fake_fail_share` of them fail, chosen by their id."""
         if not self._fail_share or (chance := random.Random(request_id)).random() >= self._fail_share:  # noqa: S311
             return self.faults
         return Faults(fail_after_tokens=chance.randrange(self._tokens))
 
-    def _told(self, request_id: str, delta: EngineDelta) -> EngineDelta:
+    def _logged(self, request_id: str, delta: EngineDelta) -> EngineDelta:
+        """Write `delta` to the log, if there is one, and return it."""
         if self._log:
             self._log.add(request_id, delta.tokens)
         return delta
 
     async def _step(self, tokens: int, due: float, faults: Faults) -> None:
-        """Wait until the next token is due, on a schedule that does not drift; `tokens` were generated before."""
+        """Wait until the next token is due, on a schedule that does not drift, after `tokens` tokens."""
         if tokens == faults.hang_after_tokens:
             await self._dead.wait()
-        while self._stall_file and self._stall_file.exists() and not self._dead.is_set():  # noqa: ASYNC110 - a test's
+        while self._stall_file and self._stall_file.exists() and not self._dead.is_set():  # noqa: ASYNC110 - only tests set it
             await asyncio.sleep(0.05)
         await asyncio.sleep(max(0.0, due - asyncio.get_running_loop().time()))
         if tokens == faults.fail_after_tokens or self._dead.is_set():
@@ -156,17 +157,17 @@ class FakeEngine:
         self.steps += 1
 
     def _deltas(self, features: Features, sampling: Sampling) -> Iterator[EngineDelta]:
-        """One delta per token, and one more for the end of turn, unless a limit or a stop text comes first."""
-        says_all = not sampling.ignore_eos and self._tokens < sampling.max_tokens
-        count = self._tokens if says_all else sampling.max_tokens
-        held = ""  # the end of the text, which may turn out to begin a stop text
+        """Yield a delta per token, and one for the end of turn unless a limit or a stop text comes first."""
+        completes = not sampling.ignore_eos and self._tokens < sampling.max_tokens
+        count = self._tokens if completes else sampling.max_tokens
+        held = ""  # the end of the text, which may be the beginning of a stop text
         hold = max((len(stop) - 1 for stop in sampling.stop), default=0)
         for number, word in enumerate(islice(_words(features, self._text), count), 1):
             held += word
             if found := [held.index(stop) for stop in sampling.stop if stop in held]:
                 yield EngineDelta(held[: min(found)], 1, FinishReason.STOP)
                 return
-            if number == count and not says_all:
+            if number == count and not completes:
                 yield EngineDelta(held, 1, FinishReason.LENGTH)
                 return
             final = max(0, len(held) - hold)
@@ -176,7 +177,7 @@ class FakeEngine:
 
 
 class _Log:
-    """What was handed over, a line each: the request and how many tokens. Written at once: it survives a kill."""
+    """A file with a line per delta: request id and tokens. Written at once, so it survives a kill."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -186,7 +187,7 @@ class _Log:
 
 
 def _words(features: Features, text: str | None) -> Iterator[str]:
-    """Endless words: the text's (only spaces divide them) over and over, or without one, some about these features."""
+    """Yield words without end: those of `text`, split at spaces and repeated; without it, words about the features."""
     step = max(1, features.log_mel.shape[1] // _FINGERPRINT_FRAMES)
     fingerprint = hashlib.blake2b(features.log_mel[:, ::step].tobytes(), digest_size=4).hexdigest()
     opening = f"This clip of {features.duration_s:.2f} seconds has the fingerprint {fingerprint}."

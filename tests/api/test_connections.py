@@ -20,7 +20,7 @@ import pytest
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
 from serving.pipeline import CaptionPipeline
@@ -137,7 +137,7 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
         first_byte_timeout_s=0.05,
         write_timeout_s=0.2,
     )
-    engine, metrics = GatedEngine(FakeEngine(settings), settings), Metrics()
+    engine, metrics = AdmissionControl(FakeEngine(settings), settings), Metrics()
     pipeline: Any = CaptionPipeline(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serving.api.app import create_app
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine, Faults
 from serving.observability.request_record import STAGES
 from tests.support.service import RunningService
@@ -56,7 +56,7 @@ async def test_probes_follow_the_engine() -> None:
 async def test_a_stalled_engine_is_reported() -> None:
     """An engine that stalls ends its captions, and the probes report it."""
     settings = Settings(auth=False, audio_workers=1, engine_stall_timeout_s=0.5)
-    engine = GatedEngine(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
+    engine = AdmissionControl(FakeEngine(settings, faults=Faults(hang_after_tokens=3)), settings)
     app = create_app(settings, engine)
     transport = httpx.ASGITransport(app)
     async with (

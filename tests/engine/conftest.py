@@ -1,4 +1,4 @@
-"""The real engine, started once for all tests, and sounds to give it."""
+"""The real engine, started once for all tests, and sounds as its input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def engine() -> AsyncIterator[VllmEngine]:
-    """The real engine with the embedded checkpoint, as a newcomer gets it."""
+    """The real engine with the embedded checkpoint and default settings."""
     engine = VllmEngine(Settings())
     try:
         await start(engine)
@@ -32,14 +32,14 @@ async def engine() -> AsyncIterator[VllmEngine]:
 
 
 async def start(engine: VllmEngine) -> None:
-    """Start it. What libraries warn of when they are imported is not ours to mend."""
+    """Start the engine, without the warnings that libraries raise on import."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         await engine.start()
 
 
 def waveform(seconds: float, seed: int = 0) -> npt.NDArray[np.float32]:
-    """A gliding, pulsing tone in noise, 16 kHz; each seed sounds different."""
+    """Return a gliding, pulsing tone in noise at 16 kHz; each seed sounds different."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     tone = np.sin(2 * np.pi * rng.uniform(100, 2000) * t * (1 + 0.05 * np.sin(t)))
@@ -48,14 +48,14 @@ def waveform(seconds: float, seed: int = 0) -> npt.NDArray[np.float32]:
 
 
 def sound(seconds: float, seed: int = 0) -> Features:
-    """Features of `waveform`, made as the service makes them."""
+    """Return features of `waveform`, computed as the service does."""
     samples = waveform(seconds, seed)
     return Features(log_mel(samples), samples.size)
 
 
 @dataclass(frozen=True)
 class Caption:
-    """All deltas together."""
+    """The deltas of a caption, joined."""
 
     text: str
     tokens: int
@@ -63,7 +63,7 @@ class Caption:
 
 
 async def caption(engine: VllmEngine, features: Features, **sampling: Any) -> Caption:
-    """The whole caption; greedy unless told otherwise."""
+    """Return the full caption; greedy unless `sampling` says otherwise."""
     text, tokens, finish_reason = "", 0, None
     async for delta in engine.generate("test", features, Sampling(**{"temperature": 0.0, **sampling})):
         assert finish_reason is None, "nothing comes after the finish reason"
@@ -72,7 +72,7 @@ async def caption(engine: VllmEngine, features: Features, **sampling: Any) -> Ca
 
 
 async def token_ids(engine: VllmEngine, features: Features, **sampling: Any) -> list[int]:
-    """The tokens behind the deltas, end of turn included; greedy unless told otherwise."""
+    """Return the tokens of the deltas, end of turn included; greedy unless `sampling` says otherwise."""
     model = engine._model
     assert model is not None
     own_id = f"tokens-{next(model._ids)}"

@@ -1,4 +1,4 @@
-"""The audio path broken on purpose, part by part: the check that passes for the whole path fails for each."""
+"""The audio path broken on purpose, part by part: the check that passes for the intact path fails for each fault."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ OTHER = recorded(in_turn(sound(2, "buzzer", 3.0), sound(2, "dialling", 3.0)))
 
 
 def in_stereo() -> bytes:
-    """The scene as a WAV of 48 kHz: its siren in the left channel, its telephone in the right."""
+    """Return the scene as a WAV of 48 kHz: its siren in the left channel, its telephone in the right."""
     stereo = 2 * np.repeat(soxr.resample(SCENE.samples, SAMPLE_RATE, RATE)[:, None], 2, axis=1)
     stereo[: len(stereo) // 2, 1] = 0
     stereo[len(stereo) // 2 :, 0] = 0
     return with_soundfile("WAV", "PCM_16", RATE, samples=stereo)
 
 
-async def told(engine: VllmEngine) -> str:
-    """The caption of the scene by way of the service's own decoder, features and engine."""
+async def describe(engine: VllmEngine) -> str:
+    """Return the scene's caption from the service's own decoder, features and engine."""
     samples = decode.decode(in_stereo(), max_duration_s=60)
     return (await caption(engine, Features(features.log_mel(samples), samples.size))).text
 
 
-async def test_the_whole_path_tells_the_scene(engine: VllmEngine) -> None:
-    """Unbroken."""
-    assert_states(await told(engine), SCENE.facts)
+async def test_the_intact_path_describes_the_scene(engine: VllmEngine) -> None:
+    """Without a fault, the caption states the facts of the scene."""
+    assert_states(await describe(engine), SCENE.facts)
 
 
 def _resampler_of(factor: float) -> Callable[..., soxr.ResampleStream]:
@@ -87,7 +87,7 @@ BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "only the left channel is read": lambda patch: patch.setattr(decode, "_averaged", _one_channel(0)),
     "only the right channel is read": lambda patch: patch.setattr(decode, "_averaged", _one_channel(1)),
     "every second block is lost": lambda patch: patch.setattr(decode._Waveform, "append", _every_second_block()),
-    "what the decoder gives is too loud": lambda patch: patch.setattr(
+    "the decoded samples are too loud": lambda patch: patch.setattr(
         decode, "_averaged", lambda frames, full_scale: np.float32(20) * frames.mean(1).astype(np.float32) / full_scale
     ),
     "frames are shuffled": lambda patch: patch.setattr(
@@ -105,8 +105,8 @@ BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("how", BROKEN)
 async def test_a_broken_path_is_noticed(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    """The caption no longer tells the scene."""
+    """With a fault, the caption no longer states the facts of the scene."""
     BROKEN[how](monkeypatch)
-    text = await told(engine)
+    text = await describe(engine)
     with pytest.raises(AssertionError):
         assert_states(text, SCENE.facts)

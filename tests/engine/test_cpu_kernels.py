@@ -1,4 +1,4 @@
-"""On the CPU the model takes a shorter way to the same tokens."""
+"""The direct CPU kernels give vLLM's own tokens, and the setting `cpu_kernels` switches them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import importlib
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from serving.config import EMBEDDED_CHECKPOINT
+from serving.config import EMBEDDED_CHECKPOINT, Settings
 
 if TYPE_CHECKING:
     from serving.engine.vllm.engine import VllmEngine
@@ -25,13 +26,14 @@ BOTH_WAYS = """
 import sys
 import numpy as np
 from vllm import LLM, SamplingParams
-from serving.engine.vllm.cpu_kernels import Layer, lighten
-from serving.engine.vllm.executor import SoloExecutor
+from serving.engine.vllm.cpu_kernels import Layer
+from serving.engine.vllm.executor import InProcessExecutor
 from serving.engine.vllm.async_llm import PROMPT
 
 llm = LLM(
     sys.argv[1], dtype="float32", max_model_len=4096, max_num_batched_tokens=256, enforce_eager=True, seed=0,
-    limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0}, distributed_executor_backend=SoloExecutor,
+    limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0}, distributed_executor_backend=InProcessExecutor,
+    additional_config={"cpu_kernels": True},
 )
 layers = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.get_model()
 layers = layers.language_model.model.layers
@@ -42,21 +44,21 @@ prompts = [{"prompt": PROMPT, "multi_modal_data": {"audio": (clip, 16_000)}} for
 greedy = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, logprobs=1)
 
 def captions():
-    told = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
-    return [of.token_ids for of in told], [of.cumulative_logprob for of in told]
+    outputs = [output.outputs[0] for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    return [output.token_ids for output in outputs], [output.cumulative_logprob for output in outputs]
 
-light = captions()
+direct = captions()
 for layer in layers:
-    del layer.forward  # the class's own is left
-whole = captions()
-assert light[0] == whole[0], "other tokens"
-assert np.allclose(light[1], whole[1], atol=1e-3), "other probabilities"
+    del layer.forward  # the class's own remains
+vllms = captions()
+assert direct[0] == vllms[0], "other tokens"
+assert np.allclose(direct[1], vllms[1], atol=1e-3), "other probabilities"
 """
 
 
 @pytest.mark.timeout(600)
-async def test_all_layers_take_the_short_way_to_the_same_tokens() -> None:
-    """The short way is taken by every layer, and gives vLLM's own tokens and probabilities, in chunked prefill too."""
+async def test_direct_kernels_give_the_same_tokens() -> None:
+    """Switched on, every layer is patched and gives vLLM's own tokens and probabilities, in chunked prefill too."""
     ours = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     ours |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = (sys.executable, "-c", BOTH_WAYS, str(EMBEDDED_CHECKPOINT))
@@ -66,15 +68,63 @@ async def test_all_layers_take_the_short_way_to_the_same_tokens() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture
-def candidates_first(engine: VllmEngine) -> Any:
-    """Imported with what the engine imports when it starts."""
+@pytest.mark.parametrize(
+    ("setting", "model", "expected"),
+    [
+        (None, str(EMBEDDED_CHECKPOINT), True),
+        (None, "another/checkpoint", False),
+        (True, "another/checkpoint", True),
+        (False, str(EMBEDDED_CHECKPOINT), False),
+    ],
+)
+async def test_the_setting_and_its_default(
+    engine: VllmEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: bool | None,  # noqa: FBT001 - a parameter of the test
+    model: str,
+    expected: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    """By default the embedded checkpoint on a CPU has the direct kernels, and nothing else; a GPU never has them."""
+    module = importlib.import_module("serving.engine.vllm.async_llm")
+    settings = Settings(model=model, cpu_kernels=setting)
+    assert module._cpu_kernels(settings) is expected
+    if settings.is_embedded:
+        assert module.engine_config(settings).additional_config["cpu_kernels"] is expected
+    monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    assert module._cpu_kernels(settings) is False
+
+
+@pytest.mark.parametrize(
+    ("additional_config", "patched"), [({"cpu_kernels": True}, 1), ({"cpu_kernels": False}, 0), ({}, 0)]
+)
+async def test_the_executor_patches_only_on_request(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, additional_config: dict[str, bool], patched: int
+) -> None:
+    """The executor patches the layers of the loaded model if vLLM's `additional_config` says so, and else does not."""
     del engine
-    return importlib.import_module("serving.engine.vllm.cpu_kernels").candidates_first
+    module = importlib.import_module("serving.engine.vllm.executor")
+    kernels = importlib.import_module("serving.engine.vllm.cpu_kernels")
+    runners: list[str] = []
+    monkeypatch.setattr(kernels, "patch_decoder_layers", runners.append)
+    monkeypatch.setattr(module, "_stop_with_service", lambda: None)
+    monkeypatch.setattr(module.atexit, "register", lambda _: None)
+    monkeypatch.setattr(module.UniProcExecutor, "_init_executor", lambda _: None)
+    executor = module.InProcessExecutor.__new__(module.InProcessExecutor)
+    executor.vllm_config = SimpleNamespace(additional_config=additional_config)
+    executor.driver_worker = SimpleNamespace(worker=SimpleNamespace(model_runner="runner"))
+    executor._init_executor()
+    assert runners == ["runner"] * patched
+
+
+@pytest.fixture
+def topk_first_sampler(engine: VllmEngine) -> Any:
+    """The function, imported after the engine has imported vLLM with the right environment."""
+    del engine
+    return importlib.import_module("serving.engine.vllm.cpu_kernels").topk_first_sampler
 
 
 def shares(sampler: Any, logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor, times: int) -> torch.Tensor:
-    """How often each token is drawn for each row."""
+    """Return the frequency of each token for each row."""
     counts = torch.zeros_like(logits)
     for _ in range(times):
         many = logits.repeat(100, 1)
@@ -83,26 +133,26 @@ def shares(sampler: Any, logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor,
     return counts / (100 * times)
 
 
-async def test_candidates_are_drawn_as_often_as_by_vllm(candidates_first: Any) -> None:
-    """Top k, then top p, row by row: the same tokens can come, and they come as often."""
+async def test_candidates_are_drawn_as_often_as_by_vllm(topk_first_sampler: Any) -> None:
+    """With top k and top p per row, the same tokens are drawn as by vLLM, with the same frequencies."""
     torch.manual_seed(0)
     logits = torch.randn(5, VOCABULARY) * 3
     k, p = torch.tensor([20, 1, 5, 100, 20], dtype=torch.int32), torch.tensor([0.95, 1.0, 0.5, 0.9, 1.0])
     module = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
-    theirs = module.TopKTopPSampler().forward_native
-    expected, found = (shares(of, logits, k, p, 200) for of in (theirs, candidates_first(theirs)))
+    vllms = module.TopKTopPSampler().forward_native
+    expected, found = (shares(sampler, logits, k, p, 200) for sampler in (vllms, topk_first_sampler(vllms)))
     assert (expected - found).abs().max() < 0.02
-    kept = theirs_kept(logits, k, p)
+    kept = reachable(logits, k, p)
     assert not found[~kept].any(), "a token that vLLM would never draw"
 
 
-def theirs_kept(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """What can be drawn, computed another way."""
+def reachable(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return the tokens that can be drawn, computed another way."""
     kept = torch.zeros_like(logits, dtype=torch.bool)
-    for row, (of, most, share) in enumerate(zip(logits, k.tolist(), p.tolist(), strict=True)):
-        ids = of.argsort(descending=True)[:most]
+    for row, (row_logits, most, share) in enumerate(zip(logits, k.tolist(), p.tolist(), strict=True)):
+        ids = row_logits.argsort(descending=True)[:most]
         before = 0.0
-        for token, chance in zip(ids.tolist(), of[ids].softmax(-1).tolist(), strict=True):
+        for token, chance in zip(ids.tolist(), row_logits[ids].softmax(-1).tolist(), strict=True):
             if before < share:
                 kept[row, token] = True
             before += chance
@@ -110,16 +160,16 @@ def theirs_kept(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch
 
 
 @pytest.mark.parametrize("k", [None, torch.tensor([VOCABULARY]), torch.tensor([129])])
-async def test_who_does_not_choose_among_few_gets_vllms_own(candidates_first: Any, k: torch.Tensor | None) -> None:
-    """Without a small top k there are no candidates to look for first."""
+async def test_without_a_small_top_k_vllm_samples(topk_first_sampler: Any, k: torch.Tensor | None) -> None:
+    """Without a top k of at most 128, vLLM's own sampler is called."""
     sentinel = object()
-    sampler = candidates_first(lambda *_: sentinel)
+    sampler = topk_first_sampler(lambda *_: sentinel)
     assert sampler(torch.zeros(1, VOCABULARY), {}, k, None) is sentinel
 
 
-async def test_a_seed_gives_what_it_always_gave(candidates_first: Any) -> None:
+async def test_a_seeded_request_is_sampled_by_vllm(topk_first_sampler: Any) -> None:
     """A request with a seed is sampled by vLLM, so that its answer does not change."""
     sentinel = object()
-    sampler = candidates_first(lambda *_: sentinel)
+    sampler = topk_first_sampler(lambda *_: sentinel)
     seeded = {0: torch.Generator()}
     assert sampler(torch.zeros(1, VOCABULARY), seeded, torch.tensor([20]), None) is sentinel

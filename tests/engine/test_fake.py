@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def clip(seconds: float = 1.0, seed: int = 0) -> Features:
-    """Some features of that length."""
+    """Return random features of that length."""
     frames = int(seconds * 100)
     log_mel = np.random.default_rng(seed).random((128, frames), dtype=np.float32)
     return Features(log_mel, samples=frames * 160)
 
 
 async def started(*, concurrency: int | None = None, faults: Faults | None = None, **settings: Any) -> FakeEngine:
-    """An engine that is ready."""
+    """Return a started engine."""
     engine = FakeEngine(Settings(engine="fake", **settings), concurrency=concurrency, faults=faults)
     await engine.start()
     return engine
@@ -40,17 +40,17 @@ async def started(*, concurrency: int | None = None, faults: Faults | None = Non
 async def everything(
     engine: Engine, sampling: Sampling | None = None, features: Features | None = None
 ) -> list[EngineDelta]:
-    """Every delta of one generation."""
+    """Return every delta of one generation."""
     return [delta async for delta in engine.generate("id", features or clip(), sampling or Sampling())]
 
 
 def text_of(deltas: list[EngineDelta]) -> str:
-    """The caption."""
+    """Return the caption's text."""
     return "".join(delta.text for delta in deltas)
 
 
 async def test_same_features_same_caption() -> None:
-    """The same clip always gets the same caption, another clip another one."""
+    """The same clip always gets the same caption, another clip another caption."""
     engine = await started()
     first, again, other = [text_of(await everything(engine, features=clip(seed=seed))) for seed in (1, 1, 2)]
     assert first == again != other
@@ -66,7 +66,7 @@ async def test_token_counts_are_honest() -> None:
 
 
 async def test_a_slow_consumer_gets_larger_deltas() -> None:
-    """What comes between two pulls is one delta, as from vLLM; the first token comes alone."""
+    """Tokens between two reads arrive as one delta, as from vLLM; the first token arrives alone."""
     engine = await started(fake_tokens=30, fake_tpot_s=0.01)
     sizes = []
     async with aclosing(engine.generate("id", clip(), Sampling())) as deltas:
@@ -97,12 +97,12 @@ async def test_ignore_eos_runs_to_max_tokens() -> None:
 
 @given(start=st.integers(0, 150), length=st.integers(1, 20))
 async def test_stop_text_never_appears(start: int, length: int) -> None:
-    """Whatever part of the caption is the stop text, the caption ends right before its first occurrence."""
+    """For any part of the caption as the stop text, the caption ends right before its first occurrence."""
     engine = await started()
-    whole = text_of(await everything(engine))
-    stop = whole[start : start + length] or "never said"
+    full = text_of(await everything(engine))
+    stop = full[start : start + length] or "never said"
     deltas = await everything(engine, Sampling(stop=(stop, "also never said")))
-    assert text_of(deltas) == whole.split(stop)[0]
+    assert text_of(deltas) == full.split(stop)[0]
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.STOP]
     assert deltas[-1].finish_reason is FinishReason.STOP
 
@@ -125,7 +125,7 @@ async def test_speed_is_as_set() -> None:
 
 
 async def test_thousands_of_tokens_per_second() -> None:
-    """Without set times it is far faster than any client."""
+    """Without configured times the engine is far faster than any client."""
     engine = await started()
     began = time.perf_counter()
     await everything(engine, Sampling(max_tokens=20_000, ignore_eos=True))
@@ -142,7 +142,7 @@ async def test_closing_aborts() -> None:
 
 
 async def test_cancelling_aborts() -> None:
-    """A cancelled consumer counts as aborted, also one that waits for the first token."""
+    """A consumer that is cancelled while it waits for the first token counts as aborted."""
     engine = await started(fake_ttft_s=100)
     task = asyncio.create_task(everything(engine))
     await asyncio.sleep(0.01)
@@ -162,20 +162,20 @@ async def test_closing_after_the_last_delta_is_finished() -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 async def test_fails_after_tokens(tokens: int) -> None:
-    """It fails after exactly as many tokens as asked for."""
+    """A generation fails after exactly the configured number of tokens."""
     engine = await started(faults=Faults(fail_after_tokens=tokens))
     deltas = engine.generate("id", clip(), Sampling())
-    told = 0
+    received = 0
     with pytest.raises(EngineFailed):  # noqa: PT012
         async for delta in deltas:
-            told += delta.tokens
-    assert told == tokens
+            received += delta.tokens
+    assert received == tokens
     assert (engine.load.running, engine.failed) == (0, 1)
 
 
 async def test_some_fail_and_all_is_logged(tmp_path: Path) -> None:
-    """A share of the captions fails, always the same ones, and the log tells what each has handed over."""
-    log = tmp_path / "handed-over"
+    """A share of the captions fails, always the same captions, and the log has the tokens that each has sent."""
+    log = tmp_path / "sent"
     engine = await started(fake_fail_share=0.5, fake_tokens=5, fake_log=log, stream_flush_interval_s=0)
     counted: dict[str, int] = {}
     failed: list[list[str]] = [[], []]
@@ -195,7 +195,7 @@ async def test_some_fail_and_all_is_logged(tmp_path: Path) -> None:
 
 
 async def test_hangs_until_it_dies() -> None:
-    """A hanging generation ends as failed when the engine dies, and health tells."""
+    """A hanging generation fails when the engine dies, and so does the health check."""
     engine = await started(faults=Faults(hang_after_tokens=2))
     task = asyncio.create_task(everything(engine))
     with pytest.raises(TimeoutError):
@@ -212,7 +212,7 @@ async def test_hangs_until_it_dies() -> None:
 
 
 async def test_is_not_ready_before_start_and_after_stop() -> None:
-    """Health is refused before the start and after the (idempotent) stop."""
+    """The health check raises `NotReady` before the start and after the (idempotent) stop."""
     engine = FakeEngine(Settings(engine="fake"))
     with pytest.raises(NotReady):
         await engine.check_health()
@@ -225,7 +225,7 @@ async def test_is_not_ready_before_start_and_after_stop() -> None:
 
 
 async def test_concurrency_is_limited() -> None:
-    """With room for one, two generations take the time of two."""
+    """With a concurrency of 1, two generations take the time of two."""
     engine = await started(concurrency=1, fake_ttft_s=0.05)
     began = time.perf_counter()
     await asyncio.gather(everything(engine), everything(engine))

@@ -1,4 +1,4 @@
-"""Long audios: in pieces, token for token what they are in one; and in steps that leave room for others."""
+"""Long audios: in pieces that give the tokens of the undivided audio; and in steps that leave room for others."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 
 def model_of(engine: VllmEngine) -> LoadedModel:
-    """What the engine holds once it has started."""
+    """Return the loaded model of a started engine."""
     assert engine._model is not None
     return engine._model
 
 
 def blank(frames: int) -> Features:
-    """That many frames, each with its own number in it."""
+    """Return features of `frames` frames, each of which holds its own number."""
     return Features(np.tile(np.arange(frames, dtype=np.float32), (128, 1)), frames * 160)
 
 
@@ -42,14 +42,14 @@ def blank(frames: int) -> Features:
 
 @pytest.mark.parametrize("frames", [1, 99, 100, 801, 3200])
 async def test_a_clip_of_thirty_seconds_is_one_item(engine: VllmEngine, frames: int) -> None:
-    """The common case is what vLLM itself would make of it."""
+    """A clip of at most 32 s is one item, as from vLLM's own preprocessing."""
     made = model_of(engine)._input("request-1", blank(frames))
     assert len(made["mm_kwargs"]["audio"]) == len(made["mm_placeholders"]["audio"]) == 1
 
 
 @pytest.mark.parametrize("frames", [3201, 3299, 3300, 6400, 6499, 6500, 10_037, 240_000])
 async def test_pieces_add_up_to_the_clip(engine: VllmEngine, frames: int) -> None:
-    """In order, without gap or overlap; cut where the tower's windows end; the last no shorter than a second."""
+    """Pieces are in order, without gap or overlap, cut at the ends of windows; the last has at least a second."""
     made = model_of(engine)._input("request-1", blank(frames))
     items, ranges = made["mm_kwargs"]["audio"], made["mm_placeholders"]["audio"]
     hashes = made["mm_hashes"]["audio"]
@@ -66,7 +66,7 @@ async def test_pieces_add_up_to_the_clip(engine: VllmEngine, frames: int) -> Non
 
 
 async def test_no_piece_of_one_request_has_the_key_of_another(engine: VllmEngine) -> None:
-    """Not even of one whose id a client chose to look like a piece's."""
+    """No key is shared, even if a client chooses a request id that looks like the key of a piece."""
     model = model_of(engine)
     made = [model._input(own_id, blank(6400)) for own_id in ("a-1", "a-1-1", "a-1@800-1", "a-1-800")]
     keys = [key for one in made for key in one["mm_hashes"]["audio"]]
@@ -74,10 +74,10 @@ async def test_no_piece_of_one_request_has_the_key_of_another(engine: VllmEngine
 
 
 @pytest.mark.parametrize("seconds", [5.0, 32.5, 33.4, 64.0, 100.37, 300.0])
-async def test_pieces_are_heard_as_the_whole(
+async def test_pieces_give_the_tokens_of_the_undivided_audio(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """Token for token, in pieces of 8 s, of 32 s, and in the largest that the engine takes (157 s here)."""
+    """Pieces of 8 s, of 32 s, and the largest that the engine takes (157 s here) give equal tokens."""
     model = model_of(engine)
     tokens = []
     for piece_frames in (800, 3200, 15_700):
@@ -92,7 +92,7 @@ async def test_pieces_are_heard_as_the_whole(
 
 @pytest.fixture
 def scheduler(engine: VllmEngine) -> Any:
-    """Our scheduler alone, as it would stand in the engine process, with 100,000 tokens of KV cache."""
+    """Our scheduler as in the engine process, with statistics and 100,000 tokens of KV cache."""
     model = model_of(engine)
     kv = importlib.import_module("vllm.v1.kv_cache_interface")
     config = model._llm.vllm_config
@@ -106,31 +106,33 @@ def scheduler(engine: VllmEngine) -> Any:
         kv_cache_config=kv.KVCacheConfig(num_blocks=6251, kv_cache_tensors=[], kv_cache_groups=[group]),
         structured_output_manager=Mock(),
         block_size=16,
+        log_stats=True,
     )
 
 
 class Steps:
-    """Adds requests to a scheduler and plays the model that computes what it schedules."""
+    """A driver of a scheduler: adds requests, and stands in for the model that computes its steps."""
 
     def __init__(self, engine: VllmEngine, scheduler: Any) -> None:
         self._model = model_of(engine)
         self._scheduler = scheduler
         self._outputs = importlib.import_module("vllm.v1.outputs")
         self._request = importlib.import_module("vllm.v1.request").Request
+        self.counted = self.answered = 0
 
     def add(self, name: str, seconds: int, max_tokens: int = 1000) -> None:
-        """A clip arrives."""
+        """Add a request."""
         params = self._model._params(Sampling(max_tokens=max_tokens, ignore_eos=True))
         made = self._model._input(f"{name}-0", blank(seconds * 100))
         core = self._model._llm.input_processor.process_inputs(name, made, params, supported_tasks=("generate",))
         self._scheduler.add_request(self._request.from_engine_core_request(core, None))
 
     def request(self, name: str) -> Any:
-        """What the scheduler knows of one."""
+        """Return the scheduler's state of a request."""
         return self._scheduler.requests[name]
 
     def run(self) -> tuple[dict[str, int], dict[str, int]]:
-        """One step: tokens computed and audio tokens encoded, by request."""
+        """Run one step; return the computed tokens and the encoded audio tokens by request."""
         output = self._scheduler.schedule()
         computed = dict(output.num_scheduled_tokens)
         encoded = {
@@ -140,23 +142,25 @@ class Steps:
         names = list(computed)
         done = [self._scheduler.requests[name] for name in names]
         sampled = [[7] if not one.is_prefill_chunk else [] for one in done]
-        self._scheduler.update_from_output(
+        (message,) = self._scheduler.update_from_output(
             output,
             self._outputs.ModelRunnerOutput(
                 req_ids=names, req_id_to_index={name: i for i, name in enumerate(names)}, sampled_token_ids=sampled
             ),
-        )
+        ).values()
+        self.counted = message.scheduler_stats.step_counter
+        self.answered = len(message.outputs)
         return computed, encoded
 
 
 @pytest.fixture
 def steps(engine: VllmEngine, scheduler: Any) -> Steps:
-    """Steps of an idle engine."""
+    """Return steps of an idle engine."""
     return Steps(engine, scheduler)
 
 
 async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> None:
-    """Also alone, and several together; encoded piece by piece as it is reached; less the further it is."""
+    """Long clips share a bound, also a single one; pieces are encoded when reached; the share falls along a clip."""
     steps.add("one", 2400)
     steps.add("two", 2400)
     shares: list[int] = []
@@ -168,7 +172,7 @@ async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> N
         shares.append(computed["one"])
         encoded_tokens.append(encoded.get("one", 0))
     assert shares[0] == 416
-    # The second starts at once, and then gets what is too little for the first, until that is done.
+    # The second starts at once, and then gets the remainder that is too little for the first, until the first is done.
     assert others[0] == 1
     assert max(others[:-1]) <= 32
     assert shares[:-1] == sorted(shares[:-1], reverse=True)
@@ -178,7 +182,7 @@ async def test_a_long_clip_takes_a_bounded_share_of_each_step(steps: Steps) -> N
 
 
 async def test_the_shorter_of_long_clips_overtakes(steps: Steps) -> None:
-    """One that came later is read before the rest of forty minutes, unless these have waited for a tenth of that."""
+    """A later, shorter clip is read before the rest of 40 minutes, unless that has waited for a tenth of its length."""
     steps.add("forty minutes", 2400)
     for _ in range(20):
         steps.run()
@@ -192,8 +196,8 @@ async def test_the_shorter_of_long_clips_overtakes(steps: Steps) -> None:
     assert computed["forty minutes"] > 50
 
 
-async def test_a_long_clip_goes_on_however_far_it_is(steps: Steps, scheduler: Any) -> None:
-    """A step for which a single token is too much has one even so."""
+async def test_a_long_clip_proceeds_however_far_it_is(steps: Steps, scheduler: Any) -> None:
+    """A long clip gets a token in a step even where a single token exceeds the bound."""
     scheduler._long_tokens_per_step, scheduler._long_tokens_halve = 16, 20
     steps.add("long", 60)
     shares = [steps.run()[0]["long"] for _ in range(200)]
@@ -202,21 +206,30 @@ async def test_a_long_clip_goes_on_however_far_it_is(steps: Steps, scheduler: An
 
 
 async def test_running_captions_keep_half_of_each_step() -> None:
-    """Long audios come first in a step, and never take all of it."""
+    """Long audios come first in a step, and take at most half of it."""
     module = importlib.import_module("serving.engine.vllm.async_llm")
     assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512)) == 256
     assert module._long_tokens_per_step(Settings(max_num_batched_tokens=512, long_tokens_per_step=100)) == 100
 
 
+async def test_a_step_without_a_token_is_counted(steps: Steps) -> None:
+    """A step of prefill alone, in which no caption gets a token, adds one to the count that vLLM's statistics carry."""
+    steps.add("long", 300)
+    for number in range(1, 6):
+        steps.run()
+        assert (steps.counted, steps.answered) == (number, 0)
+
+
 async def test_a_step_without_work_is_no_progress(scheduler: Any) -> None:
-    """It is not told, so that the watchdog sees an engine that turns in vain."""
-    nothing = scheduler.schedule()
+    """A step that computes nothing is not counted, so that the watchdog notices an engine that runs in vain."""
     outputs = importlib.import_module("vllm.v1.outputs")
-    assert scheduler.update_from_output(nothing, outputs.EMPTY_MODEL_RUNNER_OUTPUT) == {}
+    for _ in range(3):
+        (message,) = scheduler.update_from_output(scheduler.schedule(), outputs.EMPTY_MODEL_RUNNER_OUTPUT).values()
+        assert message.scheduler_stats.step_counter == 0
 
 
-async def test_a_short_clip_starts_before_a_long_one_goes_on(steps: Steps) -> None:
-    """In the step after its arrival, whole, with nothing of the long clips, though they came first."""
+async def test_a_short_clip_starts_before_a_long_clip_proceeds(steps: Steps) -> None:
+    """A short clip is read completely in the step after its arrival, without the long clips that came before it."""
     steps.add("long", 2400)
     for _ in range(20):
         steps.run()
@@ -230,18 +243,18 @@ async def test_a_short_clip_starts_before_a_long_one_goes_on(steps: Steps) -> No
 
 
 async def test_a_long_clip_proceeds_under_any_load(steps: Steps) -> None:
-    """With a short clip arriving in every step it still gets every fifth."""
+    """A long clip gets every fifth step even if a short clip arrives in every step."""
     steps.add("long", 600)
-    went_on = []
+    proceeded = []
     for i in range(20):
         steps.add(f"short-{i}", 5, max_tokens=1)
         computed, _ = steps.run()
-        went_on.append(computed.get("long", 0) > 1)
-    assert went_on == [False, False, False, False, True] * 4
+        proceeded.append(computed.get("long", 0) > 1)
+    assert proceeded == [False, False, False, False, True] * 4
 
 
 async def test_clips_up_to_thirty_seconds_are_not_held_back(steps: Steps) -> None:
-    """Five of them fill a step of 2048 tokens, as without our scheduler."""
+    """Five clips of 30 s fill a step of 2048 tokens, as with vLLM's scheduler."""
     for i in range(5):
         steps.add(f"clip-{i}", 30)
     computed, encoded = steps.run()
@@ -249,8 +262,8 @@ async def test_clips_up_to_thirty_seconds_are_not_held_back(steps: Steps) -> Non
     assert sum(encoded.values()) == 5 * 390
 
 
-async def test_a_running_caption_goes_on_beside_a_long_clip(engine: VllmEngine) -> None:
-    """In the real engine: it gets a token in each of the many steps that ten minutes take, and a new one overtakes."""
+async def test_a_running_caption_proceeds_during_a_long_clip(engine: VllmEngine) -> None:
+    """A running caption gets a token in each of the many steps of a 10-minute clip; a new short clip overtakes it."""
 
     async def count(features: Features, max_tokens: int) -> int:
         return len(await token_ids(engine, features, max_tokens=max_tokens, ignore_eos=True))
@@ -276,8 +289,8 @@ async def test_a_running_caption_goes_on_beside_a_long_clip(engine: VllmEngine) 
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_reading_a_long_clip_is_seen_as_progress(engine: VllmEngine) -> None:
-    """The engine steps long before the clip's first token, so that no watchdog takes its silence for a stall."""
+async def test_steps_of_a_long_prefill_are_progress(engine: VllmEngine) -> None:
+    """Steps are counted long before the clip's first token, so that no watchdog takes the prefill for a stall."""
     async with aclosing(engine.generate("long", sound(300), Sampling(max_tokens=1, ignore_eos=True))) as deltas:
         before = engine.steps
         await anext(deltas)
@@ -291,13 +304,13 @@ async def test_reading_a_long_clip_is_seen_as_progress(engine: VllmEngine) -> No
 async def test_ray_never_takes_over_the_workers(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, tensor_parallel: int
 ) -> None:
-    """Within a placement group of Ray vLLM would choose Ray's workers by itself; ours are processes of the engine."""
+    """Workers are processes of the engine, also in a placement group, where vLLM would choose Ray's workers."""
     module = importlib.import_module(type(model_of(engine)).__module__)
     ray = importlib.import_module("ray")
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env=None))
     monkeypatch.setattr(ray.util, "get_current_placement_group", object)
-    if tensor_parallel > 1:  # what the name of our executor protects from
+    if tensor_parallel > 1:  # our executor prevents this
         plain = importlib.import_module("vllm.config").ParallelConfig(tensor_parallel_size=tensor_parallel)
         assert plain.distributed_executor_backend == "ray"
     parallel = module.engine_config(Settings(tensor_parallel=tensor_parallel)).parallel_config

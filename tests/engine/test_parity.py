@@ -1,4 +1,4 @@
-"""The served model is the model: token for token what the reference implementation writes."""
+"""The served model equals the reference implementation token for token."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 TOKENS = 100
-"""More than the longest caption."""
+"""Token limit, greater than the longest caption."""
 
 CLIPS = 54
 
 TIE = 1e-3
-"""Logits that differ by less are a tie."""
+"""Difference of logits below which they are a tie."""
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
     """The same checkpoint in the implementation of transformers, in float32."""
-    torch.set_num_threads(1)  # it is small: on a busy machine threads would wait for each other
+    torch.set_num_threads(1)  # the model is small: on a busy machine threads would wait for each other
     model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     return model.thinker.eval()
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    """Its own preprocessing: chat template, feature extractor and placeholders."""
+    """The checkpoint's own preprocessing: chat template, feature extractor and placeholders."""
     return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 def reference_tokens(reference: Any, processor: Any, samples: Samples) -> list[int]:
-    """What transformers generates greedily for a waveform, end of turn included."""
+    """Return the tokens that transformers generates greedily for a waveform, end of turn included."""
     message = {"role": "user", "content": [{"type": "audio", "audio": "clip"}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
@@ -61,15 +61,15 @@ def reference_tokens(reference: Any, processor: Any, samples: Samples) -> list[i
 
 @pytest.fixture(scope="module")
 def captions(reference: Any, processor: Any) -> dict[int, list[int]]:
-    """Number of each of the assorted clips: its caption in transformers."""
+    """Captions of the assorted clips in transformers, by the clip's number."""
     return {n: reference_tokens(reference, processor, clip.samples) for n, clip in enumerate(assorted(CLIPS))}
 
 
 async def served_captions(engine: VllmEngine) -> dict[int, list[int]]:
-    """The same from vLLM: all clips at once, but those under a second.
+    """Return the captions of vLLM: all clips at once, except those under a second.
 
-    The audio tower pads all clips of a step to the longest second among them, and its convolutions see that: a clip
-    under a second reads a little different beside others. So it does in transformers, with several in a batch.
+    The audio tower pads all clips of a step to the longest second among them, and its convolutions see the padding: a
+    clip under a second is encoded a little differently in a step with others. So it is in a batch of transformers.
     """
     features = [Features(log_mel(clip.samples), clip.samples.size) for clip in assorted(CLIPS)]
     short = {n: clip for n, clip in enumerate(features) if clip.duration_s < 1}
@@ -80,7 +80,7 @@ async def served_captions(engine: VllmEngine) -> dict[int, list[int]]:
 
 
 def lead(reference: Any, processor: Any, samples: Samples, tokens: list[int], other: int) -> float:
-    """By how much the reference prefers the last of its `tokens` to `other` in its place: a difference of logits."""
+    """Return the reference's logit of the last of its `tokens` less that of `other` in its place."""
     message = {"role": "user", "content": [{"type": "audio", "audio": "clip"}]}
     prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
     inputs = processor(text=prompt, audio=[samples], sampling_rate=16_000, return_tensors="pt")
@@ -92,7 +92,7 @@ def lead(reference: Any, processor: Any, samples: Samples, tokens: list[int], ot
 
 
 def assert_equal(served: dict[int, list[int]], captions: dict[int, list[int]], reference: Any, processor: Any) -> None:
-    """Equal but for ties: a sum in another order may turn what differs by less than a thousandth of a logit."""
+    """Assert that captions are equal except for ties: the order of a sum may change a logit by a thousandth."""
     different = [n for n in captions if served[n] != captions[n]]
     assert CLIPS - len(different) >= 50
     for n in different:
@@ -114,7 +114,7 @@ async def test_captions_of_known_sounds_equal_the_reference(
 async def test_captions_with_tensor_parallel_size_2_equal_the_reference(
     captions: dict[int, list[int]], reference: Any, processor: Any
 ) -> None:
-    """Two processes that share each layer write the same."""
+    """Two processes that share each layer write the same captions."""
     shared = VllmEngine(Settings(tensor_parallel=2))
     try:
         await start(shared)
@@ -127,14 +127,14 @@ async def test_captions_with_tensor_parallel_size_2_equal_the_reference(
 async def test_greedy_tokens_equal_the_reference(
     engine: VllmEngine, reference: Any, processor: Any, seconds: float
 ) -> None:
-    """Our features through vLLM give exactly the tokens that transformers gives for the waveform."""
+    """Our features give in vLLM exactly the tokens that transformers gives for the waveform."""
     for seed in range(2):
         expected = reference_tokens(reference, processor, waveform(seconds, seed))
         assert await token_ids(engine, sound(seconds, seed), max_tokens=TOKENS) == expected
 
 
 async def test_parity_would_notice_a_wrong_clip(engine: VllmEngine, captions: dict[int, list[int]]) -> None:
-    """Tokens differ when a clip is played backwards or at another speed: equality above means something."""
+    """Tokens differ when a clip is played backwards or at another speed, so the equality above is significant."""
     right = 0
     for n, clip in enumerate(assorted(12)):
         features = log_mel(clip.samples)

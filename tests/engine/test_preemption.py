@@ -1,4 +1,4 @@
-"""The real engine with little room for context: overrun it preempts, behind the gate it does not."""
+"""The real engine with little KV cache: overloaded it preempts, behind admission control it does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.types import Sampling
 from tests.engine.conftest import sound, start
@@ -28,11 +28,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 
 SETTINGS = Settings(max_num_seqs=8, max_model_len=2048, max_input_tokens=1024, max_output_tokens=1024)
 BLOCKS = 24
-"""Of 128 tokens: room for five of the captions below, where the engine would run eight."""
+"""KV cache in blocks of 128 tokens: enough for five of the captions below, where the engine would run eight."""
 
 
 class Preemptions:
-    """Counts them, as one of vLLM's own loggers of statistics."""
+    """A stat logger of vLLM that counts preemptions."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -53,15 +53,15 @@ class Preemptions:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cramped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tuple[VllmEngine, Preemptions]]:
-    """The engine, and how often it has preempted."""
+    """Start the engine; yield it and its count of preemptions."""
     scratch: Path = tmp_path_factory.mktemp("vllm")
     with warnings.catch_warnings(), _environment(SETTINGS, scratch):
         warnings.simplefilter("ignore")
         module: Any = importlib.import_module("serving.engine.vllm.async_llm")
     preemptions, llm = Preemptions(), module.AsyncLLM
 
-    def from_vllm_config(config: Any, **_: Any) -> Any:
-        return llm.from_vllm_config(config, stat_loggers=[preemptions])
+    def from_vllm_config(config: Any, *, stat_loggers: list[Any], **options: Any) -> Any:
+        return llm.from_vllm_config(config, stat_loggers=[*stat_loggers, preemptions], **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "AsyncEngineArgs", partial(module.AsyncEngineArgs, num_gpu_blocks_override=BLOCKS))
@@ -83,11 +83,11 @@ async def _overload(engine: Engine) -> None:
     await asyncio.gather(*(one(seed) for seed in range(8)))
 
 
-async def test_the_gate_keeps_the_engine_from_preempting(cramped: tuple[VllmEngine, Preemptions]) -> None:
-    """Of 8 captions that come at once, the bare engine preempts some; behind the gate it preempts none."""
+async def test_admission_control_prevents_preemption(cramped: tuple[VllmEngine, Preemptions]) -> None:
+    """Of 8 simultaneous captions the bare engine preempts some; behind admission control it preempts none."""
     engine, preemptions = cramped
     await _overload(engine)
     assert preemptions.count > 0
     preemptions.count = 0
-    await _overload(GatedEngine(engine, SETTINGS))
+    await _overload(AdmissionControl(engine, SETTINGS))
     assert preemptions.count == 0

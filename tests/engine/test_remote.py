@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.base import Load
 from serving.engine.fake import FakeEngine, Faults
 from serving.engine.remote import server as servers
@@ -53,7 +53,7 @@ def settings(**changes: object) -> Settings:
 async def replica(given: Settings, faults: Faults | None = None) -> AsyncIterator[Replica]:
     """An engine behind a socket."""
     fake = FakeEngine(given, faults=faults)
-    engine = GatedEngine(fake, given)
+    engine = AdmissionControl(fake, given)
     server = EngineServer(given, engine, lambda: SECRET)
     await engine.start()
     await server.start("127.0.0.1")

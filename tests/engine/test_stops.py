@@ -1,4 +1,4 @@
-"""Stop sequences of token ids against a search in the whole caption."""
+"""Stop sequences of token ids, compared with a search in the full caption."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IDS = st.integers(0, 2)
 
 
 def decode(ids: list[int]) -> str:
-    """A letter per token."""
+    """Return a letter per token."""
     return "".join("abc"[token_id] for token_id in ids)
 
 
@@ -21,8 +21,8 @@ def decode(ids: list[int]) -> str:
     deltas=st.lists(st.lists(IDS, max_size=4), min_size=1, max_size=12),
     sequences=st.lists(st.lists(IDS, min_size=1, max_size=4), min_size=1, max_size=3),
 )
-def test_text_before_the_first_sequence_comes_out_whole(deltas: list[list[int]], sequences: list[list[int]]) -> None:
-    """However tokens are cut into deltas, nothing of the sequence is sent, and nothing before it is lost."""
+def test_all_text_before_the_first_sequence_is_returned(deltas: list[list[int]], sequences: list[list[int]]) -> None:
+    """For any division of tokens into deltas, no part of the sequence is sent, and no text before it is lost."""
     stops = StopSequences(sequences, decode)
     sent, finish_reason = "", None
     for number, ids in enumerate(deltas, 1):
@@ -32,12 +32,12 @@ def test_text_before_the_first_sequence_comes_out_whole(deltas: list[list[int]],
         if finish_reason is not None:
             break
 
-    whole = decode([token_id for ids in deltas for token_id in ids])
-    ends = [whole.find(decode(s)) + len(s) for s in sequences if decode(s) in whole]
+    full = decode([token_id for ids in deltas for token_id in ids])
+    ends = [full.find(decode(s)) + len(s) for s in sequences if decode(s) in full]
     if not ends:
-        assert (sent, finish_reason) == (whole, FinishReason.LENGTH)
+        assert (sent, finish_reason) == (full, FinishReason.LENGTH)
         return
     end = min(ends)
-    begins = [end - len(s) for s in sequences if whole[:end].endswith(decode(s))]
-    assert sent in {whole[:begin] for begin in begins}
+    begins = [end - len(s) for s in sequences if full[:end].endswith(decode(s))]
+    assert sent in {full[:begin] for begin in begins}
     assert finish_reason is FinishReason.STOP

@@ -39,34 +39,34 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    """The checkpoint's own preprocessing."""
+    """Return the checkpoint's own preprocessing."""
     return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 def model_of(engine: VllmEngine) -> LoadedModel:
-    """What the engine holds once it has started."""
+    """Return the loaded model of a started engine."""
     assert engine._model is not None
     return engine._model
 
 
 def module_of(engine: VllmEngine) -> Any:
-    """What the engine imports when it starts, and no test before."""
+    """Return the module that the engine imports when it starts, and no test before."""
     return sys.modules[type(model_of(engine)).__module__]
 
 
 def files_of(engine: VllmEngine) -> list[Path]:
-    """Sockets, temporary files, and the directory they are in."""
+    """Return sockets, temporary files, and their directory."""
     scratch = Path(engine._scratch.name)
     return [scratch, *scratch.iterdir()] if scratch.exists() else []
 
 
 async def idle(engine: VllmEngine) -> bool:
-    """Whether nothing is waiting or running, as the engine process itself sees it."""
+    """Return whether nothing waits or runs in the engine process."""
     return not await model_of(engine)._llm.engine_core.call_utility_async("has_work")
 
 
 async def within(seconds: float, condition: Callable[[], Awaitable[bool]]) -> bool:
-    """Whether the condition comes true in time."""
+    """Return whether the condition becomes true in time."""
     deadline = time.monotonic() + seconds
     while not await condition():
         if time.monotonic() > deadline:
@@ -75,7 +75,7 @@ async def within(seconds: float, condition: Callable[[], Awaitable[bool]]) -> bo
     return True
 
 
-# ---- what is handed over
+# ---- the input
 
 
 async def test_the_prompt_is_the_chat_templates(engine: VllmEngine, processor: Any) -> None:
@@ -86,7 +86,7 @@ async def test_the_prompt_is_the_chat_templates(engine: VllmEngine, processor: A
 
 
 @pytest.mark.parametrize("seconds", [0.5, 6.0, 31.07])
-async def test_the_input_is_what_vllm_would_make_of_the_waveform(engine: VllmEngine, seconds: float) -> None:
+async def test_the_input_equals_vllms_own_preprocessing(engine: VllmEngine, seconds: float) -> None:
     """Token ids, placeholders, fields and features equal those of vLLM's own preprocessing."""
     parse_model_prompt = importlib.import_module("vllm.renderers.inputs.preprocess").parse_model_prompt
     model = model_of(engine)
@@ -109,7 +109,7 @@ async def test_the_input_is_what_vllm_would_make_of_the_waveform(engine: VllmEng
 
 
 async def test_no_two_requests_share_a_cache_key(engine: VllmEngine) -> None:
-    """The same clip twice gets two keys, and a client's request id cannot make them equal."""
+    """The same clip twice gets two keys; a client's request id cannot make them equal."""
     model = model_of(engine)
     async with (
         aclosing(engine.generate("same", sound(1), Sampling(ignore_eos=True))) as one,
@@ -123,14 +123,14 @@ async def test_no_two_requests_share_a_cache_key(engine: VllmEngine) -> None:
 
 
 async def test_features_reach_vllm_without_a_copy(engine: VllmEngine) -> None:
-    """The tensor that is handed over is the memory that the audio worker wrote."""
+    """The tensor that is sent is the memory that the audio worker wrote."""
     features = sound(10)
     item = model_of(engine)._input("request-1", features)["mm_kwargs"]["audio"][0]
     assert item["input_audio_features"].data.data_ptr() == features.log_mel.ctypes.data
 
 
-async def test_features_are_let_go_once_handed_over(engine: VllmEngine) -> None:
-    """A caption that is being written keeps no features: they are 123 MB for the longest audio."""
+async def test_features_are_released_once_sent(engine: VllmEngine) -> None:
+    """A caption in generation keeps no features: they are 123 MB for the longest audio."""
     features = sound(60)
     log_mel = weakref.ref(features.log_mel)
     async with aclosing(engine.generate("long", features, Sampling(max_tokens=1000, ignore_eos=True))) as deltas:
@@ -140,7 +140,7 @@ async def test_features_are_let_go_once_handed_over(engine: VllmEngine) -> None:
 
 
 async def test_audio_tokens_are_the_models_own_count(engine: VllmEngine) -> None:
-    """13 per second; the model's formula for every length up to 30 s, and 40 minutes fit the input."""
+    """`audio_tokens` is the model's formula for every length up to 30 s: 13 per second; 40 minutes fit the input."""
     theirs = importlib.import_module("vllm.model_executor.models.qwen3_omni_moe_thinker")
     frames = torch.arange(1, 3001)
     assert [audio_tokens(n) for n in frames.tolist()] == theirs._get_feat_extract_output_lengths(frames).tolist()
@@ -149,7 +149,7 @@ async def test_audio_tokens_are_the_models_own_count(engine: VllmEngine) -> None
 
 
 async def test_context_is_not_underestimated(engine: VllmEngine) -> None:
-    """What a clip is said to take of the context covers its prompt, and all captions together fit the cache."""
+    """`context_tokens` of a clip covers its prompt, and all captions together fit the cache."""
     features, model = sound(6.0), model_of(engine)
     prompt = model._input("request-1", features)["prompt_token_ids"]
     assert len(prompt) <= context_tokens(features) <= len(prompt) + PROMPT_TOKENS
@@ -163,33 +163,33 @@ async def test_context_is_not_underestimated(engine: VllmEngine) -> None:
 
 @pytest.fixture(scope="module")
 def clip() -> Features:
-    """A clip whose greedy caption ends by itself."""
+    """Return a clip whose greedy caption finishes before the token limit."""
     return sound(2.0, seed=2)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def tokens(engine: VllmEngine, clip: Features) -> list[int]:
-    """Its greedy tokens without the end of turn."""
+    """Return the clip's greedy tokens without the end of turn."""
     return (await token_ids(engine, clip))[:-1]
 
 
-async def test_the_engine_keeps_its_memory_and_nothing_else_does(engine: VllmEngine) -> None:
-    """Without a GPU the allocator of processes started for the engine keeps what a step took; nobody else's does."""
+async def test_only_the_engines_allocator_keeps_memory(engine: VllmEngine) -> None:
+    """Without a GPU the allocator of the engine's processes, and no other, keeps the memory of a step."""
     module = importlib.import_module(type(model_of(engine)).__module__)
-    with module._keeping_memory():
+    with module._allocator_keeps_memory():
         assert os.environ["MALLOC_MMAP_MAX_"] == "0"
     assert not [name for name in os.environ if name.startswith("MALLOC_")]
 
 
-@pytest.mark.parametrize(("asked", "eager"), [(None, True), (True, True), (False, False)])
-async def test_compilation_is_for_whoever_asks_for_it(engine: VllmEngine, asked: bool | None, eager: bool) -> None:  # noqa: FBT001
+@pytest.mark.parametrize(("setting", "eager"), [(None, True), (True, True), (False, False)])
+async def test_compilation_needs_a_setting_without_a_gpu(engine: VllmEngine, setting: bool | None, eager: bool) -> None:  # noqa: FBT001
     """Without a GPU nothing is compiled unless the settings say so: the first caption comes minutes sooner."""
     module = importlib.import_module(type(model_of(engine)).__module__)
-    assert module.engine_config(Settings(enforce_eager=asked)).model_config.enforce_eager is eager
+    assert module.engine_config(Settings(enforce_eager=setting)).model_config.enforce_eager is eager
 
 
-async def test_no_request_finds_what_another_left(engine: VllmEngine, clip: Features) -> None:
-    """No prefix and no prepared audio is cached, and the same clip has another key in each request."""
+async def test_nothing_is_cached_across_requests(engine: VllmEngine, clip: Features) -> None:
+    """No prefix and no preprocessed audio is cached, and the same clip has another key in each request."""
     model = model_of(engine)
     config = model._llm.vllm_config
     assert config.cache_config.enable_prefix_caching is False
@@ -200,30 +200,30 @@ async def test_no_request_finds_what_another_left(engine: VllmEngine, clip: Feat
 
 
 async def test_the_engines_own_counts(engine: VllmEngine, clip: Features, tokens: list[int]) -> None:
-    """Beside what is billed the engine tells what it counts itself: the whole prompt, and the end of turn."""
+    """Deltas also carry the engine's own counts: the full prompt, and the end of turn, which is not billed."""
     deltas = [delta async for delta in engine.generate("counted", clip, Sampling(temperature=0.0))]
     assert sum(delta.input_tokens for delta in deltas) == len(model_of(engine)._input("id", clip)["prompt_token_ids"])
     assert sum(delta.uncounted_tokens for delta in deltas) == 1
     assert sum(delta.tokens for delta in deltas) == len(tokens)
 
 
-async def test_a_caption_ends_by_itself_and_its_last_token_is_not_counted(
+async def test_the_end_of_turn_is_not_counted(
     engine: VllmEngine, clip: Features, tokens: list[int], processor: Any
 ) -> None:
-    """Text, count and finish reason of a whole caption, without control tokens."""
+    """A full caption has the text, count and finish reason of its tokens, without control tokens."""
     text = processor.tokenizer.decode(tokens)
     assert await caption(engine, clip) == Caption(text, len(tokens), FinishReason.STOP)
     assert "<|" not in text
 
 
 async def test_max_tokens_ends_a_caption_as_length(engine: VllmEngine, clip: Features) -> None:
-    """So many tokens and no more."""
+    """A caption has `max_tokens` tokens and no more."""
     got = await caption(engine, clip, max_tokens=5)
     assert (got.tokens, got.finish_reason) == (5, FinishReason.LENGTH)
 
 
-async def test_ignore_eos_goes_on_to_max_tokens(engine: VllmEngine, clip: Features, tokens: list[int]) -> None:
-    """Every token counts then, the end of turn too."""
+async def test_ignore_eos_continues_to_max_tokens(engine: VllmEngine, clip: Features, tokens: list[int]) -> None:
+    """With `ignore_eos` every token counts, the end of turn too."""
     got = await caption(engine, clip, ignore_eos=True, max_tokens=len(tokens) + 10)
     assert (got.tokens, got.finish_reason) == (len(tokens) + 10, FinishReason.LENGTH)
 
@@ -250,7 +250,7 @@ async def test_top_k_top_p_and_temperature_narrow_the_choice(
     "penalty", [{"presence_penalty": 2.0}, {"frequency_penalty": 2.0}, {"repetition_penalty": 1.5}], ids=str
 )
 async def test_penalties_make_words_rarer(engine: VllmEngine, clip: Features, penalty: dict[str, float]) -> None:
-    """More different tokens among as many."""
+    """With a penalty, 64 tokens contain more different tokens."""
     long = {"ignore_eos": True, "max_tokens": 64}
     assert len(set(await token_ids(engine, clip, **long, **penalty))) > len(set(await token_ids(engine, clip, **long)))
 
@@ -259,7 +259,7 @@ async def test_penalties_make_words_rarer(engine: VllmEngine, clip: Features, pe
 
 
 async def test_a_stop_text_ends_the_caption_before_it(engine: VllmEngine, clip: Features) -> None:
-    """Also where it spans tokens; no part of it is sent; of several the first counts."""
+    """A stop text ends the caption before it, also where it spans tokens; of several stop texts the first counts."""
     text = (await caption(engine, clip)).text
     first, second = text[12:20], text[30:36]
     got = await caption(engine, clip, stop=(second, first))
@@ -269,7 +269,7 @@ async def test_a_stop_text_ends_the_caption_before_it(engine: VllmEngine, clip: 
 async def test_a_stop_token_ends_the_caption_before_it(
     engine: VllmEngine, clip: Features, tokens: list[int], processor: Any
 ) -> None:
-    """The token is not part of the text."""
+    """The stop token is not part of the text."""
     end = tokens.index(tokens[7])
     got = await caption(engine, clip, stop_token_ids=(tokens[7],))
     assert (got.text, got.finish_reason) == (processor.tokenizer.decode(tokens[:end]), FinishReason.STOP)
@@ -278,7 +278,7 @@ async def test_a_stop_token_ends_the_caption_before_it(
 async def test_a_stop_sequence_ends_the_caption_before_it(
     engine: VllmEngine, clip: Features, tokens: list[int], processor: Any
 ) -> None:
-    """A sequence of tokens is one condition: its parts alone do not stop, nor does one that never completes."""
+    """A sequence stops as one condition: its parts alone do not stop, nor does a sequence that never completes."""
     other = next(token for token in range(100) if token not in tokens)
     sequences = ((other, tokens[1]), tuple(tokens[5:8]), (tokens[-1], other))
     got = await caption(engine, clip, stop_token_sequences=sequences)
@@ -302,8 +302,8 @@ async def test_a_stop_sequence_ends_the_caption_before_it(
     ],
     ids=str,
 )
-async def test_what_cannot_be_honoured_is_refused(engine: VllmEngine, clip: Features, sampling: dict[str, Any]) -> None:
-    """The engine says so, and lives on."""
+async def test_invalid_parameters_are_rejected(engine: VllmEngine, clip: Features, sampling: dict[str, Any]) -> None:
+    """Invalid parameters raise `InvalidRequest`, and the engine continues."""
     with pytest.raises(InvalidRequest):
         await caption(engine, clip, **sampling)
     await engine.check_health()
@@ -319,8 +319,8 @@ async def test_forty_minutes_fit(engine: VllmEngine) -> None:
     assert got.tokens == 3
 
 
-async def test_longer_than_the_input_limit_is_refused(engine: VllmEngine) -> None:
-    """42 minutes are 32,760 audio tokens; with the scaffold around them they exceed 32,768."""
+async def test_longer_than_the_input_limit_is_rejected(engine: VllmEngine) -> None:
+    """42 minutes are 32,760 audio tokens; with the prompt around them they exceed 32,768."""
     with pytest.raises(AudioTooLong):
         await caption(engine, Features(np.zeros((128, 252_000), np.float32), 252_000 * 160))
 
@@ -329,21 +329,24 @@ async def test_longer_than_the_input_limit_is_refused(engine: VllmEngine) -> Non
 
 
 async def test_each_of_many_gets_its_own_caption(engine: VllmEngine) -> None:
-    """32 different clips at once read as each does alone."""
-    clips = [sound(0.5 + seed % 7, seed) for seed in range(32)]
+    """32 different clips at once get the captions that each gets alone.
+
+    All have at least a second: a shorter clip is encoded a little differently in a step with others (test_parity.py).
+    """
+    clips = [sound(1.5 + seed % 7, seed) for seed in range(32)]
     alone = [await caption(engine, features, max_tokens=16) for features in clips]
-    assert len({one.text for one in alone}) > len(clips) / 2, "clips must be told apart for this to mean something"
+    assert len({one.text for one in alone}) > len(clips) / 2, "the captions must differ for this test to be significant"
     assert await asyncio.gather(*(caption(engine, features, max_tokens=16) for features in clips)) == alone
 
 
-async def test_closing_frees_the_engine_at_once(engine: VllmEngine) -> None:
-    """200 captions that are left, while they stream, wait, or are just being handed over, leave nothing running."""
+async def test_closing_stops_generation_at_once(engine: VllmEngine) -> None:
+    """200 captions that are closed while they stream, wait, or are being sent leave nothing running."""
     endless = Sampling(max_tokens=30_000, ignore_eos=True)
     clips = [sound(2.0, seed) for seed in range(4)]
-    generators = [engine.generate(f"left-{i}", clips[i % 4], endless) for i in range(200)]
+    generators = [engine.generate(f"closed-{i}", clips[i % 4], endless) for i in range(200)]
     await asyncio.gather(*(anext(generator) for generator in generators[:50]))
     waiting = [asyncio.create_task(anext(generator)) for generator in generators[50:]]
-    for task in waiting[100:]:  # these are cut at every step of being handed over
+    for task in waiting[100:]:  # these are cancelled at every stage of being sent
         await asyncio.sleep(0)
         task.cancel()
     assert not await idle(engine)
@@ -358,18 +361,18 @@ async def test_closing_frees_the_engine_at_once(engine: VllmEngine) -> None:
     assert (await caption(engine, clips[0], max_tokens=2)).tokens == 2
 
 
-# ---- life and death
+# ---- start and stop
 
 
 @pytest.fixture
 def dropped_sockets() -> Iterator[None]:
-    """When loading fails, vLLM leaves a ZeroMQ context to the garbage collector, which warns of it."""
+    """Collect the ZeroMQ context that vLLM leaves when loading fails; the collector warns of it."""
     yield
     gc.collect()
 
 
 async def test_before_its_start_the_engine_is_not_ready() -> None:
-    """Health and captions say so, and stopping it does no harm."""
+    """Before the start, the health check and captions raise `NotReady`, and stopping does nothing."""
     engine = VllmEngine(Settings())
     with pytest.raises(NotReady):
         await engine.check_health()
@@ -381,7 +384,7 @@ async def test_before_its_start_the_engine_is_not_ready() -> None:
 @pytest.mark.usefixtures("dropped_sockets")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_checkpoint_that_cannot_be_loaded_fails_the_start(tmp_path: Path) -> None:
-    """The start raises, and nothing is left."""
+    """The start raises `EngineFailed`, and the engine can be stopped."""
     (tmp_path / "config.json").write_text("{}")
     engine = VllmEngine(Settings(model=str(tmp_path)))
     with pytest.raises(EngineFailed):
@@ -392,7 +395,7 @@ async def test_a_checkpoint_that_cannot_be_loaded_fails_the_start(tmp_path: Path
 @pytest.mark.usefixtures("dropped_sockets")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_stop_ends_a_start_under_way(engine: VllmEngine) -> None:
-    """The engine process that was loading is gone, with its files; the other engine's is not."""
+    """Stopping during the start ends the loading process and deletes its files; another engine is not affected."""
     before = set(psutil.Process().children(recursive=True))
     late = VllmEngine(Settings())
     starting = asyncio.create_task(start(late))
@@ -410,14 +413,19 @@ async def test_stop_ends_a_start_under_way(engine: VllmEngine) -> None:
 
 
 async def test_the_death_of_the_engine_is_noticed() -> None:
-    """Ctrl-C does not reach the engine process. When it dies, what runs and what comes fails, and health says so."""
-    engine = VllmEngine(Settings())
+    """Ctrl-C does not reach the engine process; once it is dead, captions and the health check raise `EngineFailed`.
+
+    Before that, steps are counted, although vLLM's own metrics are off.
+    """
+    engine = VllmEngine(Settings(vllm_metrics=False))
     await start(engine)
     (process,) = model_of(engine)._llm.engine_core.resources.engine_manager.processes
     async with aclosing(engine.generate("dies", sound(1), Sampling(max_tokens=30_000, ignore_eos=True))) as deltas:
         os.kill(process.pid, signal.SIGINT)
+        steps = engine.steps
         for _ in range(20):
             await anext(deltas)
+        assert engine.steps - steps > 10
         await engine.check_health()
         process.kill()
         with pytest.raises(EngineFailed):
@@ -432,8 +440,8 @@ async def test_the_death_of_the_engine_is_noticed() -> None:
     assert not files_of(engine)
 
 
-async def test_stopping_fails_what_runs(caplog: pytest.LogCaptureFixture) -> None:
-    """A caption under way raises instead of waiting for ever, and nothing is logged as a failure."""
+async def test_stopping_fails_running_captions(caplog: pytest.LogCaptureFixture) -> None:
+    """A caption in generation raises instead of waiting for ever, and nothing is logged as a failure."""
     engine = VllmEngine(Settings())
     await start(engine)
     logging.getLogger("vllm").addHandler(caplog.handler)
@@ -451,7 +459,7 @@ async def test_stopping_fails_what_runs(caplog: pytest.LogCaptureFixture) -> Non
 
 
 async def test_the_engine_ends_with_the_service() -> None:
-    """A service that is killed without a word leaves no engine process behind."""
+    """A service that is killed (SIGKILL) leaves no engine process behind."""
     program = """
 import asyncio
 from serving.config import Settings

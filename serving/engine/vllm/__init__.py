@@ -1,1 +1,1 @@
-"""The vLLM engine: the only importers of vllm."""
+"""The vLLM engine: the only modules that import vllm."""

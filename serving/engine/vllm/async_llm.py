@@ -1,15 +1,16 @@
-"""vLLM 0.32 with the captioner loaded, fed with log-mel features.
+"""vLLM 0.32 with the captioner loaded; its input is log-mel features.
 
-Only this, `executor.py`, `scheduler.py`, `thinker.py` and `cpu_layers.py` import vLLM, the others in its processes too.
-
-vLLM turns a waveform into features on one thread of this process, under this process's GIL. Our audio workers have made
-them already, so a request is handed over as vLLM's own preprocessing would have left it (its "engine input": expanded
-prompt, features, placeholder range), and none of that preprocessing runs. A test holds our input against vLLM's own for
+vLLM computes features from a waveform on one thread of this process, under this process's GIL. Our audio workers have
+computed them already, so a request is sent as vLLM's own preprocessing would have left it (its "engine input": expanded
+prompt, features, placeholder range), and none of that preprocessing runs. A test compares our input with vLLM's own for
 the same clip, so that an upgrade which changes it is noticed. Figures: deploy/adr/0001-precomputed-features.md.
 
-Nothing that a client made reaches vLLM but features and checked sampling parameters: no text, URL, media id, cache salt
-or processor argument. Prefix and processor caches are off: each audio is new, so they would only spend memory, and no
-tenant can learn from their timing what another one sent.
+From a client vLLM receives only features and checked sampling parameters: no text, URL, media id, cache salt or
+processor argument. Prefix and processor caches are off: each audio is new, so they would only spend memory, and no
+tenant can infer from their timing what another tenant sent.
+
+Only the modules of this package import vLLM; vLLM's processes import them too. tests/compat/test_vllm.py asserts that
+every name of vLLM that they use exists; deploy/upgrading.md lists these names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import signal
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -43,8 +44,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
-from serving.engine.vllm.executor import SoloExecutor, TeamExecutor
-from serving.engine.vllm.scheduler import LongAudioYields, LongAudioYieldsAsync
+from serving.engine.vllm.executor import InProcessExecutor, MultiGpuExecutor
+from serving.engine.vllm.scheduler import AsyncLongAudioScheduler, LongAudioScheduler
+from serving.engine.vllm.step_counter import StepCounter, stat_loggers
 from serving.engine.vllm.stop_sequences import StopSequences
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest
 from serving.observability.context import TRACE
@@ -62,25 +64,25 @@ PROMPT = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\
 """The chat template's rendering of one user message that is one audio and nothing else."""
 
 _AUDIO_PAD = "<|audio_pad|>"
-"""Stands in the prompt once per audio token."""
+"""Placeholder in the prompt, once per audio token."""
 
 _MEL_BINS = 128
 _FRAMES_PER_S = 100
 _WINDOW_FRAMES = 800
-"""The audio tower attends within windows of 8 s: what ends with one is encoded the same alone as in the whole."""
+"""Window of 8 s within which the audio tower attends: a piece that ends with one is encoded as in the whole audio."""
 LONG_FRAMES = 4 * _WINDOW_FRAMES
-"""Longer audios are handed over in pieces, and yield to others in each step. The model is trained on 30 s."""
+"""Longest audio that is sent in one piece. Longer audios yield to others in each step. The model is trained on 30 s."""
 
 _MIN_TEMPERATURE = 0.01
-"""vLLM raises anything lower but 0 to this, and logs a warning each time."""
+"""Lowest temperature above 0: vLLM raises a lower one to this, and logs a warning each time."""
 
 _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
 class LoadedModel:
-    """The captioner, loaded in vLLM's own process. Making one takes as long as loading takes.
+    """The captioner, loaded in vLLM's own process. The constructor returns when the model is loaded.
 
-    Raises whatever vLLM raises if it cannot load.
+    Raises what vLLM raises if it cannot load.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -88,11 +90,14 @@ class LoadedModel:
         self._piece_frames = _piece_frames(settings)
         self._ids = itertools.count()
         config = engine_config(settings)
-        with _deaf_to_interrupts(), _keeping_memory():
-            self._llm = AsyncLLM.from_vllm_config(config, disable_log_stats=not settings.vllm_metrics)
+        self._counter = StepCounter()
+        with _interrupts_blocked(), _allocator_keeps_memory():
+            self._llm = AsyncLLM.from_vllm_config(
+                config,
+                stat_loggers=stat_loggers(self._counter, vllm_metrics=settings.vllm_metrics),
+                disable_log_stats=not settings.vllm_metrics,
+            )
         self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
-        self.steps = 0
-        self._count_steps()
         tokenizer = self._llm.renderer.get_tokenizer()
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
@@ -100,44 +105,49 @@ class LoadedModel:
         prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
         self._audio_pad = tokenizer.convert_tokens_to_ids(_AUDIO_PAD)
         self._audio_offset = prompt.index(self._audio_pad)
-        self._head, self._tail = prompt[: self._audio_offset], prompt[self._audio_offset + 1 :]
+        self._prompt_prefix, self._prompt_suffix = prompt[: self._audio_offset], prompt[self._audio_offset + 1 :]
         ends = self._llm.input_processor.generation_config_fields.get("eos_token_id", [])
         self.kv_capacity_tokens = self._kv_capacity_tokens(settings.max_num_seqs)
         self._end_of_turn = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)}
 
     def _kv_capacity_tokens(self, captions: int) -> int:
-        """Tokens of context that fit at once, divided among so many captions in any way.
+        """Return the tokens of context that fit at once, divided among `captions` in any way.
 
-        The cache is handed out in blocks, so each caption may waste most of one; vLLM keeps one block for itself. It
-        refuses to start if the longest context does not fit.
+        The cache is allocated in blocks, so each caption may waste most of a block; vLLM reserves one block for itself,
+        and refuses to start if the longest context does not fit.
         """
         cache = self._llm.vllm_config.cache_config
         tokens = (cache.num_gpu_blocks - 1 - captions) * cache.block_size
         return int(max(tokens, self._llm.model_config.max_model_len))
 
     @property
+    def steps(self) -> int:
+        """See `Engine`."""
+        return self._counter.steps
+
+    @property
     def dead(self) -> bool:
-        """Whether the process that runs the model has died."""
+        """True once the process that runs the model has died."""
         return bool(self._llm.errored)
 
     async def close(self) -> None:
-        """End the processes, which takes seconds; what runs raises `EngineFailed`."""
-        # First what waits for the engine, lest vLLM takes the end for a failure and logs it.
+        """Stop the processes, which takes seconds; running captions raise `EngineFailed`."""
+        # The tasks that wait for the engine stop first, or vLLM would take the shutdown for a failure and log it.
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
         self._llm.output_processor.propagate_error(EngineDeadError())
-        await asyncio.to_thread(self._end)
+        await asyncio.to_thread(self._shut_down)
 
-    def _end(self) -> None:
+    def _shut_down(self) -> None:
         resources = self._llm.engine_core.resources
         self._llm.shutdown()
-        # vLLM leaves these to the end of the program.
+        # vLLM leaves these to the end of the interpreter.
         for process in resources.engine_manager.processes:
             process.join()
         resources.ctx.term()
 
     def silence(self) -> Features:
-        """Features of half a second of nothing."""
+        """Return features of half a second of silence."""
         return Features(np.full((_MEL_BINS, 50), -1.5, np.float32), samples=8000)
 
     async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
@@ -153,8 +163,8 @@ class LoadedModel:
         stops = StopSequences(sampling.stop_token_sequences, self._decode)
         finish_reason: FinishReason | None = None
         try:
-            # Not `generate`: it would keep the features until the last token; and cancelled while it hands the request
-            # over, it would leave it running.
+            # Not `generate`: it would keep the features until the last token; and cancelled while it sends the request,
+            # it would leave the request running.
             queue = await self._llm.add_request(own_id, engine_input, params, trace_headers=TRACE.get())
             del engine_input, features
             while finish_reason is None:
@@ -165,7 +175,7 @@ class LoadedModel:
                 text, tokens = output.text, output.token_ids
                 if sampling.stop_token_sequences:
                     text, finish_reason = stops.feed(text, tokens, finish_reason)
-                # A turn that ends by itself ends with a token that is no part of the caption.
+                # The end-of-turn token is no part of the caption.
                 ended = finish_reason is FinishReason.STOP and not sampling.ignore_eos
                 uncounted = ended and bool(tokens) and tokens[-1] in self._end_of_turn
                 yield EngineDelta(
@@ -181,20 +191,8 @@ class LoadedModel:
         except VLLMServerError as error:
             raise EngineFailed from error
         finally:
-            # Does nothing for a request that has finished by itself, or when the process has died.
+            # Does nothing for a finished request, or when the process has died.
             await self._llm.abort(own_id)
-
-    def _count_steps(self) -> None:
-        """Count what the engine tells: once a step (`scheduler.py` sees to it), even if no caption has got a token."""
-        client: Any = self._llm.engine_core
-        told = client.get_output_async
-
-        async def counted() -> Any:
-            outputs = await told()
-            self.steps += 1
-            return outputs
-
-        client.get_output_async = counted
 
     def _params(self, sampling: Sampling) -> SamplingParams:
         ids = [*sampling.stop_token_ids, *itertools.chain.from_iterable(sampling.stop_token_sequences)]
@@ -216,35 +214,35 @@ class LoadedModel:
                 repetition_penalty=sampling.repetition_penalty,
                 ignore_eos=sampling.ignore_eos,
                 output_kind=RequestOutputKind.DELTA,
-                skip_clone=True,  # it is made for this request alone
+                skip_clone=True,  # they are made for this request alone
             )
         except VLLMClientError as error:
             raise InvalidRequest(str(error)) from error
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
-        """What vLLM's own preprocessing would make of the clip. Raises `AudioTooLong`.
+        """Return the result of vLLM's own preprocessing for the clip. Raises `AudioTooLong`.
 
-        Only features that are handed over in pieces are copied.
+        Only features that are sent in pieces are copied.
         """
         frames = features.log_mel.shape[1]
         tokens = audio_tokens(frames)
-        if len(self._head) + tokens + len(self._tail) > self._max_input_tokens:
+        if len(self._prompt_prefix) + tokens + len(self._prompt_suffix) > self._max_input_tokens:
             raise AudioTooLong
         log_mel = torch.from_numpy(features.log_mel).to(self._dtype)
         piece = self._piece_frames if frames > LONG_FRAMES else frames
-        # A last piece of less than a second would be encoded without the padding that it has beside whole seconds.
+        # A last piece of less than a second would be encoded without the padding that it has next to full seconds.
         ends = [*range(piece, frames - _FRAMES_PER_S + 1, piece), frames]
         items, ids, ranges, offset = [], [], [], self._audio_offset
         for start, end in itertools.pairwise((0, *ends)):
             length = audio_tokens(end - start)
-            # In one piece of memory, which vLLM hands over as it is; anything else it would copy on the event loop.
+            # Contiguous memory is sent as it is; vLLM would copy anything else on the event loop.
             items.append(_item(log_mel[:, start:end].contiguous()))
-            # The key of the encoder's cache: no two requests share it.
+            # The key of the encoder's cache: no two requests share a key.
             ids.append(f"{own_id}@{start}")
             ranges.append(PlaceholderRange(offset=offset, length=length))
             offset += length
         return mm_input(
-            [*self._head, *[self._audio_pad] * tokens, *self._tail],
+            [*self._prompt_prefix, *[self._audio_pad] * tokens, *self._prompt_suffix],
             MultiModalKwargsItems({"audio": items}),
             {"audio": ids},
             {"audio": ranges},
@@ -252,7 +250,7 @@ class LoadedModel:
 
 
 def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
-    """Features (mel bins, frames) of one piece, as vLLM wants them."""
+    """Return features (mel bins, frames) of one piece in vLLM's format."""
     frames = log_mel.shape[1]
     return MultiModalKwargsItem(
         {
@@ -262,7 +260,7 @@ def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
             "audio_feature_lengths": MultiModalFieldElem(
                 data=torch.tensor(frames), field=MultiModalBatchedField(keep_on_cpu=True)
             ),
-            # Nothing reads it, but it must be there.
+            # vLLM requires the mask and never reads it.
             "feature_attention_mask": MultiModalFieldElem(
                 data=torch.ones(frames, dtype=torch.bool), field=MultiModalBatchedField(keep_on_cpu=True)
             ),
@@ -271,10 +269,10 @@ def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
 
 
 def engine_config(settings: Settings) -> VllmConfig:
-    """What vLLM is started with. On the CPU it also sets how many threads compute."""
+    """Return vLLM's configuration. On a CPU, also set the number of threads that compute."""
     on_cpu = current_platform.is_cpu()
     if on_cpu:
-        # Threads that wait for each other cost a small model more than they give it, and on a busy machine tenfold.
+        # Threads that wait for each other cost a small model more than they save, and on a busy machine tenfold.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     config = AsyncEngineArgs(
@@ -282,21 +280,22 @@ def engine_config(settings: Settings) -> VllmConfig:
         dtype=_dtype(settings),
         quantization=settings.quantization,
         tensor_parallel_size=settings.tensor_parallel,
-        distributed_executor_backend=SoloExecutor if settings.tensor_parallel == 1 else TeamExecutor,
+        distributed_executor_backend=InProcessExecutor if settings.tensor_parallel == 1 else MultiGpuExecutor,
         max_model_len=settings.max_model_len,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.step_tokens,
         gpu_memory_utilization=settings.gpu_memory_utilization,
         kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
         enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
-        # In one process nothing runs beside a step, so this would only hold each token back until the next is computed.
+        # In one process nothing runs during a step, so this would only delay each token until the next is computed.
         async_scheduling=False if on_cpu and settings.tensor_parallel == 1 else None,
         additional_config={
             "long_audio_tokens": audio_tokens(LONG_FRAMES) + PROMPT_TOKENS,
             "long_tokens_per_step": _long_tokens_per_step(settings),
             "long_tokens_halve": 1_000 if on_cpu else 8_192,
+            "cpu_kernels": _cpu_kernels(settings),
         },
-        # By audio vLLM means a piece of one. It counts them only in its own preprocessing.
+        # An "audio" of vLLM is a piece of an audio. vLLM counts them only in its own preprocessing.
         limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
@@ -305,27 +304,34 @@ def engine_config(settings: Settings) -> VllmConfig:
         use_tqdm_on_load=False,
     ).create_engine_config()
     scheduler = config.scheduler_config
-    scheduler.scheduler_cls = LongAudioYieldsAsync if scheduler.async_scheduling else LongAudioYields
+    scheduler.scheduler_cls = AsyncLongAudioScheduler if scheduler.async_scheduling else LongAudioScheduler
     return config
 
 
+def _cpu_kernels(settings: Settings) -> bool:
+    """Return the setting `cpu_kernels` or its default; False without a CPU build of vLLM."""
+    chosen = settings.is_embedded if settings.cpu_kernels is None else settings.cpu_kernels
+    return chosen and current_platform.is_cpu()
+
+
 def _long_tokens_per_step(settings: Settings) -> int:
-    """At most half of a step: captions that run need the rest."""
+    """Return the tokens of long audios in a step: at most half of it, because running captions need the rest."""
     wanted = settings.long_tokens_per_step or (416 if current_platform.is_cpu() else 2048)
     return min(wanted, settings.step_tokens // 2)
 
 
 def _piece_frames(settings: Settings) -> int:
-    """About as much as one step takes, in whole windows: what a step encodes beyond that, others wait for in vain.
+    """Return the frames of a piece: about as many as one step takes, in full windows.
 
-    There is no need for larger ones: pieces that fall into one step are encoded together.
+    A larger piece would delay other captions by encoding more than the step reads; and there is no need for one, since
+    pieces that fall into one step are encoded together.
     """
     windows = _long_tokens_per_step(settings) // audio_tokens(_WINDOW_FRAMES)
     return min(max(1, windows) * _WINDOW_FRAMES, LONG_FRAMES)
 
 
 def _dtype(settings: Settings) -> str:
-    """The checkpoint's own number format where the settings ask for it: vLLM's `auto` would halve float32."""
+    """Return the number format; for `auto` the checkpoint's own, because vLLM's `auto` would halve float32."""
     config = Path(settings.model, "config.json")
     if settings.dtype != "auto" or not config.is_file():
         return settings.dtype
@@ -333,8 +339,8 @@ def _dtype(settings: Settings) -> str:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach: it goes to the whole terminal, and running captions shall finish."""
+def _interrupts_blocked() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it goes to the whole terminal, and running captions must finish."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -343,11 +349,11 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _keeping_memory() -> Iterator[None]:
-    """Start processes whose allocator (glibc's) keeps what it has on a machine without GPU.
+def _allocator_keeps_memory() -> Iterator[None]:
+    """Start processes whose allocator (glibc's) keeps freed memory, on a machine without GPU.
 
-    A step takes hundreds of MB for the clips that it encodes, by default in mappings that are given back after it and
-    faulted in anew in the next one, page by page (deploy/adr/0004).
+    A step takes hundreds of MB for the clips that it encodes, by default in mappings that are released after the step
+    and faulted in again in the next step, page by page (deploy/adr/0004).
     """
     wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(8 << 30)} if current_platform.is_cpu() else {}
     added = {name: value for name, value in wanted.items() if name not in os.environ}

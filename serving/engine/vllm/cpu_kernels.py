@@ -1,9 +1,9 @@
-"""What vLLM does around its CPU kernels in each step, in fewer operations. For one process, float weights, no compiler.
+"""Direct calls of vLLM's CPU kernels, with fewer operations around them. For one process, float weights, no compiler.
 
 With a model as small as the embedded one, most of a step is not arithmetic but the calls around it: normalisation in
 seven operations, rotation on three equal axes, layers of dispatch around the experts, a sort of the whole vocabulary.
-Here the same kernels of vLLM are called directly (figures: deploy/adr/0004). Nothing of this runs on a GPU, where
-CUDA graphs hide such costs. What does not look as expected stays as vLLM has it.
+This module calls the same kernels of vLLM directly (figures: deploy/adr/0004). The setting `cpu_kernels` switches it
+on. It never runs on a GPU, where CUDA graphs hide such costs. A layer or sampler of unexpected structure stays vLLM's.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MOST_CANDIDATES = 128
-"""Up to so many, choosing candidates costs less than sorting the vocabulary."""
+MAX_CANDIDATES = 128
+"""Largest top k for which a selection of candidates costs less than a sort of the vocabulary."""
 
 
-def lighten(runner: Any) -> int:
-    """Let a loaded model runner of vLLM's take the short way; return how many of its decoder layers do."""
+def patch_decoder_layers(runner: Any) -> int:
+    """Replace the sampler and the decoder layers of vLLM's loaded model runner; return the number of such layers."""
     config = runner.vllm_config
     if not current_platform.is_cpu() or config.compilation_config.mode != CompilationMode.NONE:
         return 0
     sampler = runner.sampler
     if sampler.logprobs_mode == "raw_logprobs" and not sampler.use_fp64_gumbel:
-        sampler.topk_topp_sampler.forward = candidates_first(sampler.topk_topp_sampler.forward)
+        sampler.topk_topp_sampler.forward = topk_first_sampler(sampler.topk_topp_sampler.forward)
     model = runner.get_model()
-    if not any(config.model_config.get_multimodal_config().get_limit_per_prompt(of) for of in ("image", "video")):
-        # What images would add to the first layers; vLLM adds zeros for tokens of other kinds.
+    if not any(config.model_config.get_multimodal_config().get_limit_per_prompt(kind) for kind in ("image", "video")):
+        # Images add these to the first layers; vLLM adds zeros for tokens of other kinds.
         model.deepstack_input_embeds = None
     alone = config.parallel_config.world_size == 1
     layers = [layer for layer in model.language_model.model.layers if alone and _is_plain(layer)]
@@ -48,7 +48,7 @@ def lighten(runner: Any) -> int:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a decoder layer is made of what `Layer` computes."""
+    """Return whether a decoder layer consists of the parts that `Layer` computes."""
     attention, block = layer.self_attn, layer.mlp
     if not isinstance(block, Qwen3MoeSparseMoeBlock) or block.shared_expert is not None:
         return False
@@ -57,7 +57,7 @@ def _is_plain(layer: Any) -> bool:
     linear = (attention.qkv_proj, attention.o_proj, block.gate)
     norms = (attention.q_norm, attention.k_norm, layer.input_layernorm, layer.post_attention_layernorm)
     return (
-        all(isinstance(of.quant_method, UnquantizedLinearMethod) and of.bias is None for of in linear)
+        all(isinstance(part.quant_method, UnquantizedLinearMethod) and part.bias is None for part in linear)
         and all(norm.weight.dtype == torch.float32 and norm.variance_size_override is None for norm in norms)
         and isinstance(attention.attn.impl, CPUAttentionBackendImpl)
         and isinstance(attention.rotary_emb, MRotaryEmbedding)
@@ -77,14 +77,14 @@ class Layer:
     """A decoder layer's `forward`."""
 
     def __init__(self, layer: Any) -> None:
-        self._whole = layer.forward
-        self._before, self._after = layer.input_layernorm, layer.post_attention_layernorm
+        self._vllm_forward = layer.forward
+        self._input_norm, self._post_attention_norm = layer.input_layernorm, layer.post_attention_layernorm
         attention = layer.self_attn
         self._attention = attention
         self._name = attention.attn.layer_name
         self._heads = attention.num_heads + attention.num_kv_heads
         self._qk_size = attention.q_size + attention.kv_size
-        # The norms of queries and keys differ in nothing but their weights.
+        # The norms of queries and keys differ only in their weights.
         self._ones = torch.ones(attention.head_dim)
         self._qk_weight = torch.cat(
             (
@@ -95,48 +95,50 @@ class Layer:
         self._gate = layer.mlp.gate
         self._experts = layer.mlp.experts.routed_experts
         kernel = self._experts.quant_method.moe_kernel.fused_experts
-        self._isa, self._zentorch = kernel.isa, kernel._use_zentorch  # noqa: SLF001 - nothing else tells
+        self._isa, self._zentorch = kernel.isa, kernel._use_zentorch  # noqa: SLF001 - no public name has it
 
     def __call__(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the layer makes of the tokens of one step."""
+        """Compute the layer for the tokens of one step."""
         context = get_forward_context()
-        # Without metadata it is a rehearsal, which writes no context.
+        # Without metadata it is a profiling run, which writes no context.
         if not isinstance(context.attn_metadata, dict) or self._zentorch:
-            return self._whole(positions, hidden_states, residual)  # type: ignore[no-any-return]
+            return self._vllm_forward(positions, hidden_states, residual)  # type: ignore[no-any-return]
         if residual is None:
             residual = hidden_states.clone()
-            hidden_states = _norm(hidden_states, self._before.weight, self._before.variance_epsilon)
+            hidden_states = _norm(hidden_states, self._input_norm.weight, self._input_norm.variance_epsilon)
         else:
-            _add_and_norm(hidden_states, residual, self._before)
-        hidden_states = self._attend(positions, hidden_states, context)
-        _add_and_norm(hidden_states, residual, self._after)
-        return self._ask_experts(hidden_states), residual
+            _add_and_norm(hidden_states, residual, self._input_norm)
+        hidden_states = self._run_attention(positions, hidden_states, context)
+        _add_and_norm(hidden_states, residual, self._post_attention_norm)
+        return self._run_experts(hidden_states), residual
 
-    def _attend(self, positions: torch.Tensor, hidden_states: torch.Tensor, context: Any) -> torch.Tensor:
-        of = self._attention
+    def _run_attention(self, positions: torch.Tensor, hidden_states: torch.Tensor, context: Any) -> torch.Tensor:
+        attention = self._attention
         tokens = hidden_states.shape[0]
-        qkv = of.qkv_proj.cpu_linear(hidden_states, None, None)
-        qk = _norm(qkv[:, : self._qk_size].reshape(-1, of.head_dim), self._ones, of.q_norm.variance_epsilon)
-        qk = qk.view(tokens, self._heads, of.head_dim).mul_(self._qk_weight).view(tokens, self._qk_size)
-        query, key = qk[:, : of.q_size], qk[:, of.q_size :]
-        # The three axes of positions are equal for audio and text (`thinker.py`).
+        qkv = attention.qkv_proj.cpu_linear(hidden_states, None, None)
+        qk = _norm(
+            qkv[:, : self._qk_size].reshape(-1, attention.head_dim), self._ones, attention.q_norm.variance_epsilon
+        )
+        qk = qk.view(tokens, self._heads, attention.head_dim).mul_(self._qk_weight).view(tokens, self._qk_size)
+        query, key = qk[:, : attention.q_size], qk[:, attention.q_size :]
+        # The three axes of positions are equal for audio and text (`model.py`).
         row = positions[0] if positions.ndim > 1 else positions
-        rotary = of.rotary_emb
-        torch.ops._C.rotary_embedding(row, query, key, of.head_dim, rotary.cos_sin_cache, rotary.is_neox_style)  # noqa: SLF001
-        attn, name = of.attn, self._name
-        key = key.view(tokens, -1, of.head_dim)
-        value = qkv[:, self._qk_size :].view(tokens, -1, of.head_dim)
+        rotary = attention.rotary_emb
+        torch.ops._C.rotary_embedding(row, query, key, attention.head_dim, rotary.cos_sin_cache, rotary.is_neox_style)  # noqa: SLF001
+        attn, name = attention.attn, self._name
+        key = key.view(tokens, -1, attention.head_dim)
+        value = qkv[:, self._qk_size :].view(tokens, -1, attention.head_dim)
         attn.impl.do_kv_cache_update(attn, key, value, attn.kv_cache, context.slot_mapping[name])
-        output = torch.empty(tokens, of.num_heads, of.head_dim, dtype=query.dtype)
+        output = torch.empty(tokens, attention.num_heads, attention.head_dim, dtype=query.dtype)
         metadata = context.attn_metadata[name]
-        attn.impl.forward(attn, query.view(tokens, -1, of.head_dim), key, value, attn.kv_cache, metadata, output)
-        return of.o_proj.cpu_linear(output.view(tokens, -1), None, None)  # type: ignore[no-any-return]
+        attn.impl.forward(attn, query.view(tokens, -1, attention.head_dim), key, value, attn.kv_cache, metadata, output)
+        return attention.o_proj.cpu_linear(output.view(tokens, -1), None, None)  # type: ignore[no-any-return]
 
-    def _ask_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _run_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
         experts = self._experts
-        # The softmax of the greatest is the softmax of all, renormalised to them.
+        # The softmax of the greatest logits is the softmax of all, renormalised to the greatest.
         logits, ids = self._gate.cpu_linear(hidden_states, None, None).topk(experts.top_k, dim=-1)
         output = torch.empty_like(hidden_states)
         torch.ops._C.cpu_fused_moe(  # noqa: SLF001
@@ -148,7 +150,7 @@ class Layer:
             None,
             logits.softmax(dim=-1),
             ids.to(torch.int32),
-            False,  # noqa: FBT003 - do not leave the weights out
+            False,  # noqa: FBT003 - skip_weighted: the weights apply
             experts.activation.value,
             self._isa,
         )
@@ -162,15 +164,15 @@ def _norm(states: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.T
 
 
 def _add_and_norm(states: torch.Tensor, residual: torch.Tensor, norm: Any) -> None:
-    """In place: `residual` becomes the sum, `states` the sum's norm."""
+    """Add and normalise in place: `residual` becomes the sum, `states` the sum's norm."""
     torch.ops._C.fused_add_rms_norm(states, residual, norm.weight, norm.variance_epsilon)  # noqa: SLF001
 
 
-def candidates_first(everything: Callable[..., Any]) -> Callable[..., Any]:
-    """A sampler that looks for the top k first, and for top p among those. `everything` is vLLM's own.
+def topk_first_sampler(vllm_sampler: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a sampler that selects the top k first, and applies top p to those. `vllm_sampler` is vLLM's own.
 
-    The distribution is vLLM's, except that of tokens which are exactly alike in the k-th place it keeps as many as fit.
-    Whoever asks for a seed, or for no top k, gets vLLM's own.
+    The distribution is vLLM's, with one exception: of tokens with equal logits in the k-th place it keeps as many as
+    fit. A batch with a seeded request, or without a top k of at most `MAX_CANDIDATES`, is sampled by vLLM.
     """
 
     def sample(
@@ -179,11 +181,11 @@ def candidates_first(everything: Callable[..., Any]) -> Callable[..., Any]:
         k: torch.Tensor | None,
         p: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        most = MOST_CANDIDATES + 1 if k is None or generators else int(k.max())
-        if k is None or most > min(MOST_CANDIDATES, logits.shape[-1]):
-            return everything(logits, generators, k, p)  # type: ignore[no-any-return]
-        best, ids = logits.topk(most, dim=-1)
-        best.masked_fill_(torch.arange(most) >= k.unsqueeze(1), -torch.inf)
+        largest_k = MAX_CANDIDATES + 1 if k is None or generators else int(k.max())
+        if k is None or largest_k > min(MAX_CANDIDATES, logits.shape[-1]):
+            return vllm_sampler(logits, generators, k, p)  # type: ignore[no-any-return]
+        best, ids = logits.topk(largest_k, dim=-1)
+        best.masked_fill_(torch.arange(largest_k) >= k.unsqueeze(1), -torch.inf)
         shares = best.softmax(dim=-1)
         if p is not None:
             better = shares.cumsum(dim=-1) - shares

@@ -1,4 +1,7 @@
-"""The captioner on vLLM: an engine that imports vLLM only when it starts, off the event loop."""
+"""The captioner on vLLM: an engine that imports vLLM only when it starts, off the event loop.
+
+Only modules of this package import vLLM, so an upgrade of vLLM touches this package alone (deploy/upgrading.md).
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,9 @@ if TYPE_CHECKING:
 
 
 class VllmEngine:
-    """An `Engine` on vLLM's `AsyncLLM`. The model runs in a process of its own.
+    """An `Engine` on vLLM's `AsyncLLM`. The model runs in a separate process.
 
-    `start` imports vLLM, which takes seconds, and starts that process, which imports it again and loads the model.
+    `start` imports vLLM, which takes seconds, and starts that process, which imports vLLM again and loads the model.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -53,7 +56,7 @@ class VllmEngine:
         try:
             # Cancelling would not stop the thread; `stop` does.
             model = await asyncio.shield(self._loading)
-            # The first request pays for what PyTorch does once; and a model that cannot generate is not ready.
+            # The first request includes PyTorch's one-time work; and a model that cannot generate is not ready.
             async with aclosing(model.generate("start", model.silence(), Sampling(max_tokens=2))) as deltas:
                 async for _ in deltas:
                     pass
@@ -74,7 +77,7 @@ class VllmEngine:
 
     @property
     def gpus(self) -> int:
-        """GPUs that the model is on."""
+        """Number of GPUs of the model."""
         return self._model.gpus if self._model else 0
 
     @property
@@ -93,12 +96,12 @@ class VllmEngine:
         self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        del scheduling_class  # the order was chosen in front
+        del scheduling_class  # admission control has chosen the order
         if self._model is None:
             raise NotReady
         with self._tally.count(features):
             async with aclosing(self._model.generate(request_id, features, sampling)) as deltas:
-                del features  # 123 MB for the longest clip, not needed once handed over
+                del features  # 123 MB for the longest clip, not needed once sent
                 async for delta in deltas:
                     yield delta
 
@@ -108,7 +111,7 @@ class VllmEngine:
         if self._loading is None:
             return
         while not self._loading.done():
-            # Loading fails once its process has gone. It holds nothing yet that would need an orderly end.
+            # Loading fails once its process has gone. The process holds nothing yet that needs an orderly stop.
             for process in multiprocessing.active_children():
                 if process not in self._siblings:
                     process.kill()
@@ -121,9 +124,10 @@ class VllmEngine:
 
 @contextmanager
 def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
-    """Set what vLLM and the libraries below it read when they are imported, here and in the processes that vLLM starts.
+    """Set the variables that vLLM and its libraries read on import, here and in the processes that vLLM starts.
 
-    What the operator has set stays, but for the place of vLLM's sockets and temporary files, which it leaves behind.
+    Variables that the operator has set stay, except for the directory of vLLM's sockets and temporary files, which vLLM
+    does not delete.
     """
     logging_config = scratch / "logging.json"
     logging_config.write_text(json.dumps(_logging(settings)))
@@ -153,7 +157,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
 
 
 def _logging(settings: Settings) -> dict[str, Any]:
-    """Let vLLM log in the service's format. What it says of the stand-in on the CPU is no news to anyone."""
+    """Return the logging configuration of vLLM, in the service's format; for the embedded checkpoint, errors only."""
     level = "INFO" if settings.log_level == "debug" else "ERROR" if settings.is_embedded else "WARNING"
     formatter = (
         "serving.observability.logging.JsonFormatter"

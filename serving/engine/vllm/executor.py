@@ -1,7 +1,7 @@
-"""What runs the model inside vLLM's own process; vLLM imports this there by name.
+"""Executors that run the model inside vLLM's engine process; vLLM imports this module there by name.
 
-vLLM's engine process does not notice when the service dies without a word (SIGKILL, out of memory): it would keep its
-memory, or its GPUs, for ever. These executors end it.
+vLLM's engine process does not notice when the service is killed (SIGKILL, out of memory): it would keep its memory, or
+its GPUs, for ever. These executors stop the engine process then.
 """
 
 from __future__ import annotations
@@ -18,39 +18,41 @@ from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from serving.engine.vllm import model as thinker  # noqa: F401 - registers the model in every process of vLLM
+import serving.engine.vllm.model  # noqa: F401 - registers the model in every process of vLLM
 
 _GRACE_S = 10.0
-"""Time for the engine process to end by itself once the service has gone."""
+"""Time for the engine process to exit after SIGTERM once the service has gone, before SIGKILL."""
 
 
-class _EndsWithService:
+class _StopsWithService:
     def _init_executor(self) -> None:
-        # The interpreter would spend seconds looking for garbage in what goes with the process anyway.
+        # The interpreter would spend seconds on a garbage collection of objects that are freed with the process anyway.
         atexit.register(gc.freeze)
-        threading.Thread(target=_end_with_service, name="EndWithService", daemon=True).start()
+        threading.Thread(target=_stop_with_service, name="StopWithService", daemon=True).start()
         super()._init_executor()  # type: ignore[misc]
 
 
-class SoloExecutor(_EndsWithService, UniProcExecutor):  # type: ignore[misc]
-    """The model in the engine process itself.
+class InProcessExecutor(_StopsWithService, UniProcExecutor):  # type: ignore[misc]
+    """The model in the engine process.
 
-    vLLM would give the CPU a further process even for one worker: seconds more to start, and a hop per token.
+    On a CPU vLLM would start a further process even for one worker: seconds more to start, and a hop per token.
+
+    `additional_config["cpu_kernels"]` switches the direct calls of CPU kernels on (`cpu_kernels.py`); absent is off.
     """
 
     def _init_executor(self) -> None:
         super()._init_executor()
-        if current_platform.is_cpu():
-            from serving.engine.vllm.cpu_kernels import lighten  # noqa: PLC0415 - it is for the CPU's kernels alone
+        if current_platform.is_cpu() and self.vllm_config.additional_config.get("cpu_kernels"):
+            from serving.engine.vllm.cpu_kernels import patch_decoder_layers  # noqa: PLC0415 - only a CPU has them
 
-            lighten(self.driver_worker.worker.model_runner)
+            patch_decoder_layers(self.driver_worker.worker.model_runner)
 
 
-class TeamExecutor(_EndsWithService, MultiprocExecutor):  # type: ignore[misc]
+class MultiGpuExecutor(_StopsWithService, MultiprocExecutor):  # type: ignore[misc]
     """One process per GPU; they end with the engine process. Never Ray's workers, also under Ray."""
 
 
-def _end_with_service() -> None:
+def _stop_with_service() -> None:
     service = multiprocessing.parent_process()
     if service is None:
         return

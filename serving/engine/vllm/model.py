@@ -1,8 +1,8 @@
-"""vLLM's Qwen3-Omni thinker, which takes one audio in several pieces. Importing this registers it with vLLM.
+"""vLLM's Qwen3-Omni thinker for one audio in several pieces. The import of this module registers it with vLLM.
 
-The audio tower attends within windows of 8 s and convolves within single seconds, so pieces that end where windows do
-are encoded exactly as the whole is. As items of their own they are encoded one by one, each when the prompt's chunked
-prefill reaches it, instead of all in one engine step that every other caption would wait for.
+The audio tower attends within windows of 8 s and convolves within single seconds, so pieces that end at the ends of
+windows are encoded exactly as in the whole audio. As separate items the pieces are encoded one by one, each when the
+prompt's chunked prefill reaches it, and not all in one engine step that every other caption would wait for.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Thinker(Qwen3OmniMoeThinkerForConditionalGeneration):  # type: ignore[misc]
-    """The model as it is, but for the positions of its tokens."""
+    """vLLM's model with other positions of the tokens."""
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        """Positions (3, tokens), and 0: where the next token's differs from the number of tokens before it.
+        """Return positions (3, tokens), and 0: the next token's position less the number of tokens before it.
 
-        With audio alone vLLM counts 0, 1, 2, … on all three axes too, but wants a token of text after each audio.
+        For audio alone vLLM too counts 0, 1, 2, … on all three axes, but it requires a text token after each audio.
         """
         if any(feature.modality != "audio" for feature in mm_features):
             return super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[no-any-return]

@@ -1,11 +1,12 @@
-"""vLLM's scheduler, except that long audios leave room for everyone else in each engine step.
+"""vLLM's scheduler, except that long audios leave room for other requests in each engine step.
 
-An engine step ends for all captions at the same time, so a step full of a 40-minute prompt stalls every caption that
-runs and every clip that has just arrived. vLLM's own answer, `long_prefill_token_threshold`, counts tokens alone (far
-into the context one costs five times as much as at its start), caps short clips too, counts once per long prompt, and
-is lifted when a prompt is alone, as if nothing could arrive meanwhile. Ours bounds the work of all long audios together
-in every step, and leaves them out of a step in which a short one starts. Among themselves one is read after the other,
-that whose wait would be out of proportion first: the sum is the same, and most are done sooner.
+An engine step ends for all captions at the same time, so a step full of a 40-minute prompt stalls every running caption
+and every clip that has just arrived. vLLM's own remedy, `long_prefill_token_threshold`, counts tokens alone (far into
+the context a token costs five times as much as at its start), caps short clips too, applies to each long prompt
+separately, and is lifted when a prompt is alone, as if nothing could arrive meanwhile. This scheduler bounds the work
+of all long audios together in every step, and leaves them out of a step in which a short clip starts. Long audios are
+read one after the other, the one whose wait would be most out of proportion first: the total work is the same, and most
+of them finish sooner.
 """
 
 from __future__ import annotations
@@ -16,25 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutputs
-from vllm.v1.metrics.stats import SchedulerStats
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.request import Request
 
 WAIT_PER_TOKEN_S = 0.1 / 13
-"""How long an audio may stand behind others, per token: a tenth of how long it lasts, 13 tokens being a second."""
+"""Wait behind other long audios that an audio accepts, per token: a tenth of its duration (13 tokens are a second)."""
 
-MOST_SKIPS = 4
-"""Steps in a row that long audios may be left out of, so that they proceed under any load of short ones."""
+MAX_SKIPS = 4
+"""Consecutive steps that long audios may be left out of, so that they proceed under any load of short clips."""
 
 
-class LongAudioYields(Scheduler):  # type: ignore[misc]
-    """`additional_config` says what is long (`long_audio_tokens`), and how much of a step all long audios get.
+class LongAudioScheduler(Scheduler):  # type: ignore[misc]
+    """A scheduler with a bound on the prefill work of long audios in each step.
 
-    That is `long_tokens_per_step` at the beginning of an audio; after `long_tokens_halve` tokens of one it is half of
-    this, after twice as many a third, and so on.
+    `additional_config` defines what is long (`long_audio_tokens`) and the share of a step for all long audios together:
+    `long_tokens_per_step` at the beginning of an audio, half of that after `long_tokens_halve` tokens of an audio, a
+    third after twice as many, and so on.
+
+    Counts the steps with work, and sends the count with the statistics of each step (`step_counter.py`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,26 +46,31 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
         self._long_audio_tokens: int = config["long_audio_tokens"]
         self._long_tokens_per_step: int = config["long_tokens_per_step"]
         self._long_tokens_halve: int = config["long_tokens_halve"]
-        self._left = 0.0
+        self._remaining = 0.0
         self._skips = 0
+        self._steps = 0
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:  # noqa: FBT001, FBT002 - vLLM's signature
-        """One step."""
-        skip = self._skips < MOST_SKIPS and self._a_short_one_starts()
+        """Schedule one step."""
+        skip = self._skips < MAX_SKIPS and self._short_clip_starts()
         self._skips = self._skips + 1 if skip else 0
-        self._left = 0.0 if skip else float(self._long_tokens_per_step)
-        self.running.sort(key=self._turn)
+        self._remaining = 0.0 if skip else float(self._long_tokens_per_step)
+        self.running.sort(key=self._prefill_deadline)
         return super().schedule(throttle_prefills)
 
     def update_from_output(self, step: SchedulerOutput, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
-        """What is told after a step: something even if no caption has got a token, so that one sees it work."""
+        """Return vLLM's messages after a step, with the count of steps with work in their statistics.
+
+        vLLM sends statistics after every step, also if no caption got a token or nothing was computed.
+        """
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(step, *args, **kwargs)
-        if not outputs and step.total_num_scheduled_tokens:
-            # vLLM's client drops what holds neither tokens nor statistics.
-            outputs = {0: EngineCoreOutputs(scheduler_stats=SchedulerStats())}
+        self._steps += step.total_num_scheduled_tokens > 0
+        for message in outputs.values():
+            if message.scheduler_stats is not None:
+                message.scheduler_stats.step_counter = self._steps
         return outputs
 
-    def _a_short_one_starts(self) -> bool:
+    def _short_clip_starts(self) -> bool:
         waiting = self.waiting if len(self.running) < self.max_num_running_reqs else ()
         return any(
             request.num_prompt_tokens <= self._long_audio_tokens
@@ -70,35 +78,36 @@ class LongAudioYields(Scheduler):  # type: ignore[misc]
             for request in chain(self.running, waiting)
         )
 
-    def _reads_long(self, request: Request) -> bool:
+    def _in_long_prefill(self, request: Request) -> bool:
         tokens: int = request.num_prompt_tokens
         return request.num_computed_tokens < tokens and tokens > self._long_audio_tokens
 
-    def _turn(self, request: Request) -> float:
-        """Long audios that are being read come first, by when each has waited long enough for what it is.
+    def _prefill_deadline(self, request: Request) -> float:
+        """Return the sort key of running requests: long audios in prefill first, by the end of their accepted wait.
 
-        First, since vLLM throws the work of those at the end away where the KV cache is full, and theirs is the most.
+        They come first because vLLM, when the KV cache is full, discards the work of the requests at the end, and
+        theirs is the most.
         """
-        if not self._reads_long(request):
+        if not self._in_long_prefill(request):
             return math.inf
-        due: float = request.arrival_time + request.num_prompt_tokens * WAIT_PER_TOKEN_S
-        return due
+        deadline: float = request.arrival_time + request.num_prompt_tokens * WAIT_PER_TOKEN_S
+        return deadline
 
     def _try_schedule_encoder_inputs(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """What vLLM asks per request before it settles how many of its tokens this step computes."""
-        if self._reads_long(request):
+        """Bound the tokens of a long audio; vLLM calls this per request before it settles its tokens of this step."""
+        if self._in_long_prefill(request):
             cost = 1 + num_computed_tokens / self._long_tokens_halve
-            first = self._left == self._long_tokens_per_step
-            num_new_tokens = min(num_new_tokens, int(self._left / cost))
+            first = self._remaining == self._long_tokens_per_step
+            num_new_tokens = min(num_new_tokens, int(self._remaining / cost))
             if first or num_computed_tokens == 0:
-                # The first goes on however far it is. And one that waits starts even so: vLLM takes no one who waits
-                # behind a request that cannot start.
+                # The first proceeds however far it is. And a waiting audio starts in any case: vLLM admits no request
+                # that waits behind one that cannot start.
                 num_new_tokens = max(1, num_new_tokens)
-            self._left = max(0.0, self._left - num_new_tokens * cost)
+            self._remaining = max(0.0, self._remaining - num_new_tokens * cost)
         return super()._try_schedule_encoder_inputs(request, num_computed_tokens, num_new_tokens, *args, **kwargs)
 
 
-class LongAudioYieldsAsync(LongAudioYields, AsyncScheduler):  # type: ignore[misc]
-    """The same where vLLM prepares a step while the one before it runs."""
+class AsyncLongAudioScheduler(LongAudioScheduler, AsyncScheduler):  # type: ignore[misc]
+    """`LongAudioScheduler` where vLLM prepares a step while the step before it runs."""

@@ -1,4 +1,4 @@
-"""Stop sequences of token ids, which vLLM does not know: it stops at texts and at single tokens."""
+"""Stop sequences of token ids, which vLLM does not have: it stops at texts and at single tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class StopSequences:
-    """Cuts a stream of tokens before the first of some sequences.
+    """A filter that cuts a stream of tokens before the first occurrence of a stop sequence.
 
-    Text is held back while its tokens may turn out to begin a sequence. `decode` gives the text of token ids.
+    Text is held back while its tokens may be the beginning of a sequence. `decode` returns the text of token ids.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], decode: Callable[[list[int]], str]) -> None:
@@ -21,14 +21,14 @@ class StopSequences:
         self._decode = decode
         self._ids: list[int] = []
         self._sent = ""
-        self._held: list[tuple[int, str]] = []  # tokens up to and with this text, and the text
+        self._held: list[tuple[int, str]] = []  # number of tokens up to the end of this text, and the text
 
     def feed(
         self, text: str, token_ids: Sequence[int], finish_reason: FinishReason | None
     ) -> tuple[str, FinishReason | None]:
-        """Take the next tokens, their text and whether they are the last; return the text that is final, and the same.
+        """Add the next tokens and their text; return the text that is final, and the finish reason.
 
-        A sequence that is complete makes them the last.
+        A complete sequence finishes the stream with `STOP`.
         """
         for token_id in token_ids:
             self._ids.append(token_id)
@@ -37,14 +37,14 @@ class StopSequences:
                     before = self._decode(self._ids[: -len(sequence)])
                     return before.removeprefix(self._sent), FinishReason.STOP
         self._held.append((len(self._ids), text))
-        final = len(self._ids) if finish_reason else len(self._ids) - self._open()
+        final = len(self._ids) if finish_reason else len(self._ids) - self._undecided()
         done = "".join(text for end, text in self._held if end <= final)
         self._held = [(end, text) for end, text in self._held if end > final]
         self._sent += done
         return done, finish_reason
 
-    def _open(self) -> int:
-        """How many of the last tokens may begin a sequence."""
+    def _undecided(self) -> int:
+        """Return the number of last tokens that may be the beginning of a sequence."""
         longest = max(map(len, self._sequences)) - 1
         return next(
             (n for n in range(longest, 0, -1) if any(self._ids[-n:] == sequence[:n] for sequence in self._sequences)),
