@@ -60,7 +60,7 @@ class Settings(
     groups.Cluster,
     groups.Responses,
     groups.Downloads,
-    groups.AudioWorkers,
+    groups.AudioWorkerPool,
     groups.Capacity,
     groups.RequestLimits,
     groups.FakeEngine,

@@ -163,7 +163,7 @@ class Capacity(BaseModel):
     )
 
 
-class AudioWorkers(BaseModel):
+class AudioWorkerPool(BaseModel):
     """Processes that decode audio and compute features."""
 
     audio_workers: Annotated[int, Example(8)] = Field(
@@ -386,7 +386,7 @@ GROUPS = (
     Group("Fake engine", FakeEngine, f"{_SERVE} --engine=fake --fake-ttft-s=0.5 --fake-tpot-s=0.02"),
     Group("Request limits", RequestLimits, f"{_SERVE} --max-audio-s=600 --max-url-bytes=256MiB"),
     Group("Capacity", Capacity, f"{_SERVE} --max-concurrent-requests=1024 --max-features-bytes=1GiB"),
-    Group("Audio workers", AudioWorkers, f"{_SERVE} --audio-workers=8 --audio-timeout-s=30"),
+    Group("Audio workers", AudioWorkerPool, f"{_SERVE} --audio-workers=8 --audio-timeout-s=30"),
     Group("Downloads", Downloads, f"{_SERVE} --fetch-allow=media.internal:9000,10.1.0.0/16"),
     Group("Responses", Responses, f"{_SERVE} --stream-timeout-s=1200 --heartbeat-s=10"),
     Group("Cluster", Cluster, "captioner cluster --engine-on-gpu --max-engine-replicas=4"),

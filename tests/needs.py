@@ -25,7 +25,7 @@ NEEDS = {
 }
 
 _OF_NAME = {
-    "AudioWorkers": "process",
+    "AudioWorkerPool": "process",
     "AudioWorkerPool": "process",
     "RunningService": "process",
     "subprocess": "process",

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from serving.api.dialects.base import Codec
     from serving.audio.fetch import Fetcher
-    from serving.audio.worker_pool import AudioWorkers
+    from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Metrics
@@ -28,7 +28,7 @@ class Components:
 
     settings: Settings
     engine: Engine
-    workers: AudioWorkers
+    workers: AudioWorkerPool
     pipeline: CaptionPipeline
     uploads: UploadStore
     keys: Keyring

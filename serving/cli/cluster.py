@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cluster.ray_env import RAY_ENVIRONMENT
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
+from serving.cluster.ray_env import RAY_ENVIRONMENT
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.tenancy.database import UnusableDatabase
