@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
-from serving.engine.admission_control import GatedEngine, OutputEstimate
+from serving.engine.admission_control import GatedEngine
 from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
+from serving.scheduling.output_estimate import OutputEstimate
 from serving.types import NO_TENANT, Features, Sampling
 
 if TYPE_CHECKING:
