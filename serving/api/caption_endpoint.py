@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from serving.pipeline import Captioner
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.keys import Keyring
-    from serving.tenancy.usage_session import Admission, Admissions
+    from serving.tenancy.usage_session import UsageSession, UsageSessions
     from serving.types import CaptionDelta
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class CaptionEndpoint:
     codec: Codec
     captioner: Captioner
     keys: Keyring
-    admissions: Admissions
+    usage_sessions: UsageSessions
     metrics: Metrics
     bodies: SharedCapacity
     settings: Settings
@@ -87,10 +87,10 @@ class CaptionEndpoint:
             record.stream = reply.stream
             record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
             deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-            async with self.admissions.of(caller, record, request) as admission:
-                exchange.admission = admission
+            async with self.usage_sessions.session(caller, record, request) as session:
+                exchange.session = session
                 deltas = self.captioner.caption(
-                    request, record, admission, deadline_s=deadline_s, on_prepared=permit.release
+                    request, record, session, deadline_s=deadline_s, on_prepared=permit.release
                 )
                 del request  # it carries the encoded audio, which the path lets go of once it is decoded
                 answer = asyncio.create_task(self._answer(deltas, reply, exchange, record))
@@ -124,7 +124,7 @@ class _Exchange:
 
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
-        self.admission: Admission | None = None
+        self.session: UsageSession | None = None
         self.ended = False
         """The last of the answer is on its way."""
         self.encode_s = 0.0
@@ -210,12 +210,12 @@ class _Exchange:
     async def _end(self) -> None:
         """Before the last byte: nobody has an answer that the ledger does not know."""
         self.ended = True
-        if self.admission:
-            await self.admission.settle(None)
+        if self.session:
+            await self.session.settle(None)
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self._started = True
-        limits = self.admission.headers if self.admission else {}
+        limits = self.session.headers if self.session else {}
         fields = [(b"content-type", content_type.encode())]
         fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in {**limits, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})

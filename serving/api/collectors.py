@@ -51,10 +51,10 @@ def watch_service(service: Service) -> None:
     else:
         cpu["engine"] = _engine_cpu(engine)
         taken |= _watch_engine(metrics, engine, settings)
-    limits = service.admissions.limiter.store
+    limits = service.usage_sessions.limiter.store
     watch("captioner_limits_store_up", lambda: float(not limits.degraded))
     watch("captioner_limits_fallbacks_total", lambda: limits.fallbacks)
-    ledger = service.admissions.ledger
+    ledger = service.usage_sessions.ledger
     watch("captioner_keys_age_seconds", lambda: service.keys.age_s)
     watch("captioner_database_up", lambda: float(ledger.database_up and not service.keys.failing))
     watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
     from serving.tenancy.keys import Keyring
-    from serving.tenancy.usage_session import Admissions
+    from serving.tenancy.usage_session import UsageSessions
     from serving.types import Caller
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Service:
     captioner: Captioner
     uploads: UploadStore
     keys: Keyring
-    admissions: Admissions
+    usage_sessions: UsageSessions
     metrics: Metrics
     bodies: SharedCapacity
     openai: Codec
@@ -265,7 +265,7 @@ def routes(service: Service) -> list[Route]:
     parts = (
         service.captioner,
         service.keys,
-        service.admissions,
+        service.usage_sessions,
         service.metrics,
         service.bodies,
         service.settings,
