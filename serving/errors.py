@@ -55,7 +55,10 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
 from __future__ import annotations
 
 import copyreg
+import re
 from typing import TYPE_CHECKING, Any
+
+from serving.types import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -301,3 +304,30 @@ class DeadlineExceeded(ServerError):
 
 class Internal(ServerError):
     pass
+
+
+def error_code(kind: type[CaptionerError]) -> str:
+    """Return the error's name as metric labels have it: `engine_stalled` for `EngineStalled`."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def outcome_of(error: BaseException | None, *, partial: bool, generated: bool) -> tuple[Outcome, str]:
+    """Return how a request ended, and the code of the error that ended it ("" if it was answered).
+
+    `error`: the exception that ended the request, `None` if it was answered; `partial`: the response's deadline cut the
+    answer; `generated`: the engine had generated at least one token.
+    """
+    failed = Outcome.FAILED_MIDSTREAM if generated else Outcome.FAILED
+    match error:
+        case None:
+            return (Outcome.PARTIAL if partial else Outcome.FINISHED), ""
+        case Disconnected():
+            return Outcome.DISCONNECTED, "disconnected"
+        case ClientError():
+            return Outcome.REJECTED, error_code(type(error))
+        case CaptionerError():
+            return failed, error_code(type(error))
+        case Exception():
+            return failed, "internal"
+        case _:
+            return Outcome.CANCELLED, "cancelled"

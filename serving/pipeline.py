@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine
     from serving.observability.request_record import RequestRecord
     from serving.storage.uploads import UploadStore
-    from serving.tenancy.usage_session import Admission
+    from serving.tenancy.usage_session import UsageSession
     from serving.types import CaptionRequest, Features, SchedulingClass
 
 
@@ -75,20 +75,20 @@ class CaptionPipeline:
         self,
         request: CaptionRequest,
         record: RequestRecord,
-        admission: Admission,
+        session: UsageSession,
         *,
         deadline_s: float,
         on_prepared: Callable[[], None],
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the caption in deltas; the last delta carries the finish reason.
 
-        Fills in `record`. Admits `admission` once a slot is acquired, and charges it once the length of the audio is
-        known; the caller that entered `admission` leaves it. `deadline_s` counts from the request's arrival: when it
+        Fills in `record`. Admits `session` once a slot is acquired, and charges it once the length of the audio is
+        known; the caller that entered `session` leaves it. `deadline_s` counts from the request's arrival: when it
         passes, the caption ends as `length` and `partial` with the text generated so far. `on_prepared` is called once
         the encoded audio is no longer needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        sampling, request_id, scheduling_class = request.sampling, request.request_id, admission.caller.scheduling_class
+        sampling, request_id, scheduling_class = request.sampling, request.request_id, session.caller.scheduling_class
         started = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
@@ -97,7 +97,7 @@ class CaptionPipeline:
             except NotReady:
                 self._on_not_ready()
                 raise
-            await admission.admit()
+            await session.admit()
             record.stage("admit", time.perf_counter() - started)
             features_held = await stack.enter_async_context(AsyncExitStack())
             try:
@@ -112,7 +112,7 @@ class CaptionPipeline:
             usage = Usage(audio_tokens=billed_audio_tokens(features.samples))
             record.usage, record.samples = usage, features.samples
             record.engine_input_tokens = context_tokens(features)
-            await admission.charge()
+            await session.charge()
             queued = time.perf_counter()
             deltas = await stack.enter_async_context(
                 aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)),

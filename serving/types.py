@@ -170,6 +170,29 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
 
 
+class Outcome(enum.StrEnum):
+    """How a request ended: the ledger's column `ending`, and the base of the metrics' label `outcome`.
+
+    `errors.outcome_of` derives it, with an error code, from the exception that ended the request.
+    """
+
+    FINISHED = "finished"
+    PARTIAL = "partial"
+    """The response's deadline cut the caption; the caller has the text that was generated until then."""
+    REJECTED = "rejected"
+    """The audio cannot be fetched, read or accepted, or a limit is reached: the caller can correct the request."""
+    FAILED = "failed"
+    """The service failed before anything was generated."""
+    FAILED_MIDSTREAM = "failed_midstream"
+    """The service failed after it had generated something."""
+    DISCONNECTED = "disconnected"
+    """The caller has left."""
+    CANCELLED = "cancelled"
+    """The service was stopped and did not wait for the request."""
+    LOST = "lost"
+    """The request's process was killed or its machine is gone; another process closed the record."""
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens as billed (API manual): 12.5 per second of audio, the scaffold, and the generated tokens."""

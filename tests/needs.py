@@ -26,7 +26,6 @@ NEEDS = {
 
 _OF_NAME = {
     "AudioWorkerPool": "process",
-    "AudioWorkerPool": "process",
     "RunningService": "process",
     "subprocess": "process",
     "multiprocessing": "process",

@@ -21,7 +21,8 @@ from serving.config import Settings
 from serving.scheduling.fair_queue import FairQueue, SortedQueue
 from serving.tenancy.database import connect, migrate
 from serving.tenancy.keys import Keyring
-from serving.tenancy.limits.limiter import Limiter, Spent
+from serving.tenancy.limits.counter_store import Spent
+from serving.tenancy.limits.limiter import Limiter
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.types import Caller, Limits, SchedulingClass
@@ -53,9 +54,10 @@ def test_limits(benchmark: Callable[..., Any], kind: str, request: pytest.Fixtur
         return Spent()
 
     async def one(limiter: Limiter) -> None:
-        lease = await limiter.admit(CALLER, f"r{next(numbers)}")
-        await lease.charge(audio_s=30.0, input_tokens=383, output_tokens=450, nanos=0)
-        await lease.settle(tokens=700, nanos=0)
+        next(numbers)
+        reservation = await limiter.admit(CALLER)
+        await limiter.charge(reservation, audio_s=30.0, tokens=833, nanos=0)
+        await limiter.settle(reservation, tokens=700, nanos=0)
 
     with asyncio.Runner() as runner:
         store = MemoryStore() if kind == "memory" else RedisStore(request.getfixturevalue("redis_url"))

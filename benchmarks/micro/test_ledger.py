@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from serving.tenancy.database import connect, migrate
-from serving.tenancy.ledger import store as ledger_store
+from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.journal import Journal
 from serving.tenancy.ledger.usage_record import UsageRecord
 from serving.tenancy.schema import usage_records
@@ -105,7 +105,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engi
 def test_write(benchmark: Callable[..., Any], database: sa.Engine) -> None:
     """A batch of records into the database, as the ledger's thread brings them."""
     benchmark.pedantic(  # type: ignore[attr-defined]
-        ledger_store.write, setup=lambda: ((database, [entry() for _ in range(BATCH)]), {}), rounds=30
+        usage_table.write, setup=lambda: ((database, [entry() for _ in range(BATCH)]), {}), rounds=30
     )
     with database.connect() as connection:
         assert len(connection.execute(sa.select(usage_records.c.request_id)).all()) >= BATCH
@@ -119,6 +119,6 @@ def test_write_reference(benchmark: Callable[..., Any], database: sa.Engine) -> 
             connection.execute(sa.insert(usage_records), rows)
 
     def rows() -> tuple[tuple[list[dict[str, Any]]], dict[str, Any]]:
-        return ([ledger_store._columns(entry()) for _ in range(BATCH)],), {}  # noqa: SLF001 - how a row is told
+        return ([usage_table._columns(entry()) for _ in range(BATCH)],), {}  # noqa: SLF001 - how a row is told
 
     benchmark.pedantic(write, setup=rows, rounds=30)  # type: ignore[attr-defined]

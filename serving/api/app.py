@@ -75,7 +75,7 @@ def create_app(
         targets=targets,
         uploads=uploads,
         keys=tenancy.keys,
-        admissions=tenancy.admissions,
+        usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
         bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
         openai=OpenAICodec(settings),

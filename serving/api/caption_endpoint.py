@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.keys import Keyring
-    from serving.tenancy.usage_session import Admission, Admissions
+    from serving.tenancy.usage_session import UsageSession, UsageSessions
     from serving.types import CaptionDelta
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class CaptionEndpoint:
     codec: Codec
     pipeline: CaptionPipeline
     keys: Keyring
-    admissions: Admissions
+    usage_sessions: UsageSessions
     metrics: Metrics
     bodies: SharedCapacity
     settings: Settings
@@ -61,7 +61,7 @@ class CaptionEndpoint:
             codec,
             components.pipeline,
             components.keys,
-            components.admissions,
+            components.usage_sessions,
             components.metrics,
             components.bodies,
             components.settings,
@@ -107,10 +107,10 @@ class CaptionEndpoint:
             record.stream = reply.stream
             record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
             deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-            async with self.admissions.of(caller, record, request) as admission:
-                response.admission = admission
+            async with self.usage_sessions.session(caller, record, request) as session:
+                response.session = session
                 deltas = self.pipeline.caption(
-                    request, record, admission, deadline_s=deadline_s, on_prepared=permit.release
+                    request, record, session, deadline_s=deadline_s, on_prepared=permit.release
                 )
                 del request  # it holds the encoded audio, which the pipeline releases once decoded
                 response_task = asyncio.create_task(self._respond(deltas, reply, response, record))
@@ -146,7 +146,7 @@ class _Response:
 
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
-        self.admission: Admission | None = None
+        self.session: UsageSession | None = None
         self.ended = False
         """The last part of the response is being sent."""
         self.encode_s = 0.0
@@ -232,12 +232,12 @@ class _Response:
     async def _end(self) -> None:
         """Settle before the last byte: no client has a complete response that the ledger does not have."""
         self.ended = True
-        if self.admission:
-            await self.admission.settle(None)
+        if self.session:
+            await self.session.settle(None)
 
     async def _start(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
         self._started = True
-        limits = self.admission.headers if self.admission else {}
+        limits = self.session.headers if self.session else {}
         fields = [(b"content-type", content_type.encode())]
         fields += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in {**limits, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": fields})

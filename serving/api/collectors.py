@@ -51,10 +51,10 @@ def bind_service_metrics(components: Components) -> None:
     else:
         cpu["engine"] = _engine_cpu(engine)
         saturation |= _bind_engine_metrics(metrics, engine, settings)
-    limits = components.admissions.limiter.store
+    limits = components.usage_sessions.limiter.store
     watch("captioner_limits_store_up", lambda: float(not limits.degraded))
     watch("captioner_limits_fallbacks_total", lambda: limits.fallbacks)
-    ledger, keys = components.admissions.ledger, components.keys
+    ledger, keys = components.usage_sessions.ledger, components.keys
     watch("captioner_keys_age_seconds", lambda: keys.age_s)
     watch("captioner_database_up", lambda: float(ledger.database_up and not keys.failing))
     watch("captioner_ledger_lag_seconds", lambda: ledger.lag_s)

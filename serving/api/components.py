@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
     from serving.tenancy.keys import Keyring
-    from serving.tenancy.usage_session import Admissions
+    from serving.tenancy.usage_session import UsageSessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Components:
     pipeline: CaptionPipeline
     uploads: UploadStore
     keys: Keyring
-    admissions: Admissions
+    usage_sessions: UsageSessions
     metrics: Metrics
     bodies: SharedCapacity
     """Memory of request bodies, in bytes."""

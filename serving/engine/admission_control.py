@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -27,6 +26,7 @@ from serving.engine.base import Load, context_tokens
 from serving.errors import AudioTooLong, CaptionerError, EngineStalled, NotReady, Overloaded
 from serving.scheduling.drain_rate import DrainRate
 from serving.scheduling.fair_queue import FairQueue, shortest_first
+from serving.scheduling.output_estimate import OutputEstimate
 from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
@@ -56,25 +56,6 @@ _STALL_TICKS = 20
 """Ticks of the watchdog until a stall. It counts ticks, not time, so a suspended process has not stalled."""
 
 log = logging.getLogger(__name__)
-
-
-class OutputEstimate:
-    """Estimate of a caption's tokens: the running mean plus twice the mean deviation; most captions take less."""
-
-    def __init__(self) -> None:
-        # Captions of the real model have 300 to 600 tokens.
-        self._mean_tokens, self._deviation_tokens = 450.0, 75.0
-
-    @property
-    def tokens(self) -> int:
-        """Estimated output tokens of the next caption."""
-        return math.ceil(self._mean_tokens + 2 * self._deviation_tokens)
-
-    def update(self, tokens: int) -> None:
-        """Include a caption that finished after `tokens`."""
-        error = tokens - self._mean_tokens
-        self._mean_tokens += error / 16
-        self._deviation_tokens += (abs(error) - self._deviation_tokens) / 16
 
 
 @dataclass(eq=False, slots=True)
@@ -301,10 +282,8 @@ class AdmissionControl:
         self._stalled_ticks = 0
         caption.output_tokens += delta.tokens
         if delta.finish_reason is not None:
-            if not caption.fixed_length and (
-                delta.finish_reason is FinishReason.STOP or caption.output_tokens >= self._outputs.tokens
-            ):
-                self._outputs.update(caption.output_tokens)
+            if not caption.fixed_length:
+                self._outputs.learn(caption.output_tokens, cut=delta.finish_reason is not FinishReason.STOP)
             self._release(caption)
             return
         used_tokens = caption.input_tokens + caption.output_tokens

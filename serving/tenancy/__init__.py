@@ -1,1 +1,1 @@
-"""Who calls, and what they may."""
+"""Tenants: their keys, limits, usage and bills."""

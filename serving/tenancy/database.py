@@ -1,4 +1,4 @@
-"""The database of tenancy: SQLite in a file by default, PostgreSQL where several machines share it."""
+"""The database of tenancy: SQLite in a file by default, PostgreSQL if several machines share it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _CONNECT_S = 5
 _STATEMENT_S = 30
 _BUSY_S = 10
 _MIGRATION_LOCK = 0x63617074
-"""The number of an advisory lock: PostgreSQL knows them by numbers."""
+"""Number of the advisory lock that a migration holds in PostgreSQL."""
 
 _SQLITE, _POSTGRESQL = "sqlite", "postgresql"
 
 
 class UnusableDatabase(ValueError):  # noqa: N818
-    """Its address, or what is in it, cannot be used. Trying again does not help."""
+    """The database's address or its content cannot be used; a retry does not help."""
 
 
 def open_database(settings: Settings) -> sa.Engine:
-    """The database that the settings name; nothing connects yet. Raises `UnusableDatabase`."""
+    """Return the database that the settings name, without connecting. Raises `UnusableDatabase`."""
     if settings.database_url is not None:
         return connect(settings.database_url.get_secret_value())
     return connect(f"sqlite:///{settings.data_dir / 'captioner.db'}")
 
 
 def connect(address: str) -> sa.Engine:
-    """Make an engine for a `sqlite:///…` or `postgresql://…` address. Raises `UnusableDatabase`."""
+    """Return an engine for a `sqlite:///…` or `postgresql://…` address. Raises `UnusableDatabase`."""
     try:
         url = sa.make_url(address)
     except sa.exc.ArgumentError:
-        raise UnusableDatabase("database_url is not an address such as postgresql://user@host/name") from None
+        raise UnusableDatabase("database_url must be an address such as postgresql://user@host/name") from None
     match url.get_backend_name():
         case "sqlite":
             return _sqlite(url)
@@ -56,24 +56,24 @@ def connect(address: str) -> sa.Engine:
 
 
 def migrate(database: sa.Engine) -> None:
-    """Bring the tables to what this version expects. Several processes may do so at once; one does it.
+    """Migrate the tables to this version. Several processes may call it at once; one of them migrates.
 
-    Raises `sqlalchemy.exc.OperationalError` if the database is away, `UnusableDatabase` if it is of a later version.
+    Raises `sqlalchemy.exc.OperationalError` if the database is away, `UnusableDatabase` if it has a later version.
     """
-    with as_file(files("serving.tenancy.migrations")) as scripts, _exclusively(database) as connection:
+    with as_file(files("serving.tenancy.migrations")) as scripts, _migration_lock(database) as connection:
         config = Config()
         config.set_main_option("script_location", str(scripts).replace("%", "%%"))
         config.attributes["connection"] = connection
         try:
             command.upgrade(config, "head")
         except CommandError as error:
-            raise UnusableDatabase(f"the database cannot be brought up to date: {error}") from error
+            raise UnusableDatabase(f"the database cannot be migrated to this version: {error}") from error
         prices.seed(connection)
 
 
 @contextmanager
-def _exclusively(database: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction while no other process migrates."""
+def _migration_lock(database: sa.Engine) -> Iterator[sa.Connection]:
+    """Begin a transaction while no other process migrates."""
     if database.dialect.name == _POSTGRESQL:
         with database.begin() as connection:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
@@ -92,12 +92,12 @@ def _sqlite(url: sa.URL) -> sa.Engine:
         raise UnusableDatabase("database_url: SQLite needs a file, as in sqlite:////var/lib/captioner/captioner.db")
     path = Path(url.database).absolute()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path.touch(mode=0o600)  # the database takes over what its file has
+    path.touch(mode=0o600)  # SQLite's other files get the mode of this one
     database = sa.create_engine(url.set(database=str(path)), connect_args={"timeout": _BUSY_S})
 
     @sa.event.listens_for(database, "connect")
     def connected(connection: Any, _: Any) -> None:
-        # We begin transactions ourselves: Python's module would leave DDL and reads out of them.
+        # Transactions are begun explicitly: Python's module would leave DDL and reads out of them.
         connection.isolation_level = None
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")

@@ -1,7 +1,7 @@
-"""Who calls: keys against a snapshot of the database in memory, which a background task keeps fresh.
+"""Authentication: keys are checked against a snapshot of the database in memory, which a background task refreshes.
 
-A look-up is one HMAC and one dictionary access under its result: what is not a key takes as long as what is one, and
-the time tells nothing of how much of it was right. The database may be away: the last snapshot goes on to be used.
+A look-up is one HMAC and one dictionary access under its result: a wrong key takes as long as a valid one, and the time
+does not depend on how much of it was right. While the database is away the last snapshot stays in use.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STATIC_TENANT, DEVELOPMENT_TENANT, ANONYMOUS = "default", "development", "anonymous"
-"""Of keys in the settings; of the key that is made where nobody has one; of callers without keys."""
+"""Tenants of keys in the settings, of the key generated when there is none, and of callers without authentication."""
 
 _UNLIMITED = {"weight": 1.0, "priority": 0, "tenant_limits": {}, "key_limits": {}, "free_tokens": 0, "free_days": 0}
 _STATE = schema.store_state.c
@@ -54,7 +54,7 @@ class _Snapshot:
 
 
 class Keyring:
-    """Tells callers by their keys, and what is charged."""
+    """Identifies callers by their keys, and has the prices."""
 
     def __init__(self, settings: Settings, database: sa.Engine) -> None:
         self._database = database
@@ -69,17 +69,17 @@ class Keyring:
         self._checked_s = time.monotonic()
         self._refreshing: asyncio.Task[None] | None = None
         self.failures = 0
-        """Times that the database did not answer."""
+        """Number of refreshes in which the database did not answer."""
         self.failing = False
-        """Whether it did not the last time."""
+        """Whether the last refresh failed."""
 
     @property
     def age_s(self) -> float:
-        """How long ago the snapshot was known to be what the database has."""
+        """Seconds since the snapshot was last known to equal the database."""
         return time.monotonic() - self._checked_s
 
     async def start(self) -> None:
-        """Read the tables, which must have been migrated; then read them again after each change.
+        """Read the tables, which must have been migrated; from then on, read them again after each change.
 
         Raises `UnusableDatabase` if keys were hashed under another pepper.
         """
@@ -87,22 +87,22 @@ class Keyring:
         self._refreshing = asyncio.create_task(self._refresh_forever())
 
     async def stop(self) -> None:
-        """End refreshing. Idempotent."""
+        """Stop refreshing. Idempotent."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.wait((self._refreshing,))
             self._refreshing = None
 
     def authenticate(self, headers: Mapping[str, str]) -> Caller:
-        """Who calls, by the `authorization` header alone; nothing else that a client sends counts.
+        """Return the caller, identified by the `authorization` header alone. `headers` has lower-case names.
 
-        Raises `MissingApiKey`; `InvalidApiKey` for what is not a key of this region, expired or revoked;
-        `AccessDenied` for a suspended tenant, `Arrearage` for one that owes. `headers` has lower-case names.
+        Raises `MissingApiKey`; `InvalidApiKey` if the key is unknown, expired, revoked or of the other region;
+        `AccessDenied` if the tenant is suspended, `Arrearage` if it is in arrears.
         """
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         if not self._auth:
-            return self._unknown(key)
+            return self._anonymous(key)
         if not key:
             raise MissingApiKey
         entry = self._snapshot.keys.get(self._pepper.digest(key))
@@ -115,17 +115,17 @@ class Keyring:
         return entry.caller
 
     def price(self, region: Region, at_ms: int) -> Price:
-        """What a request costs that is opened then."""
+        """Return the price of a request that is opened at that time."""
         return self._snapshot.prices.at(region, at_ms)
 
     def refresh(self) -> None:
-        """Read the tables if they have changed. Blocks."""
+        """Read the tables if they have changed. Blocking."""
         with self._database.begin() as connection:
             state = connection.execute(sa.select(_STATE.revision, _STATE.pepper_check)).one()
             if state.pepper_check not in {None, self._pepper.check}:
                 raise UnusableDatabase(
-                    "key_pepper is not the one under which the keys in this database were hashed: all processes that "
-                    "share a database need the same, as the setting or as the file `pepper` in their data_dir"
+                    "key_pepper is not the one under which the keys in this database were hashed: give all processes "
+                    "that share a database the same one, as the setting or as the file `pepper` in their data_dir"
                 )
             if state.revision != self._snapshot.revision:
                 self._snapshot = self._read(connection, state.revision)
@@ -139,7 +139,10 @@ class Keyring:
             except (sa.exc.SQLAlchemyError, UnusableDatabase) as error:
                 self.failures += 1
                 if not self.failing:
-                    log.warning("keys and tenants stay as they were last seen", extra={"error": type(error).__name__})
+                    log.warning(
+                        "cannot read keys and tenants, the last snapshot stays in use",
+                        extra={"error": type(error).__name__},
+                    )
                 self.failing = True
             else:
                 self.failing = False
@@ -154,27 +157,27 @@ class Keyring:
         for key, tenant_id in self._static.items():
             digest = self._pepper.digest(key)
             row: Mapping[Any, Any] = {"id": f"{tenant_id}-{digest[:8]}", "limits": {}, "expires_at": None}
-            # Who has a tenant of this name can limit or suspend it.
-            tenant = tenant_of.get(tenant_id) or self._tenant(tenant_id)
+            # A tenant of this name in the database can limit or suspend these keys.
+            tenant = tenant_of.get(tenant_id) or self._default_tenant(tenant_id)
             found[digest] = _entry(plan_of.get(tenant["plan"], _UNLIMITED), tenant, row)
         for row in connection.execute(alive).mappings():
             tenant = tenant_of[row["tenant_id"]]
             found[row["digest"]] = _entry(plan_of[tenant["plan"]], tenant, row)
         return _Snapshot(revision, found, prices.read(connection))
 
-    def _tenant(self, tenant_id: str) -> Mapping[Any, Any]:
-        """One that is not in the database."""
-        of = {"id": tenant_id, "region": self._region, "state": State.ACTIVE, "plan": "", "limits": {}}
-        return of | {"free_tokens": 0, "free_days": 0, "free_only": False, "activated_at": 0, "log_content": False}
+    def _default_tenant(self, tenant_id: str) -> Mapping[Any, Any]:
+        """Return the row of a tenant that is not in the database."""
+        row = {"id": tenant_id, "region": self._region, "state": State.ACTIVE, "plan": "", "limits": {}}
+        return row | {"free_tokens": 0, "free_days": 0, "free_only": False, "activated_at": 0, "log_content": False}
 
-    def _unknown(self, key: str) -> Caller:
-        """A caller who need not tell who it is: told from others by whatever key it sends."""
+    def _anonymous(self, key: str) -> Caller:
+        """Return a caller that is not authenticated; callers are distinguished by the key that they send, if any."""
         tenant_id = f"{ANONYMOUS}-{self._pepper.digest(key)[:12]}" if key else ANONYMOUS
         return Caller(tenant_id, ANONYMOUS, self._region, SchedulingClass(tenant_id))
 
 
 def development_key(settings: Settings, database: sa.Engine) -> str | None:
-    """A key to begin with, if nobody has one: for this run alone, it is kept nowhere. The tables must be there."""
+    """Return a key for this run, stored nowhere, if there is no key at all; else `None`. The tables must exist."""
     if not settings.auth or settings.api_keys:
         return None
     with database.connect() as connection:

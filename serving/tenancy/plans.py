@@ -1,4 +1,4 @@
-"""Plans, tenants and keys, as the database has them, to what a caller may."""
+"""Callers made from the database's rows of plans, tenants and keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT_NAMES = tuple(field.name for field in dataclasses.fields(Limits))
 
 
 class State(enum.StrEnum):
-    """Of a tenant: served, locked out, or owing money."""
+    """State of a tenant: served, locked out, or in arrears."""
 
     ACTIVE = "active"
     SUSPENDED = "suspended"
@@ -27,15 +27,15 @@ class State(enum.StrEnum):
 
 
 def limits(of_plan: Mapping[str, int | None], own: Mapping[str, int | None]) -> Limits:
-    """The plan's limits, with what is set for this tenant or key instead; `None` there lifts a limit.
+    """Return the plan's limits, overridden by those of the tenant or key; `None` there lifts a limit.
 
-    Names that this version does not know are of a later one, whose limits it cannot keep.
+    Unknown names are limits of a later version, which this version cannot enforce.
     """
     return Limits(**{name: value for name, value in {**of_plan, **own}.items() if name in LIMIT_NAMES})
 
 
 def free_quota(plan: Row, tenant: Row) -> FreeQuota | None:
-    """The tenant's free tokens; `None` if it never has any and pays."""
+    """Return the tenant's free quota; `None` if it has none and pays."""
     tokens = plan["free_tokens"] if tenant["free_tokens"] is None else tenant["free_tokens"]
     days = plan["free_days"] if tenant["free_days"] is None else tenant["free_days"]
     if not tokens and not tenant["free_only"]:
@@ -44,7 +44,7 @@ def free_quota(plan: Row, tenant: Row) -> FreeQuota | None:
 
 
 def caller(plan: Row, tenant: Row, key: Row) -> Caller:
-    """Who calls with this key."""
+    """Return the caller that this key identifies."""
     return Caller(
         tenant["id"],
         key["id"],

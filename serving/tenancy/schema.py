@@ -1,4 +1,4 @@
-"""The tables. Each change of them is a step in `migrations/versions`; a test holds the two equal.
+"""The tables. Each change of them is a migration in `migrations/versions`; a test holds the two equal.
 
 Times are milliseconds since the epoch, UTC. Money is integer nano-units (1e-9) of the record's currency, so that sums
 are exact in SQL too.
@@ -27,8 +27,8 @@ store_state = sa.Table(
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("pepper_check", sa.String(64)),
 )
-"""One row. Each change of plans, tenants, keys and prices begins by raising `revision`: changes wait for each other,
-and replicas see that there is one. `pepper_check` tells whether a process has the pepper that keys were hashed with."""
+"""One row. Each change of plans, tenants, keys and prices begins by raising `revision`: so changes wait for each other,
+and replicas notice them. `pepper_check` shows whether a process has the pepper under which keys were hashed."""
 
 plans = sa.Table(
     "plans",
@@ -58,7 +58,7 @@ tenants = sa.Table(
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("activated_at", sa.BigInteger, nullable=False),
 )
-"""`limits`, `free_tokens`, `free_days`: what differs from the plan."""
+"""`limits`, `free_tokens`, `free_days`: overrides of the plan."""
 
 keys = sa.Table(
     "keys",
@@ -85,7 +85,7 @@ prices = sa.Table(
     sa.Column("input_nanos", sa.BigInteger, nullable=False),
     sa.Column("output_nanos", sa.BigInteger, nullable=False),
 )
-"""Nano-units per token."""
+"""Prices in nano-units per token."""
 
 audit_log = sa.Table(
     "audit_log",
@@ -98,7 +98,7 @@ audit_log = sa.Table(
     sa.Column("before", sa.JSON),
     sa.Column("after", sa.JSON),
 )
-"""Who changed what, when; rows are only added."""
+"""Changes by administrators: actor, action, subject, time, values before and after. Rows are only added."""
 
 usage_records = sa.Table(
     "usage_records",
@@ -139,5 +139,5 @@ usage_records = sa.Table(
         postgresql_where=sa.text("ending IS NULL"),
     ),
 )
-"""One row for each admitted request. `ending` is null as long as it is under way. Tenants and keys are named, not
-referenced: a record stays true when they are gone. Prices are per 1,000 tokens, as written on the price list."""
+"""One row for each admitted request. `ending`, its outcome, is null while it runs. Tenants and keys are named, not
+referenced: a record stays true after they are gone. Prices are per 1,000 tokens, as written in the price list."""

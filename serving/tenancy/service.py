@@ -1,4 +1,4 @@
-"""What tells tenants apart, limits and bills them: the parts, and their life."""
+"""The components that identify, limit and bill tenants, over one database, and their start and stop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.limits.limiter import Limiter
 from serving.tenancy.limits.memory import MemoryStore
-from serving.tenancy.usage_session import Admissions
+from serving.tenancy.usage_session import UsageSessions
 
 if TYPE_CHECKING:
     from serving.config import Settings
-    from serving.tenancy.limits.limiter import Store
+    from serving.tenancy.limits.counter_store import CounterStore
 
 log = logging.getLogger(__name__)
 
@@ -25,49 +25,49 @@ _RETRY_S = 1.0
 
 
 class Tenancy:
-    """All of it, over one database."""
+    """Keys, ledger, limits and usage sessions of this process."""
 
     def __init__(self, settings: Settings) -> None:
         self.database = open_database(settings)
         self.keys = Keyring(settings, self.database)
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
-        self.limiter = Limiter(_store(settings), self.ledger.spent)
-        self.admissions = Admissions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
+        self.limiter = Limiter(_counter_store(settings), self.ledger.spent)
+        self.usage_sessions = UsageSessions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
 
     async def start(self) -> None:
-        """Bring the tables up to date, waiting for the database if need be: without it nobody is known."""
+        """Migrate the tables and start all components. Waits for the database: without it no caller is known."""
         await self._migrate()
         await self.keys.start()
         await self.ledger.start()
         await self.limiter.start()
 
     async def stop(self) -> None:
-        """Settle what is open. Idempotent."""
-        await self.admissions.stop()
+        """Settle open requests and stop all components. Idempotent."""
+        await self.usage_sessions.stop()
         await self.limiter.stop()
         await self.ledger.stop()
         await self.keys.stop()
         await asyncio.to_thread(self.database.dispose)
 
     async def _migrate(self) -> None:
-        waited = False
+        logged = False
         while True:
             try:
                 await asyncio.to_thread(migrate, self.database)
             except OperationalError as error:
-                if not waited:
-                    log.warning("waiting for the database of tenants", extra={"error": type(error.orig).__name__})
-                waited = True
+                if not logged:
+                    log.warning("database not reachable, waiting", extra={"error": type(error.orig).__name__})
+                logged = True
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
 
 
-def _store(settings: Settings) -> Store:
-    """Where limits are counted."""
+def _counter_store(settings: Settings) -> CounterStore:
+    """Return the store in which limits are counted: Redis if the settings name one, else this process."""
     if settings.redis_url is None:
         return MemoryStore()
-    # Redis' client brings OpenTelemetry with it, which nobody needs who does not trace.
+    # Imported late: Redis' client imports OpenTelemetry, which only traced services need.
     from serving.tenancy.limits.redis import RedisStore  # noqa: PLC0415
 
     return RedisStore(settings.redis_url.get_secret_value())

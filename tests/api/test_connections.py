@@ -25,7 +25,7 @@ from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
-from serving.tenancy.usage_session import Admissions
+from serving.tenancy.usage_session import UsageSessions
 from serving.types import Caller, Features, SchedulingClass
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
@@ -140,9 +140,9 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
     engine, metrics = AdmissionControl(FakeEngine(settings), settings), Metrics()
     pipeline: Any = CaptionPipeline(settings, engine, _Workers(), None, None)  # type: ignore[arg-type]
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
-    admissions: Any = Admissions(None, None, None, metering=False)  # type: ignore[arg-type]
+    usage_sessions: Any = UsageSessions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, pipeline, keys, admissions, metrics, SharedCapacity(10**9), settings)
+    endpoint = CaptionEndpoint(codec, pipeline, keys, usage_sessions, metrics, SharedCapacity(10**9), settings)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 

@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
-from serving.engine.admission_control import AdmissionControl, OutputEstimate
+from serving.engine.admission_control import AdmissionControl
 from serving.engine.base import EngineDelta, Load, context_tokens
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
+from serving.scheduling.output_estimate import OutputEstimate
 from serving.types import NO_TENANT, Features, Sampling
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def test_the_estimate_follows_the_captions(tokens: int, seed: int) -> None:
     assert estimate.tokens == 600
     lengths = rng.normal(tokens, tokens / 10, 200).astype(int)
     for length in lengths:
-        estimate.update(int(length))
+        estimate.learn(int(length))
     assert tokens < estimate.tokens < 1.5 * tokens + 5
 
 

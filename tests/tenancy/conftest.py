@@ -1,4 +1,4 @@
-"""Databases for the tests of tenancy, started once a session."""
+"""Database servers for the tests of tenancy, started once a session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import database as store
+from serving.tenancy import database as databases
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from stores import Postgres, Redis
@@ -23,21 +23,21 @@ BACKENDS = ("sqlite", "postgresql")
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server. Who stops it starts it again; who writes to it uses a database of its own."""
+    """A PostgreSQL server. A test that stops it starts it again; one that writes to it makes its own database."""
     with Postgres() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[Redis]:
-    """A Redis server. Who stops it starts it again."""
+    """A Redis server. A test that stops it starts it again."""
     with Redis() as server:
         yield server
 
 
 @pytest.fixture(params=BACKENDS)
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The address of an empty database of one's own, of each kind in turn."""
+    """The address of an empty database for this test, of each kind in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'test.db'}"
     server: Postgres = request.getfixturevalue("postgres")
@@ -51,8 +51,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[sa.Engine]:
-    """A database of one's own with all tables, of each kind in turn."""
-    engine = store.connect(database_url)
-    store.migrate(engine)
+    """A database for this test with all tables, of each kind in turn."""
+    engine = databases.connect(database_url)
+    databases.migrate(engine)
     yield engine
     engine.dispose()

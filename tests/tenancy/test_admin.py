@@ -17,7 +17,8 @@ from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.billing import reports
 from serving.tenancy.billing.prices import Price
 from serving.tenancy.key_hashing import Pepper
-from serving.tenancy.ledger.usage_record import Ending, now_ms
+from serving.tenancy.ledger.usage_record import now_ms
+from serving.types import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -204,8 +205,10 @@ def records(admin: Administration, count: int) -> list[dict[str, Any]]:
     price = Price.of("CNY", Decimal("0.027962"), Decimal("0.022458"))
     rows = []
     for number in range(count):
-        ending = rng.choice([*Ending, None])
-        billed = ending in {Ending.FINISHED, Ending.PARTIAL} or (ending is Ending.DISCONNECTED and rng.random() < 0.5)
+        ending = rng.choice([*Outcome, None])
+        billed = ending in {Outcome.FINISHED, Outcome.PARTIAL} or (
+            ending is Outcome.DISCONNECTED and rng.random() < 0.5
+        )
         tokens = rng.randint(21, 30_008), rng.randint(0, 900)
         free = rng.choice([0, 0, sum(tokens) // 3, sum(tokens)]) if billed else 0
         nanos = price.amount_nanos(*tokens)

@@ -1,4 +1,4 @@
-"""The database itself: addresses, how SQLite is set up, and what happens when it is away."""
+"""The database: addresses, SQLite's set-up, transactions and outages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from serving.config import Settings
-from serving.tenancy import database as store
+from serving.tenancy import database as databases
 from serving.tenancy.schema import audit_log, store_state
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def test_default_is_a_private_file_in_the_data_directory(tmp_path: Path) -> None:
-    """Without an address it is SQLite, in a file and a directory that only their owner can read."""
+    """Without an address the database is SQLite, in a file and a directory that only their owner can read."""
     settings = Settings(data_dir=tmp_path / "state")
-    database = store.open_database(settings)
-    store.migrate(database)
+    database = databases.open_database(settings)
+    databases.migrate(database)
     files = [*(tmp_path / "state").glob("captioner.db*")]
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
@@ -34,15 +34,15 @@ def test_default_is_a_private_file_in_the_data_directory(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "address", ["mysql://root:hunter2@db/x", "hunter2", "sqlite://", "sqlite:///:memory:", "redis://:hunter2@db"]
 )
-def test_an_address_that_cannot_be_used_is_refused_without_being_told(address: str) -> None:
-    """The message says what is supported, and does not repeat the address, which may hold a password."""
-    with pytest.raises(store.UnusableDatabase, match=r"postgresql|SQLite") as refused:
-        store.open_database(Settings(database_url=SecretStr(address)))
+def test_an_unusable_address_is_refused_and_not_repeated(address: str) -> None:
+    """The message states what is supported, and does not repeat the address, which may contain a password."""
+    with pytest.raises(databases.UnusableDatabase, match=r"postgresql|SQLite") as refused:
+        databases.open_database(Settings(database_url=SecretStr(address)))
     assert "hunter2" not in str(refused.value)
 
 
-def test_what_was_not_committed_is_not_there(database: sa.Engine) -> None:
-    """A transaction that fails leaves nothing, on SQLite too."""
+def test_a_failed_transaction_leaves_nothing(database: sa.Engine) -> None:
+    """A transaction that fails is rolled back, on SQLite too."""
 
     def fail() -> None:
         with database.begin() as connection:
@@ -55,8 +55,8 @@ def test_what_was_not_committed_is_not_there(database: sa.Engine) -> None:
         assert connection.scalar(sa.select(store_state.c.revision)) == 1
 
 
-def test_writers_wait_for_each_other_and_readers_for_nobody(database: sa.Engine) -> None:
-    """Transactions that begin with a write follow each other; none is refused, and a reader sees the state before."""
+def test_writers_wait_for_each_other_and_readers_do_not_wait(database: sa.Engine) -> None:
+    """Transactions that begin with a write run one after the other; none fails, and a reader sees the state before."""
     writers, times = 4, 10
 
     def write(name: str) -> None:
@@ -80,8 +80,8 @@ def test_writers_wait_for_each_other_and_readers_for_nobody(database: sa.Engine)
 
 
 def test_a_database_that_comes_back_is_used_again(postgres: Postgres) -> None:
-    """While PostgreSQL is away uses of it fail; when it is back they succeed, though connections were cut."""
-    database = store.connect(postgres.url)
+    """Connections to PostgreSQL fail during an outage and succeed after it, though pooled ones were cut."""
+    database = databases.connect(postgres.url)
     with database.connect() as connection:
         assert connection.scalar(sa.select(1)) == 1
     postgres.stop()

@@ -1,4 +1,4 @@
-"""The local journal: order, ownership, what a kill and a damaged disk leave."""
+"""The local journal: order, ownership, and its state after a kill and on a damaged disk."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 def _everything(reader: JournalReader) -> list[Any]:
     found = []
-    while nbytes := (told := reader.read())[1]:
-        assert reader.read() == told  # the same until it is told to go on
+    while nbytes := (batch := reader.read())[1]:
+        assert reader.read() == batch  # the same until `advance`
         assert nbytes > 0
-        found += told[0]
+        found += batch[0]
         reader.advance()
     return found
 
 
-def test_entries_are_read_in_order_and_settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is appended is read in order over many segments; what is settled leaves the disk, in the end all."""
+def test_entries_are_read_in_order_and_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries are read in order over many segments; written ones leave the disk, in the end all of them."""
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 1000)
     monkeypatch.setattr(journals, "_READ_BYTES", 400)
     journal = Journal(tmp_path, "one").open()
@@ -38,15 +38,15 @@ def test_entries_are_read_in_order_and_settled(tmp_path: Path, monkeypatch: pyte
         if number % 7 == 0:
             entries, nbytes = journal.read()
             read += entries
-            journal.settle(len(entries), nbytes)
+            journal.discard_written(len(entries), nbytes)
             journal.sync()
     assert journal.pending_bytes > 0
-    while (told := journal.read())[1]:
-        read += told[0]
-        journal.settle(len(told[0]), told[1])
+    while (batch := journal.read())[1]:
+        read += batch[0]
+        journal.discard_written(len(batch[0]), batch[1])
     assert [entry["number"] for entry in read] == list(range(200))
     assert journal.pending_bytes == 0
-    assert journal.appended == journal.settled == 200
+    assert journal.appended == journal.written == 200
     assert len(list(tmp_path.rglob("*.log"))) == 1
     journal.close()
     journal.close()
@@ -54,25 +54,25 @@ def test_entries_are_read_in_order_and_settled(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_pending_journal_stays_and_is_found(tmp_path: Path) -> None:
-    """A journal that is closed with something pending can be replayed, and one whose owner lives cannot."""
+    """A journal closed with pending entries can be replayed; one whose owner lives cannot."""
     left, living = Journal(tmp_path, "left").open(), Journal(tmp_path, "living").open()
     left.append([1])
     left.close()
     living.append([2])
-    found = list(abandoned(tmp_path, but="mine"))
+    found = list(abandoned(tmp_path, excluding="mine"))
     assert [each.owner for each in found] == ["left"]
     with found[0] as dead:
-        assert list(abandoned(tmp_path, but="mine")) == []  # ours, for now
+        assert list(abandoned(tmp_path, excluding="mine")) == []  # locked by this process, for now
         assert _everything(dead.reader) == [[1]]
-        assert size_bytes(tmp_path, but="living") > 0
+        assert size_bytes(tmp_path, excluding="living") > 0
         dead.remove()
-    assert size_bytes(tmp_path, but="living") == 0
+    assert size_bytes(tmp_path, excluding="living") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["living"]
     living.close()
 
 
 def test_sigkill_loses_nothing(tmp_path: Path) -> None:
-    """What a process has appended is there after SIGKILL, though nothing was synced, and its lock is free."""
+    """Entries survive SIGKILL without a sync, and the lock is free."""
     program = (
         "import sys, pathlib, time\n"
         "from serving.tenancy.ledger.journal import Journal\n"
@@ -84,15 +84,15 @@ def test_sigkill_loses_nothing(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"appended\n"
-        assert list(abandoned(tmp_path, but="mine")) == []
+        assert list(abandoned(tmp_path, excluding="mine")) == []
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    with next(abandoned(tmp_path, but="mine")) as dead:
+    with next(abandoned(tmp_path, excluding="mine")) as dead:
         assert [entry["number"] for entry in _everything(dead.reader)] == list(range(1000))
 
 
-def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
-    """A line that is torn or changed is counted and left out; those around it are read."""
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
+    """A torn or changed line is counted and skipped; the lines around it are read."""
     journal = Journal(tmp_path, "one").open()
     for number in range(5):
         journal.append({"number": number})
@@ -100,14 +100,14 @@ def test_damaged_lines_are_passed_over(tmp_path: Path) -> None:
     lines = segment.read_bytes().splitlines(keepends=True)
     lines[1] = lines[1].replace(b"1", b"7", 1)
     lines[3] = lines[3][:9] + b"\n"
-    segment.write_bytes(b"".join(lines) + b"0000")  # and one that was being written
+    segment.write_bytes(b"".join(lines) + b"0000")  # and an incomplete line
     assert [entry["number"] for entry in _everything(journal.reader)] == [0, 2, 4]
     assert journal.reader.damaged == 2
     journal.close()
 
 
 def test_a_full_disk_leaves_no_torn_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry that does not fit raises, and what is appended afterwards is whole."""
+    """An entry that does not fit raises, and entries appended afterwards are complete."""
     journal = Journal(tmp_path, "one").open()
     journal.append({"number": 0})
     write = os.write

@@ -11,15 +11,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from serving.errors import Disconnected, EngineFailed, Overloaded, UploadNotFound
+from serving.errors import (
+    CaptionerError,
+    Disconnected,
+    EngineFailed,
+    EngineStalled,
+    Overloaded,
+    UploadNotFound,
+    outcome_of,
+)
 from serving.observability.request_record import RequestRecord
 from serving.tenancy.ledger import ledger as ledgers
-from serving.tenancy.ledger import store as ledger_store
+from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.ledger import Ledger
-from serving.tenancy.ledger.usage_record import Ending, UsageRecord, ending_of, is_billed, now_ms
-from serving.tenancy.limits.limiter import Spent, Sums
+from serving.tenancy.ledger.usage_record import UsageRecord, is_billed, now_ms
+from serving.tenancy.limits.counter_store import Spent, Sums
 from serving.tenancy.schema import metadata, usage_records
-from serving.types import Caller
+from serving.types import Caller, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def usage(request_id: str, replica: str = "here", **changes: Any) -> UsageRecord:
-    """A record that was just opened."""
+    """Return a record that was just opened."""
     fields: dict[str, Any] = {
         "request_id": request_id,
         "tenant_id": "acme",
@@ -46,25 +54,25 @@ def usage(request_id: str, replica: str = "here", **changes: Any) -> UsageRecord
 
 
 def rows(database: sa.Engine) -> dict[str, Any]:
-    """Every record that the database has."""
+    """Return all records of the database by request id."""
     with database.connect() as connection:
         return {row.request_id: row for row in connection.execute(sa.select(usage_records))}
 
 
-async def until(true: Callable[[], Any], timeout_s: float = 60) -> None:
-    """Wait for it."""
+async def until(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    """Wait until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not await asyncio.to_thread(true):  # noqa: ASYNC110 - no event tells it
+        while not await asyncio.to_thread(condition):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(0.02)
 
 
 def ledger_in(tmp_path: Path, database: sa.Engine, *, max_journal_bytes: int = 2**20) -> Ledger:
-    """A process's ledger with its journal in that directory."""
+    """Return a process's ledger with its journal in that directory."""
     return Ledger(database, tmp_path, max_journal_bytes=max_journal_bytes)
 
 
 def kill(ledger: Ledger) -> None:
-    """End it as SIGKILL would, but for its threads, which do no more: the lock is free, the journal is as it is."""
+    """End a ledger as SIGKILL would: its threads do nothing more, the lock is free, the journal stays as it is."""
     ledger._stopping.set()
     ledger._write = lambda: None  # type: ignore[method-assign]
     for thread in ledger._threads:
@@ -76,7 +84,7 @@ def kill(ledger: Ledger) -> None:
 
 
 async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_path: Path) -> None:
-    """What is opened is in the database soon, what it reports too, and its end; nothing stays behind on the disk."""
+    """Opening, progress and end of each record reach the database soon; nothing is left on the disk."""
     ledger = ledger_in(tmp_path, database)
     await ledger.start()
     records = [usage(f"r{number}", ledger.replica) for number in range(50)]
@@ -89,8 +97,8 @@ async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_pa
     await until(lambda: rows(database)["r7"].output_tokens == 11)
     for record in records:
         record.output_tokens, record.billed, record.amount_nanos = 20, True, 2**60
-        ledger.close(record, Ending.FINISHED)
-        ledger.close(record, Ending.FAILED)  # the first word counts
+        ledger.close(record, Outcome.FINISHED)
+        ledger.close(record, Outcome.FAILED)  # only the first call counts
     await until(lambda: {row.ending for row in rows(database).values()} == {"finished"})
     assert ledger.open_records == 0
     assert {(row.output_tokens, row.amount_nanos, row.billed) for row in rows(database).values()} == {(20, 2**60, True)}
@@ -100,8 +108,8 @@ async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_pa
     await ledger.stop()
 
 
-def test_times_of_a_record_stand_in_their_order() -> None:
-    """A first token right after the hand-over to the engine, told a little later, is not dated before or after them."""
+def test_times_of_a_record_are_in_order() -> None:
+    """A first token right after the audio was prepared, noticed a little later, is not dated out of order."""
     for _ in range(500):
         record = usage("r")
         record.prepared_at = now_ms()
@@ -114,7 +122,7 @@ def test_times_of_a_record_stand_in_their_order() -> None:
 
 
 async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -> None:
-    """What a killed process had closed is as it closed it; what was open is lost, unbilled, as it was reported."""
+    """Records that a killed process had closed stay as closed; open ones are lost, unbilled, with reported tokens."""
     dead = ledger_in(tmp_path, database)
     await dead.start()
     early, late, closed = (usage(name, dead.replica) for name in ("early", "late", "closed"))
@@ -126,7 +134,7 @@ async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -
     dead.open(late)
     dead.open(closed)
     closed.output_tokens, closed.billed, closed.amount_nanos = 9, True, 7
-    dead.close(closed, Ending.FINISHED)
+    dead.close(closed, Outcome.FINISHED)
     late.output_tokens, late.input_tokens = 3, 33
     dead._journal.append({"at": now_ms(), "progress": [late.progress()]})
     kill(dead)
@@ -141,35 +149,37 @@ async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -
         "closed": ("finished", 9, True, 7),
     }
     assert found["late"].input_tokens == 33
-    assert living.closed[Ending.LOST] == 2
+    assert living.closed[Outcome.LOST] == 2
     assert [path.name for path in (tmp_path / "journal").iterdir()] == [living.replica]
     await living.stop()
 
 
-async def test_sweep_finds_who_dies_later(database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies beside a living one is swept by that one, which does not touch its own."""
+async def test_sweep_finds_a_process_that_dies_later(
+    database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A living process sweeps the journal of one that dies, and leaves its own records open."""
     monkeypatch.setattr(ledgers, "_SWEEP_EVERY_S", 0.1)
     living, dead = ledger_in(tmp_path, database), ledger_in(tmp_path, database)
     await living.start()
     await dead.start()
     living.open(usage("mine", living.replica))
-    dead.open(usage("its", dead.replica))
+    dead.open(usage("dead", dead.replica))
     kill(dead)
-    await until(lambda: rows(database).get("its") and rows(database)["its"].ending == "lost")
+    await until(lambda: rows(database).get("dead") and rows(database)["dead"].ending == "lost")
     assert rows(database)["mine"].ending is None
     await living.stop()
-    assert rows(database)["mine"].ending == "cancelled"  # nobody waited for it
+    assert rows(database)["mine"].ending == "cancelled"  # stop did not wait for it
 
 
-async def test_lost_machine_is_found_by_its_silence(
+async def test_lost_machine_is_found_by_missing_reports(
     database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Open records of a machine that went with its disk are closed; one that comes back has the last word."""
+    """Open records of a machine that is gone with its disk are closed; its own outcome replaces `lost` later."""
     monkeypatch.setattr(ledgers, "_SWEEP_EVERY_S", 0.1)
     monkeypatch.setattr(ledgers, "UNREPORTED_S", 2.0)
     monkeypatch.setattr(ledgers, "_ALIVE_TICKS", 1)
     gone = usage("gone", "elsewhere", reported_at=now_ms() - 60_000)
-    ledger_store.write(database, [gone.row()])
+    usage_table.write(database, [gone.row()])
     ledger = ledger_in(tmp_path, database)
     await ledger.start()
     running = usage("running", ledger.replica)
@@ -178,16 +188,16 @@ async def test_lost_machine_is_found_by_its_silence(
     await asyncio.sleep(2.5)
     assert rows(database)["running"].ending is None  # it reports
     await ledger.stop()
-    gone.ending, gone.billed, gone.amount_nanos = Ending.FINISHED, True, 5
-    ledger_store.write(database, [gone.row()])
+    gone.ending, gone.billed, gone.amount_nanos = Outcome.FINISHED, True, 5
+    usage_table.write(database, [gone.row()])
     assert rows(database)["gone"].ending == "finished"
-    gone.ending, gone.amount_nanos = Ending.FAILED, 0
-    ledger_store.write(database, [gone.row()])
+    gone.ending, gone.amount_nanos = Outcome.FAILED, 0
+    usage_table.write(database, [gone.row()])
     assert rows(database)["gone"].amount_nanos == 5  # final
 
 
 async def test_outage_loses_nothing_and_is_bounded(tmp_path: Path) -> None:
-    """Without the database requests go on until the journal is full, are refused then, and all is written later."""
+    """Without the database requests continue until the journal is full, are refused then, and all are written later."""
     path = tmp_path / "tenancy.sqlite"
     database = sa.create_engine(f"sqlite:///{path}", poolclass=sa.NullPool)
     metadata.create_all(database)
@@ -203,8 +213,8 @@ async def test_outage_loses_nothing_and_is_bounded(tmp_path: Path) -> None:
         ledger.open(usage("late", ledger.replica))
     assert refused.value.reason == "journal"
     assert 100 < len(admitted) < 300
-    for record in admitted:  # what was admitted can end, even so
-        ledger.close(record, Ending.FINISHED)
+    for record in admitted:  # admitted requests can still be closed
+        ledger.close(record, Outcome.FINISHED)
     await until(lambda: ledger.write_failures > 1)
     assert ledger.lag_s > 0.5
     assert ledger.journal_bytes > 100_000
@@ -219,7 +229,7 @@ async def test_outage_loses_nothing_and_is_bounded(tmp_path: Path) -> None:
 
 
 async def test_outage_survives_the_process(tmp_path: Path) -> None:
-    """A process that ends in an outage leaves its journal, and the next start brings it in."""
+    """A process that ends in an outage leaves its journal, which the next start writes into the database."""
     path = tmp_path / "tenancy.sqlite"
     database = sa.create_engine(f"sqlite:///{path}")
     path.mkdir()
@@ -227,7 +237,7 @@ async def test_outage_survives_the_process(tmp_path: Path) -> None:
     await ledger.start()
     record = usage("r", ledger.replica)
     ledger.open(record)
-    ledger.close(record, Ending.FINISHED)
+    ledger.close(record, Outcome.FINISHED)
     await ledger.stop()
     path.rmdir()
     metadata.create_all(database)
@@ -238,10 +248,10 @@ async def test_outage_survives_the_process(tmp_path: Path) -> None:
     database.dispose()
 
 
-async def test_what_the_database_refuses_holds_nobody_up(
+async def test_a_refused_record_does_not_hold_up_others(
     database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that the database will never take is kept aside; the others are written."""
+    """A record that the database refuses is kept in a file; the others are written."""
     ledger = ledger_in(tmp_path, database)
     await ledger.start()
     for request_id in ("good", "bad", "better"):
@@ -249,7 +259,7 @@ async def test_what_the_database_refuses_holds_nobody_up(
         if request_id == "bad":
             record.model = None  # type: ignore[assignment]
         ledger.open(record)
-        ledger.close(record, Ending.FINISHED)
+        ledger.close(record, Outcome.FINISHED)
     await until(lambda: rows(database).keys() == {"good", "better"})
     await until(lambda: ledger.journal_bytes == 0)
     assert ledger.refused == 2
@@ -258,7 +268,7 @@ async def test_what_the_database_refuses_holds_nobody_up(
 
 
 async def test_spent_is_what_was_billed(database: sa.Engine, tmp_path: Path) -> None:
-    """A budget begins with what was billed this day and month, to the tenant and to the key; free tokens never end."""
+    """The sums are what was billed this day and month, to tenant and key; free tokens are summed over all time."""
     ledger = ledger_in(tmp_path, database)
     noon = dt.datetime.now(dt.UTC).replace(day=15, hour=12)
     today, first, before = (
@@ -271,38 +281,47 @@ async def test_spent_is_what_was_billed(database: sa.Engine, tmp_path: Path) -> 
         "output_tokens": 5,
         "amount_nanos": 100,
     }
-    told: dict[str, dict[str, Any]] = {
+    changes_of: dict[str, dict[str, Any]] = {
         "today": {"opened_at": today},
         "other key": {"opened_at": today, "key_id": "k2"},
         "month": {"opened_at": first, "free_tokens": 15, "amount_nanos": 0},
         "before": {"opened_at": before, "free_tokens": 7},
         "unbilled": {"opened_at": today, "billed": False},
-        "stranger": {"opened_at": today, "tenant_id": "other", "key_id": "k9"},
+        "other tenant": {"opened_at": today, "tenant_id": "other", "key_id": "k9"},
     }
-    for request_id, changes in told.items():
-        ledger_store.write(database, [usage(request_id, **paid | changes).row()])
-    spent = ledger_store.spent(database, Caller("acme", "k1"), today + 1000)
+    for request_id, changes in changes_of.items():
+        usage_table.write(database, [usage(request_id, **paid | changes).row()])
+    spent = usage_table.spent(database, Caller("acme", "k1"), today + 1000)
     assert spent == Spent(Sums(30, 45, 200, 200), Sums(15, 30, 100, 100), 22)
     assert await ledger.spent(Caller("nobody", "k0")) == Spent()
 
 
 @pytest.mark.parametrize(
-    ("error", "flags", "ending", "billed"),
+    ("error", "flags", "outcome", "code", "billed"),
     [
-        (None, {"generated"}, "finished", True),
-        (None, {"partial", "generated"}, "partial", True),
-        (UploadNotFound(), set(), "rejected", False),
-        (EngineFailed(), set(), "failed", False),
-        (EngineFailed(), {"generated"}, "failed_midstream", False),
-        (ValueError(), {"generated"}, "failed_midstream", False),
-        (Disconnected(), set(), "disconnected", True),
-        (asyncio.CancelledError(), {"generated"}, "cancelled", False),
+        (None, {"generated"}, "finished", "", True),
+        (None, {"partial", "generated"}, "partial", "", True),
+        (UploadNotFound(), set(), "rejected", "upload_not_found", False),
+        (EngineFailed(), set(), "failed", "engine_failed", False),
+        (EngineStalled(), {"generated"}, "failed_midstream", "engine_stalled", False),
+        (CaptionerError(), set(), "failed", "captioner_error", False),
+        (ValueError(), {"generated"}, "failed_midstream", "internal", False),
+        (Disconnected(), set(), "disconnected", "disconnected", True),
+        (asyncio.CancelledError(), {"generated"}, "cancelled", "cancelled", False),
     ],
 )
-def test_each_ending_has_its_bill(error: BaseException | None, flags: set[str], ending: str, *, billed: bool) -> None:
-    """What is delivered is paid, and what a caller that leaves has had done; what we failed to deliver is not."""
-    told = ending_of(error, partial="partial" in flags, generated="generated" in flags)
-    assert told == ending
-    assert is_billed(told, given_to_engine=True) is billed
-    assert not is_billed(Ending.DISCONNECTED, given_to_engine=False)
-    assert not is_billed(Ending.LOST, given_to_engine=True)
+def test_each_outcome_has_its_bill(
+    error: BaseException | None, flags: set[str], outcome: str, code: str, *, billed: bool
+) -> None:
+    """Delivered captions are billed, and work for a caller that leaves; what the service failed to deliver is not."""
+    found = outcome_of(error, partial="partial" in flags, generated="generated" in flags)
+    assert found == (outcome, code)
+    assert is_billed(found[0], given_to_engine=True) is billed
+    assert not is_billed(Outcome.DISCONNECTED, given_to_engine=False)
+    assert not is_billed(Outcome.LOST, given_to_engine=True)
+
+
+def test_values_of_outcomes_are_those_of_the_database() -> None:
+    """Values of the column `ending` stay the same: records of earlier versions have them."""
+    names = "finished partial rejected failed failed_midstream disconnected cancelled lost"
+    assert [outcome.value for outcome in Outcome] == names.split()

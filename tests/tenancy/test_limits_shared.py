@@ -1,4 +1,4 @@
-"""Limits that several services keep together, over HTTP, with one database and one Redis."""
+"""Limits that several services share, over HTTP, with one database and one Redis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 from serving.tenancy.admin.service import Administration
 from serving.tenancy.database import connect, migrate
 from serving.tenancy.key_hashing import Pepper
-from serving.tenancy.limits.limiter import WINDOW_S
+from serving.tenancy.limits.counter_store import WINDOW_S
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, compatible_body, data_url, wav
 
@@ -27,8 +27,8 @@ CLIP = data_url(wav(1))
 LIMIT, EACH = 40, 60
 
 
-def test_several_processes_let_in_no_more_than_one_would(redis_server: Redis, tmp_path: Path) -> None:
-    """Three services are asked 180 times within a minute for what is allowed 40 times: 40 are served, no more."""
+def test_several_processes_admit_no_more_than_one_would(redis_server: Redis, tmp_path: Path) -> None:
+    """Three services get 180 requests within a minute, of which 40 are allowed: exactly 40 are served."""
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     database = connect(url)
     migrate(database)
@@ -45,18 +45,18 @@ def test_several_processes_let_in_no_more_than_one_would(redis_server: Redis, tm
         ]
         pool = stack.enter_context(ThreadPoolExecutor(24))
 
-        began = time.time()
+        started = time.time()
 
         def ask(number: int) -> tuple[float, int, str]:
-            # Evenly, so that it is not a burst.
-            time.sleep(max(0.0, began + number / 15 - time.time()))
+            # Evenly spaced, so that they are not a burst.
+            time.sleep(max(0.0, started + number / 15 - time.time()))
             service = services[number % 3]
             answer = httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP), headers=headers, timeout=60)
             return time.time(), answer.status_code, answer.headers.get("x-ratelimit-remaining-requests", "")
 
         answers = list(pool.map(ask, range(3 * EACH)))
         assert all(service.metric("captioner_limits_store_up") == 1 for service in services)
-    within = [answer for answer in answers if answer[0] < began + WINDOW_S - 1]
+    within = [answer for answer in answers if answer[0] < started + WINDOW_S - 1]
     assert len(within) > 2 * LIMIT
     statuses = Counter(status for _, status, _ in within)
     assert set(statuses) == {200, 429}

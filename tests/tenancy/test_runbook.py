@@ -1,6 +1,6 @@
-"""The runbook's commands for keys, passwords and backups, word for word, against a real PostgreSQL and a service.
+"""The runbook's commands for keys, passwords and backups, unchanged, against a real PostgreSQL and a service.
 
-No containers are needed: a `docker` and a `kubectl` of the test's own run what these would run in a container.
+No containers are needed: the test's own `docker` and `kubectl` run the commands that these would run in a container.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "deploy" / "runbook.md").read_text()
 
 DOCKER = r"""#!/usr/bin/env bash
-# docker compose exec -T SERVICE COMMAND…; up and stop are the test's own business.
+# docker compose exec -T SERVICE COMMAND…; the test itself starts and stops the servers.
 set -euo pipefail
 shift
 case $1 in
@@ -44,7 +44,7 @@ esac
 """
 
 KUBECTL = r"""#!/usr/bin/env bash
-# kubectl --namespace captioner exec -i POD -- COMMAND…; nothing is there to be waited for.
+# kubectl --namespace captioner exec -i POD -- COMMAND…; there is nothing to wait for.
 set -euo pipefail
 case $3 in
 exec)
@@ -57,7 +57,7 @@ esac
 
 
 def blocks(heading: str) -> list[str]:
-    """The shell blocks below a heading, without their indentation."""
+    """Return the shell blocks below a heading, without their indentation."""
     section = re.split(rf"^#+ {re.escape(heading)}\n", TEXT, flags=re.MULTILINE)[1]
     section = re.split(r"^#+ ", re.sub(r"```sh\n(.*?)```", _hidden, section, flags=re.DOTALL), flags=re.MULTILINE)[0]
     found = re.findall(r"^( *)```sh\n(.*?)^ *```", section.replace("\0", "#"), re.MULTILINE | re.DOTALL)
@@ -65,18 +65,18 @@ def blocks(heading: str) -> list[str]:
 
 
 def _hidden(block: re.Match[str]) -> str:
-    """A block, whose comments are no headings."""
+    """Return a block in which comments are not taken for headings."""
     return block[0].replace("#", "\0")
 
 
 def preamble() -> str:
-    """What the runbook's head defines; of the two `captioner` the later one, Compose's, holds."""
+    """Return the shell functions of the runbook's first part; of its two `captioner` the later one, Compose's, holds."""
     shells = re.findall(r"```sh\n(.*?)```", TEXT.partition("\n## ")[0], re.DOTALL)
     return "\n".join((f"cd '{ROOT}'", *shells))
 
 
 class Operator:
-    """A shell beside Compose's file, with its secrets, on a PostgreSQL of its own."""
+    """A shell in the directory of Compose's file, with its secrets, and a separate PostgreSQL."""
 
     def __init__(self, server: Postgres, directory: Path) -> None:
         self.directory, self.server = directory, server
@@ -95,14 +95,14 @@ class Operator:
         self.run("./secrets.sh; rm secrets/captioner_redis_url; docker compose up")
 
     def ask(self, statement: str) -> str:
-        """What the server tells its administrator."""
+        """Return the first value of a statement that the administrator executes."""
         with psycopg.connect(self.server.url, autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
             row = cursor.fetchone() if cursor.description else None
             return str(row[0]) if row else ""
 
     def run(self, command: str, *, fails: bool = False, **variables: str) -> str:
-        """Run a piece of shell after the runbook's head; return what it printed."""
+        """Run shell commands after the runbook's first part; return their output."""
         script = f"set -euo pipefail\n{preamble()}\ncd '{self.directory}'\n{command}"
         done = subprocess.run(
             ["bash", "-c", script],
@@ -116,19 +116,19 @@ class Operator:
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stdout
 
-    def told(self, command: str) -> Any:
-        """What `captioner …` tells as JSON."""
+    def captioner(self, command: str) -> Any:
+        """Return the JSON output of `captioner …`."""
         return json.loads(self.run(f"captioner {command} --format=json"))
 
     def service(self) -> RunningService:
-        """The service with these secrets."""
+        """Return a service with these secrets."""
         return RunningService("--auth", "--engine=fake", "--audio-workers=1")
 
     def billed(self, requests: int) -> Any:
-        """The usage, once it has so many requests."""
+        """Wait until the usage report has this number of requests; return it."""
         deadline = time.monotonic() + 30
         while True:
-            usage = self.told("usage")
+            usage = self.captioner("usage")
             if sum(row["requests"] for row in usage) == requests:
                 return usage
             assert time.monotonic() < deadline, usage
@@ -137,7 +137,7 @@ class Operator:
 
 @pytest.fixture
 def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operator]:
-    """With an empty database `captioner`, whose role of the same name must tell its password over the network."""
+    """An operator with an empty database `captioner`, whose role of that name needs its password over the network."""
     with Postgres() as server:
         operator = Operator(server, tmp_path)
         monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path / "secrets"))
@@ -151,19 +151,19 @@ def operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Operat
         yield operator
 
 
-def shown(told: str) -> dict[str, str]:
-    """A table of one thing: names and values."""
-    return dict(line.split(maxsplit=1) for line in told.splitlines() if len(line.split(maxsplit=1)) == 2)
+def shown(output: str) -> dict[str, str]:
+    """Parse a table of names and values."""
+    return dict(line.split(maxsplit=1) for line in output.splitlines() if len(line.split(maxsplit=1)) == 2)
 
 
 def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) -> None:
-    """Each command does what the text says of it, and what was billed and valid before a loss is so after it."""
+    """Each command has the effect that the text states; bills and keys before a loss are restored after it."""
     old = shown(operator.run(blocks("Install")[-1]))["key"]
-    key_id = operator.told("keys list acme")[0]["id"]
+    key_id = operator.captioner("keys list acme")[0]["id"]
     with operator.service() as service:
         assert '"content"' in operator.run("sample", URL=service.url, KEY=old)
 
-        # A tenant's API key: both are valid meanwhile, and one of them no longer within two seconds.
+        # A tenant's API key: both keys are valid during the rotation; the old one is refused within two seconds.
         *turn, revoke = blocks("A tenant's API key")[0].replace("KEY_ID", key_id).splitlines()
         new = shown(operator.run("\n".join(turn)))["key"]
         time.sleep(2)
@@ -173,7 +173,7 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
         time.sleep(2)
         assert '"invalid_api_key"' in operator.run("sample", fails=True, URL=service.url, KEY=old)
 
-    # A password, while the service is down for the change of its address.
+    # A password, while the service is down to change its address.
     before = (operator.directory / "secrets" / "captioner_database_url").read_text()
     operator.run(blocks("The upload secret, the admin token, passwords")[-1])
     after = (operator.directory / "secrets" / "captioner_database_url").read_text()
@@ -184,7 +184,7 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
         )
         assert done.strip() == ("fine" if valid else "refused")
 
-    # A backup while the service runs; then all is lost.
+    # A backup while the service runs; then everything is lost.
     backups = blocks("Back up the ledger")[0].partition("# Anywhere else")[0]
     with operator.service() as service:
         operator.run(backups)
@@ -202,7 +202,7 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
             assert '"invalid_api_key"' in operator.run("sample", fails=True, URL=service.url, KEY=key)
     operator.billed(4)
 
-    # The same for a server of one's own, where the service's role is none of the administrators.
+    # The same on another server, on which the service's role is not an administrator.
     operator.ask("ALTER ROLE captioner RENAME TO chief")
     operator.ask("ALTER DATABASE captioner RENAME TO old")
     password = (operator.directory / "secrets" / "postgres_password").read_text().strip()

@@ -1,4 +1,4 @@
-"""Attacks on what keeps tenants apart. deploy/security.md tells which test answers which."""
+"""Attacks on the isolation of tenants. deploy/security.md lists each attack with its test."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ INJECTIONS = ["' OR '1'='1", "x'; DROP TABLE keys; --", '" OR ""="', "%", "\\", 
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RunningService]:
-    """A service that knows two tenants, by a key each from the settings and from its database."""
+    """A service with two tenants: the key of one is in the settings, the key of the other in the database."""
     with RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-one-of-the-settings") as service:
         yield service
 
 
 @pytest.fixture(scope="module")
 def other(service: RunningService) -> Iterator[dict[str, str]]:
-    """The header of another tenant."""
+    """The authorization header of another tenant."""
     database = connect(f"sqlite:///{service.data / 'captioner.db'}")
     admin = Administration(database, Pepper((service.data / "pepper").read_bytes().strip()), "test")
     admin.create_tenant("other", plan="unlimited")
@@ -54,12 +54,12 @@ ONE = {"authorization": "Bearer sk-one-of-the-settings"}
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The header that carries a key."""
+    """Return the header that carries a key."""
     return {"authorization": f"Bearer {key}"}
 
 
 def records(service: RunningService) -> list[Any]:
-    """The ledger, once nothing is pending."""
+    """Return the ledger's records once nothing is pending."""
     database = connect(f"sqlite:///{service.data / 'captioner.db'}")
     for _ in range(200):
         if not service.metric("captioner_ledger_pending"):
@@ -71,7 +71,7 @@ def records(service: RunningService) -> list[Any]:
 
 
 def test_keys_cannot_be_guessed() -> None:
-    """256 random bits, never the same; of these the prefix that people see tells 30."""
+    """Keys have 256 random bits and differ; the prefix that is shown reveals 30 of the bits."""
     keys = {make_key() for _ in range(1000)}
     assert len(keys) == 1000
     assert all(len(key) == 46 and key.startswith("sk-") for key in keys)
@@ -81,26 +81,26 @@ def test_keys_cannot_be_guessed() -> None:
 @pytest.mark.parametrize(
     "key", ["sk-", "sk-" + "a" * 43, "sk-one-of-the-setting", "sk-one-of-the-settingsx", *INJECTIONS]
 )
-def test_what_is_no_key_is_told_the_same(service: RunningService, key: str) -> None:
-    """401 in the dialect, whatever was tried; nothing tells whether it was close."""
+def test_all_wrong_keys_get_the_same_response(service: RunningService, key: str) -> None:
+    """A wrong key is answered 401 in the dialect; the response does not depend on how close it was."""
     for path, body in ((NATIVE, native_body(CLIP)), (COMPATIBLE, compatible_body(CLIP))):
         answer = httpx.post(service.url + path, json=body, headers=bearer(key))
         assert answer.status_code == 401
-        told = answer.json()
-        message = told["message"] if path == NATIVE else told["error"]["message"]
+        error = answer.json()
+        message = error["message"] if path == NATIVE else error["error"]["message"]
         assert message == ("Invalid API-key provided." if path == NATIVE else "Incorrect API key provided.")
 
 
 def test_a_huge_key_is_no_key(service: RunningService) -> None:
-    """It is refused, as soon as it is too long for a header; nothing breaks."""
+    """A key too long for a header is refused, and the service continues."""
     assert httpx.get(f"{service.url}/v1/models", headers=bearer("x" * 200_000)).status_code in {400, 401, 431}
     assert httpx.get(f"{service.url}/v1/models", headers=ONE).status_code == 200
 
 
 def test_a_look_up_takes_one_hash_whatever_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Right, almost right or nonsense: one HMAC over the whole key, and one dictionary access under its result.
+    """A valid, an almost valid or a nonsense key costs one HMAC over the key and one dictionary access.
 
-    So the time depends on the length of what was sent alone, and not on how much of it is right.
+    So the time depends only on the key's length, and not on how much of it is right.
     """
     settings = Settings(data_dir=tmp_path, api_keys="sk-right-key")
     database = connect(f"sqlite:///{tmp_path / 'db'}")
@@ -121,7 +121,7 @@ def test_a_look_up_takes_one_hash_whatever_the_key(monkeypatch: pytest.MonkeyPat
 
 
 def test_headers_do_not_say_who_calls(service: RunningService, other: dict[str, str]) -> None:
-    """Only the key does: what looks like a tenant, a user or a proxy's word changes neither record nor limit."""
+    """Only the key identifies a caller: headers that name a tenant, user or proxy change neither record nor limit."""
     spoofed = {
         "x-tenant": "other",
         "x-tenant-id": "other",
@@ -144,7 +144,7 @@ def test_headers_do_not_say_who_calls(service: RunningService, other: dict[str, 
 
 
 def test_another_tenants_upload_is_not_found(service: RunningService, other: dict[str, str]) -> None:
-    """By its key alone nobody hears what another tenant uploaded, and the refusal does not tell that it is there."""
+    """A tenant that has another tenant's upload key gets the response of an upload that does not exist."""
     query = {"action": "getPolicy", "model": "qwen3-omni-30b-a3b-captioner"}
     policy = httpx.get(f"{service.url}/api/v1/uploads", params=query, headers=ONE).json()["data"]
     key = f"{policy['upload_dir']}/clip.wav"
@@ -159,8 +159,8 @@ def test_another_tenants_upload_is_not_found(service: RunningService, other: dic
 
 
 @pytest.mark.parametrize("text", INJECTIONS)
-def test_what_clients_write_is_no_sql(service: RunningService, text: str) -> None:
-    """In a key, in names, in a query: it is a value, and the tables are as they were."""
+def test_input_of_clients_is_not_executed_as_sql(service: RunningService, text: str) -> None:
+    """SQL in a key, in names and in a query is a value, and the tables stay as they are."""
     httpx.get(f"{service.url}/v1/models", headers={"authorization": f"Bearer {text}"})
     httpx.get(f"{service.url}/v1/models/{text}", headers=ONE)
     httpx.get(f"{service.url}/api/v1/models", params={"model": text, "page_no": text}, headers=ONE)
@@ -171,8 +171,8 @@ def test_what_clients_write_is_no_sql(service: RunningService, text: str) -> Non
     assert httpx.get(f"{service.url}/v1/models", headers=ONE).status_code == 200
 
 
-def test_what_clients_write_forges_no_log_line(service: RunningService) -> None:
-    """A line break in what is logged is escaped: each line is one JSON object, of ours."""
+def test_input_of_clients_forges_no_log_line(service: RunningService) -> None:
+    """A line break in a logged value is escaped: each line is one JSON object of the service."""
     forged = '\n{"message":"request","outcome":"finished","request_id":"forged"}\n'
     httpx.post(service.url + COMPATIBLE, json=compatible_body(f"http://127.0.0.1:9/{forged}"), headers=ONE)
     httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP) | {"model": forged}, headers=ONE)
@@ -181,8 +181,8 @@ def test_what_clients_write_forges_no_log_line(service: RunningService) -> None:
     assert not [line for line in lines if line.get("request_id") == "forged"]
 
 
-def test_no_administration_where_clients_are(service: RunningService) -> None:
-    """The clients' port knows none of its paths, with whatever token."""
+def test_no_administration_on_the_clients_port(service: RunningService) -> None:
+    """The clients' port answers 404 to paths of the administration, with any token."""
     for path in (
         "/v1/tenants",
         "/v1/keys",
@@ -196,8 +196,8 @@ def test_no_administration_where_clients_are(service: RunningService) -> None:
         assert httpx.post(f"{service.url}{path}", headers=ONE, json={}).status_code in {404, 405}
 
 
-def test_the_pepper_and_the_database_are_their_owners_alone(service: RunningService) -> None:
-    """Nobody else on the machine reads keys' pepper, hashes or usage."""
+def test_pepper_and_database_are_readable_only_by_their_owner(service: RunningService) -> None:
+    """Other users of the machine cannot read the pepper, hashes of keys or usage."""
     for name in ("pepper", "captioner.db"):
         assert Path(service.data, name).stat().st_mode & 0o077 == 0, name
     assert service.data.stat().st_mode & 0o077 == 0

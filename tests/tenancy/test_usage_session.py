@@ -1,4 +1,4 @@
-"""Keys, limits and ledger around real requests: what callers are told, what is recorded, what is logged."""
+"""Keys, limits and ledger around real requests: responses, records and logs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from serving.tenancy import database as store
+from serving.tenancy import database as databases
 from serving.tenancy import schema
-from serving.tenancy.usage_session import Admissions
-from serving.types import FinishReason
 from tests.support.service import RunningService
 from tests.support.wire import (
     COMPATIBLE,
@@ -46,15 +44,15 @@ TENANT = {
     "created_at": 0,
     "activated_at": 0,
 }
-"""The tenant of the settings' keys, whom a row of this name may limit."""
+"""The row of the tenant of the settings' keys, which may limit it."""
 
 
 @contextmanager
 def serving(*flags: str, **tenant: Any) -> Iterator[tuple[RunningService, Callable[[], list[Any]]]]:
-    """A service whose one caller is such a tenant, and a function that reads its ledger once nothing is open."""
+    """Run a service whose only caller is such a tenant; yield it and a function that reads its settled ledger."""
     service = RunningService("--engine=fake", "--audio-workers=1", "--api-keys=sk-of-the-settings", *flags)
-    database = store.connect(f"sqlite:///{service.data}/captioner.db")
-    store.migrate(database)
+    database = databases.connect(f"sqlite:///{service.data}/captioner.db")
+    databases.migrate(database)
     with database.begin() as connection:
         connection.execute(schema.tenants.insert(), TENANT | tenant)
 
@@ -76,10 +74,10 @@ def serving(*flags: str, **tenant: Any) -> Iterator[tuple[RunningService, Callab
         database.dispose()
 
 
-def test_answers_tell_limits_and_the_ledger_tells_answers() -> None:
-    """Whole, streamed and refused answers of both dialects carry the limits; each admitted request is one record."""
+def test_responses_state_limits_and_leave_records() -> None:
+    """Full, streamed and refused responses of both dialects state the limits; each admitted request is one record."""
     with serving(limits={"requests_per_minute": 5, "tokens_per_minute": 10_000}) as (service, ledger):
-        whole = [ask_native(service.url, CLIP, headers=KEY), ask_compatible(service.url, CLIP, headers=KEY)]
+        full = [ask_native(service.url, CLIP, headers=KEY), ask_compatible(service.url, CLIP, headers=KEY)]
         streams = [
             httpx.post(service.url + NATIVE, json=native_body(CLIP), headers=KEY | {"x-dashscope-sse": "enable"}),
             httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP, stream=True), headers=KEY),
@@ -88,7 +86,7 @@ def test_answers_tell_limits_and_the_ledger_tells_answers() -> None:
         native = httpx.post(service.url + NATIVE, json=native_body(CLIP), headers=KEY)
         compatible = httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP), headers=KEY)
         records = ledger()
-    admitted: list[Any] = [*whole, *streams, rejected]
+    admitted: list[Any] = [*full, *streams, rejected]
     for left, answer in zip((4, 3, 2, 1, 0, 0, 0), (*admitted, native, compatible), strict=True):
         assert answer.headers["x-ratelimit-limit-requests"] == "5"
         assert answer.headers["x-ratelimit-remaining-requests"] == str(left)
@@ -117,12 +115,12 @@ def test_answers_tell_limits_and_the_ledger_tells_answers() -> None:
     assert [record.stream for record in records[:4]] == [False, False, True, True]
 
 
-def test_budget_ends_and_survives_a_restart(tmp_path: Any) -> None:
-    """A budget in tokens refuses what would go beyond it; a process that starts anew knows what was spent."""
+def test_a_budget_survives_a_restart(tmp_path: Any) -> None:
+    """A budget in tokens refuses requests beyond it, in a restarted process as well."""
     data = f"--data-dir={tmp_path}"
     with serving(data, "--fake-tokens=10") as (service, _):
         pass
-    database = store.connect(f"sqlite:///{tmp_path}/captioner.db")
+    database = databases.connect(f"sqlite:///{tmp_path}/captioner.db")
     with database.begin() as connection:
         connection.execute(schema.tenants.insert(), TENANT | {"limits": {"tokens_per_day": 100}})
     body = compatible_body(CLIP, max_tokens=10)
@@ -138,7 +136,7 @@ def test_budget_ends_and_survives_a_restart(tmp_path: Any) -> None:
 
 
 def test_a_new_tenant_pays_nothing_while_its_free_quota_lasts() -> None:
-    """Captions longer than expected (450 tokens) are free as well, and the one that uses the quota up in part."""
+    """Captions longer than expected (450 tokens) are free too; the one that uses the quota up is free in part."""
     now_ms = round(time.time() * 1000)
     quota = {"free_tokens": 2000, "free_days": 90, "activated_at": now_ms}
     with serving("--fake-tokens=900", "--fake-tpot-s=0", **quota) as (service, ledger):
@@ -148,58 +146,14 @@ def test_a_new_tenant_pays_nothing_while_its_free_quota_lasts() -> None:
     assert [(record.free_tokens, record.amount_nanos) for record in records] == [
         (921, 0),
         (921, 0),
-        # 21 x 15,800 + 900 x 12,700 = 11,761,800 for 921 tokens, of which 763 have to be paid, rounded up
+        # 21 x 15,800 + 900 x 12,700 = 11,761,800 for 921 tokens, of which 763 are billed, rounded up
         (158, 9_744_032),
     ]
 
 
-def admissions() -> Admissions:
-    """What learns how long captions are, without all the rest."""
-    limiter: Any = None
-    ledger: Any = None
-    prices: Any = None
-    return Admissions(limiter, ledger, prices)
-
-
-def test_a_tenants_captions_change_only_its_own_reservation() -> None:
-    """However long one tenant's captions are, for the others as much is reserved as before."""
-    learning = admissions()
-    first = learning.expected_tokens("other", 32_768)
-    for _ in range(100):
-        learning.learn("long", 32_768, FinishReason.STOP)
-        learning.learn("short", 10, FinishReason.STOP)
-    assert learning.expected_tokens("long", 32_768) > 30_000
-    assert learning.expected_tokens("long", 100) == 100
-    assert learning.expected_tokens("short", 32_768) < 20
-    assert learning.expected_tokens("other", 32_768) == first
-
-
-def test_captions_that_were_cut_short_teach_nothing() -> None:
-    """Only one that ended by itself, or is longer than expected, tells how long captions are."""
-    learning = admissions()
-    first = learning.expected_tokens("a", 32_768)
-    for _ in range(100):
-        learning.learn("a", 1, FinishReason.LENGTH)
-    assert learning.expected_tokens("a", 32_768) == first
-    learning.learn("a", 2000, FinishReason.LENGTH)
-    assert learning.expected_tokens("a", 32_768) > first
-
-
-def test_tenants_not_seen_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded: beyond so many tenants, the one seen least recently is as new."""
-    monkeypatch.setattr("serving.tenancy.usage_session._TENANTS", 2)
-    learning = admissions()
-    first = learning.expected_tokens("a", 32_768)
-    for tenant in ("a", "b", "a", "c"):
-        learning.learn(tenant, 10, FinishReason.STOP)
-    assert learning.expected_tokens("b", 32_768) == first
-    assert learning.expected_tokens("a", 32_768) < first
-    assert len(learning._output_tokens) == 2
-
-
 @pytest.mark.parametrize("log_content", [False, True])
-def test_captions_are_logged_only_for_whom_it_is_switched_on(*, log_content: bool) -> None:
-    """The log has no audio and no key of anyone, and captions only of a tenant that wants them there."""
+def test_captions_are_logged_only_if_switched_on(*, log_content: bool) -> None:
+    """The log has no audio and no key, and captions only of a tenant that has switched that on."""
     with serving("--fake-text=very private words", log_content=log_content) as (service, ledger):
         answer = ask_compatible(service.url, CLIP, headers=KEY)
         httpx.post(service.url + COMPATIBLE, json=compatible_body("data:;base64,AAAA"), headers=KEY)

@@ -1,1 +1,1 @@
-"""Prices and reports."""
+"""Prices, usage reports and invoices."""

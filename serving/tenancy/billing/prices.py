@@ -1,4 +1,4 @@
-"""Prices: per 1,000 tokens, by region, from a date on. Whole nano-units per token, so that every amount is exact."""
+"""Prices per 1,000 tokens, by region and date. A token costs whole nano-units, so that every amount is exact."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 NANOS = 10**9
-"""In a unit of money."""
+"""Nano-units in a unit of money."""
 
 _NANOS_PER_TOKEN = Decimal(NANOS // 1000)
-"""Of a price of one unit per 1,000 tokens."""
+"""Nano-units per token, at a price of one unit per 1,000 tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """What a token costs, in nano-units of the currency."""
+    """The price of a token, in nano-units of the currency."""
 
     currency: str
     input_nanos: int
@@ -35,26 +35,26 @@ class Price:
 
     @classmethod
     def of(cls, currency: str, input_price: Decimal, output_price: Decimal) -> Price:
-        """From prices per 1,000 tokens. Raises `ValueError` if they have more than six decimals."""
+        """Convert prices per 1,000 tokens. Raises `ValueError` if they have more than six decimals."""
         return cls(currency, _per_token(input_price), _per_token(output_price))
 
     @property
     def input_price(self) -> Decimal:
-        """Of 1,000 input tokens."""
+        """Price of 1,000 input tokens, in units of the currency."""
         return self.input_nanos / _NANOS_PER_TOKEN
 
     @property
     def output_price(self) -> Decimal:
-        """Of 1,000 output tokens."""
+        """Price of 1,000 output tokens, in units of the currency."""
         return self.output_nanos / _NANOS_PER_TOKEN
 
     def amount_nanos(self, input_tokens: int, output_tokens: int) -> int:
-        """What so many tokens cost, exactly."""
+        """Return the exact price of these tokens."""
         return input_tokens * self.input_nanos + output_tokens * self.output_nanos
 
 
 class PriceList:
-    """All prices, to look up by region and time."""
+    """All prices, found by region and time."""
 
     def __init__(self, entries: Iterable[tuple[Region, int, Price]]) -> None:
         self._by_region: dict[Region, list[tuple[int, Price]]] = {}
@@ -62,21 +62,21 @@ class PriceList:
             self._by_region.setdefault(region, []).append((valid_from, price))
 
     def at(self, region: Region, at_ms: int) -> Price:
-        """The price then; before the first date, the first. Raises `LookupError` if the region has none at all."""
+        """Return the price at that time; before the first date, the first price. Raises `LookupError`."""
         entries = self._by_region.get(region)
         if not entries:
-            raise LookupError(f"there is no price for the region {region}")
+            raise LookupError(f"there is no price for the region {region}: set one with `captioner prices set`")
         index = bisect_right(entries, at_ms, key=lambda entry: entry[0])
         return entries[max(0, index - 1)][1]
 
 
 def read(connection: sa.Connection) -> PriceList:
-    """The prices in the database."""
+    """Read the prices from the database."""
     return PriceList(_entry(row) for row in connection.execute(sa.select(prices)).mappings())
 
 
 def shipped() -> list[dict[str, Any]]:
-    """The rows of the price list that comes with the package."""
+    """Return the rows of the price list that is part of the package."""
     rows = []
     for entry in tomllib.loads((files("serving.tenancy.billing") / "prices.toml").read_text())["price"]:
         price = Price.of(entry["currency"], Decimal(entry["input"]), Decimal(entry["output"]))
@@ -86,7 +86,7 @@ def shipped() -> list[dict[str, Any]]:
 
 
 def row(region: Region, valid_from: int, price: Price) -> dict[str, Any]:
-    """A price as the table has it."""
+    """Return a price as a row of the table."""
     return {
         "region": region.value,
         "valid_from": valid_from,
@@ -97,25 +97,25 @@ def row(region: Region, valid_from: int, price: Price) -> dict[str, Any]:
 
 
 def seed(connection: sa.Connection) -> None:
-    """Enter the shipped prices of regions that have none."""
+    """Insert the shipped prices of regions that have none."""
     priced = set(connection.scalars(sa.select(prices.c.region).distinct()))
     if missing := [entry for entry in shipped() if entry["region"] not in priced]:
         connection.execute(prices.insert(), missing)
 
 
 def money(nanos: int) -> str:
-    """An amount in units of its currency, exact, with two decimals at least."""
+    """Format an amount in units of its currency, exactly, with at least two decimals."""
     amount = Decimal(nanos) / NANOS
     return f"{amount:.2f}" if amount == round(amount, 2) else f"{amount.normalize():f}"
 
 
 def _per_token(price: Decimal) -> int:
     if not price.is_finite() or price < 0:
-        raise ValueError("a price must be a number from 0 on")
+        raise ValueError(f"a price must be a number of at least 0: {price}")
     nanos = price * _NANOS_PER_TOKEN
-    if nanos != (whole := int(nanos)):
+    if nanos != int(nanos):
         raise ValueError(f"a price per 1,000 tokens has at most six decimals: {price}")
-    return whole
+    return int(nanos)
 
 
 def _entry(row: Mapping[Any, Any]) -> tuple[Region, int, Price]:

@@ -1,4 +1,4 @@
-"""What tenants used and owe: sums of the ledger, exact to the token and the nano-unit."""
+"""Usage reports and invoices: sums of the ledger, exact to the token and the nano-unit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _USAGE = usage_records.c
 _DAY_MS = 24 * 3600 * 1000
 
 GROUPS = {"day": _USAGE.opened_at // _DAY_MS, "tenant": _USAGE.tenant_id, "key": _USAGE.key_id}
-"""What usage may be told by. Days are UTC, and a request belongs to the day on which it was admitted."""
+"""Groups of a usage report. Days are UTC, and a request belongs to the day on which it was admitted."""
 
 
 def _of_billed(column: Any) -> Any:
@@ -34,7 +34,7 @@ _SUMS = {
     "free_tokens": _of_billed(_USAGE.free_tokens),
     "amount_nanos": _of_billed(_USAGE.amount_nanos),
 }
-"""Tokens and amounts are those billed; requests and audio are all that were admitted."""
+"""Tokens and amounts are those billed; requests and audio are those of all admitted requests."""
 
 
 def usage(
@@ -46,7 +46,7 @@ def usage(
     tenant: str | None = None,
     key: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Sums of the days from `since` to `until`, both included, by some of `GROUPS` and by currency."""
+    """Return the sums of the days from `since` to `until`, both included, by some of `GROUPS` and by currency."""
     groups = [GROUPS[name].label(name) for name in by]
     query = (
         sa.select(*groups, _USAGE.currency, *(sums.label(name) for name, sums in _SUMS.items()))
@@ -59,14 +59,14 @@ def usage(
     if key is not None:
         query = query.where(_USAGE.key_id == key)
     with database.connect() as connection:
-        return [_shown(row) for row in connection.execute(query).mappings()]
+        return [_usage_row(row) for row in connection.execute(query).mappings()]
 
 
 def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
-    """What a tenant owes for a month (`2026-11`): a line for each key and price, and totals that are their sums.
+    """Return a tenant's invoice for a month (`2026-11`): a line for each key and price, and totals that are their sums.
 
-    `list_amount` is the price of all tokens, `amount` what is left of it after free ones. `open_requests` were not
-    ended when this was asked; they are in no line until they are. Raises `ValueError` for what is no month.
+    `list_amount` is the price of all tokens, `amount` the price of those that are not free. `open_requests` still run;
+    they are in no line until they have ended. Raises `ValueError` if `month` is not a month.
     """
     first = dt.date.fromisoformat(f"{month}-01")
     following = (first + dt.timedelta(days=32)).replace(day=1)
@@ -89,12 +89,12 @@ def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
         for name in _TOTALS:
             total[name] += int(row[name])
         if row["billed_requests"]:
-            lines.append(_told(row))
+            lines.append(_formatted(row))
     return {
         "tenant": tenant,
         "month": month,
         "lines": lines,
-        "totals": [_told({"currency": currency, **total}) for currency, total in sorted(totals.items())],
+        "totals": [_formatted({"currency": currency, **total}) for currency, total in sorted(totals.items())],
         "open_requests": still_open,
     }
 
@@ -103,35 +103,35 @@ _TOTALS = ("billed_requests", "input_tokens", "output_tokens", "free_tokens", "l
 
 
 def _list_nanos(row: dict[str, Any]) -> int:
-    """Tokens times prices. A price per 1,000 tokens is a whole number of nano-units per token."""
+    """Return tokens times prices. A price per 1,000 tokens is a whole number of nano-units per token."""
     per_token = [_nanos_per_token(row[name]) for name in ("input_price", "output_price")]
     return int(row["input_tokens"]) * per_token[0] + int(row["output_tokens"]) * per_token[1]
 
 
 def _nanos_per_token(price: str) -> int:
-    """Nano-units per token of a price per 1,000 tokens, as records have it."""
+    """Convert a price per 1,000 tokens, as records have it, to nano-units per token."""
     whole, _, decimals = price.partition(".")
     return int(whole) * 10**6 + int(decimals.ljust(6, "0")[:6] or 0)
 
 
-def _shown(row: Any) -> dict[str, Any]:
-    shown = _told({**row})
-    if "day" in shown:
-        shown["day"] = (dt.date(1970, 1, 1) + dt.timedelta(days=int(shown["day"]))).isoformat()
-    return shown
+def _usage_row(row: Any) -> dict[str, Any]:
+    usage = _formatted({**row})
+    if "day" in usage:
+        usage["day"] = (dt.date(1970, 1, 1) + dt.timedelta(days=int(usage["day"]))).isoformat()
+    return usage
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """Sums as integers (PostgreSQL's are decimals), audio in seconds, amounts in units of their currency."""
-    told: dict[str, Any] = {}
+def _formatted(row: dict[str, Any]) -> dict[str, Any]:
+    """Return sums as integers (PostgreSQL's are decimals), audio in seconds, amounts in units of their currency."""
+    formatted: dict[str, Any] = {}
     for name, value in row.items():
         if name == "audio_ms":
-            told["audio_s"] = int(value) / 1000
+            formatted["audio_s"] = int(value) / 1000
         elif name.endswith("_nanos"):
-            told[{"amount_nanos": "amount", "list_nanos": "list_amount"}[name]] = money(int(value))
+            formatted[{"amount_nanos": "amount", "list_nanos": "list_amount"}[name]] = money(int(value))
         else:
-            told[name] = value if isinstance(value, str) else int(value)
-    return told
+            formatted[name] = value if isinstance(value, str) else int(value)
+    return formatted
 
 
 def _ms(day: dt.date) -> int:

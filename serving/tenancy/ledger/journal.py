@@ -1,11 +1,11 @@
-"""A local journal: what is appended survives the end of its process, and is read back in order.
+"""A local journal: entries survive the end of their process and are read back in order.
 
-    <data_dir>/journal/<owner>/lock            held (flock) as long as the owner lives
+    <data_dir>/journal/<owner>/lock            locked (flock) as long as the owner lives
                               /00000001.log    segments: lines of a checksum and a JSON value
 
-An entry is in the kernel when `append` returns: SIGKILL loses none. `sync` brings it to the disk; the power going off
-may lose what was appended since. A journal whose lock can be had belongs to nobody, and may be replayed by anyone.
-The directory must be local to the machine, or a volume on which flock holds between machines.
+When `append` returns, the entry is in the kernel: SIGKILL loses none. `sync` writes it to the disk; a power failure may
+lose what was appended since. A journal whose lock is free has no living owner, and any process may replay it.
+The directory must be local to the machine, or on a volume where flock holds between machines.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class JournalReader:
         self._segment: int | None = None
         self._offset = self._end = self._torn = 0
         self.damaged = 0
-        """Lines that were not as they had been written. The power went off, or the disk is failing."""
+        """Number of lines whose checksum is wrong: power failed, or the disk is failing."""
 
     def read(self) -> tuple[list[Any], int]:
-        """The next entries, and how many bytes they take; nothing when there are none yet. The same until `advance`."""
+        """Return the next entries and their size in bytes, 0 if there are none yet; the same until `advance`."""
         while True:
             segments = _segments(self._directory)
             current = self._segment if self._segment in segments else min(segments, default=None)
@@ -47,7 +47,7 @@ class JournalReader:
                 return [], 0
             if current != self._segment:
                 self._segment, self._offset = current, 0
-            later = [number for number in segments if number > current]  # looked for before reading: the order matters
+            later = [number for number in segments if number > current]  # listed before reading: the order matters
             lines = self._lines(segments[current])
             if lines:
                 self._end = self._offset + len(lines)
@@ -57,11 +57,11 @@ class JournalReader:
             self._segment, self._offset = min(later), 0
 
     def advance(self) -> None:
-        """Go on behind what was read last."""
+        """Continue after the entries that were read last."""
         self._offset = self._end
         self.damaged += self._torn
 
-    def discard(self) -> None:
+    def remove_read_segments(self) -> None:
         """Remove the segments before the one that is being read."""
         for number, path in _segments(self._directory).items():
             if self._segment is not None and number < self._segment:
@@ -84,67 +84,66 @@ class JournalReader:
 
 
 class Journal:
-    """The journal of this process. `append` from one thread; reading, discarding and `sync` from others."""
+    """The journal of this process. `append` is called on one thread; reading, discarding and `sync` on others."""
 
     def __init__(self, parent: Path, owner: str) -> None:
         self.owner = owner
         self.directory = parent / owner
         self.reader = JournalReader(self.directory)
-        self.appended = self.settled = 0
-        """Entries."""
-        self.appended_bytes = self.settled_bytes = 0
-        """What was appended, and of that what is safe elsewhere."""
+        self.appended = self.written = 0
+        """Number of entries appended, and of those written to the database."""
+        self.appended_bytes = self.written_bytes = 0
         self._segment_bytes = 0
         self._number = 0
         self._file = -1
         self._synced_bytes = 0
         self._full: list[int] = []
-        self._begun = False
+        self._new_segment = False
 
     @property
     def pending_bytes(self) -> int:
-        """What is nowhere but here."""
-        return self.appended_bytes - self.settled_bytes
+        """Size of the entries that only the journal has."""
+        return self.appended_bytes - self.written_bytes
 
     def open(self) -> Self:
-        """Make the directory, lock it, begin the first segment. Raises `OSError`."""
+        """Create the directory, lock it, create the first segment. Raises `OSError`."""
         while True:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if (lock := _locked(self.directory, make=True)) is not None:
-                break  # else a sweep had the directory, which was still empty, in this moment
+            if (lock := _lock(self.directory, create=True)) is not None:
+                break  # else a sweep had locked the directory while it was empty
         self._lock = lock
-        self._begin_segment()
+        self._open_segment()
         return self
 
     def append(self, entry: Any) -> None:
-        """Write one entry. Raises `OSError`: it then is not in the journal at all."""
+        """Write one entry. Raises `OSError`; then no part of the entry is in the journal."""
         payload = orjson.dumps(entry)
         if len(payload) > _MAX_ENTRY_BYTES:
-            raise ValueError("an entry is too long")
+            raise ValueError(f"a journal entry of {len(payload)} bytes exceeds the limit of {_MAX_ENTRY_BYTES}")
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
         if self._segment_bytes >= SEGMENT_BYTES:
-            self._begin_segment()
-        written = os.write(self._file, line)
-        if written != len(line):
+            self._open_segment()
+        nbytes = os.write(self._file, line)
+        if nbytes != len(line):
             os.ftruncate(self._file, self._segment_bytes)
             raise OSError("the journal's disk is full")
-        self._segment_bytes += written
-        self.appended_bytes += written
+        self._segment_bytes += nbytes
+        self.appended_bytes += nbytes
         self.appended += 1
 
     def read(self) -> tuple[list[Any], int]:
         """See `JournalReader.read`."""
         return self.reader.read()
 
-    def settle(self, entries: int, nbytes: int) -> None:
-        """What was read last is safe elsewhere."""
-        self.settled += entries
-        self.settled_bytes += nbytes
+    def discard_written(self, entries: int, nbytes: int) -> None:
+        """Discard the entries that were read last: they are in the database."""
+        self.written += entries
+        self.written_bytes += nbytes
         self.reader.advance()
-        self.reader.discard()
+        self.reader.remove_read_segments()
 
     def sync(self) -> None:
-        """Bring what was appended to the disk, once for all of it. For one thread, which alone closes files."""
+        """Write what was appended to the disk. For one thread, the only one that closes files."""
         appended_bytes = self.appended_bytes
         if appended_bytes == self._synced_bytes:
             return
@@ -153,14 +152,14 @@ class Journal:
             os.fdatasync(full)
             os.close(full)
         os.fdatasync(self._file)
-        if self._begun:
-            self._begun = False
+        if self._new_segment:
+            self._new_segment = False
             _sync_directory(self.directory)
             _sync_directory(self.directory.parent)
         self._synced_bytes = appended_bytes
 
     def close(self) -> None:
-        """Give the journal up, when no thread uses it any more; if nothing is pending, remove it. Idempotent."""
+        """Release the lock when no thread uses the journal any more; remove it if nothing is pending. Idempotent."""
         if self._file < 0:
             return
         self.sync()
@@ -171,17 +170,17 @@ class Journal:
             _remove(self.directory)
         os.close(self._lock)
 
-    def _begin_segment(self) -> None:
+    def _open_segment(self) -> None:
         self._number += 1
         path = self.directory / f"{self._number:08d}.log"
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
         if self._file >= 0:
             self._full.append(self._file)
-        self._file, self._segment_bytes, self._begun = file, 0, True
+        self._file, self._segment_bytes, self._new_segment = file, 0, True
 
 
-class Abandoned:
-    """A journal that its owner has left behind, ours while the context lasts. Read, then removed by `remove`."""
+class AbandonedJournal:
+    """A journal without a living owner, locked by this process until the context is left."""
 
     def __init__(self, directory: Path, lock: int) -> None:
         self.owner = directory.name
@@ -196,37 +195,37 @@ class Abandoned:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """All of it is safe elsewhere."""
+        """Remove the journal: all of it is in the database."""
         _remove(self.directory)
 
 
-def abandoned(parent: Path, *, but: str) -> Iterator[Abandoned]:
-    """Journals without a living owner; `but` is our own."""
+def abandoned(parent: Path, *, excluding: str) -> Iterator[AbandonedJournal]:
+    """Yield the journals without a living owner, except the one of the owner `excluding`."""
     with suppress(FileNotFoundError):
         for directory in sorted(parent.iterdir()):
-            if directory.is_dir() and directory.name != but and (lock := _locked(directory)) is not None:
-                yield Abandoned(directory, lock)
+            if directory.is_dir() and directory.name != excluding and (lock := _lock(directory)) is not None:
+                yield AbandonedJournal(directory, lock)
 
 
-def size_bytes(parent: Path, *, but: str) -> int:
-    """What all journals take on the disk but one."""
+def size_bytes(parent: Path, *, excluding: str) -> int:
+    """Return the size on disk of all journals, except the one of the owner `excluding`."""
     total = 0
     with suppress(FileNotFoundError):
         for path in parent.glob("*/*.log"):
-            if path.parent.name != but:
-                with suppress(FileNotFoundError):  # whoever replayed it has removed it
+            if path.parent.name != excluding:
+                with suppress(FileNotFoundError):  # another process has replayed and removed it
                     total += path.stat().st_size
     return total
 
 
-def _locked(directory: Path, *, make: bool = False) -> int | None:
-    """Lock a journal; `None` if it is another's, or was removed in this moment."""
+def _lock(directory: Path, *, create: bool = False) -> int | None:
+    """Lock a journal; return `None` if another process has locked it or has just removed it."""
     path = directory / _LOCK
     try:
-        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if make else 0), 0o600)
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
     except FileNotFoundError:
-        if not make:
-            with suppress(OSError):  # its owner died between two steps of its beginning
+        if not create:
+            with suppress(OSError):  # its owner died between creating the directory and the lock
                 directory.rmdir()
         return None
     try:

@@ -3,12 +3,13 @@
     open ─► progress, each second ─► close          on the event loop: an append to the local journal, no more
                     │ journal.py
                     ▼
-    a thread: batches into the database             twice a second, and when the database is back
-    the same thread: the sweep                      journals and open records that nobody owns any more
+    writer thread: batches into the database        twice a second, and when the database is back
+    writer thread: the sweep                        journals and open records that no living process owns
 
-The journal is the queue: what the database has not got is read from there, not kept in memory. A record is a whole row,
-so that writing it twice is writing it once. Once closed it is final; only `lost`, which is a guess of others, yields to
-the word of its owner. The database may be away: requests go on until the journal is at its bound, and are refused then.
+The journal is the queue: entries that the database does not have are read from there, not kept in memory. An entry is a
+whole row, so writing it twice has the effect of writing it once. A closed record is final; only `lost`, which is other
+processes' guess, is replaced by the owner's outcome. The database may be away: requests continue until the journal
+reaches its limit, and are refused then.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import orjson
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from serving.errors import Overloaded
-from serving.tenancy.ledger import store as ledger_store
+from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.journal import Journal, abandoned, size_bytes
-from serving.tenancy.ledger.usage_record import Ending, now_ms
+from serving.tenancy.ledger.usage_record import now_ms
+from serving.types import Outcome
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,24 +42,23 @@ if TYPE_CHECKING:
 
     from serving.observability.request_record import RequestRecord
     from serving.tenancy.ledger.usage_record import UsageRecord
-    from serving.tenancy.limits.limiter import Spent
+    from serving.tenancy.limits.counter_store import Spent
     from serving.types import Caller
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 1.0
 _ALIVE_TICKS = 15
-_PROGRESS_RECORDS = 200
-"""In one journal entry."""
+_RECORDS_PER_ENTRY = 200
 
 _WRITE_EVERY_S = 0.5
 _SYNC_EVERY_S = 0.1
 _SWEEP_EVERY_S = 10.0
-_FIRST_SWEEP_S = 5.0
-_RETRY_MOST_S = 5.0
+_FIRST_SWEEP_TIMEOUT_S = 5.0
+_MAX_RETRY_S = 5.0
 
 UNREPORTED_S = 120.0
-"""A record that has been open for so long without a report, while the database was there, is lost with its machine."""
+"""Age of an open record's last report, while the database was reachable, after which its machine is considered lost."""
 
 
 class Ledger:
@@ -79,93 +80,96 @@ class Ledger:
         self._swept = threading.Event()
         self._threads: list[threading.Thread] = []
         self._reporting: asyncio.Task[None] | None = None
-        self.closed: Counter[str] = Counter({ending.value: 0 for ending in Ending})
-        """Records that were closed here, by ending."""
+        self.closed: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
+        """Number of records closed by this process, by outcome."""
         self.write_failures = self.refused = 0
 
     @property
     def open_records(self) -> int:
-        """Requests under way."""
+        """Number of running requests."""
         return len(self._open)
 
     @property
     def database_up(self) -> bool:
-        """Whether its last use went well."""
+        """Whether the last use of the database succeeded."""
         return not self._failing
 
     @property
     def pending(self) -> int:
-        """Entries that the database has not got."""
-        return self._journal.appended - self._journal.settled
+        """Number of entries that the database does not have."""
+        return self._journal.appended - self._journal.written
 
     @property
     def journal_bytes(self) -> int:
-        """What only the local disk has: this process's records, and those that dead ones have left."""
+        """Size of what only the local disk has: of this process's journal and those that dead processes have left."""
         return self._journal.pending_bytes + self._others_bytes
 
     @property
     def lag_s(self) -> float:
-        """How long ago the database had everything."""
+        """Seconds since the database had every entry."""
         return time.monotonic() - self._caught_up_s if self._journal.pending_bytes else 0.0
 
     async def start(self) -> None:
-        """Begin a journal; replay what dead processes have left, if the database lets us within some seconds."""
+        """Open a journal; wait a few seconds for the journals of dead processes to be replayed."""
         await asyncio.to_thread(self._journal.open)
         for name, work in (("ledger-writer", self._write_forever), ("ledger-sync", self._sync_forever)):
             thread = threading.Thread(target=work, name=name, daemon=True)
             thread.start()
             self._threads.append(thread)
         self._reporting = asyncio.create_task(self._report_forever())
-        await asyncio.to_thread(self._swept.wait, _FIRST_SWEEP_S)
+        await asyncio.to_thread(self._swept.wait, _FIRST_SWEEP_TIMEOUT_S)
 
     async def stop(self) -> None:
-        """Write what is pending, if the database is there; else it stays in the journal for the next start."""
+        """Write what is pending; while the database is away it stays in the journal for the next start. Idempotent."""
         if self._reporting is None:
             return
         self._reporting.cancel()
         await asyncio.wait((self._reporting,))
         self._reporting = None
         for record, _ in [*self._open.values()]:  # of requests that were not waited for
-            self.close(record, Ending.CANCELLED)
+            self.close(record, Outcome.CANCELLED)
         self._stopping.set()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
         await asyncio.to_thread(self._journal.close)
 
     def open(self, record: UsageRecord, request: RequestRecord | None = None) -> None:
-        """Enter a request, and what it reports of itself. Raises `Overloaded` if nothing more can be kept."""
+        """Open a request's record. Raises `Overloaded` if the journal is full or cannot be written."""
         if self.journal_bytes >= self._max_journal_bytes:
             raise Overloaded(reason="journal")
         try:
             self._journal.append(record.row())
         except OSError:
-            log.exception("a request is refused: the journal cannot be written")
+            log.exception("journal write failed, request refused")
             raise Overloaded(reason="journal") from None
         self._open[record.request_id] = (record, request)
 
-    def close(self, record: UsageRecord, ending: Ending) -> None:
-        """Enter its end. `billed` and the amount are set already. Once: the first word counts."""
+    def close(self, record: UsageRecord, outcome: Outcome) -> None:
+        """Close a record, whose `billed` and amount are set; only the first call has an effect."""
         if self._open.pop(record.request_id, None) is None:
             return
-        self.closed[ending] += 1
-        record.ending = ending
+        self.closed[outcome] += 1
+        record.ending = outcome
         record.closed_at = record.reported_at = now_ms()
         try:
             self._journal.append(record.row())
         except OSError:
-            # What ends needs no more room than this: a full disk refuses what begins first.
-            log.exception("a record could not be closed in the journal", extra={"record": record.row()})
+            # A closed record needs no more space than an open one: on a full disk new requests are refused first.
+            log.exception("journal write failed, record not closed", extra={"record": record.row()})
 
     async def spent(self, caller: Caller) -> Spent:
-        """What a caller was billed before. Raises `Overloaded` if the database does not tell: a budget is at stake."""
+        """Return what a caller was billed before.
+
+        Raises `Overloaded` if the database cannot be read: without the sums a budget could be exceeded.
+        """
         try:
-            return await asyncio.to_thread(ledger_store.spent, self._database, caller, now_ms())
+            return await asyncio.to_thread(usage_table.spent, self._database, caller, now_ms())
         except SQLAlchemyError as error:
-            log.warning("a caller's budget cannot be told", extra={"error": type(error).__name__})
+            log.warning("cannot read what a caller was billed", extra={"error": type(error).__name__})
             raise Overloaded(reason="budget") from None
 
     async def _report_forever(self) -> None:
-        """Journal what has changed of the open records; and of all of them from time to time, that they are alive."""
+        """Journal changes of open records each second; every 15 s all open records, to show that they are alive."""
         reported: dict[str, list[Any]] = {}
         for tick in itertools.count(1):
             await asyncio.sleep(_PROGRESS_EVERY_S)
@@ -173,17 +177,17 @@ class Ledger:
                 if request is not None:
                     record.follow(request)
             running = {request_id: record.progress() for request_id, (record, _) in self._open.items()}
-            told = [
+            reports = [
                 progress
                 for request_id, progress in running.items()
                 if tick % _ALIVE_TICKS == 0 or reported.get(request_id) != progress
             ]
             reported = running
             try:
-                for first in range(0, len(told), _PROGRESS_RECORDS):
-                    self._journal.append({"at": now_ms(), "progress": told[first : first + _PROGRESS_RECORDS]})
+                for first in range(0, len(reports), _RECORDS_PER_ENTRY):
+                    self._journal.append({"at": now_ms(), "progress": reports[first : first + _RECORDS_PER_ENTRY]})
             except OSError:
-                log.exception("progress could not be journalled")
+                log.exception("journal write failed, progress not recorded")
 
     # What follows runs on the threads.
 
@@ -192,7 +196,7 @@ class Ledger:
             try:
                 self._journal.sync()
             except OSError:
-                log.exception("the journal could not be brought to the disk")
+                log.exception("journal sync failed")
 
     def _write_forever(self) -> None:
         swept_s, pause_s = 0.0, _WRITE_EVERY_S
@@ -205,10 +209,10 @@ class Ledger:
                     swept_s = time.monotonic()
             except Exception as error:  # noqa: BLE001 - of any kind: the thread must go on
                 self._failed(error)
-                pause_s = min(2 * pause_s, _RETRY_MOST_S)
+                pause_s = min(2 * pause_s, _MAX_RETRY_S)
             else:
                 if self._failing:
-                    log.info("the ledger's database is back; nothing was lost")
+                    log.info("ledger database is back, nothing was lost")
                 self._failing, pause_s = False, _WRITE_EVERY_S
             self._swept.set()
             if stopping:
@@ -221,47 +225,47 @@ class Ledger:
         if not self._failing:
             self._failing = True
             log.error(
-                "the ledger cannot write to its database; records wait in the journal",
+                "ledger database write failed, records wait in the journal",
                 exc_info=None if isinstance(error, DBAPIError) else error,
                 extra={"error": type(error).__name__, "journal_bytes": self.journal_bytes},
             )
 
     def _write(self) -> None:
-        """Bring what was appended into the database."""
+        """Write what was appended to the journal into the database."""
         while True:
-            began_s = time.monotonic()
+            started_s = time.monotonic()
             entries, nbytes = self._journal.read()
             if not nbytes:
                 break
             self._apply(entries)
-            self._journal.settle(len(entries), nbytes)
+            self._journal.discard_written(len(entries), nbytes)
             if not self._journal.pending_bytes:
                 break
-        self._caught_up_s = began_s
+        self._caught_up_s = started_s
 
     def _apply(self, entries: list[Any]) -> None:
         try:
-            ledger_store.write(self._database, entries)
+            usage_table.write(self._database, entries)
         except (DataError, IntegrityError):
-            for entry in entries:  # one of them must not hold up the others
+            for entry in entries:  # one refused entry must not hold up the others
                 try:
-                    ledger_store.write(self._database, [entry])
+                    usage_table.write(self._database, [entry])
                 except (DataError, IntegrityError):
-                    self._refuse(entry)
+                    self._keep_refused(entry)
 
-    def _refuse(self, entry: Any) -> None:
-        """Keep aside what the database will never take."""
+    def _keep_refused(self, entry: Any) -> None:
+        """Append an entry that the database refuses to a file."""
         self.refused += 1
-        log.error("the database refuses a record; it is kept in %s", self._refused_path)
+        log.error("ledger entry refused by the database", extra={"kept_in": str(self._refused_path)})
         with self._refused_path.open("ab") as file:
             file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
 
     def _sweep(self) -> None:
-        """Bring in what dead processes have left, and close what they had open."""
-        self._others_bytes = size_bytes(self._parent, but=self.replica)
-        for journal in abandoned(self._parent, but=self.replica):
+        """Write the journals of dead processes into the database, and close their open records as lost."""
+        self._others_bytes = size_bytes(self._parent, excluding=self.replica)
+        for journal in abandoned(self._parent, excluding=self.replica):
             with journal:
                 while True:
                     entries, nbytes = journal.reader.read()
@@ -269,17 +273,17 @@ class Ledger:
                         break
                     self._apply(entries)
                     journal.reader.advance()
-                lost = ledger_store.close_lost(self._database, journal.owner)
+                lost = usage_table.close_lost(self._database, journal.owner)
                 journal.remove()
-            self.closed[Ending.LOST] += lost
+            self.closed[Outcome.LOST] += lost
             log.warning(
-                "the journal of a dead process was replayed",
+                "journal of a dead process replayed",
                 extra={"replica": journal.owner, "lost": lost, "damaged": journal.reader.damaged},
             )
-        self._others_bytes = size_bytes(self._parent, but=self.replica)
-        # After an outage of the database the others need a moment, too.
+        self._others_bytes = size_bytes(self._parent, excluding=self.replica)
+        # After an outage of the database other processes need time to report as well.
         if time.monotonic() - self._reachable_since_s > UNREPORTED_S:
-            lost = ledger_store.close_unreported(self._database, before_ms=now_ms() - round(1000 * UNREPORTED_S))
-            self.closed[Ending.LOST] += lost
+            lost = usage_table.close_unreported(self._database, before_ms=now_ms() - round(1000 * UNREPORTED_S))
+            self.closed[Outcome.LOST] += lost
             if lost:
-                log.warning("records of a lost machine were closed", extra={"lost": lost})
+                log.warning("records of a lost machine closed", extra={"lost": lost})

@@ -1,49 +1,28 @@
-"""What is kept of an admitted request, and what it costs: one record each, opened at admission, closed once."""
+"""The ledger's record of an admitted request, and what it costs: opened at admission, closed once."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from serving.errors import CaptionerError, ClientError, Disconnected
+from serving.types import Outcome
 
 if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
 
 
 def now_ms() -> int:
-    """The time, in milliseconds since the epoch."""
+    """Return the time in milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
-
-
-class Ending(enum.StrEnum):
-    """How a request ended. Each has its bill (see `is_billed`, and the table in this folder's README)."""
-
-    FINISHED = "finished"
-    PARTIAL = "partial"
-    """Cut by its deadline: the caller has what there was."""
-    REJECTED = "rejected"
-    """Its audio cannot be had, read or taken, or a limit was reached: the caller can mend it."""
-    FAILED = "failed"
-    """By our fault, before anything was generated."""
-    FAILED_MIDSTREAM = "failed_midstream"
-    """By our fault, after that."""
-    DISCONNECTED = "disconnected"
-    """The caller has left."""
-    CANCELLED = "cancelled"
-    """The service was stopped, and did not wait."""
-    LOST = "lost"
-    """The process that had it was killed, or its machine went. Somebody else closed the record."""
 
 
 @dataclass(slots=True)
 class UsageRecord:
-    """One request, as the ledger keeps it. Fields are the columns of `usage_records`; times are ms since the epoch.
+    """The record of one request. Fields are the columns of `usage_records`; times are ms since the epoch.
 
-    Tokens are the manual's; the engine's own counts stand beside them, and are not what is billed.
+    Tokens are the manual's; the engine's own counts are kept as well, and are not billed. `ending` is the `Outcome`.
     """
 
     request_id: str
@@ -76,11 +55,11 @@ class UsageRecord:
 
     @property
     def total_tokens(self) -> int:
-        """Input and output together."""
+        """Input and output tokens together."""
         return self.input_tokens + self.output_tokens
 
     def follow(self, request: RequestRecord) -> None:
-        """Take over what is known of the request by now."""
+        """Copy what is known of the request by now."""
         if request.usage is not None:
             self.audio_ms = round(1000 * request.audio_s)
             self.input_tokens, self.output_tokens = request.usage.input_tokens, request.usage.output_tokens
@@ -92,11 +71,11 @@ class UsageRecord:
             self.first_token_at = (time.time_ns() - ago_ns) // 1_000_000
 
     def row(self) -> dict[str, Any]:
-        """All of it, by column."""
+        """Return all values by column."""
         return {name: getattr(self, name) for name in COLUMNS}
 
     def progress(self) -> list[Any]:
-        """What changes while it is open, in the order of `PROGRESS`."""
+        """Return the values that change while the record is open, in the order of `PROGRESS`."""
         return [getattr(self, name) for name in PROGRESS]
 
 
@@ -112,34 +91,13 @@ PROGRESS = (
     "engine_input_tokens",
     "engine_output_tokens",
 )
-"""What a running request reports each second, and what is known of it should its process be killed."""
+"""Values that a running request reports each second; they are all that is known if its process is killed."""
 
 
-def ending_of(error: BaseException | None, *, partial: bool, generated: bool) -> Ending:
-    """How a request ended. `error`: what ended it, `None` if it was answered; `generated`: whether it had a token."""
-    match error:
-        case None:
-            return Ending.PARTIAL if partial else Ending.FINISHED
-        case Disconnected():
-            return Ending.DISCONNECTED
-        case ClientError():
-            return Ending.REJECTED
-        case CaptionerError() | Exception():
-            return Ending.FAILED_MIDSTREAM if generated else Ending.FAILED
-        case _:
-            return Ending.CANCELLED
+def is_billed(outcome: Outcome, *, given_to_engine: bool) -> bool:
+    """Return whether the request is billed: its input, and the output that was generated for the caller.
 
-
-def is_billed(ending: Ending, *, given_to_engine: bool) -> bool:
-    """Whether the request is to be paid: its input, and the output that was generated for the caller.
-
-    Nobody pays for what we failed to deliver. Who leaves pays for what was done until then, from the moment when the
-    audio was given to the engine.
+    Nobody pays for what the service failed to deliver. A caller that leaves pays for what was done until then, from the
+    moment when the audio was given to the engine. The table in tenancy/README.md has all outcomes.
     """
-    match ending:
-        case Ending.FINISHED | Ending.PARTIAL:
-            return True
-        case Ending.DISCONNECTED:
-            return given_to_engine
-        case _:
-            return False
+    return outcome in {Outcome.FINISHED, Outcome.PARTIAL} or (outcome is Outcome.DISCONNECTED and given_to_engine)

@@ -1,180 +1,188 @@
-"""Limits counted in Redis (or Valkey), for all replicas together.
+"""Counters of limits in Redis (or Valkey), for all replicas together.
 
-Each step is one script (`limits.lua`); the steps of all requests that come while a round trip is under way share the
-next one. What a process holds is Redis's to count only as long as the process lives: it says so every few seconds, and
-what it held ends with it.
+Each step is one call of the script `redis.lua`; the steps of all requests that arrive during a round trip share the
+next one. Reservations of a process count in Redis only as long as the process lives: it renews a key every few
+seconds, and its reservations end with that key.
 
-While Redis does not answer, this process counts by itself: limits then hold per process. When Redis is back, it is told
-what is held here now, and what was billed meanwhile.
+While Redis does not answer, this process counts in memory: limits then hold per process. When Redis is back, what is
+reserved here now and what was billed meanwhile are sent to it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import uuid
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from serving.tenancy.limits.limiter import Answer, Held, Reason, Use, not_free
+from serving.tenancy.limits.counter_store import Answer, Reason, Use, nanos_to_pay
 from serving.tenancy.limits.memory import MemoryStore
+from serving.tenancy.limits.redis_script import SCRIPT, Numbers, Reply, limit_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from serving.tenancy.limits.limiter import Amounts, Scope, Sums
+    from serving.tenancy.limits.counter_store import Amounts, Periods, Reservation, Scope, Sums
 
 log = logging.getLogger(__name__)
 
-_SCRIPT = Path(__file__).with_name("redis.lua").read_text()
-
 _TIMEOUT_S = 2.0
-"""Redis that has not answered for so long is taken for gone."""
+"""Redis is considered lost when it has not answered for this time."""
 
 _LIFE_S = 20
-"""What a process holds ends so long after it has said last that it lives."""
+"""Reservations of a process end this time after it renewed its key last."""
 
-_SAY_EVERY_S = 5.0
+_RENEW_EVERY_S = 5.0
 _RETRY_S = 1.0
 _BATCH = 128
 
 _BILLED_S = 40 * 86_400
-"""What was billed is remembered so long; after that, or if it is lost, it is read from the ledger again."""
+"""Life of the sums of what was billed; later, or if they are lost, they are read from the ledger again."""
+
+_NO_PERIODS = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     """One step on its way to Redis. Its answer is `None` if Redis gave none."""
 
-    held: Held
     arguments: Sequence[Any]
-    take: Callable[[Sequence[int]], Answer | None]
-    lost: Callable[[], None]
+    on_reply: Callable[[Sequence[int]], Answer]
+    on_lost: Callable[[], None]
     answer: asyncio.Future[Answer | None]
 
 
 class RedisStore:
-    """A `Store` in Redis. `fallbacks` counts the steps that were taken without it."""
+    """A `CounterStore` in Redis."""
 
     def __init__(self, url: str) -> None:
         self.fallbacks = 0
         self._redis = redis.asyncio.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
         self._memory = MemoryStore()
-        self._live: set[Held] = set()
-        self._owed: defaultdict[tuple[Scope, tuple[str, str]], list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._live: set[Reservation] = set()
+        self._unsent: defaultdict[tuple[Scope, Periods], list[int]] = defaultdict(lambda: [0, 0, 0])
         self._holder = ""
         self._script = ""
         self._up = False
         self._calls: list[_Call] = []
         self._sending: asyncio.Task[None] | None = None
-        self._living: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process now, since Redis does not answer."""
+        """Whether limits hold per process at present, because Redis does not answer."""
         return not self._up
 
     async def start(self) -> None:
-        """See `Store`."""
-        await self._say()
-        self._living = asyncio.create_task(self._live_on())
+        """See `CounterStore`."""
+        await self._renew()
+        self._renewing = asyncio.create_task(self._renew_forever())
 
     async def stop(self) -> None:
-        """See `Store`."""
-        if self._living is not None:
-            self._living.cancel()
-            await asyncio.wait((self._living,))
+        """See `CounterStore`."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait((self._renewing,))
         while self._sending is not None and not self._sending.done():
             await asyncio.wait((self._sending,))
         if self._up:
             self._up = False
-            with suppress(RedisError, OSError):  # it learns in a few seconds
+            with suppress(RedisError, OSError):  # the key expires in a few seconds
                 await self._redis.delete(_holder_key(self._holder))
         await self._redis.aclose()
 
-    async def admit(self, held: Held, periods: tuple[str, str]) -> Answer:
-        """See `Store`."""
+    async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
+        """See `CounterStore`."""
 
-        def take(told: Sequence[int]) -> Answer:
-            if told[0] == Reason.NONE:
-                held.admitted = True
-                self._live.add(held)
-            return _answer(told)
+        def on_reply(fields: Sequence[int]) -> Answer:
+            answer = _answer(fields)
+            if answer.reason is Reason.NONE:
+                reservation.admitted = True
+                self._live.add(reservation)
+            return answer
 
-        answer = await self._ask("admit", held, periods, [0, 0, 0, 0], take)
+        answer = await self._call("admit", reservation, periods, Numbers(), on_reply)
         if answer is None:
-            answer = await self._memory.admit(held, periods)
-            if held.admitted:
-                self._live.add(held)
+            answer = await self._memory.admit(reservation, periods)
+            if reservation.admitted:
+                self._live.add(reservation)
         return answer
 
-    async def charge(self, held: Held, periods: tuple[str, str], amounts: Amounts) -> Answer:
-        """See `Store`."""
+    async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
+        """See `CounterStore`."""
 
-        def take(told: Sequence[int]) -> Answer:
-            reason, _, free_tokens, free_left, now_s, *_ = told
-            if reason == Reason.NONE:
-                held.audio_ms, held.tokens, held.charged_s = amounts.audio_ms, amounts.tokens, now_s
-                held.nanos, held.free_tokens = not_free(amounts.nanos, free_tokens, amounts.tokens), free_tokens
-                held.free_left = free_left
-            return _answer(told)
+        def on_reply(fields: Sequence[int]) -> Answer:
+            answer, reply = _answer(fields), Reply(*fields[: len(Reply._fields)])
+            if answer.reason is Reason.NONE:
+                reservation.audio_ms, reservation.tokens = amounts.audio_ms, amounts.tokens
+                reservation.nanos = nanos_to_pay(amounts.nanos, reply.free_tokens, amounts.tokens)
+                reservation.free_tokens, reservation.free_left = reply.free_tokens, reply.free_left
+                reservation.charged_s = reply.now_s
+            return answer
 
-        given = [amounts.audio_ms, amounts.tokens, amounts.nanos, 0]
-        answer = await self._ask("charge", held, periods, given, take)
-        return answer if answer is not None else await self._memory.charge(held, periods, amounts)
+        numbers = Numbers(amounts.audio_ms, amounts.tokens, amounts.nanos)
+        answer = await self._call("charge", reservation, periods, numbers, on_reply)
+        return answer if answer is not None else await self._memory.charge(reservation, periods, amounts)
 
-    async def settle(self, held: Held, periods: tuple[str, str], tokens: int, nanos: int) -> int:
-        """See `Store`."""
-        has_quota = any(scope.free_tokens is not None for scope in held.scopes)
-        # Where the counters do not answer: what was left of the quota when the audio was known.
-        kept = min(held.free_left, tokens) if has_quota else 0
-        sent = self._settle(held, periods, tokens, nanos, kept)
+    async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
+        """See `CounterStore`."""
+        has_quota = any(scope.free_tokens is not None for scope in reservation.scopes)
+        # If the counters do not answer: what was left of the quota when the audio was known.
+        fallback = min(reservation.free_left, tokens) if has_quota else 0
+        sent = self._settle(reservation, periods, tokens, nanos, fallback)
         if isinstance(sent, int):
             return sent
         if not (has_quota and tokens):
             return 0
         settled = await sent
-        return kept if settled is None else settled.free_tokens
+        return fallback if settled is None else settled.free_tokens
 
     def _settle(
-        self, held: Held, periods: tuple[str, str], tokens: int, nanos: int, kept: int
+        self, reservation: Reservation, periods: Periods, tokens: int, nanos: int, fallback: int
     ) -> asyncio.Future[Answer | None] | int:
-        """Send the settling without waiting; if Redis is away, settle here and return the free tokens."""
-        if held.pending is not None and not held.pending.done():  # cut within a step: nothing is billed
-            held.pending.add_done_callback(lambda _: self._settle(held, periods, tokens, nanos, kept))
+        """Send the settlement without waiting; if Redis is lost, settle here and return the free tokens."""
+        if (pending := reservation.pending) and not pending.done():  # cancelled within a step: nothing is billed
+            pending.add_done_callback(lambda _: self._settle(reservation, periods, tokens, nanos, fallback))
             return 0
-        if not held.admitted:
+        if not reservation.admitted:
             return 0
-        self._live.discard(held)
+        self._live.discard(reservation)
 
-        def owe(free_tokens: int) -> None:
-            for scope in held.scopes:
-                for index, amount in enumerate((tokens, not_free(nanos, free_tokens, tokens), free_tokens)):
-                    self._owed[scope, periods][index] += amount
+        def keep_unsent(free_tokens: int) -> None:
+            for scope in reservation.scopes:
+                for index, amount in enumerate((tokens, nanos_to_pay(nanos, free_tokens, tokens), free_tokens)):
+                    self._unsent[scope, periods][index] += amount
 
         if not self._up:
-            free_tokens = self._memory.settle_now(held, periods, tokens, nanos)
-            owe(free_tokens)
+            free_tokens = self._memory.settle_now(reservation, periods, tokens, nanos)
+            keep_unsent(free_tokens)
             return free_tokens
-        held.admitted = False
+        reservation.admitted = False
         return self._send(
             "settle",
-            held,
+            reservation.scopes,
             periods,
-            [held.audio_ms, tokens, nanos, held.free_tokens],
-            take=lambda told: Answer(free_tokens=told[2]),
-            lost=lambda: owe(kept),
+            Numbers(
+                reservation.audio_ms,
+                tokens,
+                nanos,
+                reservation.free_tokens,
+                reservation.charged_s,
+                reservation.tokens,
+                reservation.nanos,
+                reservation.free_left,
+            ),
+            on_lost=lambda: keep_unsent(fallback),
         )
 
-    async def seed(self, scope: Scope, periods: tuple[str, str], sums: Sums, free_tokens: int) -> None:
-        """See `Store`."""
+    async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
+        """See `CounterStore`."""
         if not self._up:
             await self._memory.seed(scope, periods, sums, free_tokens)
             return
@@ -194,106 +202,101 @@ class RedisStore:
             self._lose(error)
             await self._memory.seed(scope, periods, sums, free_tokens)
 
-    async def _ask(
+    async def _call(
         self,
         step: str,
-        held: Held,
-        periods: tuple[str, str],
-        amounts: Sequence[int],
-        take: Callable[[Sequence[int]], Answer | None],
+        reservation: Reservation,
+        periods: Periods,
+        numbers: Numbers,
+        on_reply: Callable[[Sequence[int]], Answer],
     ) -> Answer | None:
-        """Take a step in Redis. Cancelled, it goes on, and is `pending` in `held` until it has ended."""
+        """Take a step in Redis. Cancelled, it continues, and is `pending` in the reservation until it is done."""
         answer = None
         if self._up:
-            held.pending = self._send(step, held, periods, amounts, take)
-            answer = await asyncio.shield(held.pending)
+            reservation.pending = self._send(step, reservation.scopes, periods, numbers, on_reply)
+            answer = await asyncio.shield(reservation.pending)
         self.fallbacks += answer is None
         return answer
 
-    def _send(  # noqa: PLR0917 - two callers
+    def _send(  # noqa: PLR0917 - private
         self,
         step: str,
-        held: Held,
-        periods: tuple[str, str],
-        amounts: Sequence[int],
-        take: Callable[[Sequence[int]], Answer | None] = lambda _: None,
-        lost: Callable[[], None] = lambda: None,
+        scopes: Sequence[Scope],
+        periods: Periods,
+        numbers: Numbers,
+        on_reply: Callable[[Sequence[int]], Answer] | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> asyncio.Future[Answer | None]:
-        keys = [_key(scope) for scope in held.scopes]
-        arguments = [len(keys), *keys, step, self._holder, *periods, *amounts, held.charged_s]
-        for scope in held.scopes:
-            arguments += _values(scope)
-        arguments += held.tokens, held.nanos, held.free_left
-        call = _Call(held, arguments, take, lost, asyncio.get_running_loop().create_future())
+        arguments = [len(scopes), *map(_key, scopes), step, self._holder, *periods, *numbers]
+        for scope in scopes:
+            arguments += limit_values(scope)
+        call = _Call(arguments, on_reply or _answer, on_lost, asyncio.get_running_loop().create_future())
         self._calls.append(call)
         if self._sending is None or self._sending.done():
             self._sending = asyncio.create_task(self._send_all())
         return call.answer
 
     async def _send_all(self) -> None:
-        """Send what is to be sent; what comes meanwhile goes together in the next round trip."""
+        """Send all calls; those that arrive meanwhile share the next round trip."""
         while self._calls:
             calls, self._calls = self._calls[:_BATCH], self._calls[_BATCH:]
-            told: Sequence[Any] = [None] * len(calls)
+            replies: Sequence[Any] = [None] * len(calls)
             if self._up:
                 pipeline = self._redis.pipeline(transaction=False)
                 for call in calls:
                     pipeline.execute_command("EVALSHA", self._script, *call.arguments)
                 try:
-                    told = await pipeline.execute(raise_on_error=False)
+                    replies = await pipeline.execute(raise_on_error=False)
                 except (RedisError, OSError) as error:
                     self._lose(error)
-            for call, answer in zip(calls, told, strict=True):
-                if isinstance(answer, list):
-                    call.answer.set_result(call.take(answer))
+            for call, reply in zip(calls, replies, strict=True):
+                if isinstance(reply, list):
+                    call.answer.set_result(call.on_reply(reply))
                     continue
-                if isinstance(answer, Exception):
-                    self._lose(answer)
-                call.lost()
+                if isinstance(reply, Exception):
+                    self._lose(reply)
+                call.on_lost()
                 call.answer.set_result(None)
 
-    async def _live_on(self) -> None:
+    async def _renew_forever(self) -> None:
         while True:
-            await asyncio.sleep(_SAY_EVERY_S if self._up else _RETRY_S)
-            await self._say()
+            await asyncio.sleep(_RENEW_EVERY_S if self._up else _RETRY_S)
+            await self._renew()
 
-    async def _say(self) -> None:
-        """Tell Redis that this process lives; if it was lost, also what is held here and was billed meanwhile."""
+    async def _renew(self) -> None:
+        """Renew this process's key; if Redis was lost, connect, and send what is reserved here and what was billed."""
         try:
             if self._up and await self._redis.set(_holder_key(self._holder), 1, xx=True, ex=_LIFE_S):
                 return
             if self._up:
                 self._lose(RedisError("this process has been taken for dead"))
             old, holder = self._holder, uuid.uuid4().hex
-            self._script = await self._redis.script_load(_SCRIPT)
+            self._script = await self._redis.script_load(SCRIPT)
             await self._redis.set(_holder_key(holder), 1, ex=_LIFE_S)
             if old:
                 await self._redis.delete(_holder_key(old))
         except (RedisError, OSError) as error:
             self._lose(error)
             return
-        # From here on nothing waits, so that nothing comes or ends unseen between here and there.
-        log.info("limits are counted in Redis")
+        # From here on nothing waits, so that no step is taken between the two stores.
+        log.info("Redis connected, limits hold for all replicas")
         self._holder, self._up = holder, True
-        for held in self._live:
-            amounts = [held.audio_ms, held.tokens, held.nanos, held.free_tokens]
-            self._send("adopt", held, _NO_PERIODS, amounts)
-        owed, self._owed = self._owed, defaultdict(self._owed.default_factory)
-        for (scope, periods), (tokens, nanos, free_tokens) in owed.items():
-            self._send("bill", Held([scope]), periods, [0, tokens, nanos, free_tokens])
+        for reservation in self._live:
+            numbers = Numbers(reservation.audio_ms, reservation.tokens, reservation.nanos, reservation.free_tokens)
+            self._send("adopt", reservation.scopes, _NO_PERIODS, numbers)
+        unsent, self._unsent = self._unsent, defaultdict(self._unsent.default_factory)
+        for (scope, periods), (tokens, nanos, free_tokens) in unsent.items():
+            self._send("bill", [scope], periods, Numbers(0, tokens, nanos, free_tokens))
 
     def _lose(self, error: Exception) -> None:
         if self._up or not self._holder:
-            log.warning("Redis does not answer: limits hold per process", extra={"error": type(error).__name__})
+            log.warning("Redis lost, limits hold per process", extra={"error": type(error).__name__})
         self._holder = self._holder or "none"
         if self._up:
             self._up = False
             self._memory = MemoryStore()
-            for held in self._live:
-                self._memory.adopt(held)
-
-
-_NO_PERIODS = ("", "")
+            for reservation in self._live:
+                self._memory.adopt(reservation)
 
 
 def _key(scope: Scope) -> str:
@@ -304,28 +307,7 @@ def _holder_key(holder: str) -> str:
     return f"captioner:holder:{holder}"
 
 
-@functools.lru_cache(4096)
-def _values(scope: Scope) -> Sequence[int]:
-    """The limits as the script reads them."""
-    limits = scope.limits
-    audio_s, concurrent_s = limits.audio_seconds_per_minute, limits.concurrent_audio_seconds
-    values = (
-        limits.requests_per_minute,
-        scope.burst,
-        limits.concurrent_requests,
-        limits.tokens_per_minute,
-        None if audio_s is None else 1000 * audio_s,
-        None if concurrent_s is None else 1000 * concurrent_s,
-        limits.tokens_per_day,
-        limits.tokens_per_month,
-        limits.nanos_per_day,
-        limits.nanos_per_month,
-        scope.free_tokens,
-    )
-    return [*(-1 if value is None else value for value in values), int(scope.only_free), int(scope.has_budget)]
-
-
-def _answer(told: Sequence[int]) -> Answer:
-    reason, retry_after_s, _, _, _, *sums = told
+def _answer(fields: Sequence[int]) -> Answer:
+    reply, sums = Reply(*fields[: len(Reply._fields)]), fields[len(Reply._fields) :]
     uses = [Use(*sums[index : index + 3]) for index in range(0, len(sums), 3)]
-    return Answer(Reason(reason), retry_after_s, uses)
+    return Answer(Reason(reply.reason), reply.retry_after_s, uses, reply.free_tokens)

@@ -1,4 +1,4 @@
-"""The ledger's side of the database: journal entries in, and what callers have spent out."""
+"""The table `usage_records`: journal entries are written to it, sums of what was billed are read from it."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from serving.tenancy.ledger.usage_record import COLUMNS, PROGRESS, Ending, now_ms
-from serving.tenancy.limits.limiter import Spent, Sums
+from serving.tenancy.ledger.usage_record import COLUMNS, PROGRESS, now_ms
+from serving.tenancy.limits.counter_store import Spent, Sums
 from serving.tenancy.schema import usage_records
+from serving.types import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,21 +20,21 @@ if TYPE_CHECKING:
 
 _USAGE = usage_records.c
 
-_LOST = {"ending": Ending.LOST.value, "billed": False, "free_tokens": 0, "amount_nanos": 0}
+_LOST = {"ending": Outcome.LOST.value, "billed": False, "free_tokens": 0, "amount_nanos": 0}
 
 
 def write(database: sa.Engine, entries: Iterable[Any]) -> None:
-    """Bring journal entries into the database, in one transaction.
+    """Write journal entries, in one transaction. Idempotent.
 
-    To be repeated as often as one likes: a record that is closed stays as it is, unless others had closed it as lost.
+    A closed record stays as it is, unless another process had closed it as lost.
     """
     records: dict[str, dict[str, Any]] = {}
     progress: dict[str, dict[str, Any]] = {}
     for entry in entries:
         if "progress" in entry:
-            for each in entry["progress"]:
-                told = dict(zip(PROGRESS, each, strict=True))
-                progress[told["request_id"]] = told | {"reported_at": entry["at"]}
+            for values in entry["progress"]:
+                report = dict(zip(PROGRESS, values, strict=True))
+                progress[report["request_id"]] = report | {"reported_at": entry["at"]}
         else:
             records[entry["request_id"]] = entry
             progress.pop(entry["request_id"], None)
@@ -48,17 +49,20 @@ def write(database: sa.Engine, entries: Iterable[Any]) -> None:
 
 
 def close_lost(database: sa.Engine, replica: str) -> int:
-    """Close what a dead replica had open; return how many records that were."""
+    """Close the records that a dead replica had open; return their number."""
     return _close(database, _USAGE.replica == replica)
 
 
 def close_unreported(database: sa.Engine, *, before_ms: int) -> int:
-    """Close what nobody has reported on since then; return how many records that were."""
+    """Close the open records that no process has reported on since then; return their number."""
     return _close(database, _USAGE.reported_at < before_ms)
 
 
 def spent(database: sa.Engine, caller: Caller, at_ms: int) -> Spent:
-    """What a tenant and its key were billed for requests of this day and month (UTC), and the tenant's free tokens."""
+    """Return what a tenant and its key were billed on this day and in this month (UTC), and the tenant's free tokens.
+
+    A request belongs to the day on which it was admitted.
+    """
     day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     day_ms, month_ms = (round(1000 * since.timestamp()) for since in (day, day.replace(day=1)))
     with database.connect() as connection:
@@ -98,7 +102,7 @@ def _upsert(database: sa.Engine) -> sa.Insert:
     return insert.on_conflict_do_update(  # type: ignore[no-any-return]
         index_elements=[_USAGE.request_id],
         set_={name: insert.excluded[name] for name in COLUMNS if name != "request_id"},
-        where=_USAGE.ending.is_(None) | ((_USAGE.ending == Ending.LOST.value) & insert.excluded.ending.is_not(None)),
+        where=_USAGE.ending.is_(None) | ((_USAGE.ending == Outcome.LOST.value) & insert.excluded.ending.is_not(None)),
     )
 
 
@@ -110,5 +114,4 @@ _PROGRESS = (
 
 
 def _columns(entry: dict[str, Any]) -> dict[str, Any]:
-    """The row of an entry."""
     return {name: entry[name] for name in COLUMNS}
