@@ -30,28 +30,30 @@ COPIES = {
     "grafana/dashboards/*.json": "files/dashboards",
 }
 
-ELSEWHERE = {
-    *(
-        "config",
-        "host",
-        "port",
-        "model",
-        "tensor_parallel",
-        "shutdown_grace_s",
-        "response_timeout_s",
-        "stream_timeout_s",
-    ),
-    *(
-        "min_frontends",
-        "max_frontends",
-        "frontend_cpus",
-        "min_engine_replicas",
-        "max_engine_replicas",
-        "engine_cpus",
-        "engine_on_gpu",
-        "pin_roles_to_nodes",
-    ),
-    *("uploads_dir", "download_dir", "data_dir", "admin_host", "admin_port", "metrics_port", "auth"),
+DERIVED_SETTINGS = {
+    "config",
+    "host",
+    "port",
+    "model",
+    "tensor_parallel",
+    "shutdown_grace_s",
+    "response_timeout_s",
+    "stream_timeout_s",
+    "min_frontends",
+    "max_frontends",
+    "frontend_cpus",
+    "min_engine_replicas",
+    "max_engine_replicas",
+    "engine_cpus",
+    "engine_on_gpu",
+    "pin_roles_to_nodes",
+    "uploads_dir",
+    "download_dir",
+    "data_dir",
+    "admin_host",
+    "admin_port",
+    "metrics_port",
+    "auth",
 }
 """Settings that the chart derives from other values. The schema of `settings` rejects them, as it rejects secrets."""
 
@@ -84,7 +86,12 @@ CHOICES = {
     "priorityClass.preemptionPolicy": ["PreemptLowerPriority", "Never"],
 }
 SECRETS = (
-    *("upload-secret", "key-pepper", "admin-token", "database-password", "redis-password", "api-keys"),
+    "upload-secret",
+    "key-pepper",
+    "admin-token",
+    "database-password",
+    "redis-password",
+    "api-keys",
     "metrics-token",
 )
 MORE: dict[str, dict[str, Any]] = {
@@ -184,11 +191,11 @@ def schema_of(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def settings_schema() -> dict[str, Any]:
-    """Return the schema of the service's settings, without derived settings (`ELSEWHERE`) and secrets."""
+    """Return the schema of the service's settings, without derived settings (`DERIVED_SETTINGS`) and secrets."""
     full = Settings.model_json_schema()
     inner = {}
     for name, each in full["properties"].items():
-        if name in ELSEWHERE or "password" in json.dumps(each):
+        if name in DERIVED_SETTINGS or "password" in json.dumps(each):
             continue
         inner[name] = {key: part for key, part in each.items() if key not in {"default", "title"}}
     definitions = full.get("$defs")
