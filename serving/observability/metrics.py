@@ -38,7 +38,7 @@ _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 _AUDIO_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 2400)
 _RTF_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
-OTHER_TENANTS, NO_TENANT = "other", "none"
+OTHER_TENANTS, UNKNOWN_TENANT = "other", "none"
 """Label of all tenants beyond the bound together, and label of requests whose tenant is unknown."""
 
 DIALECTS = ("openai", "dashscope")
@@ -155,7 +155,7 @@ class Metrics(Gauges):
     ) -> None:
         super().__init__(registry)
         self.tracer = tracer or Untraced()
-        self._tenants, self._max_tenants = {NO_TENANT}, tenants + 1
+        self._tenants, self._max_tenants = {UNKNOWN_TENANT}, tenants + 1
         self._requests = self._counter(
             "captioner_requests",
             "Caption requests that have ended, by dialect, outcome (finished, cancelled, client_error, server_error) "
@@ -335,7 +335,7 @@ class Metrics(Gauges):
     def _tenant(self, tenant_id: str) -> str:
         """Return the label of a tenant: its id up to the bound, so that the number of series is bounded."""
         if not tenant_id:
-            return NO_TENANT
+            return UNKNOWN_TENANT
         if tenant_id not in self._tenants:
             if len(self._tenants) >= self._max_tenants:
                 return OTHER_TENANTS
