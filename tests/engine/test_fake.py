@@ -108,7 +108,7 @@ async def test_stop_text_never_appears(start: int, length: int) -> None:
 
 
 async def test_first_of_several_stop_texts_counts() -> None:
-    """Of several stop texts the first to occur ends the caption."""
+    """The first of several stop texts to occur ends the caption."""
     engine = await started()
     deltas = await everything(engine, Sampling(stop=("seconds", "clip", "has")))
     assert text_of(deltas) == "This "

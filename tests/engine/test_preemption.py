@@ -84,7 +84,7 @@ async def _overload(engine: Engine) -> None:
 
 
 async def test_admission_control_prevents_preemption(cramped: tuple[VllmEngine, Preemptions]) -> None:
-    """Of 8 simultaneous captions the bare engine preempts some; behind admission control it preempts none."""
+    """The bare engine preempts some of 8 simultaneous captions; behind admission control it preempts none."""
     engine, preemptions = cramped
     await _overload(engine)
     assert preemptions.count > 0
