@@ -103,7 +103,7 @@ class Engine(BaseModel):
         description="Execution without compilation and CUDA graphs: slower steps, but a faster start. "
         "Unset: on without GPU, else off",
     )
-    cpu_kernels: bool | None = Field(
+    cpu_kernels: Annotated[bool | None, Example(value=True)] = Field(
         None,
         description="Direct calls of vLLM's CPU kernels: fewer operations per step. They need float32 weights, "
         "tensor_parallel 1 and enforce_eager. Unset: on for the embedded checkpoint on a CPU, else off",
