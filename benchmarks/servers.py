@@ -1,6 +1,6 @@
-"""PostgreSQL and Redis as processes of their own, for as long as a measurement or a test lasts.
+"""PostgreSQL and Redis servers as processes, for the duration of a measurement or a test.
 
-Where their programs are not installed, and this is root on Debian, they are.
+Missing programs are installed with apt-get, which needs root on Debian or Ubuntu.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _START_S = 60
 
 
 class Postgres:
-    """A PostgreSQL server on a free loopback port, which can be stopped and started. A context."""
+    """A PostgreSQL server on a free loopback port; a context manager. It can be stopped and started inside."""
 
     def __init__(self) -> None:
         self._bin = _postgres_programs()
@@ -48,7 +48,7 @@ class Postgres:
         shutil.rmtree(self._directory)
 
     def start(self) -> None:
-        """Start it; return when it answers."""
+        """Start the server; return when it accepts connections."""
         options = {"listen_addresses": "127.0.0.1", "fsync": "off", "unix_socket_directories": self._directory}
         flags = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         with (self._directory / "log").open("ab") as log:
@@ -62,20 +62,20 @@ class Postgres:
         _wait_for(self.port, self._process, self._ready)
 
     def stop(self, *, how: signal.Signals = signal.SIGQUIT) -> None:
-        """Stop it: at once, as if it crashed; or with SIGINT, having told its clients."""
+        """Stop the server: at once, like a crash, or by SIGINT, which notifies its clients first."""
         if self._process is not None:
             self._process.send_signal(how)
             self._process.wait()
             self._process = None
 
     def _ready(self) -> bool:
-        """Whether it takes connections: while it recovers it listens, but refuses."""
+        """Return whether connections are accepted; a server in recovery listens and refuses them."""
         command = [str(self._bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         return subprocess.run(command, check=False).returncode == 0
 
 
 class Redis:
-    """A Redis server on a free loopback port, without persistence. A context."""
+    """A Redis server on a free loopback port, without persistence; a context manager."""
 
     def __init__(self) -> None:
         self._program = _program("redis-server", "redis-server")
@@ -91,13 +91,13 @@ class Redis:
         self.stop()
 
     def start(self) -> None:
-        """Start it, empty; return when it answers."""
+        """Start the server, empty; return when it accepts connections."""
         command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tempfile.gettempdir())
         _wait_for(self.port, self._process, lambda: True)
 
     def stop(self) -> None:
-        """Kill it: all that it knew is gone."""
+        """Kill the server; its data is lost."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -105,7 +105,7 @@ class Redis:
 
 
 def free_port() -> int:
-    """A port on which nothing listens."""
+    """Return a loopback port on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -123,32 +123,32 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], ready: Callable[[], b
             return
         time.sleep(0.05)
     process.kill()
-    raise RuntimeError(f"{process.args!r} did not start")
+    raise RuntimeError(f"{process.args!r} did not start within {_START_S} s")
 
 
 def _postgres_programs() -> Path:
-    """The directory of its programs, which Debian keeps out of the path."""
+    """Return the directory of PostgreSQL's programs, which Debian keeps out of the path."""
     if path := shutil.which("initdb"):
         return Path(path).resolve().parent
-    _ensure(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), "postgresql")
+    _install_unless(lambda: any(Path("/usr/lib/postgresql").glob("*/bin/initdb")), "postgresql")
     return max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
 
 
 def _program(name: str, package: str) -> str:
-    _ensure(lambda: shutil.which(name) is not None, package)
+    _install_unless(lambda: shutil.which(name) is not None, package)
     return shutil.which(name) or name
 
 
-def _ensure(there: Callable[[], bool], package: str) -> None:
-    """Install a Debian package, unless it is there. One process at a time: apt would refuse."""
-    if there():
+def _install_unless(installed: Callable[[], bool], package: str) -> None:
+    """Install a Debian package unless it is installed; one process at a time, since apt refuses a second."""
+    if installed():
         return
     with Path(tempfile.gettempdir(), "captioner-apt.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if there():
+        if installed():
             return
         if os.geteuid() != 0 or not shutil.which("apt-get"):
-            raise RuntimeError(f"{package} is needed, and can only be installed by root on Debian or Ubuntu")
+            raise RuntimeError(f"{package} is missing: install it, or run as root on Debian or Ubuntu")
         for command in (["apt-get", "update"], ["apt-get", "install", "-y", "--no-install-recommends", package]):
             subprocess.run(
                 command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}

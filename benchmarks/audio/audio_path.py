@@ -1,15 +1,17 @@
-"""How fast audio becomes features: `python -m benchmarks.audio_path [--seconds 30] [--rounds 9] [--out FILE.json]`.
+"""Speed of the audio path, from a file's bytes to features.
 
-Unlike the other benchmarks this one looks inside the service. It answers three questions, prints tables, and with
-`--out` also writes them beside the figures (`FILE.md`, `FILE.json`):
+    python -m benchmarks.audio.audio_path [--seconds 30] [--rounds 9] [--out FILE.json]
 
-1. One core: clips/s from a file's bytes to log-mel, against the same library that decodes the same clip and does
-   nothing else. For WAV that is a mere copy of samples as int16, and their conversion as float32; both are told.
+Unlike most other benchmarks this one imports the service. It answers three questions, prints tables, and with `--out`
+writes the figures (`FILE.json`) and the tables (`FILE.md`):
+
+1. One core: clips/s from a file's bytes to log-mel, against the same library decoding the same clip and doing nothing
+   else. For WAV that is a mere copy of samples as int16, and a conversion as float32; the report has both.
 2. Workers: clips/s of one and of two real worker processes, and CPU seconds per clip.
-3. Long files: 40 minutes in a fresh process: seconds, and the peak of memory above the waveform's own size.
+3. Long files: 40 minutes in a fresh process: seconds, and the peak of memory above the size of the waveform.
 
-Everything is timed in CPU seconds, by turns. The ratio of two is taken within each round, so that the machine's moods
-fall on both; told is the median of the rounds, and their least and greatest.
+Everything is timed in CPU seconds, in turns. The ratio of two is taken within each round, so that variations of the
+machine's speed affect both; the report has the median of the rounds, and their least and greatest.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-import argparse
 import asyncio
 import datetime as dt
 import json
@@ -38,73 +39,60 @@ import numpy as np
 import psutil
 import soundfile
 
+from benchmarks.audio.encoded import clips, noisy_stereo, with_av
+from benchmarks.program import module_environment, option_parser
+from benchmarks.report.markdown import spread
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
 from serving.audio.worker_pool import AudioWorkers
 from serving.config import Settings
-from tests.audio.clips import sound, stereo, with_av, with_soundfile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 LONG_S = 2400
 PIECES, PIECE_S = 40, 59.9
-"""What a long file is joined of: a little less than 40 minutes, for each piece of MP3 or AAC adds its padding."""
+"""Parts of a long file and their length: a little less than 40 minutes, as each part of MP3 or AAC adds padding."""
 WORKER_CLIPS, WORKER_ROUNDS = 12, 9
-"""Clips for each worker in a round, so that none waits for long for the other at its end."""
+"""Clips for each worker in a round: so many that the wait of one worker for the other at the end is short."""
 
 
 def main() -> None:
     """Measure, print, and write."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--seconds", type=float, default=30, help="length of each clip")
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--out", type=Path, help="where to write JSON, and a report beside it")
-    arguments.add_argument("--long", type=Path, help=argparse.SUPPRESS)  # the fresh process of question 3
-    given = arguments.parse_args()
-    if given.long:
-        print(json.dumps(_long(given.long)))
+    parser = option_parser(__doc__)
+    parser.add_argument("--seconds", type=float, default=30, help="length of each clip")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="path of the JSON; the tables get the suffix .md")
+    parser.add_argument("--long", type=Path, help="only decode this long file, in this process (question 3)")
+    options = parser.parse_args()
+    if options.long:
+        print(json.dumps(_long(options.long)))
         return
-    clips = _clips(given.seconds)
+    by_kind = clips(options.seconds)
     results = {
         "conditions": {
             "date": dt.datetime.now(dt.UTC).isoformat(timespec="minutes"),
-            "seconds": given.seconds,
-            "rounds": given.rounds,
+            "seconds": options.seconds,
+            "rounds": options.rounds,
             "cores": len(os.sched_getaffinity(0)),
             "load average before": os.getloadavg()[0],
             **{name: version(name) for name in ("av", "soundfile", "soxr", "numpy", "scipy")},
         },
-        "one core": _one_core(clips, given.rounds),
-        "workers": asyncio.run(_workers(clips["MP3 48 kHz stereo"])),
+        "one core": _one_core(by_kind, options.rounds),
+        "workers": asyncio.run(_workers(by_kind["MP3 48 kHz stereo"])),
         "long": _long_files(),
     }
     report = _report(results)
     print(report)
-    if given.out:
-        given.out.write_text(json.dumps(results, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(report)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(report)
 
 
-def _clips(duration_s: float) -> dict[str, bytes]:
-    noise = np.random.default_rng(0).normal(0, 0.01, (round(48_000 * duration_s), 2)).astype(np.float32)
-    wide = stereo(48_000, duration_s) + noise
-    narrow = sound(8000, duration_s)
-    return {
-        "MP3 48 kHz stereo": with_av("mp3", "libmp3lame", 48_000, samples=wide, bit_rate=128_000),
-        "AAC 48 kHz stereo": with_av("ipod", "aac", 48_000, samples=wide, bit_rate=128_000),
-        "Opus 48 kHz stereo": with_av("ogg", "libopus", 48_000, samples=wide, bit_rate=96_000),
-        "AMR-NB 8 kHz": with_av("amr", "libopencore_amrnb", 8000, samples=narrow, bit_rate=12_200),
-        "WAV 48 kHz stereo": with_soundfile("WAV", "PCM_16", 48_000, samples=wide),
-        "FLAC 48 kHz stereo": with_soundfile("FLAC", "PCM_16", 48_000, samples=wide),
-        "Vorbis 48 kHz stereo": with_soundfile("OGG", "VORBIS", 48_000, samples=wide),
-    }
-
-
-def _one_core(clips: Mapping[str, bytes], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """CPU seconds of each stage, by clip: one figure a round."""
+def _one_core(by_kind: Mapping[str, bytes], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Return the CPU seconds of each stage, by kind of clip: one figure a round."""
     found = {}
-    for name, data in clips.items():
+    for name, data in by_kind.items():
         samples = decode(data, max_duration_s=LONG_S)
         functions: dict[str, Callable[[], object]] = {
             "raw": partial(_av_only, data),
@@ -147,7 +135,7 @@ def _av_only(data: bytes) -> None:
 
 
 async def _workers(data: bytes) -> list[dict[str, float]]:
-    """Clips/s and CPU seconds per clip with one and with two workers, by turns."""
+    """Return the time and the CPU seconds of each round with one and with two workers, in turns."""
     found = []
     pools = {count: AudioWorkers(Settings(audio_workers=count)) for count in (1, 2)}
     with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
@@ -161,11 +149,11 @@ async def _workers(data: bytes) -> list[dict[str, float]]:
         for _ in range(WORKER_ROUNDS):
             for count, pool in pools.items():
                 cpu_s, began = _cpu_s(processes[count]), time.perf_counter()
-                clips = WORKER_CLIPS * count
-                await asyncio.gather(*(_prepare(pool, Path(file.name)) for _ in range(clips)))
+                prepared = WORKER_CLIPS * count
+                await asyncio.gather(*(_prepare(pool, Path(file.name)) for _ in range(prepared)))
                 wall_s = time.perf_counter() - began
                 cpu_s = _cpu_s(processes[count]) - cpu_s
-                found.append({"workers": count, "wall_s": wall_s, "cpu_s": cpu_s, "clips": clips})
+                found.append({"workers": count, "wall_s": wall_s, "cpu_s": cpu_s, "clips": prepared})
     for pool in pools.values():
         await pool.stop()
     return found
@@ -181,14 +169,13 @@ def _cpu_s(processes: Sequence[psutil.Process]) -> float:
 
 
 def _long_files() -> dict[str, dict[str, float]]:
-    """Forty minutes of each codec, joined of one minute's file."""
-    noise = np.random.default_rng(0).normal(0, 0.01, (round(48_000 * PIECE_S), 2)).astype(np.float32)
-    piece = stereo(48_000, PIECE_S) + noise
+    """Measure 40 minutes of each codec, concatenated from a file of one minute."""
+    piece = noisy_stereo(PIECE_S)
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "clip")
         for name, kind, codec in (("MP3", "mp3", "libmp3lame"), ("AAC", "adts", "aac"), ("Opus", "ogg", "libopus")):
-            path.write_bytes(with_av(kind, codec, 48_000, samples=piece, bit_rate=128_000) * PIECES)
+            path.write_bytes(with_av(kind, codec, 48_000, 128_000, piece) * PIECES)
             found[name] = _in_fresh_process(path)
         with soundfile.SoundFile(path, "w", 48_000, 2, format="WAV", subtype="PCM_16") as wav:
             for _ in range(PIECES):
@@ -198,13 +185,15 @@ def _long_files() -> dict[str, dict[str, float]]:
 
 
 def _in_fresh_process(path: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.audio_path", "--long", str(path)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    command = [sys.executable, "-m", "benchmarks.audio.audio_path", "--long", str(path)]
+    environment = os.environ | module_environment()
+    ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+    found: dict[str, float] = json.loads(ended.stdout)
     return found
 
 
 def _long(path: Path) -> dict[str, float]:
-    """Decode one file; memory is resident memory at its peak, above what the process had before."""
+    """Decode one file; memory is the peak of resident memory, minus that before."""
     before_kib, began, began_cpu_s = _memory_kib("VmRSS"), time.perf_counter(), time.process_time()
     samples = decode(path, max_duration_s=LONG_S)
     peak_kib, decode_cpu_s = _memory_kib("VmHWM") - before_kib, time.process_time() - began_cpu_s
@@ -247,13 +236,13 @@ def _report(results: Mapping[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     for count, rounds in ((1, one), (2, two)):
-        clips_per_s = _spread([each["clips"] / each["wall_s"] for each in rounds], 1)
-        lines.append(f"| {count} | {clips_per_s} | {_spread([1e3 * e['cpu_s'] / e['clips'] for e in rounds], 1)} |")
+        clips_per_s = spread([each["clips"] / each["wall_s"] for each in rounds], 1)
+        lines.append(f"| {count} | {clips_per_s} | {spread([1e3 * e['cpu_s'] / e['clips'] for e in rounds], 1)} |")
     wall = _ratio(*([each["clips"] / each["wall_s"] for each in rounds] for rounds in (two, one)))
     cpu = _ratio(*([each["workers"] * each["clips"] / each["cpu_s"] for each in rounds] for rounds in (two, one)))
-    cores = [_spread([each["cpu_s"] / each["wall_s"] for each in rounds], 2) for rounds in (one, two)]
-    lines += ["", f"Two against one: {wall} as it was; {cpu} with a core for each, by CPU per clip."]
-    lines += [f"Cores that the machine gave them: one {cores[0]}, two {cores[1]}.", ""]
+    cores = [spread([each["cpu_s"] / each["wall_s"] for each in rounds], 2) for rounds in (one, two)]
+    lines += ["", f"Two against one: {wall} as measured; {cpu} with a core for each, by CPU per clip."]
+    lines += [f"Cores that the workers had: one {cores[0]}, two {cores[1]}.", ""]
     lines += ["## 40 minutes, in a fresh process", ""]
     lines += [
         "| File | Audio, s | CPU s | of it decoding | Wall, s | Waveform, MiB | Peak above it, MiB | Features, MiB |"
@@ -268,15 +257,11 @@ def _report(results: Mapping[str, Any]) -> str:
 
 
 def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    return _spread([a / b for a, b in zip(above, below, strict=True)], 2)
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return spread([a / b for a, b in zip(above, below, strict=True)], 2)
 
 
 def _milliseconds(one_core: Mapping[str, Mapping[str, list[float]]]) -> str:
-    return _spread([1e3 * each for taken in one_core.values() for each in taken["log-mel"]], 1)
+    return spread([1e3 * each for taken in one_core.values() for each in taken["log-mel"]], 1)
 
 
 if __name__ == "__main__":

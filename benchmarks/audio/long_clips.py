@@ -1,20 +1,21 @@
-"""Do long files make short clips wait? `python -m benchmarks.long_beside_short [--out FILE.json] [--before CHECKOUT]`.
+"""Latency of short clips while long files are in progress.
 
-A real service with the embedded checkpoint. Clips of 5 s arrive at a steady rate, by turns without and with files of
-40 minutes beside them, so many of which are under way all the time. Told is the time to the first text of the short
-ones, and per round the ratio of its 95th percentile with long files to that without. With `--before` the same is done
-with the code of another checkout, by turns with this one.
+    python -m benchmarks.audio.long_clips [--out FILE.json] [--before CHECKOUT]
+
+A real service with the embedded checkpoint. Clips of 5 s arrive at a steady rate, in turns without long files and with
+`--longs` files of 40 minutes in progress all the time. The figures are the times to first text of the short clips, and
+per round the ratio of their 95th percentile with long files to that without. With `--before` the same is done with the
+code of another checkout, in turns with this one. Prints a Markdown table after each round; `--out` writes the figures
+(`FILE.json`) and the table (`FILE.md`).
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import datetime as dt
 import json
 import os
-import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -25,24 +26,23 @@ import aiohttp
 import av
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))  # the other modules are written to be started by their path
-
-from systems import MODEL_NAME, Captioner, Setup
-from wire import SAMPLING
+from benchmarks.compare.systems import Captioner, Setup
+from benchmarks.load.wire import SAMPLING, chat_body
+from benchmarks.program import CHECKPOINT, ROOT, option_parser
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import argparse
+    from collections.abc import Mapping, Sequence
 
-CHECKOUT = Path(__file__).parents[1]
 SHORT_S, LONG_S = 5, 2400
 SAMPLE_RATE = 16_000
 WARM_UP = 5
-"""Requests that are sent first and not counted."""
+"""Requests at the start that do not count."""
 
 
 @dataclass(slots=True)
 class Phase:
-    """What was seen of one stretch of time."""
+    """Latencies of one interval."""
 
     ttft_s: list[float] = field(default_factory=list)
     """Of the short clips."""
@@ -51,30 +51,30 @@ class Phase:
     machine_load: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def percentile(self, share: int) -> float:
-        """Of the short clips' times to first text."""
+        """Return a percentile of the short clips' times to first text."""
         return float(np.percentile(self.ttft_s, share))
 
 
 class Checkout(Captioner):
-    """The service as the code of one checkout has it."""
+    """This service with the code of one checkout."""
 
     def __init__(self, setup: Setup, root: Path) -> None:
         super().__init__(setup)
         self._root = root
 
     @property
-    def environment(self) -> dict[str, str]:
-        return super().environment | {"PYTHONPATH": str(self._root)}
+    def environment(self) -> Mapping[str, str]:
+        return {**super().environment, "PYTHONPATH": str(self._root)}
 
 
 def make_clip(path: Path, seed: int, duration_s: int) -> None:
-    """Write noise that swells and fades, mono Opus of 16 kbit/s: 40 minutes fit into a request."""
+    """Write noise of varying loudness as mono Opus of 16 kbit/s, so that 40 minutes fit into a request."""
     random = np.random.default_rng(seed)
     with av.open(path, "w", format="ogg") as file:
         stream = file.add_stream("libopus", rate=SAMPLE_RATE, layout="mono", bit_rate=16_000)
         for start_s in range(0, duration_s, 5):
-            swell = np.sin(np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE * random.uniform(1, 6)) ** 2
-            samples = (swell * random.normal(0, 0.1, 5 * SAMPLE_RATE)).clip(-1, 1).astype(np.float32)[None]
+            loudness = np.sin(np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE * random.uniform(1, 6)) ** 2
+            samples = (loudness * random.normal(0, 0.1, 5 * SAMPLE_RATE)).clip(-1, 1).astype(np.float32)[None]
             frame = av.AudioFrame.from_ndarray(samples, format="flt", layout="mono")
             frame.sample_rate, frame.pts = SAMPLE_RATE, start_s * SAMPLE_RATE
             file.mux(stream.encode(frame))
@@ -82,16 +82,13 @@ def make_clip(path: Path, seed: int, duration_s: int) -> None:
 
 
 def body(clip: bytes, max_tokens: int) -> bytes:
-    """One request."""
-    audio = {"data": base64.b64encode(clip).decode(), "format": "ogg"}
-    content = [{"type": "input_audio", "input_audio": audio}]
-    messages = [{"role": "user", "content": content}]
+    """Return a request."""
     options = {"stream": True, "max_tokens": max_tokens, "ignore_eos": True, **SAMPLING}
-    return json.dumps({"model": MODEL_NAME, "messages": messages, **options}).encode()
+    return json.dumps(chat_body(base64.b64encode(clip).decode(), "ogg", **options)).encode()
 
 
 async def ttft_s(session: aiohttp.ClientSession, url: str, request: bytes) -> float:
-    """Send one request and read it to its end. Raises unless it is answered with text."""
+    """Send a request and read its answer; return the time to first text. Raises unless there is text."""
     began, first = time.perf_counter(), None
     headers = {"content-type": "application/json"}
     async with session.post(url, data=aiohttp.BytesPayload(request), headers=headers) as response:
@@ -109,7 +106,7 @@ async def ttft_s(session: aiohttp.ClientSession, url: str, request: bytes) -> fl
 
 
 async def run_phase(url: str, shorts: Sequence[bytes], longs: Sequence[bytes], per_s: float) -> Phase:
-    """Send each short one at its time, the long ones over and over beside them."""
+    """Send each short request at its time, while the long ones are sent over and over."""
     phase = Phase()
     timeout = aiohttp.ClientTimeout(total=1800)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -119,32 +116,32 @@ async def run_phase(url: str, shorts: Sequence[bytes], longs: Sequence[bytes], p
                 phase.long_ttft_s.append(await ttft_s(session, url, request))
                 phase.longs_ended += 1
 
-        async def one(request: bytes, delay_s: float) -> float:
+        async def send_at(request: bytes, delay_s: float) -> float:
             await asyncio.sleep(delay_s)
             return await ttft_s(session, url, request)
 
-        beside = [asyncio.create_task(repeat(request)) for request in longs]
-        sent = [asyncio.create_task(one(request, i / per_s)) for i, request in enumerate(shorts)]
-        # A long one that fails ends the phase: what it would show is not what it is about.
-        ends: list[asyncio.Future[Any]] = [asyncio.gather(*sent), *beside]
+        repeated = [asyncio.create_task(repeat(request)) for request in longs]
+        sent = [asyncio.create_task(send_at(request, i / per_s)) for i, request in enumerate(shorts)]
+        # A failed long request ends the phase: without it the phase would not show its effect.
+        ends: list[asyncio.Future[Any]] = [asyncio.gather(*sent), *repeated]
         done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in beside:
+        for task in repeated:
             task.cancel()
         for end in done:
             end.result()
         phase.ttft_s = [task.result() for task in sent[WARM_UP:]]
-        await asyncio.gather(*beside, return_exceptions=True)
+        await asyncio.gather(*repeated, return_exceptions=True)
     return phase
 
 
-def report(rounds: dict[str, list[tuple[Phase, Phase]]], given: argparse.Namespace) -> str:
-    """The figures as Markdown."""
+def report(rounds: dict[str, list[tuple[Phase, Phase]]], options: argparse.Namespace) -> str:
+    """Return the figures as Markdown."""
     load = (
-        f"{given.shorts} clips of {SHORT_S} s per phase, {given.per_s:g}/s; {given.longs} files of {LONG_S // 60} "
-        "minutes under way"
+        f"{options.shorts} clips of {SHORT_S} s per phase, {options.per_s:g}/s; {options.longs} files of "
+        f"{LONG_S // 60} minutes in progress"
     )
     lines = [
-        "# Short clips beside long files",
+        "# Short clips while long files are in progress",
         "",
         f"{dt.datetime.now(dt.UTC):%Y-%m-%d}. {load}. Times to first text in milliseconds.",
         "",
@@ -152,12 +149,12 @@ def report(rounds: dict[str, list[tuple[Phase, Phase]]], given: argparse.Namespa
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, pairs in rounds.items():
-        for number, (alone, beside) in enumerate(pairs, 1):
-            times = [alone.percentile(50), beside.percentile(50), alone.percentile(95), beside.percentile(95)]
-            long = f"{np.median(beside.long_ttft_s):.0f} s" if beside.long_ttft_s else "none yet"
+        for number, (without, with_) in enumerate(pairs, 1):
+            times = [without.percentile(50), with_.percentile(50), without.percentile(95), with_.percentile(95)]
+            long = f"{np.median(with_.long_ttft_s):.0f} s" if with_.long_ttft_s else "none yet"
             cells = [name, number, *(f"{1000 * t:.0f}" for t in times), f"{times[3] / times[2]:.2f}", long]
-            lines.append(f"| {' | '.join(map(str, cells))} | {alone.machine_load:.1f}, {beside.machine_load:.1f} |")
-        ratios = [beside.percentile(95) / alone.percentile(95) for alone, beside in pairs]
+            lines.append(f"| {' | '.join(map(str, cells))} | {without.machine_load:.1f}, {with_.machine_load:.1f} |")
+        ratios = [with_.percentile(95) / without.percentile(95) for without, with_ in pairs]
         lines += [
             f"| **{name}** | median | | | | | **{np.median(ratios):.2f}** ({min(ratios):.2f}-{max(ratios):.2f}) | | |"
         ]
@@ -166,39 +163,39 @@ def report(rounds: dict[str, list[tuple[Phase, Phase]]], given: argparse.Namespa
 
 def main() -> None:
     """Measure, print, and write."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--shorts", type=int, default=100, help="short clips per phase")
-    arguments.add_argument("--per-s", type=float, default=1.0, help="short clips per second")
-    arguments.add_argument("--longs", type=int, default=2, help="long files under way")
-    arguments.add_argument("--max-tokens", type=int, default=64)
-    arguments.add_argument("--model", type=Path, default=CHECKOUT / "serving" / "embedded" / "checkpoint")
-    arguments.add_argument("--before", type=Path, help="a checkout to compare with")
-    arguments.add_argument("--out", type=Path, help="where to write JSON, and the table beside it")
-    given = arguments.parse_args()
+    parser = option_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shorts", type=int, default=100, help="short clips per phase")
+    parser.add_argument("--per-s", type=float, default=1.0, help="short clips per second")
+    parser.add_argument("--longs", type=int, default=2, help="long files in progress")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--model", type=Path, default=CHECKPOINT)
+    parser.add_argument("--before", type=Path, help="a checkout to compare with")
+    parser.add_argument("--out", type=Path, help="path of the JSON; the table gets the suffix .md")
+    options = parser.parse_args()
 
-    checkouts = {"now": CHECKOUT} | ({"before": given.before.resolve()} if given.before else {})
+    checkouts = {"now": ROOT} | ({"before": options.before.resolve()} if options.before else {})
     rounds: dict[str, list[tuple[Phase, Phase]]] = {name: [] for name in checkouts}
     with tempfile.TemporaryDirectory(prefix="captioner-clips-") as directory:
-        clips = [Path(directory, f"{seed}.ogg") for seed in range(given.shorts + WARM_UP + given.longs)]
+        clips = [Path(directory, f"{seed}.ogg") for seed in range(options.shorts + WARM_UP + options.longs)]
         for seed, path in enumerate(clips):
-            make_clip(path, seed, LONG_S if seed < given.longs else SHORT_S)
-        requests = [body(path.read_bytes(), given.max_tokens) for path in clips]
-    longs, shorts = requests[: given.longs], requests[given.longs :]
-    setup = Setup(model=given.model, max_tokens=given.max_tokens, max_num_seqs=64)
-    for number in range(given.rounds):
+            make_clip(path, seed, LONG_S if seed < options.longs else SHORT_S)
+        requests = [body(path.read_bytes(), options.max_tokens) for path in clips]
+    longs, shorts = requests[: options.longs], requests[options.longs :]
+    setup = Setup(model=options.model, max_tokens=options.max_tokens, max_num_seqs=64)
+    for number in range(options.rounds):
         for name, root in checkouts.items():
             with Checkout(setup, root) as service:
                 url = f"{service.url}/v1/chat/completions"
-                alone = asyncio.run(run_phase(url, shorts, (), given.per_s))
-                rounds[name].append((alone, asyncio.run(run_phase(url, shorts, longs, given.per_s))))
-        print(f"round {number + 1}", report(rounds, given), sep="\n", flush=True)
-        if given.out:
+                without = asyncio.run(run_phase(url, shorts, (), options.per_s))
+                rounds[name].append((without, asyncio.run(run_phase(url, shorts, longs, options.per_s))))
+        print(f"round {number + 1}", report(rounds, options), sep="\n", flush=True)
+        if options.out:
             figures: dict[str, Any] = {
                 name: [[asdict(phase) for phase in pair] for pair in pairs] for name, pairs in rounds.items()
             }
-            given.out.write_text(json.dumps(figures) + "\n")
-            given.out.with_suffix(".md").write_text(report(rounds, given))
+            options.out.write_text(json.dumps(figures) + "\n")
+            options.out.with_suffix(".md").write_text(report(rounds, options))
 
 
 if __name__ == "__main__":

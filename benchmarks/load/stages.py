@@ -1,4 +1,4 @@
-"""Where the time of requests went, from the service's own metrics."""
+"""Time per stage of a request, from the service's metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ STAGES = "captioner_stage_seconds"
 
 
 def stage_sums(url: str) -> dict[str, float]:
-    """Seconds so far in each stage, over all processes of the service at `url`; empty if it does not tell."""
+    """Return the seconds spent so far in each stage, over all processes of the service at `url`.
+
+    Empty for another server, and where the metrics are not readable.
+    """
     sums: defaultdict[str, float] = defaultdict(float)
     try:
         for group in json.loads(_read(f"{url}/metrics/targets")):
@@ -23,11 +26,12 @@ def stage_sums(url: str) -> dict[str, float]:
                         for sample in family.samples:
                             if sample.name == f"{STAGES}_sum":
                                 sums[sample.labels["stage"]] += sample.value
-    except (OSError, ValueError):  # another server, or one whose metrics are kept from us
+    except (OSError, ValueError):
         return {}
     return dict(sums)
 
 
 def _read(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310 - the address that the user gave, or told by it
+    # The address is the user's, or comes from the service there.
+    with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310
         return bytes(answer.read())

@@ -9,14 +9,13 @@ import asyncio
 import hashlib
 import hmac
 import itertools
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.servers import Redis
 from serving.config import Settings
 from serving.scheduling.fair_queue import FairQueue, SortedQueue
 from serving.tenancy.database import connect, migrate
@@ -26,11 +25,9 @@ from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.types import Caller, Limits, SchedulingClass
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from stores import Redis
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 LIMITS = Limits(requests_per_minute=10**9, tokens_per_minute=10**12)
 CALLER = Caller("acme", "k1", tenant_limits=LIMITS, key_limits=LIMITS)

@@ -5,18 +5,14 @@ pytest benchmarks/micro --benchmark-group-by=param:kind
 
 from __future__ import annotations
 
-import sys
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import av
 import pytest
 
+from benchmarks.load.clips import CODECS, Clip, make_clip
 from serving.audio.decode import decode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from clips import CODECS, Clip, make_clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import itertools
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 import sqlalchemy as sa
 
+from benchmarks.servers import Postgres
 from serving.tenancy.database import connect, migrate
 from serving.tenancy.ledger import store as ledger_store
 from serving.tenancy.ledger.journal import Journal
 from serving.tenancy.ledger.usage_record import UsageRecord
 from serving.tenancy.schema import usage_records
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from stores import Postgres
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 BATCH = 100
 _numbers = itertools.count()

@@ -1,7 +1,7 @@
 """Charts as SVG text, for a page that is one file: lines with intervals, stacked bars, and ratios with the line at 1.
 
-Written here and not drawn by a plotting library, since the page's style sheet then colours them for light and dark, and
-a chart is a few kilobytes of text that a reader of the page can search and copy. Every text is escaped.
+Written without a plotting library, so that the page's style sheet colours the charts for light and dark, and a chart is
+a few kilobytes of text that a reader of the page can search and copy. Every text is escaped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 WIDTH = 640
 COLOURS = 8
-"""Series take the style sheet's colours c0 to c7, and begin anew after that."""
+"""Series use the style sheet's colours c0 to c7 in rotation."""
 
 
 _LINE = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
@@ -26,7 +26,7 @@ _BOX = Markup('<rect class="part {}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A value, and from where to where it spread."""
+    """A value with its least and greatest."""
 
     x: float
     y: float
@@ -36,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """One figure of one system divided by another's, its interval, and what was aimed at."""
+    """One figure of one system divided by another's, with its interval and the aim."""
 
     name: str
     middle: float
@@ -57,7 +57,7 @@ class Ratio:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from below `low` to above `high`."""
+    """Return round numbers from below `low` to above `high`."""
     raw = max(high - low, 1e-12) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * of for of in (1, 2, 2.5, 5, 10) if power * of >= raw * 0.999)
@@ -65,8 +65,8 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(step * (first + i), 12) for i in range(math.ceil(high / step - 1e-9) - first + 1)]
 
 
-def said(value: float) -> str:
-    """A number with three digits that count, without an exponent."""
+def shown(value: float) -> str:
+    """Return a number with three significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "-"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -77,20 +77,20 @@ def said(value: float) -> str:
 def lines(
     title: str, x_name: str, y_name: str, series: Mapping[str, Sequence[Point]], limit: tuple[str, float] | None = None
 ) -> Markup:
-    """Values over a load, from 0 up; several series are named at their ends; `limit` is a line across with its name."""
+    """Draw values over a load, from 0 up; several series are named at their ends; `limit` is a horizontal line."""
     left, top, bottom, height = 68, 14, 44, 320
     right = 110 if len(series) > 1 else 24
     points = [point for of in series.values() for point in of]
     xs = sorted({point.x for point in points})
     highest = max([point.high or point.y for point in points] + ([limit[1]] if limit else []))
     y_ticks = ticks(0, highest or 1)
-    place = _even(xs, left + 12, WIDTH - right)
+    x_at = _even(xs, left + 12, WIDTH - right)
 
     def y_at(value: float) -> float:
         return height - bottom - (height - bottom - top) * value / y_ticks[-1]
 
     out = _y_axis(y_ticks, y_at, left, WIDTH - right + 8, y_name)
-    out += [_text(place(x), height - bottom + 18, said(x), "tick middle") for x in xs]
+    out += [_text(x_at(x), height - bottom + 18, shown(x), "tick middle") for x in xs]
     out.append(_text((left + WIDTH - right) / 2, height - 6, x_name, "name middle"))
     if limit:
         y = y_at(limit[1])
@@ -99,13 +99,13 @@ def lines(
     ends: list[tuple[float, str, str]] = []
     for number, (name, of) in enumerate(series.items()):
         colour = f"c{number % COLOURS}"
-        path = " ".join(f"{place(point.x):.1f},{y_at(point.y):.1f}" for point in of)
+        path = " ".join(f"{x_at(point.x):.1f},{y_at(point.y):.1f}" for point in of)
         out.append(Markup('<polyline class="series {}" points="{}"/>').format(colour, path))
         for point in of:
-            x, low, high = place(point.x), point.low, point.high
+            x, low, high = x_at(point.x), point.low, point.high
             if low is not None and high is not None:
                 out.append(_line(x, y_at(low), x, y_at(high), f"spread {colour}"))
-            tip = f"{name}: {said(point.y)} at {said(point.x)}"
+            tip = f"{name}: {shown(point.y)} at {shown(point.x)}"
             out.append(_mark(number, x, y_at(point.y), colour, tip))
         ends.append((y_at(of[-1].y), name, colour))
     for y, name, colour in _apart(ends, 14) if len(series) > 1 else []:
@@ -114,7 +114,7 @@ def lines(
 
 
 def over_time(title: str, y_name: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Markup:
-    """Values over seconds, from 0 up, without marks; the names of several stand below."""
+    """Draw values over seconds, from 0 up, without marks; the names of several series are below the chart."""
     left, right, top, height, per_line = 68, 16, 14, 290, 3
     names = list(series) if len(series) > 1 else []
     rows = math.ceil(len(names) / per_line)
@@ -129,7 +129,7 @@ def over_time(title: str, y_name: str, series: Mapping[str, Sequence[tuple[float
         return height - bottom - (height - bottom - top) * value / y_ticks[-1]
 
     out = _y_axis(y_ticks, y_at, left, WIDTH - right, y_name)
-    out += [_text(x_at(at), height - bottom + 18, said(at), "tick middle") for at in ticks(0, last) if at <= last]
+    out += [_text(x_at(at), height - bottom + 18, shown(at), "tick middle") for at in ticks(0, last) if at <= last]
     out.append(_text((left + WIDTH - right) / 2, height - 6, "seconds", "name middle"))
     for number, of in enumerate(series.values()):
         path = " ".join(f"{x_at(at):.1f},{y_at(value):.1f}" for at, value in of)
@@ -142,7 +142,7 @@ def over_time(title: str, y_name: str, series: Mapping[str, Sequence[tuple[float
 
 
 def bars(title: str, x_name: str, rows: Mapping[str, Mapping[str, float]]) -> Markup:
-    """A bar for each row, of the same parts in the same order; what it comes to stands at its end."""
+    """Draw a bar for each row, of the same parts in the same order, with the sum at its end."""
     left, right, row_height, legend = 150, 60, 30, 24
     parts = list(dict.fromkeys(part for row in rows.values() for part, value in row.items() if value))
     highest = max((sum(row.values()) for row in rows.values()), default=1) or 1
@@ -159,7 +159,7 @@ def bars(title: str, x_name: str, rows: Mapping[str, Mapping[str, float]]) -> Ma
     for value in marks:
         x = left + value * scale
         out.append(_line(x, top, x, height - 40, "grid"))
-        out.append(_text(x, height - 24, said(value), "tick middle"))
+        out.append(_text(x, height - 24, shown(value), "tick middle"))
     out.append(_text((left + WIDTH - right) / 2, height - 6, x_name, "name middle"))
     for index, (name, row) in enumerate(rows.items()):
         y, x = top + index * row_height + 5, float(left)
@@ -167,15 +167,15 @@ def bars(title: str, x_name: str, rows: Mapping[str, Mapping[str, float]]) -> Ma
         for number, part in enumerate(parts):
             if value := row.get(part, 0.0):
                 out.append(
-                    _box(x, y, (value * scale, row_height - 10), f"c{number % COLOURS}", f"{part}: {said(value)}")
+                    _box(x, y, (value * scale, row_height - 10), f"c{number % COLOURS}", f"{part}: {shown(value)}")
                 )
                 x += value * scale
-        out.append(_text(x + 6, y + 14, said(sum(row.values())), "tick"))
+        out.append(_text(x + 6, y + 14, shown(sum(row.values())), "tick"))
     return _svg(title, height, out)
 
 
 def forest(title: str, rows: Sequence[Ratio]) -> Markup:
-    """Ratios on a logarithmic scale with their intervals, the line at 1, and a mark at what was aimed at."""
+    """Draw ratios on a logarithmic scale with their intervals, the line at 1, and a mark at each aim."""
     left, right, row_height, top = 230, 150, 26, 10
     values = [value for row in rows for value in (row.low, row.high, row.aim or 1.0, 1.0)]
     marks = _log_ticks(min(values), max(values))
@@ -188,23 +188,23 @@ def forest(title: str, rows: Sequence[Ratio]) -> Markup:
     out = []
     for value in marks:
         out.append(_line(x_at(value), top, x_at(value), height - 36, "one" if value == 1 else "grid"))
-        out.append(_text(x_at(value), height - 20, said(value), "tick middle"))
+        out.append(_text(x_at(value), height - 20, shown(value), "tick middle"))
     out.append(_text((left + WIDTH - right) / 2, height - 4, "ratio (logarithmic)", "name middle"))
     for index, row in enumerate(rows):
         y = top + index * row_height + 13
         out.append(_text(left - 10, y + 4, row.name, "tick end"))
-        aim = f"; aim {said(row.aim)}: {row.verdict}" if row.aim is not None else ""
+        aim = f"; aim {shown(row.aim)}: {row.verdict}" if row.aim is not None else ""
         if row.aim is not None:
             out.append(_line(x_at(row.aim), y - 9, x_at(row.aim), y + 9, "aim"))
         out.append(_line(x_at(row.low), y, x_at(row.high), y, f"range {row.verdict}"))
-        out.append(_mark(0, x_at(row.middle), y, f"of-ratio {row.verdict}", f"{row.name}: {said(row.middle)}{aim}"))
-        told = f"{row.middle:.2f} ({row.low:.2f} to {row.high:.2f})"
-        out.append(_text(WIDTH - right + 8, y + 4, told, f"tick {row.verdict}"))
+        out.append(_mark(0, x_at(row.middle), y, f"of-ratio {row.verdict}", f"{row.name}: {shown(row.middle)}{aim}"))
+        figures = f"{row.middle:.2f} ({row.low:.2f} to {row.high:.2f})"
+        out.append(_text(WIDTH - right + 8, y + 4, figures, f"tick {row.verdict}"))
     return _svg(title, height, out)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers about a factor of 2 apart that enclose both."""
+    """Return round numbers about a factor of 2 apart that enclose both."""
     rounds = [of * 10.0**power for power in range(-4, 5) for of in (1, 2, 5)]
     below = max((of for of in rounds if of <= low * 1.001), default=rounds[0])
     above = min((of for of in rounds if of >= high * 0.999), default=rounds[-1])
@@ -212,13 +212,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _even(xs: Sequence[float], start: float, end: float) -> Callable[[float], float]:
-    """Loads stand at even distances, as they are mostly powers of 2."""
+    """Return positions at even distances, since loads are mostly powers of 2."""
     step = (end - start) / max(len(xs) - 1, 1)
     return lambda x: start + step * xs.index(x)
 
 
 def _apart(ends: Sequence[tuple[float, str, str]], least: float) -> list[tuple[float, str, str]]:
-    """Labels moved down until none covers another."""
+    """Return labels moved down until none covers another."""
     placed: list[tuple[float, str, str]] = []
     for y, name, colour in sorted(ends):
         placed.append((max(y, placed[-1][0] + least) if placed else y, name, colour))
@@ -229,14 +229,14 @@ def _y_axis(marks: Sequence[float], y_at: Callable[[float], float], left: float,
     out = []
     for value in marks:
         out.append(_line(left, y_at(value), end, y_at(value), "grid"))
-        out.append(_text(left - 8, y_at(value) + 4, said(value), "tick end"))
+        out.append(_text(left - 8, y_at(value) + 4, shown(value), "tick end"))
     middle = (y_at(marks[0]) + y_at(marks[-1])) / 2
     turned = Markup('<text class="name middle" transform="rotate(-90 14 {:.1f})" x="14" y="{:.1f}">{}</text>')
     return [*out, turned.format(middle, middle + 4, name)]
 
 
 def _mark(number: int, x: float, y: float, kind: str, tip: str) -> Markup:
-    """Circle, square, rhombus or triangle: series differ without colour too."""
+    """Draw a circle, square, rhombus or triangle, so that series differ without colour, too."""
     shapes = (
         f"M{x - 4:.1f},{y:.1f}a4,4 0 1,0 8,0a4,4 0 1,0 -8,0",
         f"M{x - 4:.1f},{y - 4:.1f}h8v8h-8z",
@@ -259,5 +259,5 @@ def _box(x: float, y: float, size: tuple[float, float], kind: str, tip: str) -> 
 
 
 def _svg(title: str, height: float, parts: Sequence[Markup]) -> Markup:
-    head = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">').format(WIDTH, height, title)
-    return Markup("\n").join([head, *parts, Markup("</svg>")])
+    opening = Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">').format(WIDTH, height, title)
+    return Markup("\n").join([opening, *parts, Markup("</svg>")])

@@ -1,9 +1,9 @@
-"""From what was measured (JSON) to what a person reads (Markdown).
+"""Markdown reports of comparisons.
 
-    python benchmarks/report.py FILE.json …     put the runs of several files into one report, on standard output
+    python -m benchmarks.report.markdown FILE.json …
 
-A file is a list of runs; a run holds `title`, `conditions` and `workloads`; a workload `name` and `rounds`, by system,
-in time order; a round what `compare.py` writes.
+Prints one report of the runs of all files. A file is a list of runs; a run has `title`, `conditions` and `workloads`; a
+workload has `name` and `rounds`, by system, in time order; a round has the fields that `compare/comparison.py` writes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from processes import ENGINE
 from scipy import stats
+
+from benchmarks.processes import ENGINE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     Rounds = Mapping[str, Sequence[Mapping[str, Any]]]
-    """System → its rounds."""
+    """Rounds by system."""
 
 SERVICE_CPU, ENGINE_CPU = "CPU ms per request, all but the engine", "CPU ms per request, engine"
 DIGITS = {"requests/s": 2, "audio-s/s": 0, SERVICE_CPU: 0, ENGINE_CPU: 0, "memory, MiB": 0}
@@ -39,11 +40,11 @@ PAIRS = (
     ("captioner", "ray.serve.llm"),
     ("captioner", "ray.serve.llm, HAProxy"),
 )
-"""Whose ratios are told, where a run has both."""
+"""Pairs of systems whose ratios are reported if a run has both."""
 
 
 def figures(one: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of one round, by name. Latencies are missing where there is no stream."""
+    """Return the figures of one round, by name; without latencies if nothing was streamed."""
     cpu_ms = {part: seconds * 1000 / one["requests"] for part, seconds in one["cpu_s"].items()}
     found = {"requests/s": one["requests"] / one["wall_s"], "audio-s/s": one["audio_s"] / one["wall_s"]}
     for name in ("ttft", "e2e"):
@@ -56,14 +57,14 @@ def figures(one: Mapping[str, Any]) -> dict[str, float]:
 
 
 def ratios(above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Each figure of one system divided by another's, round by round. Only figures of both."""
+    """Return each figure of one system divided by another's, round by round; only figures that both have."""
     pairs = [(figures(a), figures(b)) for a, b in zip(above, below, strict=True)]
     shared = [key for key in pairs[0][0] if key in pairs[0][1]]
     return {key: [a[key] / b[key] for a, b in pairs] for key in shared}
 
 
 def to_markdown(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The report."""
+    """Return the report."""
     return "\n\n".join(chain.from_iterable(_run(run) for run in runs)) + "\n"
 
 
@@ -71,7 +72,7 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     commands = run["conditions"]["commands"].items()
     parts = [
         f"## {run['title']}",
-        "\n".join(f"- {name}: {_said(value)}" for name, value in run["conditions"].items() if name != "commands"),
+        "\n".join(f"- {name}: {plain(value)}" for name, value in run["conditions"].items() if name != "commands"),
         "```sh\n" + "\n".join(f"# {name}\n{command}" for name, command in commands) + "\n```",
     ]
     for workload in run["workloads"]:
@@ -91,7 +92,8 @@ def _run(run: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _said(value: object) -> str:
+def plain(value: object) -> str:
+    """Return a condition as text; a mapping as `name value; …`."""
     return "; ".join(f"{name} {of}" for name, of in value.items()) if isinstance(value, dict) else str(value)
 
 
@@ -135,9 +137,9 @@ def _ratio(values: Sequence[float]) -> str:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the geometric mean over rounds, by Student's t on the logarithms; of one round that round.
+    """Return the 95 % interval of the geometric mean over rounds, by Student's t on the logarithms; one round as it is.
 
-    A bootstrap of three rounds is far too narrow: two runs of one comparison did not agree by it.
+    A bootstrap of three rounds is far too narrow: by it, two runs of one comparison did not agree.
     """
     logs = np.log(np.maximum(values, 1e-12))
     if len(logs) < 2:
@@ -160,13 +162,13 @@ def _noise(rounds: Rounds) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Median, least and greatest."""
+    """Return the median, with least and greatest, as text."""
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -1,14 +1,13 @@
-"""From what was measured (JSON) to one page of HTML that needs nothing else: charts, tables, and the runs' conditions.
+"""One self-contained HTML page of results (JSON): charts, tables, and the conditions of the runs.
 
-    python benchmarks/page.py FILE.json … --out page.html [--title TITLE]
+    python -m benchmarks.report.page FILE.json … --out page.html [--title TITLE]
 
-A file is a list of runs, as `compare.py` writes it, or one run with a `kind`, as those of `suite.py`, `scaling.py` and
-`panels.py`.
+A file is a list of runs, as `benchmarks.compare` writes it, or one run with a `kind`, as `benchmarks.suite`,
+`benchmarks.cluster.scaling` and `benchmarks.report.panels` write it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from charts import Point, Ratio, bars, forest, lines, over_time, said
-from processes import ENGINE
-from report import ENGINE_CPU, PAIRS, SERVICE_CPU, figures, interval, ratios
+
+from benchmarks.processes import ENGINE
+from benchmarks.program import option_parser
+from benchmarks.report.charts import Point, Ratio, bars, forest, lines, over_time, shown
+from benchmarks.report.markdown import ENGINE_CPU, PAIRS, SERVICE_CPU, figures, interval, plain, ratios
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -34,11 +35,11 @@ AIMS: dict[tuple[str, str], dict[str, float]] = {
     ("captioner cluster", "ray.serve.llm"): {"requests/s": 2.0},
     ("captioner", "ray.serve.llm"): {"requests/s": 2.0},
 }
-"""What was aimed at, by pair of systems and figure."""
+"""Aims by pair of systems and figure."""
 
 RATIOS = (
     "Ratios: geometric mean over the rounds, with its 95 % interval by Student's t. A bar across a row is the aim: "
-    "green it is met, red it is not, yellow the interval holds both."
+    "green: met; red: not met; yellow: the interval contains the aim."
 )
 PERCENTILES = ("p50", "p90", "p95", "p99")
 HOUR_S = 3600
@@ -46,7 +47,7 @@ HOUR_S = 3600
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A figure with what stands above and below it."""
+    """A chart with title and caption."""
 
     title: str
     svg: Markup
@@ -55,10 +56,10 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows behind a line that opens them."""
+    """A table that its title opens."""
 
     title: str
-    head: Sequence[str]
+    header: Sequence[str]
     rows: Sequence[Sequence[str]]
     open: bool = False
 
@@ -75,7 +76,7 @@ class Part:
 
 @dataclass(slots=True)
 class Section:
-    """One run."""
+    """One run on the page."""
 
     title: str
     conditions: list[tuple[str, str]]
@@ -87,7 +88,7 @@ class Section:
 
 
 def page(runs: Iterable[Run], title: str) -> str:
-    """The page."""
+    """Return the page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html.j2")
     makers = {"suite": _suite, "scaling": _scaling, "panels": _panels}
@@ -97,20 +98,16 @@ def page(runs: Iterable[Run], title: str) -> str:
 def _section(run: Run) -> Section:
     conditions = dict(run["conditions"])
     commands = conditions.pop("commands", {})
-    return Section(run["title"], [(name, _plain(value)) for name, value in conditions.items()], list(commands.items()))
+    return Section(run["title"], [(name, plain(value)) for name, value in conditions.items()], list(commands.items()))
 
 
-def _plain(value: object) -> str:
-    return "; ".join(f"{name} {of}" for name, of in value.items()) if isinstance(value, dict) else str(value)
-
-
-# ---- several systems side by side
+# ---- several systems on the same clips
 
 
 def _comparison(run: Run) -> Section:
     section = _section(run)
     if left_out := run["conditions"].get("left out"):
-        section.warnings.append(f"Left out: {_plain(left_out)}")
+        section.warnings.append(f"Left out: {plain(left_out)}")
     for workload in run["workloads"]:
         rounds = {name: of for name, of in workload["rounds"].items() if of}
         if not rounds:
@@ -161,7 +158,7 @@ def _costs(rounds: Mapping[str, Sequence[Run]]) -> list[Chart]:
         ),
         Chart(
             "Memory, by process",
-            bars("Memory by process", "MiB (shared pages divided among those who share them)", memory),
+            bars("Memory by process", "MiB (shared pages divided among the processes that map them)", memory),
         ),
     ]
 
@@ -174,7 +171,7 @@ def _figures_table(rounds: Mapping[str, Sequence[Run]]) -> Table:
 
 
 def _spread(values: Sequence[float]) -> str:
-    return f"{said(median(values))} ({said(min(values))} to {said(max(values))})" if values else "-"
+    return f"{shown(median(values))} ({shown(min(values))} to {shown(max(values))})" if values else "-"
 
 
 # ---- one service at several loads
@@ -185,19 +182,19 @@ def _suite(run: Run) -> Section:
     section.warnings += run.get("warnings", [])
     if saturation := run.get("saturation"):
         highest = saturation["highest_load"]
-        name = f"highest load with p95 of TTFT ≤ {said(run['slo_ttft_s'])} s"
-        section.main.append((name, "none" if highest is None else said(highest)))
+        name = f"highest load with p95 of TTFT ≤ {shown(run['slo_ttft_s'])} s"
+        section.main.append((name, "none" if highest is None else shown(highest)))
     else:
         section.missing.append("the highest load that meets the SLO")
     points = [point for point in run.get("sweep", []) if point["right"]]
     if points:
-        section.main.append(("audio-seconds per second at most", said(max(of["audio_s_per_s"] for of in points))))
-        section.main.append(("requests per second at most", said(max(of["requests_per_s"] for of in points))))
+        section.main.append(("audio-seconds per second at most", shown(max(of["audio_s_per_s"] for of in points))))
+        section.main.append(("requests per second at most", shown(max(of["requests_per_s"] for of in points))))
         section.parts.append(_load_part(run, points))
     else:
         section.missing.append("figures at several loads")
     if generator := run.get("ceiling"):
-        section.main.append(("the load generator's ceiling ÷ what it applied", f"{said(generator['times'])} times"))
+        section.main.append(("the load generator's ceiling ÷ what it applied", f"{shown(generator['times'])} times"))
     else:
         section.missing.append("the load generator's own ceiling")
     return section
@@ -207,13 +204,13 @@ def _load_part(run: Run, points: Sequence[Run]) -> Part:
     unit = run["load_unit"]
 
     def over(figure: str, at: str = "") -> list[Point]:
-        told = []
+        found = []
         for point in points:
             rounds = [one for one in point.get("rounds", [point]) if one["right"]]
             values = [one[figure][at] if at else one[figure] for one in rounds]
             own = point[figure][at] if at else point[figure]
-            told.append(Point(point["load"], own, min(values), max(values)))
-        return told
+            found.append(Point(point["load"], own, min(values), max(values)))
+        return found
 
     charts = [
         Chart(
@@ -222,10 +219,14 @@ def _load_part(run: Run, points: Sequence[Run]) -> Part:
         ),
         Chart("Requests", lines("Requests against load", unit, "requests per second", {"all": over("requests_per_s")})),
     ]
-    for figure, name in (("ttft_s", "Time to the first text"), ("itl_s", "Between tokens"), ("e2e_s", "Whole answer")):
+    for figure, name in (
+        ("ttft_s", "Time to the first text"),
+        ("itl_s", "Between tokens"),
+        ("e2e_s", "Complete answer"),
+    ):
         if all(figure in point for point in points):
             of = {at: over(figure, at) for at in PERCENTILES}
-            limit = (f"SLO {said(run['slo_ttft_s'])} s", run["slo_ttft_s"]) if figure == "ttft_s" else None
+            limit = (f"SLO {shown(run['slo_ttft_s'])} s", run["slo_ttft_s"]) if figure == "ttft_s" else None
             charts.append(Chart(name, lines(f"{name} against load", unit, "seconds", of, limit)))
     charts.append(
         Chart(
@@ -238,20 +239,24 @@ def _load_part(run: Run, points: Sequence[Run]) -> Part:
         ("cpu_s_per_audio_hour", "CPU, by process", "CPU-seconds per hour of audio"),
         ("memory_mib", "Memory, by process", "MiB (shared pages divided)"),
     ):
-        if rows := {f"load {said(point['load'])}": point[figure] for point in points if point.get(figure)}:
+        if rows := {f"load {shown(point['load'])}": point[figure] for point in points if point.get(figure)}:
             charts.append(Chart(name, bars(name, axis, rows)))
-    caption = "Lines: all rounds together; their spread: the least and the greatest of one round."
+    caption = "Lines: all rounds together; spread: the least and the greatest of one round."
     keys = ("requests", "right", "requests_per_s", "audio_s_per_s", "goodput")
-    head = [unit, *keys, *(f"{of} {at}" for of in ("ttft_s", "itl_s", "e2e_s") for at in PERCENTILES)]
+    header = [unit, *keys, *(f"{of} {at}" for of in ("ttft_s", "itl_s", "e2e_s") for at in PERCENTILES)]
     rows_ = [
         [
-            said(point["load"]),
-            *(said(point[key]) for key in keys),
-            *(said(point[of][at]) if of in point else "-" for of in ("ttft_s", "itl_s", "e2e_s") for at in PERCENTILES),
+            shown(point["load"]),
+            *(shown(point[key]) for key in keys),
+            *(
+                shown(point[of][at]) if of in point else "-"
+                for of in ("ttft_s", "itl_s", "e2e_s")
+                for at in PERCENTILES
+            ),
         ]
         for point in points
     ]
-    return Part("Against load", charts, [Table("All figures", head, rows_)], [caption])
+    return Part("Against load", charts, [Table("All figures", header, rows_)], [caption])
 
 
 # ---- more of a kind of process
@@ -269,7 +274,7 @@ def _scaling(run: Run) -> Section:
     return section
 
 
-# ---- what dashboards show
+# ---- panels of dashboards
 
 
 def _panels(run: Run) -> Section:
@@ -279,7 +284,7 @@ def _panels(run: Run) -> Section:
         for panel in board["panels"]:
             if panel["kind"] == "stat":
                 last = next(iter(panel["series"].values()))[-1][1]
-                section.main.append((f"{panel['title']} {panel['unit']}".strip(), said(last)))
+                section.main.append((f"{panel['title']} {panel['unit']}".strip(), shown(last)))
             else:
                 charts.append(Chart(panel["title"], over_time(panel["title"], panel["unit"], panel["series"])))
         if charts:
@@ -289,15 +294,15 @@ def _panels(run: Run) -> Section:
 
 def main() -> None:
     """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--title", default="Captioner: what was measured")
+    parser.add_argument("--title", default="Captioner: benchmark results")
     options = parser.parse_args()
     found = [json.loads(path.read_text()) for path in options.files]
     runs = [run for of in found for run in (of if isinstance(of, list) else [of])]
     if not all("title" in run and "conditions" in run for run in runs):
-        parser.error("knows only what compare.py, suite.py and scaling.py write")
+        parser.error("every file must be a result of benchmarks.compare, suite, cluster.scaling or report.panels")
     options.out.write_text(page(runs, options.title))
 
 

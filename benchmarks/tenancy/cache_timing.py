@@ -1,51 +1,42 @@
-"""Can one tenant tell by the time whether another has sent the same audio? Measured at a running service.
-
-Tenant A sends new clips. Then B sends these, and as many that nobody has sent, in random order. If anything of A's were
-kept for others, B's first token would come sooner for the clips that A has sent. The answer is the difference of the
-medians, and how often a difference as large comes about by chance (permutation test).
+"""Timing test of a running service's caches: no tenant may be able to measure that another sent the same audio.
 
     captioner serve --no-auth …
-    python benchmarks/cache_timing.py --url http://127.0.0.1:8000 --clips 40 --seconds 20
+    python -m benchmarks.tenancy.cache_timing --url http://127.0.0.1:8000 --clips 40 --seconds 20
+
+Tenant A sends new clips. Then B sends these, and as many that nobody has sent, in random order. If the service kept
+anything of A's for others, B's first token would arrive sooner for the clips that A has sent. Prints the difference of
+the medians, and the probability of such a difference by chance (permutation test); the exit status is 1 below 0.01.
 """
 
 from __future__ import annotations
 
-import argparse
-import base64
-import io
 import json
 import random
 import statistics
 import sys
 import time
 import urllib.request
-import wave
 from array import array
 
-MODEL = "qwen3-omni-30b-a3b-captioner"
+from benchmarks.load.wav import wav_data_url
+from benchmarks.load.wire import chat_body
+from benchmarks.program import option_parser
+
 _PERMUTATIONS = 5000
 
 
 def noise(seconds: float, seed: int) -> str:
-    """Make a clip that no other resembles, as a data URL."""
+    """Return a clip that resembles no other, as a data URL."""
     chance = random.Random(seed)
     samples = array("h", (chance.randint(-8000, 8000) for _ in range(round(16_000 * seconds))))
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16_000)
-        file.writeframes(samples.tobytes())
-    return "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return wav_data_url(samples.tobytes())
 
 
 def first_token_s(url: str, key: str, audio: str) -> float:
-    """Ask for one token; return how long it took."""
-    part = {"type": "input_audio", "input_audio": {"data": audio}}
-    body = {"model": MODEL, "messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
-    request = urllib.request.Request(  # noqa: S310 - the caller's own service
+    """Request one token; return the seconds until the answer."""
+    request = urllib.request.Request(  # noqa: S310 - the user's own service
         f"{url}/v1/chat/completions",
-        json.dumps(body).encode(),
+        json.dumps(chat_body(audio, max_tokens=1)).encode(),
         {"content-type": "application/json", "authorization": f"Bearer {key}"},
     )
     began = time.perf_counter()
@@ -55,7 +46,7 @@ def first_token_s(url: str, key: str, audio: str) -> float:
 
 
 def verdict(sent_before: list[float], new: list[float], seed: int = 1) -> dict[str, float]:
-    """How much sooner the clips were answered that had been sent before, and how likely that is by chance."""
+    """Return the advantage of clips that had been sent before, and its probability by chance."""
     chance = random.Random(seed)
     gain = statistics.median(new) - statistics.median(sent_before)
     together, count = sent_before + new, len(sent_before)
@@ -72,25 +63,25 @@ def verdict(sent_before: list[float], new: list[float], seed: int = 1) -> dict[s
 
 
 def main() -> None:
-    """Measure, and print the result; the exit status tells whether there is an advantage."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--url", default="http://127.0.0.1:8000")
-    arguments.add_argument("--keys", nargs=2, default=("sk-tenant-a", "sk-tenant-b"))
-    arguments.add_argument("--clips", type=int, default=40)
-    arguments.add_argument("--seconds", type=float, default=20)
-    given = arguments.parse_args()
+    """Measure, and print the result; the exit status is 1 if there is an advantage."""
+    parser = option_parser(__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--keys", nargs=2, default=("sk-tenant-a", "sk-tenant-b"))
+    parser.add_argument("--clips", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=20)
+    options = parser.parse_args()
     seed = time.time_ns()
-    theirs, new = ([noise(given.seconds, seed + 2 * i + side) for i in range(given.clips)] for side in (0, 1))
-    for audio in theirs:
-        first_token_s(given.url, given.keys[0], audio)
-    turns = [(audio, known) for known, clips in ((True, theirs), (False, new)) for audio in clips]
+    of_a, new = ([noise(options.seconds, seed + 2 * i + side) for i in range(options.clips)] for side in (0, 1))
+    for audio in of_a:
+        first_token_s(options.url, options.keys[0], audio)
+    turns = [(audio, known) for known, clips in ((True, of_a), (False, new)) for audio in clips]
     random.Random(seed).shuffle(turns)
     took_s: dict[bool, list[float]] = {True: [], False: []}
     for audio, known in turns:
-        took_s[known].append(first_token_s(given.url, given.keys[1], audio))
-    told = verdict(took_s[True], took_s[False])
-    print(json.dumps(told, indent=1))
-    sys.exit(1 if told["by_chance"] < 0.01 else 0)
+        took_s[known].append(first_token_s(options.url, options.keys[1], audio))
+    found = verdict(took_s[True], took_s[False])
+    print(json.dumps(found, indent=1))
+    sys.exit(1 if found["by_chance"] < 0.01 else 0)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,56 @@
-"""Two tenants before an engine that is short: who waits how long, and who gets how much.
+"""Two tenants at a saturated engine: waiting times, and shares of throughput.
 
-    python benchmarks/fairness.py [--seconds 60] [--out FILE]
+    python -m benchmarks.tenancy.fairness [--seconds 60] [--out FILE]
 
 The service runs with a fake engine of a fixed speed, so its capacity is known. Tenant B sends three quarters of its
-half, evenly spread. Tenant A sends its half (calm), then 20 times as much (flood); then the same flood comes with B's
-requests under A's key (one line for all: the unfair order). At last both flood, with weights 3 and 1. In each phase
-what ends in its last two thirds counts.
+half, evenly spread. Tenant A sends its half (calm), then 20 times as much (flood); then the same flood arrives with B's
+requests under A's key (one queue for all: the unfair order). Finally both flood, with weights 3 and 1. In each phase
+the requests that end in its last two thirds count. Writes results/fairness.json, and prints the ratios.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import base64
-import io
 import json
 import os
 import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import wave
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-BIN = Path(sys.executable).parent
-PLACES, LEAST_TOKENS, TOKENS, TPOT_S = 16, 24, 72, 0.1
-"""Captions differ in length: alike, those that begin together would end together, and everyone wait for that."""
-CAPACITY = PLACES / ((LEAST_TOKENS + TOKENS) / 2 * TPOT_S)
-"""Captions per second that the engine makes, but for what starts and ends take."""
+from benchmarks.load.wav import wav_base64
+from benchmarks.load.wire import chat_body
+from benchmarks.managed_process import LocalService
+from benchmarks.program import CAPTIONER, RESULTS, option_parser, write_json
+
+SLOTS, LEAST_TOKENS, TOKENS, TPOT_S = 16, 24, 72, 0.1
+"""Captions differ in length: equal captions that begin together would end together, and all callers wait for that."""
+CAPACITY = SLOTS / ((LEAST_TOKENS + TOKENS) / 2 * TPOT_S)
+"""Captions per second of the engine, without the time that starts and ends take."""
 FLOOD = 20
 FLAGS = (
-    f"--engine=fake --fake-tokens={TOKENS} --fake-tpot-s={TPOT_S} --max-num-seqs={PLACES} --audio-workers=1 "
-    "--max-engine-wait-s=60 --max-engine-queue=256"
+    *("--engine=fake", f"--fake-tokens={TOKENS}", f"--fake-tpot-s={TPOT_S}", f"--max-num-seqs={SLOTS}"),
+    *("--audio-workers=1", "--max-engine-wait-s=60", "--max-engine-queue=256"),
 )
 
 
 @dataclass
 class Phase:
-    """What came of one load."""
+    """Answers of one load, by tenant."""
 
     waits_s: dict[str, list[float]] = field(default_factory=lambda: {"a": [], "b": []})
     refused: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
     tokens: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
 
-    def told(self, seconds: float) -> dict[str, Any]:
-        """As it goes into the report."""
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Return the figures of each tenant for the report."""
         return {
             tenant: {
                 "answered": len(waits),
@@ -65,18 +64,12 @@ class Phase:
 
 
 def clip(number: int, seconds: float = 2.0) -> str:
-    """A clip that no other is like."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as sound:
-        sound.setnchannels(1)
-        sound.setsampwidth(2)
-        sound.setframerate(8000)
-        sound.writeframes(number.to_bytes(4, "little") * round(seconds * 4000))
-    return base64.b64encode(out.getvalue()).decode()
+    """Return a clip that is different for each number, as base64."""
+    return wav_base64(number.to_bytes(4, "little") * round(seconds * 4000), 8000)
 
 
-class Load:
-    """Requests at a set rate, whatever becomes of them, for a time."""
+class OpenLoop:
+    """Requests at a fixed rate, independent of their answers, for a time."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self._url = url
@@ -85,7 +78,7 @@ class Load:
         self._random = random.Random(1)
 
     async def run(self, seconds: float, rates: dict[str, float], keys: dict[str, str]) -> Phase:
-        """Send `rates` of each tenant; what ends in the last two thirds counts."""
+        """Send each tenant's rate; requests that end in the last two thirds count."""
         phase, running, began = Phase(), set[asyncio.Task[None]](), time.monotonic()
         for tenant, rate in rates.items():
             for index in range(round(rate * seconds)):
@@ -102,42 +95,53 @@ class Load:
     async def _one(self, tenant: str, key: str, due: float, phase: Phase, counts_from: float) -> None:
         await asyncio.sleep(max(0, due - time.monotonic()))
         self._number += 1
-        audio = {"type": "input_audio", "input_audio": {"data": clip(self._number), "format": "wav"}}
-        body = {
-            "model": "qwen3-omni-30b-a3b-captioner",
-            "messages": [{"role": "user", "content": [audio]}],
-            "max_tokens": (tokens := self._random.randint(LEAST_TOKENS, TOKENS)),
-        }
+        tokens = self._random.randint(LEAST_TOKENS, TOKENS)
+        body = chat_body(clip(self._number), "wav", max_tokens=tokens)
         began = time.monotonic()
-        async with self._session.post(self._url, json=body, headers={"authorization": f"Bearer {key}"}) as answer:
-            told = await answer.json()
-        if answer.status not in {200, 429, 503}:
-            raise RuntimeError(f"HTTP {answer.status}: {told}")
-        if answer.status == 200 and told["usage"]["completion_tokens"] != tokens:
-            raise RuntimeError(f"not a whole caption: {told}")
+        async with self._session.post(self._url, json=body, headers={"authorization": f"Bearer {key}"}) as response:
+            answer = await response.json()
+        if response.status not in {200, 429, 503}:
+            raise RuntimeError(f"HTTP {response.status}: {answer}")
+        if response.status == 200 and answer["usage"]["completion_tokens"] != tokens:
+            raise RuntimeError(f"a caption of other than {tokens} tokens: {answer}")
         if time.monotonic() > counts_from:
-            if answer.status == 200:
+            if response.status == 200:
                 phase.waits_s[tenant].append(time.monotonic() - began)
                 phase.tokens[tenant] += tokens
             else:
                 phase.refused[tenant] += 1
 
 
-def captioner(directory: Path, *words: str) -> Any:
-    """A verb of the administration, as JSON."""
-    environment = os.environ | {"CAPTIONER_DATA_DIR": str(directory)}
-    command = [str(BIN / "captioner"), *words, "--format=json"]
+def administer(data: Path, *words: str) -> Any:
+    """Run a verb of the administration; return its JSON."""
+    environment = os.environ | {"CAPTIONER_DATA_DIR": str(data)}
+    command = [str(CAPTIONER), *words, "--format=json"]
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
+def make_tenants(data: Path) -> dict[str, dict[str, str]]:
+    """Create the tenants; return the keys of tenants a and b by order: equal weights, one queue, weights 3 and 1."""
+    for plan, weight in (("even", "1"), ("heavy", "3")):
+        administer(data, "plans", "set", plan, f"--weight={weight}")
+    key = {}
+    for tenant, plan in (("a", "even"), ("b", "even"), ("heavy", "heavy")):
+        administer(data, "tenants", "create", tenant, f"--plan={plan}")
+        key[tenant] = administer(data, "keys", "create", tenant)["key"]
+    return {
+        "equal": {"a": key["a"], "b": key["b"]},
+        "one": {"a": key["a"], "b": key["a"]},
+        "weighted": {"a": key["heavy"], "b": key["b"]},
+    }
+
+
 async def measure(url: str, seconds: float, keys: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """All phases."""
+    """Run all phases."""
     share = CAPACITY / 2
     calm = {"a": share, "b": 0.75 * share}
     flood = calm | {"a": FLOOD * share}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
-        load = Load(f"{url}/v1/chat/completions", session)
+        load = OpenLoop(f"{url}/v1/chat/completions", session)
         counted = seconds * 2 / 3
         phases = {}
         for name, rates, of in (
@@ -146,14 +150,14 @@ async def measure(url: str, seconds: float, keys: dict[str, dict[str, str]]) -> 
             ("flood, one line for all", flood, keys["one"]),
             ("both flood, weights 3 and 1", dict.fromkeys("ab", FLOOD * share / 2), keys["weighted"]),
         ):
-            phases[name] = (await load.run(seconds, rates, of)).told(counted)
+            phases[name] = (await load.run(seconds, rates, of)).summary(counted)
             print(name, phases[name], file=sys.stderr, flush=True)
             await asyncio.sleep(2)
     return phases
 
 
 def verdict(phases: dict[str, Any]) -> dict[str, float]:
-    """The ratios that were to be shown."""
+    """Return the ratios with an aim."""
     calm, flood, one, weighted = phases.values()
 
     def per_s(phase: dict[str, Any]) -> float:
@@ -170,40 +174,18 @@ def verdict(phases: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Start the service, make the tenants, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Make the tenants, start the service, measure, and write the result."""
+    parser = option_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="length of each of four phases")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fairness.json")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS / "fairness.json")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fairness-") as name:
-        directory = Path(name)
-        for plan, weight in (("even", "1"), ("heavy", "3")):
-            captioner(directory, "plans", "set", plan, f"--weight={weight}")
-        secret = {}
-        for tenant, plan in (("a", "even"), ("b", "even"), ("heavy", "heavy")):
-            captioner(directory, "tenants", "create", tenant, f"--plan={plan}")
-            secret[tenant] = captioner(directory, "keys", "create", tenant)["key"]
-        keys = {
-            "equal": {"a": secret["a"], "b": secret["b"]},
-            "one": {"a": secret["a"], "b": secret["a"]},
-            "weighted": {"a": secret["heavy"], "b": secret["b"]},
-        }
-        command = [str(BIN / "captioner"), "serve", "--port=0", f"--data-dir={directory}", *FLAGS.split()]
-        log = directory / "log"
-        with log.open("w") as out:
-            service = subprocess.Popen([*command, f"--download-dir={directory}"], stderr=out, stdout=out)
-        try:
-            while not (found := re.search(r"ready after .* on (http://[^\s\"]+)", log.read_text())):
-                if service.poll() is not None:
-                    raise RuntimeError(log.read_text())
-                time.sleep(0.1)
-            phases = asyncio.run(measure(found[1], given.seconds, keys))
-        finally:
-            service.terminate()
-            service.wait()
-    result = {"settings": FLAGS, "seconds": given.seconds, "load_average": os.getloadavg(), "phases": phases}
-    result["verdict"] = verdict(phases)
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+        keys = make_tenants(Path(name, "data"))
+        with LocalService(*FLAGS, directory=Path(name)) as service:
+            phases = asyncio.run(measure(service.url, options.seconds, keys))
+    result = {"settings": " ".join(FLAGS), "seconds": options.seconds, "load_average": os.getloadavg()}
+    result |= {"phases": phases, "verdict": verdict(phases)}
+    write_json(options.out, result)
     print(json.dumps(result["verdict"], indent=1))
 
 

@@ -1,6 +1,6 @@
 """The ledger adds up, though processes are killed, clients leave and the database stops (a few hundred requests).
 
-`python benchmarks/ledger_chaos.py` is the same with ten thousand.
+`python -m benchmarks.tenancy.ledger_chaos` sends ten thousand.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from ledger_chaos import chaos
+
+from benchmarks.tenancy.ledger_chaos import chaos
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -34,7 +34,7 @@ from serving.types import Caller, FreeQuota, Limits
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from stores import Redis
+    from benchmarks.servers import Redis
 
 
 @pytest.fixture(params=["memory", "redis"])

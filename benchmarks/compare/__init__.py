@@ -1,0 +1,1 @@
+"""Comparisons of whole systems, and of one system with itself under another setting."""
