@@ -121,7 +121,7 @@ class ManagedProcess(ABC):
 
 
 class LocalService(ManagedProcess):
-    """`captioner serve` with the flags given, on a free port, with directories of its own. A context manager."""
+    """`captioner serve` with the flags given, on a free port, with its own directories. A context manager."""
 
     name = "captioner serve"
 

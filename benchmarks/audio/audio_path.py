@@ -54,7 +54,7 @@ LONG_S = 2400
 PIECES, PIECE_S = 40, 59.9
 """Parts of a long file and their length: a little less than 40 minutes, as each part of MP3 or AAC adds padding."""
 WORKER_CLIPS, WORKER_ROUNDS = 12, 9
-"""Clips for each worker in a round: so many that the wait of one worker for the other at the end is short."""
+"""Clips for each worker in a round: enough to make the wait of one worker for the other at the end short."""
 
 
 def main() -> None:
@@ -222,10 +222,10 @@ def _report(results: Mapping[str, Any]) -> str:
     lines += ["| Clip | Library alone, clips/s | Ours to 16 kHz mono | and log-mel | Ours of library | and log-mel |"]
     lines += ["|---|---:|---:|---:|---:|---:|"]
     for name, taken in results["one core"].items():
-        whole = [decoded + mel for decoded, mel in zip(taken["decode"], taken["log-mel"], strict=True)]
+        both = [decoded + mel for decoded, mel in zip(taken["decode"], taken["log-mel"], strict=True)]
         for raw in (each for each in taken if each.startswith("raw")):
-            speeds = (f"{1 / median(each):.1f}" for each in (taken[raw], taken["decode"], whole))
-            ratios = (_ratio(taken[raw], each) for each in (taken["decode"], whole))
+            speeds = (f"{1 / median(each):.1f}" for each in (taken[raw], taken["decode"], both))
+            ratios = (_ratio(taken[raw], each) for each in (taken["decode"], both))
             lines.append(f"| {name}{raw.removeprefix('raw')} | {' | '.join((*speeds, *ratios))} |")
     lines += ["", f"Log-mel alone: {_milliseconds(results['one core'])} ms a clip.", ""]
     one, two = ([each for each in results["workers"] if each["workers"] == count] for count in (1, 2))

@@ -45,7 +45,7 @@ class Phase:
     """Latencies of one interval."""
 
     ttft_s: list[float] = field(default_factory=list)
-    """Of the short clips."""
+    """Times to first text of the short clips."""
     long_ttft_s: list[float] = field(default_factory=list)
     longs_ended: int = 0
     machine_load: float = field(default_factory=lambda: os.getloadavg()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections import Counter
@@ -52,6 +53,9 @@ def outcome_of(entry: Mapping[str, Any]) -> str:
         case "connection", _:
             return "lost"
     return "defect"
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Callers:
@@ -125,7 +129,7 @@ def account(sent: Sequence[str], ended: Sequence[Mapping[str, Any]]) -> dict[str
     if Counter(sent) != Counter(entry["number"] for entry in ended):
         without = set(sent) - {entry["number"] for entry in ended}
         defects.append({"detail": f"requests and ends do not match: {sorted(without)[:20]} without end"})
-    details = Counter(f"{entry['result']}: {entry.get('detail', '')}"[:120] for entry in ended)
+    details = Counter(_UUID.sub("…", f"{entry['result']}: {entry.get('detail', '')}")[:120] for entry in ended)
     return {
         "sent": len(sent),
         **dict.fromkeys(OUTCOMES, 0),

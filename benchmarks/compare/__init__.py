@@ -1,1 +1,1 @@
-"""Comparisons of whole systems, and of one system with itself under another setting."""
+"""Comparisons of complete systems, and of one system with itself under another setting."""

@@ -1,4 +1,4 @@
-"""Systems under comparison, each in a process of its own: this service, `vllm serve`, the offline engine.
+"""Systems under comparison, each in its own process: this service, `vllm serve`, the offline engine.
 
 Systems on Ray are in `ray_systems.py`. All but `ray.serve.llm` run the same vLLM with the same engine settings,
 including those that the service chooses itself: the model in the engine process (as vLLM does with one GPU; on the CPU

@@ -146,7 +146,7 @@ class Bank:
         """Return a file and its length in seconds: a whole number of packets, so close to `duration_s`."""
         like, packet_s, bases = self._load(kind)
         count = max(1, round(duration_s / packet_s))
-        # One piece has only some thousand variants; four pieces have so many that no clip occurs twice.
+        # One piece has only some thousand variants; four pieces have enough that no clip occurs twice.
         piece = max(1, min(round(SPLICE_S / packet_s), count // 4))
         random = np.random.default_rng((seed, 7))
         packets: list[bytes] = []

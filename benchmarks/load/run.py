@@ -67,7 +67,7 @@ class Run:
         }
         self._journal = Path(options.journal or os.devnull).open("a", buffering=1)  # noqa: SIM115 - until the process ends
         self.worker = max(0, getattr(environment.runner, "worker_index", 0))
-        # Each worker has clips of its own.
+        # Each worker has its own clips.
         self.random = random.Random(f"{options.run_seed}.{self.worker}")
         self._seed = (options.run_seed * 1000 + self.worker) * 1_000_000
         self._resent: dict[int, Clip] = {}

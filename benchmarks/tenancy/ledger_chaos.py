@@ -58,7 +58,7 @@ _CLIENT_S = 60
 
 
 class Frontend:
-    """An API process that is killed and started again, with a directory of its own. A context manager."""
+    """An API process that is killed and started again, with its own directory. A context manager."""
 
     def __init__(self, directory: Path, environment: dict[str, str]) -> None:
         self.port = free_port()

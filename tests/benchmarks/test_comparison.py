@@ -157,7 +157,7 @@ def are_repeats(captions: Iterable[str], same_pairs: float) -> bool:
 
 
 def test_chance_is_distinguished_from_repeats() -> None:
-    """Of a small model some captions may be equal, in a run of any length; all equal, or ten in turn, are repeats."""
+    """Some captions of a small model may be equal, in a run of any length; all equal, or ten in turn, are repeats."""
     chance = random.Random(5)
     alike = [str(chance.randrange(100)) for _ in range(2000)]
     assert are_repeats(alike, 0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def test_an_honest_server_passes_in_all_ways(url: str, clips: Path, tmp_path: Path) -> None:
-    """Both dialects, streamed and not, have entries of their own, with every figure of the way."""
+    """Both dialects, streamed and not, have separate entries, with every figure of the way."""
     ways = "openai,openai-stream,dashscope,dashscope-stream"
     status, entries, printed = run(f"{url}/honest", clips, tmp_path / "journal", f"--ways={ways}")
     assert status == 0, printed
@@ -101,7 +101,7 @@ def test_latency_counts_from_when_a_request_was_due(url: str, clips: Path, tmp_p
 
 
 def test_workers_share_no_clip(faulty: FaultyServer, url: str, clips: Path, tmp_path: Path) -> None:
-    """Each worker process has clips of its own; all workers are one run with one journal."""
+    """Each worker process has its own clips; all workers are one run with one journal."""
     status, entries, printed = run(f"{url}/honest", clips, tmp_path / "journal", "--processes=2", "--probe-share=0")
     assert status == 0, printed
     sent = [str(body["messages"]) for _, _, body in faulty.requests]
