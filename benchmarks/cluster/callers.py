@@ -66,7 +66,15 @@ class Callers:
     """
 
     def __init__(
-        self, url: str, directory: Path, users: int, *, max_pause_s: float, tokens: int, name: str = "callers"
+        self,
+        url: str,
+        directory: Path,
+        users: int,
+        *,
+        max_pause_s: float,
+        tokens: int,
+        name: str = "callers",
+        clips_dir: Path = CLIPS,
     ) -> None:
         self.journal = directory / f"{name}.jsonl"
         self.journal.unlink(missing_ok=True)
@@ -77,7 +85,7 @@ class Callers:
             "--journal-sent",
             *(f"--load={users}", f"--seconds={FOREVER_S}", "--warm-up=0", f"--max-pause-s={max_pause_s}"),
             *(f"--ways={WAYS}", "--connections=both", f"--caption-words={tokens}", "--probe-share=0"),
-            *(f"--mix={','.join(map(str, LENGTHS_S))}", "--clips-per-length=1", f"--clips-dir={CLIPS}"),
+            *(f"--mix={','.join(map(str, LENGTHS_S))}", "--clips-per-length=1", f"--clips-dir={clips_dir}"),
             f"--timeout-s={TIMEOUT_S}",
         )
 

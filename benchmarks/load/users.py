@@ -2,10 +2,10 @@
 
     locust --headless -f benchmarks/load/locustfile.py --host http://127.0.0.1:8000 --arrivals poisson --load 4 …
 
-`locust -f benchmarks/load/locustfile.py --help` lists the options under "captions"; ../README.md has examples. Locust
-reports each figure as an entry: `E2E`, `TTFT` and `ITL` (mean time between the tokens of one answer) in ms, and
-`audio`, where "ms" is the audio of a right answer: its sum over time is audio-seconds per second. `--journal` gets a
-line of JSON for each request; reports are made from it.
+`python -m benchmarks.load.users` lists all options, those of this user under "captions" (Locust's own `--help` does not
+load the file); ../README.md has examples. Locust reports each figure as an entry: `E2E`, `TTFT` and `ITL` (mean time
+between the tokens of one answer) in ms, and `audio`, where "ms" is the audio of a right answer: its sum over time is
+audio-seconds per second. `--journal` gets a line of JSON for each request; reports are made from it.
 
 In an open loop each request is due at a moment that is fixed beforehand, and every figure counts from then: neither a
 slow server nor a late generator can postpone what it is measured by.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import gevent
 from locust import User, events, task
+from locust.argument_parser import get_parser
 
 from benchmarks.load.checks import FAILED, WRONG, BadAnswerError
 from benchmarks.load.clips import CODECS, LENGTHS_S
@@ -60,7 +61,7 @@ def _add_options(parser: Any) -> None:
     add("--run-seed", type=int, default=0, help="runs of different seeds have different clips")
     add("--connections", choices=CONNECTIONS, default="keep-alive", help="both: every other caller opens one a request")
     add("--arrivals", choices=("closed", "even", "poisson"), default="closed")
-    add("--max-pause-s", type=float, default=0, help="pause between the requests of a caller of a closed loop, 0.05 to")
+    add("--max-pause-s", type=float, default=0, help="longest pause of a closed-loop caller, from 0.05 s; 0: none")
     add("--user-rate", type=float, default=0.1, help="requests per second of each user of an open loop")
     add("--curve", choices=CURVES, default="constant", help="curve of the load over time")
     add("--load", type=float, default=4, help="callers of a closed loop, or requests per second of an open one")
@@ -211,3 +212,7 @@ def _set_exit_status(environment: Any, **_: Any) -> None:
         environment.process_exit_code = 3
     else:
         environment.process_exit_code = 0 if total.num_requests > total.num_failures else 4
+
+
+if __name__ == "__main__":
+    get_parser(default_config_files=[]).print_help()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.cluster.callers import Callers
 from tests.benchmarks.locust_runs import run
 from tests.support.service import RunningService
 
@@ -77,3 +79,23 @@ def test_podcasts(service: str, clips: Path, clips_url: str, tmp_path: Path) -> 
     status, entries, printed = run(service, clips, tmp_path / "journal", *flags, *more, keys=KEYS[0])
     assert status == 0, [one for one in entries if one["outcome"] != "right"] or printed
     assert min(one["audio_s"] for one in entries) >= 299
+
+
+def test_callers_account_for_every_request(clips: Path, tmp_path: Path) -> None:
+    """Requests of a cluster's callers are answered right, in all ways; captions of other words are defects."""
+    with RunningService("--engine=fake", "--audio-workers=1", "--fake-tokens=24") as running:
+        callers = Callers(running.url, tmp_path, 4, max_pause_s=0.1, tokens=24, clips_dir=clips)
+        with callers:
+            deadline = time.monotonic() + 60
+            while len(callers.answered()) < 40 and time.monotonic() < deadline:
+                time.sleep(0.2)
+        account = callers.account()
+        assert account["sent"] == account["answered"] >= 40
+        assert account["defects"] == []
+        assert len(account["by_way"]) == 4
+        others = Callers(running.url, tmp_path, 1, max_pause_s=0.1, tokens=25, clips_dir=clips, name="others")
+        with others:
+            while not others.ended():
+                time.sleep(0.2)
+    account = others.account()
+    assert account["sent"] == account["defect"] > 0
