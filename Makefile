@@ -86,11 +86,11 @@ image-test: ## Build the CPU image and try it (as root, on Debian; writes some 2
 	deploy/docker/try.sh
 
 .PHONY: chart
-chart: .venv/dev.stamp ## Make anew what the chart takes from elsewhere: README table, schema, rules, dashboards
+chart: .venv/dev.stamp ## Regenerate what the chart takes from elsewhere: README table, schema, rules, dashboards
 	$(BIN)/python helm/generate.py
 
 .PHONY: lock
-lock: .venv/uv.stamp ## Resolve the requirements anew
+lock: .venv/uv.stamp ## Resolve and lock the requirements
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done
 	$(call COMPILE,--extra cpu --extra dev,cpu-dev)
 

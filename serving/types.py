@@ -171,7 +171,7 @@ class FinishReason(enum.StrEnum):
 
 
 class Outcome(enum.StrEnum):
-    """How a request ended: the ledger's column `ending`, and the base of the metrics' label `outcome`.
+    """End of a request: the ledger's column `ending`, and the base of the metrics' label `outcome`.
 
     `errors.outcome_of` derives it, with an error code, from the exception that ended the request.
     """

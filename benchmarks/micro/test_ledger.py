@@ -116,6 +116,6 @@ def test_write_reference(benchmark: Callable[..., Any], database: sa.Engine) -> 
             connection.execute(sa.insert(usage_records), rows)
 
     def rows() -> tuple[tuple[list[dict[str, Any]]], dict[str, Any]]:
-        return ([usage_table._columns(entry()) for _ in range(BATCH)],), {}  # noqa: SLF001 - how a row is told
+        return ([usage_table._columns(entry()) for _ in range(BATCH)],), {}  # noqa: SLF001 - the ledger's own columns
 
     benchmark.pedantic(write, setup=rows, rounds=30)  # type: ignore[attr-defined]

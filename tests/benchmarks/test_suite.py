@@ -111,7 +111,7 @@ def test_differences_from_the_kept_run_are_reported() -> None:
 
 
 def test_the_kept_baseline_can_be_checked() -> None:
-    """The baseline of the repository is no breach of its own figures, and half the throughput breaks it."""
+    """The baseline of the repository is no breach of its figures, and half the throughput breaks it."""
     kept = json.loads(KEPT.read_text())
     assert breaches(kept, kept, 0.25) == []
     slower = json.loads(KEPT.read_text())

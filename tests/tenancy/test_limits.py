@@ -28,7 +28,6 @@ from serving.types import Caller, FreeQuota, Limits
 from tests.tenancy.limits_support import caller, charge, limiter
 
 if TYPE_CHECKING:
-    from benchmarks.servers import Redis
     from serving.tenancy.limits.counter_store import CounterStore, Reservation
 
 

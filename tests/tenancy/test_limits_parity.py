@@ -26,7 +26,7 @@ from serving.types import Caller, FreeQuota, Limits
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping, Sequence
 
-    from stores import Redis
+    from benchmarks.servers import Redis
 
     from serving.tenancy.limits.counter_store import CounterStore, Reservation
 

@@ -79,7 +79,7 @@ class Scope:
 
     @property
     def has_budget(self) -> bool:
-        """Whether any limit needs the sums of what was billed."""
+        """True if any limit needs the sums of what was billed."""
         limits = self.limits
         budgets = limits.tokens_per_day, limits.tokens_per_month, limits.nanos_per_day, limits.nanos_per_month
         return any(budget is not None for budget in budgets)
@@ -144,7 +144,7 @@ class CounterStore(Protocol):
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because the shared store does not answer."""
+        """True while limits hold per process, because the shared store does not answer."""
         ...
 
     @property

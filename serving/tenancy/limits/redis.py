@@ -76,7 +76,7 @@ class RedisStore:
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because Redis does not answer."""
+        """True while limits hold per process, because Redis does not answer."""
         return not self._up
 
     async def start(self) -> None:
