@@ -1,4 +1,4 @@
-"""Counters in memory and in Redis: the same steps get the same answers (deploy/notes/0008)."""
+"""Counters in memory and in Redis: the same steps get the same answers (deploy/adr/0008)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping, Sequence
 
     from benchmarks.servers import Redis
-
     from serving.tenancy.limits.counter_store import CounterStore, Reservation
 
 NOW_KEY = "test:now_s"

@@ -1,7 +1,7 @@
 """The counters of limits: their steps, what the steps take and answer, and the constants of both implementations.
 
 `MemoryStore` keeps the counters in this process, `RedisStore` in Redis for all replicas. Both implement one algorithm
-(deploy/notes/0008). Constants that they share are defined here; `redis_script.py` puts them into the script.
+(deploy/adr/0008). Constants that they share are defined here; `redis_script.py` puts them into the script.
 """
 
 from __future__ import annotations
