@@ -71,7 +71,7 @@ class Keyring:
         self.failures = 0
         """Number of refreshes in which the database did not answer."""
         self.failing = False
-        """Whether the last refresh failed."""
+        """True if the last refresh failed."""
 
     @property
     def age_s(self) -> float:

@@ -1,1 +1,1 @@
-"""Who calls, what they may, and what is kept of it."""
+"""Tests of tenants: their keys, limits, usage and bills."""

@@ -91,7 +91,7 @@ class Ledger:
 
     @property
     def database_up(self) -> bool:
-        """Whether the last use of the database succeeded."""
+        """True if the last use of the database succeeded."""
         return not self._failing
 
     @property

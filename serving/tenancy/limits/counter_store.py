@@ -83,7 +83,7 @@ class Scope:
 
     @property
     def has_budget(self) -> bool:
-        """Whether any limit needs the sums of what was billed."""
+        """True if any limit needs the sums of what was billed."""
         return any(getattr(self.limits, name) is not None for name in BUDGETS)
 
 
@@ -146,7 +146,7 @@ class CounterStore(Protocol):
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because the shared store does not answer."""
+        """True while limits hold per process, because the shared store does not answer."""
         ...
 
     @property

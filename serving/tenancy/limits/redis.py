@@ -50,7 +50,7 @@ _NO_PERIODS = ("", "")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One step on its way to Redis. Its answer is `None` if Redis gave none."""
+    """A step on its way to Redis. The answer is `None` if Redis gave none."""
 
     arguments: Sequence[Any]
     on_reply: Callable[[Sequence[int]], Answer]
@@ -76,7 +76,7 @@ class RedisStore:
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because Redis does not answer."""
+        """True while limits hold per process, because Redis does not answer."""
         return not self._up
 
     async def start(self) -> None:

@@ -1,4 +1,4 @@
-"""What Alembic runs. The caller hands its connection over, in a transaction that it holds a lock in."""
+"""Script that Alembic runs, on the caller's connection: in a transaction under the migration lock."""
 
 from __future__ import annotations
 
