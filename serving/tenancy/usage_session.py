@@ -152,7 +152,7 @@ class UsageSession:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
             cut = record.finish_reason != FinishReason.STOP
-            sessions.outputs.learn(record.tenant_id, record.output_tokens, cut=cut)
+            sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
         record.billed = is_billed(outcome, given_to_engine=record.prepared_at is not None)
         try:
             tokens = record.total_tokens if record.billed else 0

@@ -87,7 +87,7 @@ class World:
 
 
 class Side:
-    """One of the two stores, with a ledger that has what was settled."""
+    """A store and the ledger of what was settled in it."""
 
     def __init__(self, store: CounterStore, world: World) -> None:
         self.limiter = Limiter(store, self._spent)
