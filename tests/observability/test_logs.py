@@ -91,7 +91,7 @@ def test_each_request_is_one_line(media: MediaServer) -> None:
         service.settle()
         log = service.log()
     lines = [json.loads(line) for line in log.splitlines()]
-    for headers, outcome in ((finished.headers, "finished"), (refused.headers, "client_error")):
+    for headers, outcome in ((finished.headers, "finished"), (refused.headers, "rejected")):
         (line,) = [line for line in lines if line.get("request_id") == headers["x-request-id"]]
         assert line["outcome"] == outcome
         assert line["stages_s"].keys() <= set(STAGES)
