@@ -70,7 +70,7 @@ def _hidden(block: re.Match[str]) -> str:
 
 
 def preamble() -> str:
-    """Return the shell functions of the runbook's first part; of its two `captioner` the later one, Compose's, holds."""
+    """Return the shell functions of the runbook's first part; of its two `captioner` the later, Compose's, holds."""
     shells = re.findall(r"```sh\n(.*?)```", TEXT.partition("\n## ")[0], re.DOTALL)
     return "\n".join((f"cd '{ROOT}'", *shells))
 
