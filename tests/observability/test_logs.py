@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from serving.observability.context import REQUEST_ID
-from serving.observability.logging import JsonFormatter, TextFormatter, redact
+from serving.observability.logging import JsonFormatter, TextFormatter
+from serving.observability.redaction import redact
 from serving.observability.request_record import STAGES
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
