@@ -312,7 +312,7 @@ def error_code(kind: type[CaptionerError]) -> str:
 
 
 def outcome_of(error: BaseException | None, *, partial: bool, generated: bool) -> tuple[Outcome, str]:
-    """Return how a request ended, and the code of the error that ended it ("" if it was answered).
+    """Return the outcome of a request, and the code of the error that ended it ("" if it was answered).
 
     `error`: the exception that ended the request, `None` if it was answered; `partial`: the response's deadline cut the
     answer; `generated`: the engine had generated at least one token.

@@ -24,8 +24,8 @@ from serving.errors import (
     InvalidRequest,
     ModelNotFound,
     ServerError,
+    error_code,
 )
-from serving.observability.request_record import error_code
 from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Self
 
-from serving.errors import outcome_of
 from serving.scheduling.output_estimate import TenantOutputEstimates
 from serving.tenancy.ledger.usage_record import UsageRecord, is_billed, now_ms
 from serving.tenancy.limits.counter_store import nanos_to_pay
@@ -138,16 +137,16 @@ class UsageSession:
         if self._reservation is None:
             return
         if self._settlement is None:
-            self._settlement = self._sessions.run(self._settle(self._reservation, error))
+            outcome, _ = self._request.conclude(error)
+            self._settlement = self._sessions.run(self._settle(self._reservation, outcome))
         await asyncio.shield(self._settlement)
 
-    async def _settle(self, reservation: Reservation, error: BaseException | None) -> None:
+    async def _settle(self, reservation: Reservation, outcome: Outcome) -> None:
         request, record, sessions = self._request, self._record, self._sessions
         if record is None:
             await sessions.limiter.settle(reservation, tokens=0, nanos=0)
             return
         record.follow(request)
-        outcome, _ = outcome_of(error, partial=request.partial, generated=request.first_token is not None)
         if outcome in {Outcome.FINISHED, Outcome.PARTIAL}:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)

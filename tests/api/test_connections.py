@@ -107,7 +107,7 @@ def test_a_client_that_stops_reading_is_disconnected() -> None:
             stalled.sendall(headers + body)
             assert stalled.recv(4096).startswith(b"HTTP/1.1 200")
             port = stalled.getsockname()[1]
-            until(lambda: service.metric("captioner_requests_total", outcome="cancelled"))
+            until(lambda: service.metric("captioner_requests_total", outcome="disconnected"))
             until(lambda: port not in {peer.raddr.port for peer in process.net_connections() if peer.raddr})
             service.settle()
         assert service.metric("captioner_requests_total", code="disconnected") == 1
@@ -166,7 +166,7 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
     finally:
         await engine.stop()
     exposed, _ = await metrics.expose(engine.check_health, "")
-    assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="cancelled"} 1.0' in exposed
+    assert b'captioner_requests_total{code="disconnected",dialect="dashscope",outcome="disconnected"} 1.0' in exposed
 
 
 # Header limits
