@@ -12,7 +12,8 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
-from serving.api.request_body import pieces, try_drain
+from serving.api.forwarding import Origins
+from serving.api.request_body import Body
 from serving.api.upload_form import receive_upload
 from serving.config import MIB
 from serving.errors import (
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from serving.api.components import Components
-    from serving.config import Settings
     from serving.types import Caller
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class _Endpoints:
         self._keys = components.keys
         self._metrics = components.metrics
         self._targets = components.targets
+        self._origins = Origins(components.settings)
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
@@ -114,7 +115,7 @@ class _Endpoints:
                 policy=policy.policy,
                 signature=policy.signature,
                 upload_dir=policy.upload_dir,
-                upload_host=_origin(request, self._settings) + UPLOAD_PATH,
+                upload_host=self._origins.of(request) + UPLOAD_PATH,
                 expire_in_seconds=policy.expires_in_s,
                 max_file_size_mb=math.ceil(policy.max_bytes / MIB),
                 oss_access_key_id="captioner",
@@ -122,9 +123,12 @@ class _Endpoints:
         )
 
     async def upload(self, request: Request) -> Response:
-        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them."""
+        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them.
+
+        A client without a valid policy is answered at once; after one, the rest of its body is read first.
+        """
         error: CaptionerError
-        body, content_type = pieces(request.receive), request.headers.get("content-type", "")
+        body, content_type = Body(request.receive, self._settings), request.headers.get("content-type", "")
         try:
             await receive_upload(body, content_type, self._uploads, max_file_bytes=self._settings.max_upload_bytes)
         except Disconnected:
@@ -139,7 +143,6 @@ class _Endpoints:
             self._metrics.upload("stored")
             return Response(status_code=200)
         self._metrics.upload(error_code(type(error)))
-        await try_drain(body, self._settings.max_body_bytes)
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)
 
@@ -179,14 +182,6 @@ class _Endpoints:
 
     def _authenticate(self, request: Request) -> Caller:
         return self._keys.authenticate(request.headers)
-
-
-def _origin(request: Request, settings: Settings) -> str:
-    """Return the origin under which this client reaches the service."""
-    if settings.public_url:
-        return settings.public_url.rstrip("/")
-    headers, url = request.headers, request.url
-    return f"{headers.get('x-forwarded-proto', url.scheme)}://{headers.get('x-forwarded-host', url.netloc)}"
 
 
 def _json(body: bytes, status: int = 200) -> Response:

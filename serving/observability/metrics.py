@@ -65,6 +65,10 @@ CALLBACK_METRICS = {
     "second).",
     "captioner_features_bytes": "Memory of features that the engine has not consumed yet.",
     "captioner_body_bytes": "Memory of request bodies in flight.",
+    "captioner_connections": "Open connections of clients.",
+    "captioner_connections_refused_total": "Connections refused or closed, by reason: address (too many of one "
+    "address), descriptors (none left), evicted (closed for a new one while none was left), malformed, headers (too "
+    "large), header_timeout, unread (a body after its answer), shutdown (an incomplete body).",
     "captioner_saturation_ratio": "Used fraction of a bound, by resource: concurrent_requests, bodies, downloads, "
     "audio_queue, features, engine_queue, kv_cache, uploads, journal.",
     # The engine, exported by the process that runs it
@@ -107,6 +111,7 @@ CALLBACK_METRICS = {
 
 CALLBACK_LABELS = {
     "captioner_cpu_seconds_total": "part",
+    "captioner_connections_refused_total": "reason",
     "captioner_saturation_ratio": "resource",
     "captioner_replicas_lost_total": "replica",
     "captioner_ledger_records_total": "outcome",

@@ -88,6 +88,7 @@ MAX_RETRY_S = 60
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
     errors.BodyTooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.ModelNotFound: 404,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
