@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serving.api.dialects.base import Codec
-    from serving.audio.fetch import Fetcher
+    from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
@@ -38,6 +38,6 @@ class Components:
     """Memory of request bodies, in bytes."""
     openai: Codec
     dashscope: Codec
-    fetcher: Fetcher
+    downloads: DownloadProcess
     targets: Callable[[], list[Target]] | None = None
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""
