@@ -39,7 +39,8 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   │   └── UploadExists         nothing is overwritten
     │   └── AudioError               the audio itself, or the way to it
     │       ├── InvalidAudioUrl      not a reference we accept
-    │       ├── DownloadFailed       DNS, refused, status, or an address the egress guard forbids
+    │       ├── DownloadFailed       DNS, status, or an address the egress guard forbids
+    │       │   └── SourceUnavailable    connection refused, or status 502 to 504, twice; the client may retry (503)
     │       ├── DownloadTimeout
     │       ├── UploadNotFound       unknown, expired, or another owner's `oss://` key
     │       ├── AudioTooLarge        bytes over the limit
@@ -259,6 +260,14 @@ class InvalidAudioUrl(AudioError):
 
 class DownloadFailed(AudioError):
     message = "Failed to download multimodal content."
+
+
+class SourceUnavailable(DownloadFailed):
+    """The server of a URL cannot be reached now. `retry_after_s`: its wish for when to retry, in seconds, else 0."""
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DownloadTimeout(AudioError):

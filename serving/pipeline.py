@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from serving.audio.fetch import Fetcher
+    from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
@@ -48,7 +48,7 @@ class CaptionPipeline:
         settings: Settings,
         engine: Engine,
         workers: AudioWorkerPool,
-        fetcher: Fetcher,
+        downloads: DownloadProcess,
         uploads: UploadStore,
         *,
         on_not_ready: Callable[[], None] = lambda: None,
@@ -61,7 +61,7 @@ class CaptionPipeline:
         self._settings = settings
         self._engine = engine
         self._workers = workers
-        self._fetcher = fetcher
+        self._downloads = downloads
         self._uploads = uploads
         self._on_not_ready = on_not_ready
         self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
@@ -159,7 +159,7 @@ class CaptionPipeline:
                 case UploadedAudio(key):
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
-                    clip = await download.enter_async_context(self._fetcher.fetch(url, scheduling_class))
+                    clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)
             prepared = await features_held.enter_async_context(self._workers.prepare(clip, scheduling_class))
         ended = time.perf_counter()

@@ -171,6 +171,11 @@ class Capacity(BaseModel):
         512 * MIB, ge=MIB, description="Memory in bytes for all features that wait for the engine"
     )
     max_downloads_bytes: Bytes = Field(8 * 1024 * MIB, ge=MIB, description="Disk in bytes for all running downloads")
+    max_downloads: int = Field(
+        512,
+        ge=1,
+        description="Most running downloads of one frontend; one tenant alone may run two thirds of them",
+    )
     max_audio_queue: int = Field(256, ge=1, description="Most clips that wait for an audio worker")
     max_engine_queue: int = Field(256, ge=1, description="Most captions that wait for the engine")
     max_engine_wait_s: float = Field(
@@ -196,6 +201,12 @@ class Downloads(BaseModel):
 
     fetch_timeout_s: float = Field(60, gt=0, description="Time in seconds for one download, redirects included")
     fetch_connect_timeout_s: float = Field(10, gt=0, description="Time in seconds to connect to one host")
+    fetch_min_bytes_per_s: int = Field(
+        1000,
+        ge=0,
+        description="Least rate of a download's body in bytes per second, averaged over 10 s; slower ones "
+        "are given up, and do not hold their share of max_downloads for fetch_timeout_s; 0: any rate",
+    )
     fetch_ports: Numbers = Field((80, 443, 8000, 8080, 8443), description="TCP ports that downloads may use")
     fetch_allow: Words = Field(
         (),

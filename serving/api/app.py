@@ -20,7 +20,7 @@ from serving.api.dialects.openai import OpenAICodec
 from serving.api.error_handlers import UnexpectedErrorMiddleware, error_handlers
 from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
-from serving.audio.fetch import Fetcher
+from serving.audio.download_process import DownloadProcess
 from serving.audio.worker_pool import AudioWorkerPool
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
@@ -66,15 +66,15 @@ def create_app(
     private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
     metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
-    fetcher = Fetcher(settings)
+    downloads = DownloadProcess(settings)
     uploads = DirectoryUploads(settings)
     tenancy = Tenancy(settings)
     components = Components(
         settings=settings,
         engine=engine,
         workers=workers,
-        pipeline=CaptionPipeline(settings, engine, workers, fetcher, uploads, on_not_ready=on_not_ready),
-        fetcher=fetcher,
+        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
+        downloads=downloads,
         targets=targets,
         uploads=uploads,
         keys=tenancy.keys,
@@ -91,7 +91,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, metrics.tracer.stop)
-            for component in (workers, fetcher, uploads, tenancy):
+            for component in (workers, downloads, uploads, tenancy):
                 stack.push_async_callback(component.stop)
                 await component.start()
             stack.push_async_callback(engine.stop)

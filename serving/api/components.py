@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from serving.api.connections import Connections
     from serving.api.dialects.base import Codec
-    from serving.audio.fetch import Fetcher
+    from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
@@ -40,6 +40,6 @@ class Components:
     connections: Connections
     openai: Codec
     dashscope: Codec
-    fetcher: Fetcher
+    downloads: DownloadProcess
     targets: Callable[[], list[Target]] | None = None
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""

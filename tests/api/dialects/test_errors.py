@@ -77,6 +77,7 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.AudioError: BAD,
     errors.InvalidAudioUrl: BAD,
     errors.DownloadFailed: BAD,
+    errors.SourceUnavailable: (503, "ServiceUnavailable", 503, "service_unavailable", "service_unavailable"),
     errors.DownloadTimeout: (
         400,
         "InvalidParameter.DataInspection",
