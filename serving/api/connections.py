@@ -47,7 +47,7 @@ class Connection(Protocol):
 class Connections:
     """The open connections of one listener.
 
-    A descriptor's number is the lowest free one, so the number of a new connection's descriptor tells how many are in
+    A descriptor's number is the lowest free one, so the number of a new connection's descriptor bounds how many are in
     use, of every kind. Once only the reserve is left, a new connection replaces the oldest one without a request, else
     the oldest one whose request is incomplete; if there is none, the new one is refused.
     """

@@ -92,7 +92,7 @@ class _Form:
     def __init__(self, boundary: bytes) -> None:
         self.complete = False
         self.grant: UploadGrant | None = None
-        """What the form's policy allows; `None` until it was found valid."""
+        """Rights that the form's policy grants; `None` until the policy was found valid."""
         self._found: list[tuple[str, bytes]] = []
         self._header = self._value = b""
         self._parts = 0

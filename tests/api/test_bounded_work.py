@@ -1,6 +1,6 @@
 """No request blocks the event loop, whatever it sends, and what is refused early counts against its caller's limits.
 
-Bounds of time are ten times what is right, so that a busy machine passes; without the mends these take seconds.
+Bounds of time are ten times what is right, so that a busy machine passes; without the bounds these take seconds.
 """
 
 from __future__ import annotations

@@ -111,8 +111,9 @@ async def test_metrics_log_and_ledger_agree_on_every_end(tenancy: Tenancy, caplo
         metrics = Metrics()
         record = metrics.begin(f"r{number}", "openai")
         request = CaptionRequest(record.request_id, "m", InlineAudio(""))
-        session = tenancy.usage_sessions.session(Caller("acme", "k1"), record, request)
+        session = tenancy.usage_sessions.session(Caller("acme", "k1"), record)
         await session.admit()
+        session.open(request)
         record.usage, record.partial = Usage(13), "partial" in flags
         if "generated" in flags:
             record.first_token = record.started
