@@ -32,7 +32,7 @@ seconds.
 """
 
 MAX_FRAMING_BYTES = 1024 * 1024
-"""Bytes of chunk sizes, chunk extensions and trailers that a body may have in excess of its content; a signature for each
+"""Most bytes of chunk sizes, chunk extensions and trailers in excess of the content; a signature for each
 chunk, as S3 has it, is a hundredth. Bytes that the parser keeps while the disk is slow (256 KiB) count until parsed.
 """
 
