@@ -91,12 +91,12 @@ class CaptionEndpoint:
 
     async def _serve(self, scope: Scope, receive: Receive, response: _Response, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self.metrics.tracer.begin(record, headers)
         try:
             caller = self.keys.authenticate(headers)
         except CaptionerError:
             await drain(pieces(receive), self.settings.max_body_bytes)
             raise
+        self.metrics.tracer.begin(record, headers)  # of nobody without a key: strangers do not fill the collector
         record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
         with self.bodies.permit(caller.scheduling_class) as permit:
             body = await read_body(receive, self.settings.max_body_bytes, permit)
