@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -28,6 +29,8 @@ from serving.engine.vllm.engine import VllmEngine
 from serving.errors import EngineFailed
 from serving.observability.context import Untraced
 from serving.observability.metrics import Metrics
+from serving.observability.scrape_access import ScrapeAccess
+from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.uploads import DirectoryUploads
@@ -62,9 +65,9 @@ def create_app(
     runs the application.
     """
     engine = engine or make_engine(settings)
-    # Metrics are labelled by tenant only where strangers cannot read them.
-    private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
-    metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
+    scrape_access = ScrapeAccess.of(settings, in_cluster=targets is not None)
+    tenants = settings.metrics_tenants if scrape_access.names_tenants else 0
+    metrics = Metrics(tenants=tenants, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
     downloads = DownloadProcess(settings)
     uploads = DirectoryUploads(settings)
@@ -76,6 +79,7 @@ def create_app(
         pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
         downloads=downloads,
         targets=targets,
+        scrape_access=scrape_access,
         uploads=uploads,
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
@@ -95,6 +99,10 @@ def create_app(
                 stack.push_async_callback(component.stop)
                 await component.start()
             stack.push_async_callback(engine.stop)
+            if targets is None and settings.metrics_port is not None:
+                listener = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
+                stack.push_async_callback(listener.stop)
+                await listener.start(settings.metrics_host, settings.metrics_port)
             loading = asyncio.create_task(_load(engine, on_engine))
             stack.push_async_callback(_cancel, loading)
             yield
@@ -114,7 +122,9 @@ def _tracer(settings: Settings) -> Tracer:
         return Untraced()
     # Import OpenTelemetry only if it is used.
     tracing = importlib.import_module("serving.observability.tracing")
-    tracer: Tracer = tracing.OpenTelemetry(settings.otlp_endpoint, settings.trace_ratio)
+    tracer: Tracer = tracing.OpenTelemetry(
+        settings.otlp_endpoint, settings.trace_ratio, follow_callers=settings.trace_follow_callers
+    )
     return tracer
 
 

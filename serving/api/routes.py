@@ -21,13 +21,11 @@ from serving.errors import (
     Disconnected,
     EngineFailed,
     Internal,
-    InvalidApiKey,
     InvalidRequest,
     ModelNotFound,
     ServerError,
     error_code,
 )
-from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -78,6 +76,7 @@ class _Endpoints:
         self._metrics = components.metrics
         self._targets = components.targets
         self._origins = Origins(components.settings)
+        self._scrape_access = components.scrape_access
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
@@ -166,19 +165,15 @@ class _Endpoints:
 
     async def scrape(self, request: Request) -> Response:
         """Prometheus metrics of this process."""
-        self._check_scraper(request)
+        self._scrape_access.check(request.scope)
         body, content_type = await self._metrics.expose(self._engine.check_health, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def scrape_targets(self, request: Request) -> Response:
         """Metrics addresses of all processes, in the format of Prometheus' HTTP service discovery."""
-        self._check_scraper(request)
+        self._scrape_access.check(request.scope)
         here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
         return _json(orjson.dumps(here if self._targets is None else self._targets()))
-
-    def _check_scraper(self, request: Request) -> None:
-        if not may_scrape(self._settings.metrics_token, request.headers.get("authorization", "")):
-            raise InvalidApiKey
 
     def _authenticate(self, request: Request) -> Caller:
         return self._keys.authenticate(request.headers)
