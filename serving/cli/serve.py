@@ -15,7 +15,7 @@ import uvloop
 
 from serving.api.admin import AdminServer
 from serving.api.app import create_app
-from serving.api.connections import Connections, raise_descriptor_limit
+from serving.api.connections import Connections, backlog, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
@@ -104,6 +104,7 @@ class ServiceRun:
                 loop="uvloop",
                 http=protocol(settings, connections),
                 ws="none",
+                backlog=backlog(),
                 log_config=None,
                 access_log=False,
                 server_header=False,
