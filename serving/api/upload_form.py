@@ -15,7 +15,7 @@ from python_multipart.multipart import parse_options_header
 from serving.errors import InvalidRequest, PolicyInvalid, UploadTooLarge
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from serving.storage.uploads import Upload, UploadGrant, UploadStore
 
@@ -28,9 +28,16 @@ _OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
 
 
 async def receive_upload(
-    body: AsyncIterator[bytes], content_type: str, uploads: UploadStore, *, max_file_bytes: int
+    body: AsyncIterator[bytes],
+    content_type: str,
+    uploads: UploadStore,
+    *,
+    admit: Callable[[UploadGrant], Awaitable[None]],
+    max_file_bytes: int,
 ) -> None:
     """Store the single file of a form. After an error, the rest of the body is unread.
+
+    `admit` is awaited once the fields have shown a valid policy; what it raises refuses the file.
 
     Raises `InvalidRequest` for a body that is no such form, `UploadRejected` if the policy or the store refuses the
     file, and `Overloaded`.
@@ -48,7 +55,9 @@ async def receive_upload(
                     raise InvalidRequest("The form has too many parts.")
                 if name == "file":
                     if file is None:
-                        file = await stack.enter_async_context(uploads.receive(_grant(fields, uploads)))
+                        grant = _grant(fields, uploads)
+                        await admit(grant)
+                        file = await stack.enter_async_context(uploads.receive(grant))
                     await file.write(data)
                     continue
                 size += len(data)
@@ -89,6 +98,7 @@ class _Form:
     def __init__(self, boundary: bytes) -> None:
         self.complete = False
         self._found: list[tuple[str, bytes]] = []
+        self._data: list[bytes] = []
         self._header = self._value = b""
         self._parser = MultipartParser(
             boundary,
@@ -107,6 +117,7 @@ class _Form:
             self._parser.write(piece)
         except FormParserError:
             raise InvalidRequest("The form is malformed.") from None
+        self._flush()
         found, self._found = self._found, []
         return found
 
@@ -118,12 +129,19 @@ class _Form:
 
     def _on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
+            self._flush()
             name = parse_options_header(self._value)[1].get(b"name", b"")
             self._found.append((name.decode(errors="replace") or "-", b""))
         self._header = self._value = b""
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._found.append(("", data[start:end]))
+        self._data.append(data[start:end])
+
+    def _flush(self) -> None:
+        """Join the data of one part: text that resembles boundaries comes in pieces of a few bytes."""
+        if self._data:
+            self._found.append(("", b"".join(self._data)))
+            self._data.clear()
 
     def _on_end(self) -> None:
         self.complete = True
