@@ -7,7 +7,11 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   ├── InvalidRequest           malformed body, message or parameter
     │   │   ├── MissingModel
     │   │   ├── MissingInput
-    │   │   └── InlineTooLarge       base64 text over the limit
+    │   │   ├── InlineTooLarge       base64 text over the limit
+    │   │   ├── TooManyValues        JSON with too many containers, keys and values
+    │   │   ├── BodyTimeout          the body arrives too slowly
+    │   │   └── MalformedHttp        no HTTP request, or headers that contradict each other
+    │   ├── HeadersTooLarge          request line and headers over the limits
     │   ├── BodyTooLarge             the raw HTTP body is over the cap
     │   ├── ModelNotFound
     │   ├── NotFound                 unknown path or resource
@@ -103,6 +107,22 @@ class MissingInput(InvalidRequest):
 
 class InlineTooLarge(InvalidRequest):
     message = "Exceeded limit on max bytes per data-uri item : 10485760"
+
+
+class TooManyValues(InvalidRequest):
+    pass
+
+
+class BodyTimeout(InvalidRequest):
+    message = "The request body did not arrive: the connection was idle or slow for too long."
+
+
+class MalformedHttp(InvalidRequest):
+    message = "Invalid HTTP request received."
+
+
+class HeadersTooLarge(ClientError):
+    message = "Request line and header fields are too large."
 
 
 class BodyTooLarge(ClientError):
@@ -327,7 +347,7 @@ def error_code(kind: type[CaptionerError]) -> str:
 
 
 def outcome_of(error: BaseException | None, *, partial: bool, generated: bool) -> tuple[Outcome, str]:
-    """Return how a request ended, and the code of the error that ended it ("" if it was answered).
+    """Return the outcome of a request, and the code of the error that ended it ("" if it was answered).
 
     `error`: the exception that ended the request, `None` if it was answered; `partial`: the response's deadline cut the
     answer; `generated`: the engine had generated at least one token.

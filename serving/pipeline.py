@@ -1,6 +1,6 @@
 """The path of every caption: audio in, text out, free of HTTP and of wire formats.
 
-    admit ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
+    slot, record ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
 
 Everything acquired on the way (a slot, a download, a worker's features, a generation) is released on every way out:
 finished, failed, cancelled, or the consumer closing the generator.
@@ -82,14 +82,13 @@ class CaptionPipeline:
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the caption in deltas; the last delta carries the finish reason.
 
-        Fills in `record`. Admits `session` once a slot is acquired, and charges it once the length of the audio is
-        known; the caller that entered `session` leaves it. `deadline_s` counts from the request's arrival: when it
-        passes, the caption ends as `length` and `partial` with the text generated so far. `on_prepared` is called once
-        the encoded audio is no longer needed. Raises `CaptionerError`.
+        Fills in `record`. `session` is admitted, and the caller leaves it: opens its usage record once a slot is
+        acquired, and charges it once the length of the audio is known. `deadline_s` counts from the request's
+        arrival: when it passes, the caption ends as `length` and `partial` with the text generated so far.
+        `on_prepared` is called once the encoded audio is no longer needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id, scheduling_class = request.sampling, request.request_id, session.caller.scheduling_class
-        started = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
             try:
@@ -97,8 +96,7 @@ class CaptionPipeline:
             except NotReady:
                 self._on_not_ready()
                 raise
-            await session.admit()
-            record.stage("admit", time.perf_counter() - started)
+            session.open(request)
             features_held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.setting_types import MIB, Bytes, Example, Numbers, Secrets, Words
+from serving.setting_types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -42,8 +42,25 @@ class Listener(BaseModel):
     public_url: Annotated[str | None, Example("https://captions.example.com")] = Field(
         None, description="Origin that clients reach, for upload addresses. Unset: taken from each request"
     )
+    trusted_proxies: Networks = Field(
+        ("127.0.0.0/8", "::1"),
+        description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "
+        "for upload addresses, and their connections are not limited",
+    )
+    max_connections_per_address: int = Field(
+        512,
+        ge=1,
+        description="Most connections of one client address (of IPv6: one /64 network), trusted_proxies and loopback "
+        "left out; further ones get 503",
+    )
     header_timeout_s: float = Field(
         30, gt=0, description="Time in seconds for a client to send the headers of a request; then it is disconnected"
+    )
+    body_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="Time in seconds for a client to send the body of a request, and a second more for each 8 KiB that "
+        "it has sent. Higher: slower clients are served",
     )
     shutdown_grace_s: float = Field(
         300, ge=0, description="Time in seconds that a graceful stop waits for running requests"

@@ -171,9 +171,9 @@ class FinishReason(enum.StrEnum):
 
 
 class Outcome(enum.StrEnum):
-    """End of a request: the ledger's column `ending`, and the base of the metrics' label `outcome`.
+    """End of a request: the ledger's column `ending`, and the label `outcome` of metrics, traces and log lines.
 
-    `errors.outcome_of` derives it, with an error code, from the exception that ended the request.
+    `errors.outcome_of` derives the outcome, with an error code, from the exception that ended the request.
     """
 
     FINISHED = "finished"

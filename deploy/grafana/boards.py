@@ -55,7 +55,7 @@ OVERVIEW = Board(
             Panel("Requests", "reqps", {"": "sum(captioner:requests:rate5m)"}, "stat"),
             Panel("Failed", "percentunit", {"": "captioner:errors:ratio_rate5m"}, "stat"),
             Panel("First token, p95", "s", quantiles(TTFT, at=(0.95,)), "stat"),
-            Panel("Complete caption, p95", "s", quantiles(E2E, of='outcome="finished"', at=(0.95,)), "stat"),
+            Panel("Complete caption, p95", "s", quantiles(E2E, of='outcome=~"finished|partial"', at=(0.95,)), "stat"),
             Panel("Queued audio", "s", {"": "captioner:backlog_audio_seconds"}, "stat"),
             Panel("Ready processes", "none", {"": 'sum(captioner_ready{role!="engine"})'}, "stat"),
             Panel("In flight", "none", {"": "sum(captioner_requests_in_flight)"}, "stat"),
@@ -94,7 +94,7 @@ OVERVIEW = Board(
             Panel(
                 "Time to the complete caption, by length of the audio",
                 "s",
-                quantiles(E2E, "length", of='outcome="finished"'),
+                quantiles(E2E, "length", of='outcome=~"finished|partial"'),
             ),
             Panel("Time per token", "s", quantiles("captioner_time_per_output_token_seconds")),
             Panel("Real-time factor", "none", quantiles("captioner_real_time_factor_ratio")),
@@ -231,7 +231,7 @@ TENANTS = Board(
             }),
             Panel("Failed requests", "percentunit", {
                 "{{tenant}}": "sum by (tenant) "
-                f'(rate(captioner_tenant_requests_total{{outcome="server_error"}}[{RATE}])) '
+                f'(rate(captioner_tenant_requests_total{{outcome=~"failed|failed_midstream"}}[{RATE}])) '
                 f"/ (sum by (tenant) (rate(captioner_tenant_requests_total[{RATE}])) > 0)"
             }),
         ],

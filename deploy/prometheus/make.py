@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 JOB = 'job="captioner"'
 MINUTE, HOUR, DAY = 60, 3600, 86400
 
-JUDGED = 'outcome=~"finished|server_error"'
+ANSWERED = 'outcome=~"finished|partial"'
+FAILED = 'outcome=~"failed|failed_midstream"'
+JUDGED = 'outcome=~"finished|partial|failed|failed_midstream"'
 """Outcomes that count for availability: a caller's mistake or cancellation is no failure of the service."""
 
 AVAILABILITY = 0.999
@@ -84,11 +86,11 @@ def records(pace: Pace) -> dict[str, Any]:
     for name, seconds in WINDOWS.items():
         window = pace(seconds)
         all_requests = f"sum(rate(captioner_requests_total{{{JUDGED}}}[{window}]))"
-        failed = f'sum(rate(captioner_requests_total{{outcome="server_error"}}[{window}]))'
+        failed = f"sum(rate(captioner_requests_total{{{FAILED}}}[{window}]))"
         rules.append(_record(f"captioner:errors:ratio_rate{name}", f"{failed} / ({all_requests} > 0)"))
         for sli, metric, limits, labels in (
             ("ttft_slow", "captioner_time_to_first_token_seconds", TTFT_S, ""),
-            ("e2e_slow", "captioner_request_duration_seconds", E2E_S, ',outcome="finished"'),
+            ("e2e_slow", "captioner_request_duration_seconds", E2E_S, f",{ANSWERED}"),
         ):
             for length, limit in limits.items():
                 chosen = f'length="{length}"{labels}'

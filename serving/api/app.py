@@ -14,6 +14,7 @@ from starlette.middleware import Middleware
 
 from serving.api.collectors import bind_service_metrics
 from serving.api.components import Components
+from serving.api.connections import Connections
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
 from serving.api.error_handlers import UnexpectedErrorMiddleware, error_handlers
@@ -50,13 +51,15 @@ def create_app(
     on_engine: Callable[[BaseException | None], None] | None = None,
     on_not_ready: Callable[[], None] = lambda: None,
     targets: Callable[[], list[Target]] | None = None,
+    connections: Connections | None = None,
 ) -> Starlette:
     """Compose the application. `engine` defaults to the engine that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
     `on_engine` is called once: with `None` when the engine has loaded, with the exception when loading failed.
     `on_not_ready` is called for each caption request that arrives while no engine is ready; a readiness probe does not
-    call it. `targets` returns the metrics addresses of a cluster's processes.
+    call it. `targets` returns the metrics addresses of a cluster's processes. `connections`: those of the server that
+    runs the application.
     """
     engine = engine or make_engine(settings)
     # Metrics are labelled by tenant only where strangers cannot read them.
@@ -78,6 +81,7 @@ def create_app(
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
         bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
+        connections=connections or Connections(settings),
         openai=OpenAICodec(settings),
         dashscope=DashScopeCodec(settings),
     )

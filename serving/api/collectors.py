@@ -36,6 +36,8 @@ def bind_service_metrics(components: Components) -> None:
     watch("captioner_audio_queue_audio_seconds", lambda: workers.queued_audio_s)
     watch("captioner_features_bytes", lambda: workers.outstanding_bytes)
     watch("captioner_body_bytes", lambda: components.bodies.used)
+    watch("captioner_connections", lambda: components.connections.open)
+    watch("captioner_connections_refused_total", lambda: dict(components.connections.refused))
     watch("captioner_uploads_bytes", lambda: uploads.used_bytes)
     watch("captioner_upload_received_bytes_total", lambda: uploads.received_bytes)
     saturation: dict[str, Callable[[], float]] = {

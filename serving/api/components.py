@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serving.api.connections import Connections
     from serving.api.dialects.base import Codec
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
@@ -36,6 +37,7 @@ class Components:
     metrics: Metrics
     bodies: SharedCapacity
     """Memory of request bodies, in bytes."""
+    connections: Connections
     openai: Codec
     dashscope: Codec
     downloads: DownloadProcess

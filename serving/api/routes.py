@@ -12,7 +12,8 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
-from serving.api.request_body import pieces, try_drain
+from serving.api.forwarding import Origins
+from serving.api.request_body import Body
 from serving.api.request_counting import RequestCounter
 from serving.api.upload_form import receive_upload
 from serving.config import MIB
@@ -25,15 +26,14 @@ from serving.errors import (
     InvalidRequest,
     ModelNotFound,
     ServerError,
+    error_code,
 )
-from serving.observability.request_record import error_code
 from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
     from serving.api.components import Components
-    from serving.config import Settings
     from serving.storage.uploads import UploadGrant
     from serving.types import Caller
 
@@ -80,6 +80,7 @@ class _Endpoints:
         self._requests = RequestCounter(components.usage_sessions)
         self._metrics = components.metrics
         self._targets = components.targets
+        self._origins = Origins(components.settings)
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
@@ -117,7 +118,7 @@ class _Endpoints:
                 policy=policy.policy,
                 signature=policy.signature,
                 upload_dir=policy.upload_dir,
-                upload_host=_origin(request, self._settings) + UPLOAD_PATH,
+                upload_host=self._origins.of(request) + UPLOAD_PATH,
                 expire_in_seconds=policy.expires_in_s,
                 max_file_size_mb=math.ceil(policy.max_bytes / MIB),
                 oss_access_key_id="captioner",
@@ -125,9 +126,12 @@ class _Endpoints:
         )
 
     async def upload(self, request: Request) -> Response:
-        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them."""
+        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them.
+
+        A client without a valid policy is answered at once; after one, the rest of its body is read first.
+        """
         error: CaptionerError
-        body, content_type = pieces(request.receive), request.headers.get("content-type", "")
+        body, content_type = Body(request.receive, self._settings), request.headers.get("content-type", "")
         try:
             await receive_upload(
                 body,
@@ -148,7 +152,6 @@ class _Endpoints:
             self._metrics.upload("stored")
             return Response(status_code=200)
         self._metrics.upload(error_code(type(error)))
-        await try_drain(body, self._settings.max_body_bytes)
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)
 
@@ -195,14 +198,6 @@ class _Endpoints:
     async def _admit_upload(self, grant: UploadGrant) -> None:
         """Count the file as a request of its owner, whose key must still be valid."""
         await self._requests.count(self._keys.holder(grant.owner, grant.key_id))
-
-
-def _origin(request: Request, settings: Settings) -> str:
-    """Return the origin under which this client reaches the service."""
-    if settings.public_url:
-        return settings.public_url.rstrip("/")
-    headers, url = request.headers, request.url
-    return f"{headers.get('x-forwarded-proto', url.scheme)}://{headers.get('x-forwarded-host', url.netloc)}"
 
 
 def _json(body: bytes, status: int = 200) -> Response:

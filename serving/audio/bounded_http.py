@@ -24,7 +24,7 @@ MAX_HEADERS_BYTES = 64 * 1024
 MAX_HEADER_LINES = 1000
 
 MIN_MEAN_CHUNK_BYTES = ((4096, 24), (32_768, 256))
-"""Least mean size of all chunks, once there are more than so many.
+"""Least mean size of all chunks, by the number of chunks above which it is asked for.
 
 The first admits a server that sends each frame of a telephone codec in its own chunk (AMR: 32 bytes for 20 ms), for the
 11 minutes to the second. At 24 bytes a download of 1 GiB would take a processor for a minute and a half, at 256 for ten
@@ -32,7 +32,7 @@ seconds.
 """
 
 MAX_FRAMING_BYTES = 1024 * 1024
-"""Bytes of chunk sizes, chunk extensions and trailers that a body may have in excess of its own; a signature for each
+"""Most bytes of chunk sizes, chunk extensions and trailers in excess of the content; a signature for each
 chunk, as S3 has it, is a hundredth. Bytes that the parser keeps while the disk is slow (256 KiB) count until parsed.
 """
 

@@ -35,7 +35,7 @@ Speech and music shrink to about a half, digital silence to a thousandth: the se
 """
 
 _MEMBER_BYTES, _FREE_MEMBERS = 1024, 16
-"""A gzip body may have a member for each `_MEMBER_BYTES`, and so many more: each costs a new decompressor."""
+"""A gzip body may have a member per `_MEMBER_BYTES`, and this number in addition: each costs a new decompressor."""
 
 _AUTO, _RAW = 47, -15
 """zlib's codes for a gzip or zlib header, and for none."""

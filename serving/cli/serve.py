@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ import uvloop
 
 from serving.api.admin import AdminServer
 from serving.api.app import create_app
+from serving.api.connections import Connections, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """Lifetime of an idle connection in seconds: longer than clients and load balancers keep one (mostly a minute), so that
 no request meets a connection that is just being closed. uvicorn's default is 5 s."""
+
+_LAST_WORDS_S = 5
+"""Time in seconds after `shutdown_grace_s` for the error events of streams that are still running."""
 
 
 def serve(argv: Sequence[str]) -> int:
@@ -52,11 +57,29 @@ def serve(argv: Sequence[str]) -> int:
 
 
 class _Listener(uvicorn.Server):
-    """uvicorn, with an event that is set once it listens."""
+    """uvicorn, with an event that is set once it listens, and a stop after which no stream is cut off.
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    When the grace of a stop is over, running requests are cancelled and end with their dialect's error. uvicorn itself
+    would cancel them and stop the application at the same moment; its own timeout comes later.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace_s: float) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._grace_s = grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cancelling = asyncio.get_running_loop().call_later(self._grace_s, self._cancel_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cancelling.cancel()
+
+    def _cancel_requests(self) -> None:
+        if self.server_state.tasks:
+            log.warning("requests cancelled, the grace is over", extra={"count": len(self.server_state.tasks)})
+        for task in self.server_state.tasks:
+            task.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -72,21 +95,25 @@ class ServiceRun:
         self._began = time.monotonic()
         self._loaded = asyncio.Event()
         self._failed = False
-        app = create_app(settings, on_engine=self._on_engine)
+        raise_descriptor_limit()
+        connections = Connections(settings)
+        app = create_app(settings, on_engine=self._on_engine, connections=connections)
         self._server = _Listener(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
                 loop="uvloop",
-                http=protocol(settings),
+                http=protocol(settings, connections),
                 ws="none",
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # `Origins` reads them
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_s),
-            )
+                timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s) + _LAST_WORDS_S,
+            ),
+            settings.shutdown_grace_s,
         )
 
     async def run(self) -> int:

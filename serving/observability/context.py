@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from serving.observability.request_record import RequestRecord
+    from serving.types import Outcome
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the current request; part of every log line. Tasks inherit it from the task that starts them."""
@@ -24,7 +25,7 @@ class Tracer(Protocol):
         """Start the trace of a request, or join the caller's if `headers` (names in lower case) carry one."""
         ...
 
-    def end(self, record: RequestRecord, outcome: str, code: str) -> str | None:
+    def end(self, record: RequestRecord, outcome: Outcome, code: str) -> str | None:
         """Write the record as spans; return the trace's id if the trace is sampled."""
         ...
 
@@ -39,7 +40,7 @@ class Untraced:
     def begin(self, record: RequestRecord, headers: Mapping[str, str]) -> None:
         """See `Tracer`."""
 
-    def end(self, record: RequestRecord, outcome: str, code: str) -> None:
+    def end(self, record: RequestRecord, outcome: Outcome, code: str) -> None:
         """See `Tracer`."""
 
     def stop(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 from typing import Literal
@@ -11,24 +10,9 @@ from typing import Literal
 import orjson
 
 from serving.observability.context import REQUEST_ID
+from serving.observability.redaction import redact
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-_SECRET = re.compile(
-    r"""\bsk-[\w-]{4,}                                    # an API key
-    | (?i:\bbearer\s+)[^\s"'\\,]+                        # a token in a header
-    | (?<=://)[^\s/:@"']*:[^\s/@"']+(?=@)                # user name and password
-    | (?<=[?&])(?i:[\w-]*(?:signature|token|key(?:_?id)?|secret|password|credential|policy|sig))=[^&\s"'\\]+
-    | \bdata:[^\s"',]{0,99},[^\s"'\\]{8,}               # audio in a URL
-    | [A-Za-z0-9+/_-]{256,}={0,2}                       # bare audio in base64
-    """,
-    re.VERBOSE,
-)
-
-
-def redact(text: str) -> str:
-    """Return the text with keys, tokens, passwords, signatures of URLs and audio replaced by `[redacted]`."""
-    return _SECRET.sub("[redacted]", text)
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:

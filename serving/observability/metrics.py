@@ -18,9 +18,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
-from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected
+from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected, error_code
 from serving.observability.context import Untraced
-from serving.observability.request_record import OUTCOMES, STAGES, RequestRecord, error_code
+from serving.observability.request_record import ANSWERED, OUTCOMES, STAGES, RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -67,6 +67,10 @@ CALLBACK_METRICS = {
     "captioner_download_process_deaths_total": "Download processes that died or hung; each was replaced.",
     "captioner_features_bytes": "Memory of features that the engine has not consumed yet.",
     "captioner_body_bytes": "Memory of request bodies in flight.",
+    "captioner_connections": "Open connections of clients.",
+    "captioner_connections_refused_total": "Connections refused or closed, by reason: address (too many of one "
+    "address), descriptors (none left), evicted (closed for a new one while none was left), malformed, headers (too "
+    "large), header_timeout, unread (a body after its answer), shutdown (an incomplete body).",
     "captioner_saturation_ratio": "Used fraction of a bound, by resource: concurrent_requests, bodies, downloads, "
     "audio_queue, features, engine_queue, kv_cache, uploads, journal.",
     # The engine, exported by the process that runs it
@@ -101,16 +105,18 @@ CALLBACK_METRICS = {
     "captioner_ledger_pending": "Entries that are not in the database yet.",
     "captioner_ledger_journal_bytes": "Disk used by the local journal.",
     "captioner_ledger_journal_limit_bytes": "Disk that the local journal may use; above it new requests are refused.",
-    "captioner_ledger_records_total": "Requests that the ledger has closed, by ending.",
+    "captioner_ledger_records_total": "Requests that the ledger has closed, by outcome; `lost` counts those of killed "
+    "processes and lost machines, closed by this process.",
     "captioner_ledger_write_failures_total": "Batches that the database rejected; each is retried.",
 }
 """Metrics read by a callback at each scrape: name and meaning. Names that end in `_total` are counters, else gauges."""
 
 CALLBACK_LABELS = {
     "captioner_cpu_seconds_total": "part",
+    "captioner_connections_refused_total": "reason",
     "captioner_saturation_ratio": "resource",
     "captioner_replicas_lost_total": "replica",
-    "captioner_ledger_records_total": "ending",
+    "captioner_ledger_records_total": "outcome",
 }
 """Label of the callback metrics that have one; their callbacks return a mapping from label value to number."""
 
@@ -160,8 +166,8 @@ class Metrics(Gauges):
         self._tenants, self._max_tenants = {UNKNOWN_TENANT}, tenants + 1
         self._requests = self._counter(
             "captioner_requests",
-            "Caption requests that have ended, by dialect, outcome (finished, cancelled, client_error, server_error) "
-            "and code (the finish reason, or the error's name).",
+            "Caption requests that have ended, by dialect, outcome (finished, partial, rejected, failed, "
+            "failed_midstream, disconnected, cancelled) and code (the finish reason, or the error's name).",
             "dialect",
             "outcome",
             "code",
@@ -184,7 +190,9 @@ class Metrics(Gauges):
             "Seconds of decoded audio, whatever the outcome of the caption.",
             "dialect",
         )
-        self._audio = self._counter("captioner_audio_seconds", "Seconds of audio of finished captions.", "dialect")
+        self._audio = self._counter(
+            "captioner_audio_seconds", "Seconds of audio of answered (finished and partial) captions.", "dialect"
+        )
         self._tokens = self._counter(
             "captioner_tokens",
             "Tokens as billed, of every request that reached the engine, by kind: audio, text (the scaffold), output.",
@@ -218,7 +226,7 @@ class Metrics(Gauges):
         )
         self._rtf = self._histogram(
             "captioner_real_time_factor_ratio",
-            "Time from arrival to end of a finished caption, divided by the length of its audio.",
+            "Time from arrival to end of an answered caption, divided by the length of its audio.",
             _RTF_BUCKETS,
         )
         self._uploads = self._counter(
@@ -228,7 +236,7 @@ class Metrics(Gauges):
             "captioner_tenant_requests", "Caption requests that have ended, by tenant and outcome.", "tenant", "outcome"
         )
         self._tenant_audio = self._counter(
-            "captioner_tenant_audio_seconds", "Seconds of audio of finished captions, by tenant.", "tenant"
+            "captioner_tenant_audio_seconds", "Seconds of audio of answered captions, by tenant.", "tenant"
         )
         self._tenant_tokens = self._counter(
             "captioner_tenant_tokens", "Tokens as billed, by tenant and kind.", "tenant", "kind"
@@ -270,7 +278,8 @@ class Metrics(Gauges):
             self._stages.labels(stage)
         for length in ("short", "medium", "long"):
             self._ttft.labels(length)
-            self._e2e.labels("finished", length)
+            for outcome in ANSWERED:
+                self._e2e.labels(outcome, length)
         self._uploads.labels("stored")
         for refusal in UploadRejected.__subclasses__():
             self._uploads.labels(error_code(refusal))
@@ -288,7 +297,7 @@ class Metrics(Gauges):
         """
         self._in_flight.dec()
         record.close()
-        outcome, code = record.outcome(error)
+        outcome, code = record.conclude(error)
         trace_id = self.tracer.end(record, outcome, code)
         exemplar = {"trace_id": trace_id} if trace_id else None
         tenant = self._tenant(record.caller)
@@ -314,7 +323,7 @@ class Metrics(Gauges):
                 self._tenant_tokens.labels(tenant, kind).inc(tokens)
             if record.first_token is not None and usage.output_tokens > 1:
                 self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
-        if outcome == "finished":
+        if outcome in ANSWERED:
             self._audio.labels(record.dialect).inc(audio_s)
             self._tenant_audio.labels(tenant).inc(audio_s)
             if audio_s:

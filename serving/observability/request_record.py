@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from serving.errors import CaptionerError, ClientError, Disconnected, ServerError
-from serving.types import SAMPLE_RATE, FinishReason, Usage
+from serving.errors import ClientError, ServerError, error_code, outcome_of
+from serving.types import SAMPLE_RATE, FinishReason, Outcome, Usage
+
+if TYPE_CHECKING:
+    from serving.errors import CaptionerError
 
 log = logging.getLogger(__name__)
 
 STAGES = (
-    "receive",
     "admit",
+    "receive",
     "fetch",
     "audio_queue",
     "decode",
@@ -27,11 +29,15 @@ STAGES = (
 )
 """Stages of a caption, in order.
 
-`receive` reads the request. `admit` checks the caller's limits and acquires a slot. `fetch` downloads the clip.
+`admit` checks the caller's limits. `receive` reads the request. `fetch` downloads the clip.
 `audio_queue` waits for an audio worker, `decode` and `features` are the worker's parts. `engine_queue` waits for the
 engine. `prefill` lasts from the engine's start on the caption to its first token, `generate` from there to the end of
 the request. `encode` writes the dialect; it is spread over `generate` and contained in it.
 """
+
+ANSWERED = (Outcome.FINISHED, Outcome.PARTIAL)
+FAILURES = (Outcome.FAILED, Outcome.FAILED_MIDSTREAM)
+"""Outcomes that are the service's fault."""
 
 _MAX_SHORT_S, _MAX_MEDIUM_S = 30.0, 300.0
 
@@ -64,6 +70,8 @@ class RequestRecord:
     stages_s: dict[str, float] = field(default_factory=dict)
     stage_started: dict[str, float] = field(default_factory=dict)
     ended: float = 0.0
+    conclusion: tuple[Outcome, str] | None = None
+    """Outcome and code, once `conclude` has decided them."""
     billed_nanos: int = 0
     currency: str = ""
     span: Any = None
@@ -112,26 +120,25 @@ class RequestRecord:
         if self.first_token is not None:
             self.stage("generate", self.ended - self.first_token, ended=self.ended)
 
-    def outcome(self, error: BaseException | None) -> tuple[str, str]:
-        """Return the outcome and the code of the request, both bounded words.
+    def conclude(self, error: BaseException | None) -> tuple[Outcome, str]:
+        """Decide the outcome and the code of the request, once; return both, which are bounded words.
 
-        `error` is the exception that ended the request, if one did.
+        `error`: the exception that ended the request, `None` if it was answered. The ledger decides before the last
+        byte of a response is sent; whatever happens to the connection after that does not change the bill or the
+        metrics.
         """
-        if isinstance(error, Disconnected):
-            return "cancelled", "disconnected"
-        if error is None:
-            # A cumulative stream may end before the caption does, at the longest line that clients read.
-            return "finished", "partial" if self.partial else str(self.finish_reason or FinishReason.LENGTH)
-        if isinstance(error, CaptionerError):
-            return "client_error" if isinstance(error, ClientError) else "server_error", error_code(type(error))
-        if isinstance(error, Exception):
-            return "server_error", "internal"
-        return "cancelled", "cancelled"
+        if self.conclusion is None:
+            outcome, code = outcome_of(error, partial=self.partial, generated=self.first_token is not None)
+            if outcome is Outcome.FINISHED:
+                # A cumulative stream may end before the caption does, at the longest line that clients read.
+                code = str(self.finish_reason or FinishReason.LENGTH)
+            self.conclusion = outcome, code or outcome.value
+        return self.conclusion
 
-    def log(self, outcome: str, code: str, trace_id: str | None) -> None:
+    def log(self, outcome: Outcome, code: str, trace_id: str | None) -> None:
         """Log the closed record as one line."""
         log.log(
-            logging.WARNING if outcome == "server_error" else logging.INFO,
+            logging.WARNING if outcome in FAILURES else logging.INFO,
             "request",
             extra={
                 "request_id": self.request_id,
@@ -139,7 +146,7 @@ class RequestRecord:
                 "caller": self.caller,
                 "stream": self.stream,
                 "audio_form": self.audio_form,
-                "outcome": outcome,
+                "outcome": outcome.value,
                 "code": code,
                 "audio_s": round(self.audio_s, 3),
                 "output_tokens": self.usage.output_tokens if self.usage else 0,
@@ -151,19 +158,16 @@ class RequestRecord:
         )
 
 
-def error_code(kind: type[CaptionerError]) -> str:
-    """Return an error's name in the form of a metric's label: `engine_stalled` for `EngineStalled`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
-
-
-def _outcomes() -> tuple[tuple[str, str], ...]:
+def _outcomes() -> tuple[tuple[Outcome, str], ...]:
     kinds: list[type[CaptionerError]] = [ClientError, ServerError]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    errors = (("client_error" if issubclass(kind, ClientError) else "server_error", error_code(kind)) for kind in kinds)
-    finished = (("finished", code) for code in (*FinishReason, "partial"))
-    return (*finished, ("cancelled", "disconnected"), ("cancelled", "cancelled"), *errors)
+    rejected = ((Outcome.REJECTED, error_code(kind)) for kind in kinds if issubclass(kind, ClientError))
+    failed = ((outcome, error_code(kind)) for kind in kinds if issubclass(kind, ServerError) for outcome in FAILURES)
+    finished = ((Outcome.FINISHED, reason.value) for reason in FinishReason)
+    others = ((outcome, outcome.value) for outcome in (Outcome.PARTIAL, Outcome.DISCONNECTED, Outcome.CANCELLED))
+    return (*finished, *others, *rejected, *failed)
 
 
 OUTCOMES = _outcomes()
-"""All possible pairs of outcome and code."""
+"""All possible pairs of outcome and code. Without `lost`: a killed process reports nothing, the ledger alone counts."""

@@ -19,6 +19,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, s
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serving.observability.context import TRACE
+from serving.observability.request_record import FAILURES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
     from serving.observability.request_record import RequestRecord
+    from serving.types import Outcome
 
 _W3C = TraceContextTextMapPropagator()
 
@@ -58,7 +60,7 @@ class OpenTelemetry:
         _W3C.inject(carrier, set_span_in_context(span))
         TRACE.set(carrier)
 
-    def end(self, record: RequestRecord, outcome: str, code: str) -> str | None:
+    def end(self, record: RequestRecord, outcome: Outcome, code: str) -> str | None:
         """See `Tracer`."""
         span: Span | None = record.span
         if span is None or not span.is_recording():
@@ -78,12 +80,12 @@ class OpenTelemetry:
                 "captioner.audio_form": record.audio_form,
                 "captioner.audio_s": record.audio_s,
                 "captioner.output_tokens": record.usage.output_tokens if record.usage else 0,
-                "captioner.outcome": outcome,
+                "captioner.outcome": outcome.value,
                 "captioner.code": code,
                 "captioner.encode_s": record.stages_s.get("encode", 0.0),
             }
         )
-        if outcome == "server_error":
+        if outcome in FAILURES:
             span.set_status(Status(StatusCode.ERROR, code))
         span.end(self._ns(record.ended))
         return format_trace_id(span.get_span_context().trace_id)

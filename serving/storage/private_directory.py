@@ -17,7 +17,7 @@ def make_private(directory: Path, setting: str) -> None:
     Raises `PermissionError` if it belongs to another user or is a link, and `NotADirectoryError`. `setting` names the
     setting that the error asks to change.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with suppress(FileExistsError):
         directory.mkdir(mode=0o700)
     remedy = f"remove it, or set {setting} to a directory that only this user can write"

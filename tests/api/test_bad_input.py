@@ -350,6 +350,7 @@ def test_the_service_still_answers(service: RunningService, guarded: RunningServ
     for running in (service, guarded):
         running.settle()
         assert ask_native(running.url, data_url(wav(1))).text
-        assert running.metric("captioner_requests_total", outcome="server_error") == 0
+        for outcome in ("failed", "failed_midstream"):
+            assert running.metric("captioner_requests_total", outcome=outcome) == 0
         lines = [json.loads(line) for line in running.log().splitlines()]
         assert [line for line in lines if line["level"] == "error"] == []

@@ -91,7 +91,7 @@ async def test_fake_engine_is_left_clean(endless_service: RunningService, media:
     service.settle()
     await _assert_holds_no_more_than(service, held)
     assert psutil.Process(service.process.pid).memory_info().rss < memory + 32 * 2**20
-    assert service.metric("captioner_requests_total", outcome="cancelled") == 2 * CLIENTS
+    assert service.metric("captioner_requests_total", outcome="disconnected") == 2 * CLIENTS
 
 
 async def test_disconnect_during_the_download(endless_service: RunningService) -> None:

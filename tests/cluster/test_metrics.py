@@ -35,7 +35,7 @@ NOT_HERE = {"captioner_tenant_requests_rate_limited_total"}
 FIGURES = {
     "requests": 'captioner_requests_total{outcome="finished"}',
     "native requests": 'captioner_requests_total{outcome="finished",dialect="dashscope"}',
-    "refused": 'captioner_requests_total{outcome="client_error"}',
+    "refused": 'captioner_requests_total{outcome="rejected"}',
     "audio": "captioner_audio_seconds_total",
     "decoded": "captioner_audio_decoded_seconds_total",
     "output tokens": 'captioner_tokens_total{kind="output"}',

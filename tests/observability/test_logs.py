@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from serving.observability.context import REQUEST_ID
-from serving.observability.logging import JsonFormatter, TextFormatter, redact
+from serving.observability.logging import JsonFormatter, TextFormatter
+from serving.observability.redaction import redact
 from serving.observability.request_record import STAGES
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, NATIVE, ask_native, compatible_body, data_url, native_body, wav
@@ -91,7 +92,7 @@ def test_each_request_is_one_line(media: MediaServer) -> None:
         service.settle()
         log = service.log()
     lines = [json.loads(line) for line in log.splitlines()]
-    for headers, outcome in ((finished.headers, "finished"), (refused.headers, "client_error")):
+    for headers, outcome in ((finished.headers, "finished"), (refused.headers, "rejected")):
         (line,) = [line for line in lines if line.get("request_id") == headers["x-request-id"]]
         assert line["outcome"] == outcome
         assert line["stages_s"].keys() <= set(STAGES)

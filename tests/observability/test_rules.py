@@ -63,15 +63,15 @@ EVALUATED = {"15s": "30s", "1m": "2m", "5m": "10m"}
 """Evaluation interval by step: at production's interval, days would take minutes to evaluate."""
 
 
-def requests(finished: str, failed: str) -> dict[str, str]:
+def requests(finished: str, failed: str, *, failing: str = "failed", answered: str = "finished") -> dict[str, str]:
     """Return series of requests of two frontends, so that sums matter."""
     return {
         'captioner_requests_total{instance="a",dialect="openai",outcome="finished",code="stop"}': finished,
-        'captioner_requests_total{instance="b",dialect="dashscope",outcome="finished",code="stop"}': finished,
-        'captioner_requests_total{instance="b",dialect="openai",outcome="server_error",code="engine_failed"}': failed,
+        f'captioner_requests_total{{instance="b",dialect="dashscope",outcome="{answered}",code="c"}}': finished,
+        f'captioner_requests_total{{instance="b",dialect="openai",outcome="{failing}",code="engine_failed"}}': failed,
         # Callers' own mistakes and cancellations do not count, however many.
-        'captioner_requests_total{instance="a",dialect="openai",outcome="client_error",code="audio_empty"}': finished,
-        'captioner_requests_total{instance="a",dialect="openai",outcome="cancelled",code="disconnected"}': finished,
+        'captioner_requests_total{instance="a",dialect="openai",outcome="rejected",code="audio_empty"}': finished,
+        'captioner_requests_total{instance="a",dialect="openai",outcome="disconnected",code="disconnected"}': finished,
     }
 
 
@@ -95,11 +95,16 @@ A = [{"instance": "a"}]
 CASES = [
     # 5 % of requests fail: the month's budget is gone in 15 hours.
     Case("CaptionerErrors", "1h", requests("0+10x1000", "0+1x1000"), [{}], ("CaptionerErrorsSlowly",)),
+    # In mid-stream.
+    Case("CaptionerErrors", "1h", requests("0+10x1000", "0+1x1000", failing="failed_midstream"), [{}],
+         ("CaptionerErrorsSlowly",)),
     # 0.5 %: a ticket, no page.
     Case("CaptionerErrors", "3h", requests("0+100x1000", "0+1x1000"), also_fire=("CaptionerErrorsSlowly",)),
     Case("CaptionerErrorsSlowly", "3h", requests("0+100x1000", "0+1x1000"), [{}]),
     # 0.02 %: within the objective.
     Case("CaptionerErrorsSlowly", "3h", requests("0+250x1000", "0+0.1x1000")),
+    # 0.07 %, where half of the answers were cut by the deadline: of the others alone it would be 0.14 %.
+    Case("CaptionerErrorsSlowly", "3h", requests("0+250x1000", "0+0.35x1000", answered="partial")),
     # All failed, but they were three.
     Case("CaptionerErrors", "1h", requests("0x1000", "0 0 0 3x1000")),
     # The failures are over: they are in the long window, but no longer in the short one.
@@ -113,6 +118,9 @@ CASES = [
     Case("CaptionerCaptionSlow", "1h", slow(E2E, "60", "0+1x1000", "0+10x1000", 'length="medium"', DONE),
          [{"length": "medium"}], ("CaptionerCaptionSlowSlowly",)),
     Case("CaptionerCaptionSlow", "1h", slow(E2E, "60", "0+98x1000", "0+100x1000", 'length="medium"', DONE)),
+    Case("CaptionerCaptionSlow", "1h",
+         slow(E2E, "60", "0+1x1000", "0+10x1000", 'length="medium"', 'outcome="partial"'),
+         [{"length": "medium"}], ("CaptionerCaptionSlowSlowly",)),
     Case("CaptionerCaptionSlowSlowly", "3h", slow(E2E, "30.0", "0+80x1000", "0+100x1000", 'length="short"', DONE),
          [{"length": "short"}]),
     Case("CaptionerCaptionSlowSlowly", "3h", slow(E2E, "30.0", "0+99x1000", "0+100x1000", 'length="short"', DONE)),

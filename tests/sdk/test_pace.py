@@ -98,11 +98,11 @@ def test_keep_alives_are_harmless(client: Client, stream: str, tap: Tap, beating
 @every_client
 def test_leaving_a_stream_releases_the_slot(client: Client, tap: Tap, endless: RunningService) -> None:
     """A user who breaks off a stream leaves no request running."""
-    cancelled = endless.metric("captioner_requests_total", outcome="cancelled")
+    disconnected = endless.metric("captioner_requests_total", outcome="disconnected")
     outcome = tap.perform(client, endless, audio=CLIP, stream="default", leave_after=3)
     assert len(outcome.pieces) == 3, outcome.message
     endless.settle(timeout_s=5)
-    assert endless.metric("captioner_requests_total", outcome="cancelled") == cancelled + 1
+    assert endless.metric("captioner_requests_total", outcome="disconnected") == disconnected + 1
 
 
 @every_client

@@ -36,12 +36,12 @@ def test_entries_are_read_in_order_and_discarded(tmp_path: Path, monkeypatch: py
     for number in range(200):
         journal.append({"number": number, "text": "x" * (number % 50)})
         if number % 7 == 0:
-            entries, nbytes = journal.read()
+            entries, nbytes = journal.reader.read()
             read += entries
             journal.discard_written(len(entries), nbytes)
             journal.sync()
     assert journal.pending_bytes > 0
-    while (batch := journal.read())[1]:
+    while (batch := journal.reader.read())[1]:
         read += batch[0]
         journal.discard_written(len(batch[0]), batch[1])
     assert [entry["number"] for entry in read] == list(range(200))

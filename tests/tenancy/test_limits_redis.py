@@ -20,7 +20,6 @@ from tests.tenancy.limits_support import caller, charge, limiter
 
 if TYPE_CHECKING:
     from benchmarks.servers import Redis
-
     from serving.types import Caller
 
 

@@ -92,6 +92,7 @@ SOURCE_RETRY_S = 5
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
     errors.BodyTooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.ModelNotFound: 404,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,

@@ -131,10 +131,6 @@ class Journal:
         self.appended_bytes += nbytes
         self.appended += 1
 
-    def read(self) -> tuple[list[Any], int]:
-        """See `JournalReader.read`."""
-        return self.reader.read()
-
     def discard_written(self, entries: int, nbytes: int) -> None:
         """Discard the entries that were read last: they are in the database."""
         self.written += entries

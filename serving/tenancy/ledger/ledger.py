@@ -234,7 +234,7 @@ class Ledger:
         """Write what was appended to the journal into the database."""
         while True:
             started_s = time.monotonic()
-            entries, nbytes = self._journal.read()
+            entries, nbytes = self._journal.reader.read()
             if not nbytes:
                 break
             self._apply(entries)
