@@ -35,6 +35,7 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   │   ├── PolicyInvalid        not signed by us, or not a policy
     │   │   ├── PolicyExpired
     │   │   ├── KeyNotAllowed        the policy does not cover this key
+    │   │   ├── UploadEmpty          no byte
     │   │   ├── UploadTooLarge       bytes over the limit
     │   │   └── UploadExists         nothing is overwritten
     │   └── AudioError               the audio itself, or the way to it
@@ -238,6 +239,11 @@ class PolicyExpired(UploadRejected):
 
 class KeyNotAllowed(UploadRejected):
     message = "Invalid according to Policy: the key must be upload_dir, a slash and one file name."
+
+
+class UploadEmpty(UploadRejected):
+    code = "EntityTooSmall"
+    message = "Your proposed upload is smaller than the minimum allowed size."
 
 
 class UploadTooLarge(UploadRejected):

@@ -333,14 +333,19 @@ class Storage(BaseModel):
         description="Disk in bytes for usage that is not yet in the database; past it requests are refused",
     )
     uploads_dir: Annotated[Path | None, Example("/var/lib/captioner/uploads")] = Field(
-        None, description="Directory of uploaded files. Unset: in the system's directory for temporary files"
+        None, description="Directory of uploaded files, which replicas share. Unset: `uploads` in data_dir"
     )
     upload_secret: SecretStr | None = Field(
         None, description="Secret that signs upload policies; must be equal on all replicas. Unset: made at start"
     )
     upload_policy_ttl_s: int = Field(300, ge=1, description="Validity of an upload policy in seconds")
     upload_ttl_s: int = Field(48 * 3600, ge=1, description="Retention of an uploaded file in seconds")
-    max_uploads_bytes: Bytes = Field(10 * 1024 * MIB, ge=MIB, description="Disk in bytes for all uploaded files")
+    max_uploads_bytes: Bytes = Field(
+        10 * 1024 * MIB, ge=MIB, description="Disk in bytes for all uploaded files; each counts as 4 KiB at least"
+    )
+    max_uploads_per_tenant: int = Field(
+        100_000, ge=1, description="Most uploaded files of one tenant that are kept, so that no tenant uses all inodes"
+    )
 
 
 class Logs(BaseModel):

@@ -14,6 +14,7 @@ from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
 from serving.api.forwarding import Origins
 from serving.api.request_body import Body
+from serving.api.request_counting import RequestCounter
 from serving.api.upload_form import receive_upload
 from serving.config import MIB
 from serving.errors import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from serving.api.components import Components
+    from serving.storage.uploads import UploadGrant
     from serving.types import Caller
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class _Endpoints:
         self._engine = components.engine
         self._uploads = components.uploads
         self._keys = components.keys
+        self._requests = RequestCounter(components.usage_sessions)
         self._metrics = components.metrics
         self._targets = components.targets
         self._origins = Origins(components.settings)
@@ -80,34 +83,34 @@ class _Endpoints:
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(openai.models_page(self._settings))
 
     async def show_model(self, request: Request) -> Response:
         """E5: one model."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(openai.model(self._settings, request.path_params["name"]))
 
     async def page_models(self, request: Request) -> Response:
         """E6: the models, as DashScope pages them."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(dashscope.models_page(self._settings, request.query_params, request.state.request_id))
 
     async def show_native_model(self, request: Request) -> Response:
         """E6: one model."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(dashscope.model(self._settings, request.path_params["name"], request.state.request_id))
 
     async def upload_policy(self, request: Request) -> Response:
         """E3: the form fields with which this caller may upload files for one model."""
-        caller = self._authenticate(request)
+        caller = await self._admit(request)
         if request.query_params.get("action") != "getPolicy":
             raise InvalidRequest("Required parameter(action) missing or invalid, it should be getPolicy.")
         model = request.query_params.get("model", "")
         if model not in self._settings.model_names:
             raise ModelNotFound(model)
         # Issued for the main name, so that the file can be used with any of the model's names.
-        policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name)
+        policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name, caller.key_id)
         return _json(
             oss.policy_body(
                 request.state.request_id,
@@ -129,7 +132,13 @@ class _Endpoints:
         error: CaptionerError
         body, content_type = Body(request.receive, self._settings), request.headers.get("content-type", "")
         try:
-            await receive_upload(body, content_type, self._uploads, max_file_bytes=self._settings.max_upload_bytes)
+            await receive_upload(
+                body,
+                content_type,
+                self._uploads,
+                admit=self._admit_upload,
+                max_file_bytes=self._settings.max_upload_bytes,
+            )
         except Disconnected:
             self._metrics.upload("disconnected")
             raise
@@ -175,8 +184,15 @@ class _Endpoints:
         here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
         return _json(orjson.dumps(here if self._targets is None else self._targets()))
 
-    def _authenticate(self, request: Request) -> Caller:
-        return self._keys.authenticate(request.headers)
+    async def _admit(self, request: Request) -> Caller:
+        """Return the caller, and count the request."""
+        caller = self._keys.authenticate(request.headers)
+        await self._requests.count(caller)
+        return caller
+
+    async def _admit_upload(self, grant: UploadGrant) -> None:
+        """Count the file as a request of its owner, whose key must still be valid."""
+        await self._requests.count(self._keys.holder(grant.owner, grant.key_id))
 
 
 def _json(body: bytes, status: int = 200) -> Response:

@@ -15,6 +15,8 @@ from python_multipart.multipart import parse_options_header
 from serving.errors import CaptionerError, InvalidRequest, PolicyInvalid, UploadTooLarge
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from serving.api.request_body import Body
     from serving.storage.uploads import Upload, UploadGrant, UploadStore
 
@@ -26,15 +28,24 @@ _OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
 """Limit of a body before its file, and in addition to it: all values, and 4 KiB of headers for each part."""
 
 
-async def receive_upload(body: Body, content_type: str, uploads: UploadStore, *, max_file_bytes: int) -> None:
+async def receive_upload(
+    body: Body,
+    content_type: str,
+    uploads: UploadStore,
+    *,
+    admit: Callable[[UploadGrant], Awaitable[None]],
+    max_file_bytes: int,
+) -> None:
     """Store the single file of a form. After an error the rest of the body is read if the policy was valid.
+
+    `admit` is awaited once the fields have shown a valid policy; what it raises refuses the file.
 
     Raises `InvalidRequest` for a body that is no such form, `UploadRejected` if the policy or the store refuses the
     file, and `Overloaded`.
     """
     form = _form(content_type)
     try:
-        await _store(form, body, uploads, max_file_bytes)
+        await _store(form, body, uploads, admit, max_file_bytes)
     except CaptionerError:
         if form.grant is not None:
             with suppress(CaptionerError):
@@ -42,7 +53,13 @@ async def receive_upload(body: Body, content_type: str, uploads: UploadStore, *,
         raise
 
 
-async def _store(form: _Form, body: Body, uploads: UploadStore, max_file_bytes: int) -> None:
+async def _store(
+    form: _Form,
+    body: Body,
+    uploads: UploadStore,
+    admit: Callable[[UploadGrant], Awaitable[None]],
+    max_file_bytes: int,
+) -> None:
     fields: dict[str, bytearray] = {}
     name, size, total = "", 0, 0
     async with AsyncExitStack() as stack:
@@ -53,6 +70,7 @@ async def _store(form: _Form, body: Body, uploads: UploadStore, max_file_bytes: 
                 if name == "file":
                     if file is None:
                         form.grant = _grant(fields, uploads)
+                        await admit(form.grant)
                         file = await stack.enter_async_context(uploads.receive(form.grant))
                     await file.write(data)
                     continue
@@ -94,6 +112,7 @@ class _Form:
         self.grant: UploadGrant | None = None
         """Rights that the form's policy grants; `None` until the policy was found valid."""
         self._found: list[tuple[str, bytes]] = []
+        self._data: list[bytes] = []
         self._header = self._value = b""
         self._parts = 0
         self._parser = MultipartParser(
@@ -114,6 +133,7 @@ class _Form:
             self._parser.write(piece)
         except FormParserError:
             raise InvalidRequest("The form is malformed.") from None
+        self._flush()
         found, self._found = self._found, []
         return found
 
@@ -131,12 +151,19 @@ class _Form:
 
     def _on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
+            self._flush()
             name = parse_options_header(self._value)[1].get(b"name", b"")
             self._found.append((name.decode(errors="replace") or "-", b""))
         self._header = self._value = b""
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self._found.append(("", data[start:end]))
+        self._data.append(data[start:end])
+
+    def _flush(self) -> None:
+        """Join the data of one part: text that resembles boundaries comes in pieces of a few bytes."""
+        if self._data:
+            self._found.append(("", b"".join(self._data)))
+            self._data.clear()
 
     def _on_end(self) -> None:
         self.complete = True

@@ -22,6 +22,7 @@ from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
 from serving.config import Settings
 from serving.observability import logging as logs
+from serving.storage.uploads import make_uploads_directory
 from serving.tenancy.database import UnusableDatabase
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ def serve(argv: Sequence[str]) -> int:
         return report(error)
     logs.configure(settings.log_level, settings.log_format)
     try:
+        make_uploads_directory(settings)
         run = ServiceRun(with_development_key(settings))
-    except UnusableDatabase as error:
+    except (UnusableDatabase, OSError) as error:
         return fail(str(error))
     return uvloop.run(run.run())
 

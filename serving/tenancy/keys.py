@@ -50,6 +50,9 @@ class _Entry:
 class _Snapshot:
     revision: int = -1
     keys: Mapping[str, _Entry] = field(default_factory=dict)
+    """Entries by the digest of the key."""
+    by_id: Mapping[str, _Entry] = field(default_factory=dict)
+    """The same entries by the id of the key."""
     prices: PriceList = field(default_factory=lambda: PriceList([]))
 
 
@@ -105,7 +108,21 @@ class Keyring:
             return self._anonymous(key)
         if not key:
             raise MissingApiKey
-        entry = self._snapshot.keys.get(self._pepper.digest(key))
+        return self._valid(self._snapshot.keys.get(self._pepper.digest(key)))
+
+    def holder(self, tenant_id: str, key_id: str) -> Caller:
+        """Return the caller that has a key, by the key's id, for a request that carries a signed policy and no key.
+
+        Raises what `authenticate` raises if the key is not valid any more.
+        """
+        if not self._auth:
+            return Caller(tenant_id, ANONYMOUS, self._region, SchedulingClass(tenant_id))
+        caller = self._valid(self._snapshot.by_id.get(key_id))
+        if caller.tenant_id != tenant_id:
+            raise InvalidApiKey
+        return caller
+
+    def _valid(self, entry: _Entry | None) -> Caller:
         if entry is None or entry.expires_at <= time.time() or entry.caller.region != self._region:
             raise InvalidApiKey
         if entry.state is State.SUSPENDED:
@@ -163,7 +180,8 @@ class Keyring:
         for row in connection.execute(alive).mappings():
             tenant = tenant_of[row["tenant_id"]]
             found[row["digest"]] = _entry(plan_of[tenant["plan"]], tenant, row)
-        return _Snapshot(revision, found, prices.read(connection))
+        by_id = {entry.caller.key_id: entry for entry in found.values()}
+        return _Snapshot(revision, found, by_id, prices.read(connection))
 
     def _default_tenant(self, tenant_id: str) -> Mapping[Any, Any]:
         """Return the row of a tenant that is not in the database."""

@@ -102,6 +102,7 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.RateLimited: 429,
     errors.SourceUnavailable: 503,
     errors.UploadRejected: 403,
+    errors.UploadEmpty: 400,
     errors.UploadTooLarge: 400,
     errors.UploadExists: 409,
     errors.ServerError: 500,
