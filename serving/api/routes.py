@@ -75,6 +75,7 @@ class _Endpoints:
         self._engine = components.engine
         self._uploads = components.uploads
         self._keys = components.keys
+        self._ledger = components.usage_sessions.ledger
         self._metrics = components.metrics
         self._targets = components.targets
 
@@ -154,9 +155,9 @@ class _Endpoints:
         return _json(b'{"alive":true}')
 
     async def readyz(self, _: Request) -> Response:
-        """Answer 503 if the engine cannot make captions now."""
+        """Answer 503 if captions cannot be made now: by the engine, or because nobody can be identified or billed."""
         try:
-            await self._engine.check_health()
+            await self._check_ready()
         except ServerError as error:
             return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
         return _json(orjson.dumps({"ready": True}))
@@ -164,7 +165,7 @@ class _Endpoints:
     async def scrape(self, request: Request) -> Response:
         """Prometheus metrics of this process."""
         self._check_scraper(request)
-        body, content_type = await self._metrics.expose(self._engine.check_health, request.headers.get("accept", ""))
+        body, content_type = await self._metrics.expose(self._check_ready, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def scrape_targets(self, request: Request) -> Response:
@@ -172,6 +173,11 @@ class _Endpoints:
         self._check_scraper(request)
         here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
         return _json(orjson.dumps(here if self._targets is None else self._targets()))
+
+    async def _check_ready(self) -> None:
+        self._keys.check_ready()
+        self._ledger.check_writable()
+        await self._engine.check_health()
 
     def _check_scraper(self, request: Request) -> None:
         if not may_scrape(self._settings.metrics_token, request.headers.get("authorization", "")):
