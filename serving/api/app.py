@@ -34,6 +34,7 @@ from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.uploads import DirectoryUploads
+from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def create_app(
     """Compose the application. `engine` defaults to the engine that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
-    `on_engine` is called once: with `None` when the engine has loaded, with the exception when loading failed.
+    `on_engine` is called once: with `None` when the engine has loaded and the database can be used, with the exception
+    when one of them never will.
     `on_not_ready` is called for each caption request that arrives while no engine is ready; a readiness probe does not
     call it. `targets` returns the metrics addresses of a cluster's processes. `connections`: those of the server that
     runs the application.
@@ -98,12 +100,15 @@ def create_app(
             for component in (workers, downloads, uploads, tenancy):
                 stack.push_async_callback(component.stop)
                 await component.start()
+            if targets is not None:
+                # A frontend of a cluster gets no requests before: others may have keys from before an outage.
+                await tenancy.started()
             stack.push_async_callback(engine.stop)
             if targets is None and settings.metrics_port is not None:
                 listener = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
                 stack.push_async_callback(listener.stop)
                 await listener.start(settings.metrics_host, settings.metrics_port)
-            loading = asyncio.create_task(_load(engine, on_engine))
+            loading = asyncio.create_task(_load(engine, tenancy, on_engine))
             stack.push_async_callback(_cancel, loading)
             yield
 
@@ -133,18 +138,31 @@ def make_engine(settings: Settings) -> AdmissionControl:
     return AdmissionControl(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
-async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:
-    started = time.perf_counter()
+async def _load(engine: Engine, tenancy: Tenancy, on_engine: Callable[[BaseException | None], None] | None) -> None:
+    tasks = [asyncio.create_task(_start_engine(engine)), asyncio.create_task(tenancy.started())]
     failure: BaseException | None = None
     try:
-        await engine.start()
-    except Exception as error:
-        log.exception("engine start failed")
+        await asyncio.gather(*tasks)
+    except UnusableDatabase as error:
+        log.error("database cannot be used", extra={"reason": str(error)})  # noqa: TRY400 - the operator's mistake
+        failure = error
+    except Exception as error:  # noqa: BLE001 - logged where it was raised
         failure = error if isinstance(error, EngineFailed) else EngineFailed()
-    else:
-        log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
+    finally:
+        for task in tasks:
+            await _cancel(task)
     if on_engine is not None:
         on_engine(failure)
+
+
+async def _start_engine(engine: Engine) -> None:
+    started = time.perf_counter()
+    try:
+        await engine.start()
+    except Exception:
+        log.exception("engine start failed")
+        raise
+    log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -76,6 +76,7 @@ class _Endpoints:
         self._uploads = components.uploads
         self._keys = components.keys
         self._requests = RequestCounter(components.usage_sessions)
+        self._ledger = components.usage_sessions.ledger
         self._metrics = components.metrics
         self._targets = components.targets
         self._origins = Origins(components.settings)
@@ -165,9 +166,9 @@ class _Endpoints:
         return _json(b'{"alive":true}')
 
     async def readyz(self, _: Request) -> Response:
-        """Answer 503 if the engine cannot make captions now."""
+        """Answer 503 if captions cannot be made now: by the engine, or because nobody can be identified or billed."""
         try:
-            await self._engine.check_health()
+            await self._check_ready()
         except ServerError as error:
             return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
         return _json(orjson.dumps({"ready": True}))
@@ -175,7 +176,7 @@ class _Endpoints:
     async def scrape(self, request: Request) -> Response:
         """Prometheus metrics of this process."""
         self._scrape_access.check(request.scope)
-        body, content_type = await self._metrics.expose(self._engine.check_health, request.headers.get("accept", ""))
+        body, content_type = await self._metrics.expose(self._check_ready, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def scrape_targets(self, request: Request) -> Response:
@@ -189,6 +190,11 @@ class _Endpoints:
         caller = self._keys.authenticate(request.headers)
         await self._requests.count(caller)
         return caller
+
+    async def _check_ready(self) -> None:
+        self._keys.check_ready()
+        self._ledger.check_writable()
+        await self._engine.check_health()
 
     async def _admit_upload(self, grant: UploadGrant) -> None:
         """Count the file as a request of its owner, whose key must still be valid."""
