@@ -14,9 +14,11 @@ Rules for bad input:
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import contextmanager
-from io import SEEK_CUR, SEEK_END, SEEK_SET, BytesIO, RawIOBase
+from functools import cache
+from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, BytesIO, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,6 @@ from serving.types import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from io import BufferedReader
 
     import numpy.typing as npt
     from _typeshed import WriteableBuffer
@@ -86,8 +87,8 @@ _SAMPLE_FORMATS = {
 """FFmpeg's sample formats: NumPy's dtype, and full scale."""
 
 
-def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Samples:
-    """Decode a file, or its bytes, to 16 kHz mono: float32, shape (samples,), finite and within ±1.
+def decode(source: bytes | memoryview | Path | BufferedReader, *, max_duration_s: float) -> Samples:
+    """Decode a file, by its path or open, or its bytes, to 16 kHz mono: float32, shape (samples,), finite, within ±1.
 
     The array is a view of memory for `max_duration_s`, of which only the used pages are resident. The call blocks, and
     meanwhile its process can allocate no more than that and `MEMORY_BYTES`: call it in a separate process.
@@ -95,7 +96,7 @@ def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Sampl
     Raises `AudioEmpty` if there is not one sample, `AudioTooLong` above `max_duration_s` plus `PADDING_S`, and
     `AudioUnreadable` for every other fault of the file (PROTOCOL 7.4).
     """
-    with source.open("rb") if isinstance(source, Path) else BytesIO(source) as file:
+    with _opened(source) as file:
         form, start, prefix = recognise(file)
         if not prefix and not start:
             raise AudioEmpty
@@ -114,6 +115,16 @@ def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Sampl
     if not problems[0]:
         raise AudioEmpty
     raise AudioUnreadable(f"{AudioUnreadable.message}: {problems[-1] or problems[0]}")
+
+
+def _opened(source: bytes | memoryview | Path | BufferedReader) -> File:
+    match source:
+        case Path():
+            return source.open("rb")
+        case BufferedReader():
+            return source
+        case _:
+            return BytesIO(source)
 
 
 class _ReaderError(Exception):
@@ -269,6 +280,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Yield all frames that can be decoded, skipping damaged packets. Raises `_DamagedError` if damage left none."""
     name = stream.codec_context.name
     decoder = av.CodecContext.create(_BETTER_DECODER[name], "r") if name in _BETTER_DECODER else stream.codec_context
+    decoder.thread_count = 1  # an audio worker may start no thread (`sandbox.py`)
     packets = container.demux(stream)
     damaged = decoded = False
     while True:
@@ -322,13 +334,19 @@ def _memory_limited() -> Iterator[None]:
     frames.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    used = int(os.pread(_statm(os.getpid()), 200, 0).split()[5]) * resource.getpagesize()
     limit = used + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@cache
+def _statm(pid: int) -> int:
+    """Return a descriptor of the memory counts of this process. An audio worker opens no file after its start."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 class _Part(RawIOBase):
