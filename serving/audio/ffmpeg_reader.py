@@ -193,6 +193,7 @@ class _Part:
         name = stream.codec_context.name
         better = BETTER_DECODER.get(name)
         decoder = av.CodecContext.create(better, "r") if better else stream.codec_context
+        decoder.thread_count = 1  # an audio worker may start no thread (`sandbox.py`)
         failures = 0
         for packet in self._demuxed(container, stream):
             self._packets += 1
