@@ -71,11 +71,11 @@ format: .venv/dev.stamp ## Format the code
 
 .PHONY: bench
 bench: .venv/dev.stamp ## Load this service, or what serves at URL, at several loads: figures and a page (about 8 minutes)
-	$(BIN)/python benchmarks/suite.py all $(if $(URL),--url $(URL)) --out .cache/bench
+	$(BIN)/python -m benchmarks.suite all $(if $(URL),--url $(URL)) --out .cache/bench
 
 .PHONY: bench-compare
 bench-compare: .venv/dev.stamp ## Compare with `vllm serve` and the offline engine, side by side
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python -m benchmarks.compare
 
 .PHONY: embedded-checkpoint
 embedded-checkpoint: .venv/dev.stamp ## Make the embedded stand-in's corpus and train it (hours; resumable)
@@ -86,11 +86,11 @@ image-test: ## Build the CPU image and try it (as root, on Debian; writes some 2
 	deploy/docker/try.sh
 
 .PHONY: chart
-chart: .venv/dev.stamp ## Make anew what the chart takes from elsewhere: README table, schema, rules, dashboards
+chart: .venv/dev.stamp ## Regenerate what the chart takes from elsewhere: README table, schema, rules, dashboards
 	$(BIN)/python helm/generate.py
 
 .PHONY: lock
-lock: .venv/uv.stamp ## Resolve the requirements anew
+lock: .venv/uv.stamp ## Resolve and lock the requirements
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done
 	$(call COMPILE,--extra cpu --extra dev,cpu-dev)
 

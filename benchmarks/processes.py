@@ -1,4 +1,4 @@
-"""What a system's processes use: CPU time and memory, by the part that each process plays."""
+"""CPU time and memory of a system's processes, by part."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ PARTS = {
     "ray::": "Ray",
     "ray/": "Ray",
 }
-"""Part by the first sign that stands in the process's command line. The first process of a family is its frontend."""
+"""Part by a pattern in the command line; the first match counts. The root process of a family is its frontend."""
 
 ENGINE = ("engine core", "engine worker")
-"""Parts that run the model. All others are what serving it costs."""
+"""Parts that run the model; all other parts are the cost of serving."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A process and all that came of it, also those that were adopted away, as Ray's daemons are.
+    """A process and all its descendants, daemons that detached (Ray's) included.
 
-    Those are known by a word in the environment that they inherited.
+    Detached ones are recognised by `mark`, a NAME=value in the environment that they inherited.
     """
 
     root: psutil.Process
     mark: str
 
     def members(self) -> list[psutil.Process]:
-        """The processes that are there now; the root first."""
+        """Return the living processes, the root first."""
         children, found = defaultdict(list), {self.root.pid: self.root}
         marked = self.mark.encode()
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
                 children[process.ppid()].append(process)
-                # Not by psutil, which takes it apart: a process that sets its title may have overwritten some of it.
+                # Raw bytes, since psutil parses them: a process that sets its title may have overwritten some.
                 if marked in Path(f"/proc/{process.pid}/environ").read_bytes():
                     found.setdefault(process.pid, process)
         unseen = list(found)
@@ -64,35 +64,35 @@ class Family:
         return list(found.values())
 
     def by_part(self, figure: Callable[[psutil.Process], float]) -> dict[tuple[str, int], float]:
-        """A figure of every process, by part and process id."""
+        """Return a figure of every process, by part and process id."""
         figures = {}
         for process in self.members():
-            with suppress(psutil.Error):  # it has ended meanwhile
+            with suppress(psutil.Error):  # the process ended in the meantime
                 figures[self.part(process), process.pid] = figure(process)
         return figures
 
     def part(self, process: psutil.Process) -> str:
-        """The part that a member plays."""
+        """Return the part of a member."""
         if process.pid == self.root.pid:
             return "frontend"
         command = " ".join(process.cmdline())
-        return next((part for sign, part in PARTS.items() if sign in command), "other")
+        return next((part for pattern, part in PARTS.items() if pattern in command), "other")
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What was used over a stretch of time."""
+    """CPU use during an interval."""
 
     wall_s: float
     cpu_s: dict[str, float]
     """CPU-seconds by part."""
     machine_cpu_s: float
-    """CPU-seconds of everything on the machine, this system and others."""
+    """CPU-seconds of all processes on the machine, those of this system included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """CPU time so far."""
+    """Accumulated CPU time at a moment."""
 
     at: float
     cpu_s: dict[tuple[str, int], float]
@@ -102,7 +102,7 @@ class Snapshot:
     def of(cls, family: Family) -> Snapshot:
         """Read the counters of a family and of the machine."""
         cpu_s = family.by_part(_cpu_s)
-        # Processes that have ended, audio workers that were replaced for example, live on in their parent's account.
+        # The parent's counters include children that have ended, for example replaced audio workers.
         times = family.root.cpu_times()
         cpu_s["ended", 0] = times.children_user + times.children_system
         machine = psutil.cpu_times()
@@ -110,7 +110,7 @@ class Snapshot:
         return cls(time.perf_counter(), cpu_s, busy_s)
 
     def until(self, later: Snapshot) -> Use:
-        """What was used from here to `later`."""
+        """Return the use between this snapshot and `later`."""
         cpu_s: defaultdict[str, float] = defaultdict(float)
         for (part, pid), seconds in later.cpu_s.items():
             cpu_s[part] += seconds - self.cpu_s.get((part, pid), 0.0)
@@ -119,7 +119,7 @@ class Snapshot:
 
 
 def memory_mib(family: Family) -> dict[str, float]:
-    """Proportional set size (shared pages divided among those who share them) by part."""
+    """Return the proportional set size (shared pages divided among the processes that map them) by part, in MiB."""
     pss: defaultdict[str, float] = defaultdict(float)
     for (part, _), mib in family.by_part(lambda process: process.memory_full_info().pss / MIB).items():
         pss[part] += mib

@@ -1,21 +1,21 @@
 """Load by Locust, at several loads, against any URL: throughput, latencies, goodput, stages, CPU and memory.
 
-    python benchmarks/suite.py all [--url URL] [--out .cache/bench] [-- OPTIONS OF locustfile.py]
-    python benchmarks/suite.py sweep --loads 1 2 4 8 --rounds 2 …
-    python benchmarks/suite.py saturate --low 1 --high 64 --slo-ttft-s 2 …
-    python benchmarks/suite.py ceiling …
+    python -m benchmarks.suite all [--url URL] [--out .cache/bench] [-- OPTIONS OF load/users.py]
+    python -m benchmarks.suite sweep --loads 1 2 4 8 --rounds 2 …
+    python -m benchmarks.suite saturate --low 1 --high 64 --slo-ttft-s 2 …
+    python -m benchmarks.suite ceiling …
 
-Without `--url` it starts this service with the embedded checkpoint, and ends it. `saturate` bisects for the highest
-load whose p95 of TTFT meets the SLO with nothing refused. `ceiling` measures what the load generator can do against a
-server that answers at once: a run that came nearer to it than a fifth says so. `all` is the three of them.
+Without `--url` the suite starts this service with the embedded checkpoint, and stops it. `saturate` bisects for the
+highest load whose p95 of TTFT meets the SLO with no request refused. `ceiling` measures the load generator against a
+server that answers at once; a run that applied more than a fifth of the ceiling has a warning. `all` runs the three.
 
-A run is JSON, on standard output or in OUT.json, and then with a page in OUT.html. A run with one wrong answer ends
-with its exit status and without figures.
+A run is JSON, on standard output or in OUT.json, and then with a page in OUT.html. A run with a wrong answer ends with
+Locust's exit status (`load/users.py`) and without figures.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import itertools
 import json
 import multiprocessing
@@ -32,52 +32,53 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 from aiohttp import web
-from baseline import breaches, differences
-from conditions import conditions, shown
-from page import page
-from processes import Family, Snapshot, memory_mib
-from stages import stage_sums
-from systems import Captioner, Setup
-from wire import BASES
+
+from benchmarks.compare.systems import Captioner, Setup
+from benchmarks.conditions import conditions, machine_load, portable
+from benchmarks.load.command import locust_command
+from benchmarks.load.stages import stage_sums
+from benchmarks.load.wire import BASES
+from benchmarks.processes import Family, Snapshot, memory_mib
+from benchmarks.program import CHECKPOINT, module_environment, option_parser, write_json
+from benchmarks.report.baseline import breaches, differences
+from benchmarks.report.page import page
+from benchmarks.servers import free_port
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 EVERYTHING_REFUSED = 4
 CEILING_CALLERS = 8
 INSTANT = (
     *("--ways=openai-stream", f"--openai-base-url={BASES['openai']}", "--forms=data", "--tokens=0", "--least-s=0"),
     *("--usage-rule=any", "--probe-share=0", "--arrivals=closed", "--curve=constant"),
 )
-"""Options that stand against those of the run where the load is for the instant server."""
+"""Options for the instant server, which override those of the run."""
 LEAST_CEILING = 5
-"""A generator that could do less than so many times what it applied may be what was measured."""
-ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "serving/embedded/checkpoint"
+"""Least ratio of the generator's ceiling to the load that it applied; below, the generator may be what was measured."""
 EMBEDDED_SAME_PAIRS = 0.05
 """The embedded model is small, and clips of noise and tones are much alike to it."""
 NO_MARK = "CAPTIONER_BENCHMARK_MEMBER=of-nobody"
-"""Only the process and its children count."""
+"""Mark of no process: only the process given and its children count."""
 
 _RUNS = itertools.count()
 
 
 def main() -> None:
-    """Measure, and tell what was found."""
+    """Measure; print or write the results, and compare with a kept run."""
     options = _options()
     with ExitStack() as stack:
         commands = {}
         if not options.url and options.what != "ceiling":
-            service = stack.enter_context(Captioner(Setup(MODEL, 0, 64)))
+            service = stack.enter_context(Captioner(Setup(CHECKPOINT, 0, 64)))
             options.url, options.family = service.url, service.family
             options.more.insert(0, f"--same-pairs={EMBEDDED_SAME_PAIRS}")
-            commands = {service.name: shown(service.command, ROOT)}
-            run(options, options.loads[0])  # nobody is to pay for the first requests of a fresh process
+            commands = {service.name: portable(service.command)}
+            run(options, options.loads[0])  # the first requests of a fresh process are not measured
         found = _measured(options, commands)
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(options.out.with_suffix(".json"), found)
         options.out.with_suffix(".html").write_text(page([found], found["title"]))
         print(f"{options.out}.json and {options.out}.html", *found["warnings"], sep="\n")
     else:
@@ -91,13 +92,13 @@ def main() -> None:
 
 
 def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str, Any]:
-    """The whole run, in the shape of which `page.py` makes a page."""
+    """Return the complete run, in the shape that `report/page.py` reads."""
     began = os.getloadavg()[0]
     closed = not any(of.startswith("--arrivals") for of in options.more)
     found: dict[str, Any] = {
         "kind": "suite",
         "title": options.title,
-        "conditions": conditions(ROOT),
+        "conditions": conditions(),
         "load_unit": "callers at a time" if closed else "requests per second offered",
         "slo_ttft_s": options.slo_ttft_s,
         "warnings": [],
@@ -120,7 +121,7 @@ def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str
                     f"The load generator could do only {times} times what it applied: it may be what was measured."
                 )
     found["conditions"] |= {
-        "machine load": f"{began:.1f} before, {os.getloadavg()[0]:.1f} after",
+        "machine load": machine_load(began),
         "seconds of each run": f"{options.seconds:g}",
         "options of the load": " ".join(options.more) or "the locustfile's own",
         "commands": commands,
@@ -129,7 +130,7 @@ def _measured(options: argparse.Namespace, commands: dict[str, str]) -> dict[str
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every load in turn, `--rounds` times: figures of all rounds of a load together, and of each."""
+    """Apply every load in turn, `--rounds` times; return the figures of each load, over all rounds and per round."""
     rounds: dict[float, list[dict[str, Any]]] = {load: [] for load in options.loads}
     lines: dict[float, list[dict[str, Any]]] = {load: [] for load in options.loads}
     for _ in range(options.rounds):
@@ -139,61 +140,62 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     for load, of in rounds.items():
         together = summary(lines[load], options.slo_ttft_s, spans=len(of))
         for name in ("cpu_s_per_audio_hour", "memory_mib", "stages_s"):
-            if told := [one[name] for one in of if name in one]:
-                parts = dict.fromkeys(part for one in told for part in one)
-                together[name] = {part: round(float(np.mean([one.get(part, 0) for one in told])), 5) for part in parts}
+            if by_round := [one[name] for one in of if name in one]:
+                parts = dict.fromkeys(part for one in by_round for part in one)
+                means = {part: float(np.mean([one.get(part, 0) for one in by_round])) for part in parts}
+                together[name] = {part: round(mean, 5) for part, mean in means.items()}
         found.append({"load": load, **together, "rounds": of})
     return found
 
 
 def run(options: argparse.Namespace, load: float, kept: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Figures at one load. Exits if an answer was wrong. The journal's lines are added to `kept`."""
+    """Return the figures at one load, and add the journal's lines to `kept`. Exits if an answer was wrong."""
     family = options.family
     number = next(_RUNS)
     with tempfile.TemporaryDirectory() as directory:
         journal = Path(directory, "journal")
-        command = [sys.executable, "-m", "locust", "--headless", "--only-summary", "-f", str(LOCUSTFILE)]
-        command += [f"--host={options.url}", f"--load={load}", f"--seconds={options.seconds}", f"--journal={journal}"]
-        command += [f"--run-seed={time.time_ns() % 1_000_000}", *options.more]
+        own = (f"--load={load}", f"--seconds={options.seconds}", f"--run-seed={time.time_ns() % 1_000_000}")
+        command = locust_command(options.url, journal, *own, *options.more)
         stages = stage_sums(options.url)
         before = Snapshot.of(family) if family else None
-        ended = subprocess.run(command, check=False, capture_output=True, text=True)
+        environment = os.environ | module_environment()
+        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
         use = before.until(Snapshot.of(family)) if family and before else None
         if ended.returncode not in (0, EVERYTHING_REFUSED):
             print(ended.stdout[-3000:], ended.stderr[-3000:], file=sys.stderr)
             lines = journal.read_text().splitlines() if journal.exists() else []
             print(*[line for line in lines if '"outcome": "right"' not in line][:10], sep="\n", file=sys.stderr)
             sys.exit(ended.returncode)
-        told = [json.loads(line) | {"run": number} for line in journal.read_text().splitlines()]
+        entries = [json.loads(line) | {"run": number} for line in journal.read_text().splitlines()]
         after = stage_sums(options.url)
     if kept is not None:
-        kept += told
-    found = {"load": load, **summary(told, options.slo_ttft_s)}
-    if asked := sum(one["outcome"] == "right" for one in told):
-        spent = {stage: (seconds - stages.get(stage, 0.0)) / asked for stage, seconds in after.items()}
+        kept += entries
+    found = {"load": load, **summary(entries, options.slo_ttft_s)}
+    if answered := sum(one["outcome"] == "right" for one in entries):
+        spent = {stage: (seconds - stages.get(stage, 0.0)) / answered for stage, seconds in after.items()}
         found["stages_s"] = {stage: round(seconds, 5) for stage, seconds in spent.items() if seconds > 0}
-    if family and use and asked:
-        # Both are of the whole run, warm-up included.
-        hours = sum(one["audio_s"] for one in told if one["outcome"] == "right") / 3600
+    if family and use and answered:
+        # CPU time and audio are of the complete run, warm-up included.
+        hours = sum(one["audio_s"] for one in entries if one["outcome"] == "right") / 3600
         found["cpu_s_per_audio_hour"] = {part: round(spent / hours, 1) for part, spent in use.cpu_s.items()}
         found["memory_mib"] = {part: round(mib) for part, mib in memory_mib(family).items()}
     return found
 
 
-def summary(told: Sequence[dict[str, Any]], slo_ttft_s: float, spans: int = 1) -> dict[str, Any]:
-    """What the lines of journals come to, warm-up apart; `spans` is how many runs they are of.
+def summary(entries: Sequence[dict[str, Any]], slo_ttft_s: float, spans: int = 1) -> dict[str, Any]:
+    """Summarise the entries of journals of `spans` runs, without the warm-up.
 
-    Time is from the first request of a run to its last answer.
+    Time is from the first request of a run to its last answer. Raises `ValueError` for entries of more runs.
     """
-    measured = [one for one in told if not one["warm_up"]]
+    measured = [one for one in entries if not one["warm_up"]]
     right = [one for one in measured if one["outcome"] == "right"]
     if not right:
         return {"requests": len(measured), "right": 0, "meets_slo": False}
     runs = [[one for one in measured if one.get("run") == number] for number in {one.get("run") for one in measured}]
     if len(runs) > spans:
-        raise ValueError(f"lines of {len(runs)} runs")
+        raise ValueError(f"entries of {len(runs)} runs, expected {spans}")
     wall_s = sum(max(one["ended"] for one in of) - min(one["due"] for one in of) for of in runs)
-    # Where nothing is streamed, the first text is there with the last.
+    # An answer that is not streamed has its first text with its last.
     first_s = [one.get("ttft_s", one["e2e_s"]) for one in right]
     within = sum(of <= slo_ttft_s for of in first_s)
     found: dict[str, Any] = {"requests": len(measured), "right": len(right), "wall_s": round(wall_s, 3)}
@@ -210,7 +212,7 @@ def summary(told: Sequence[dict[str, Any]], slo_ttft_s: float, spans: int = 1) -
 
 
 def saturation(options: argparse.Namespace) -> dict[str, Any]:
-    """Bisect, on a logarithmic scale, until both sides are within `--within` of each other."""
+    """Bisect on a logarithmic scale until both bounds are within `--within` of each other."""
     tried = []
     low, high = options.low, options.high
     for load in (low, high):
@@ -225,10 +227,9 @@ def saturation(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def ceiling(options: argparse.Namespace) -> dict[str, Any]:
-    """What one generator process can do at most."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = multiprocessing.get_context("spawn").Process(target=instant, args=(port,), daemon=True)
+    """Return the figures of one generator process against a server that answers at once."""
+    port = free_port()
+    server = multiprocessing.get_context("spawn").Process(target=serve_instantly, args=(port,), daemon=True)
     server.start()
     deadline = time.monotonic() + 60
     while True:
@@ -239,7 +240,7 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-    own = argparse.Namespace(**vars(options))
+    own = copy.copy(options)
     own.url, own.family = f"http://127.0.0.1:{port}", None
     own.more = [*options.more, *INSTANT]
     try:
@@ -249,8 +250,8 @@ def ceiling(options: argparse.Namespace) -> dict[str, Any]:
         server.join()
 
 
-def instant(port: int) -> None:
-    """Serve the OpenAI dialect, streamed, at once: 16 pieces of text, and what was said is never the same."""
+def serve_instantly(port: int) -> None:
+    """Serve the OpenAI dialect, streamed, without delay: 16 pieces of text, different in every answer."""
     number = iter(range(1 << 60))
 
     async def answer(request: web.Request) -> web.Response:
@@ -270,25 +271,25 @@ def instant(port: int) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("what", choices=("all", "sweep", "saturate", "ceiling"))
-    parser.add_argument("--url", default="", help="what serves already; without it this service is started")
+    parser.add_argument("--url", default="", help="a running server; without it this service is started")
     parser.add_argument("--loads", type=float, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--rounds", type=int, default=2, help="how often `sweep` has each load")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each load in `sweep`")
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--slo-ttft-s", type=float, default=2.0, help="p95 of the time to the first text")
     parser.add_argument("--low", type=float, default=2)
     parser.add_argument("--high", type=float, default=64)
-    parser.add_argument("--within", type=float, default=0.2, help="how near `saturate` comes: 0.2 is 20 %%")
-    parser.add_argument("--pid", type=int, help="the server's process, if it runs here: its CPU and memory are told")
-    parser.add_argument("--out", type=Path, help="where JSON and page go, without suffix")
+    parser.add_argument("--within", type=float, default=0.2, help="precision of `saturate`: 0.2 is 20 %%")
+    parser.add_argument("--pid", type=int, help="the server's process on this machine, to measure its CPU and memory")
+    parser.add_argument("--out", type=Path, help="path of JSON and page, without suffix")
     parser.add_argument("--title", default="One service at several loads")
     parser.add_argument("--check", type=Path, help="a kept run's JSON: exit with a status other than 0 if worse")
-    parser.add_argument("--tolerance", type=float, default=0.25, help="how much worse is let pass: 0.25 is 25 %%")
+    parser.add_argument("--tolerance", type=float, default=0.25, help="tolerated degradation: 0.25 is 25 %%")
     own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
     options = parser.parse_args(own)
     if options.check and options.what not in ("all", "sweep"):
-        parser.error("--check is for a sweep")
+        parser.error(f"--check needs a sweep; {options.what} has none")
     options.more = sys.argv[len(own) + 2 :]
     options.family = Family(psutil.Process(options.pid), NO_MARK) if options.pid else None
     return options

@@ -7,7 +7,11 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   ├── InvalidRequest           malformed body, message or parameter
     │   │   ├── MissingModel
     │   │   ├── MissingInput
-    │   │   └── InlineTooLarge       base64 text over the limit
+    │   │   ├── InlineTooLarge       base64 text over the limit
+    │   │   ├── TooManyValues        JSON with too many containers, keys and values
+    │   │   ├── BodyTimeout          the body arrives too slowly
+    │   │   └── MalformedHttp        no HTTP request, or headers that contradict each other
+    │   ├── HeadersTooLarge          request line and headers over the limits
     │   ├── BodyTooLarge             the raw HTTP body is over the cap
     │   ├── ModelNotFound
     │   ├── NotFound                 unknown path or resource
@@ -31,11 +35,13 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   │   ├── PolicyInvalid        not signed by us, or not a policy
     │   │   ├── PolicyExpired
     │   │   ├── KeyNotAllowed        the policy does not cover this key
+    │   │   ├── UploadEmpty          no byte
     │   │   ├── UploadTooLarge       bytes over the limit
     │   │   └── UploadExists         nothing is overwritten
     │   └── AudioError               the audio itself, or the way to it
     │       ├── InvalidAudioUrl      not a reference we accept
-    │       ├── DownloadFailed       DNS, refused, status, or an address the egress guard forbids
+    │       ├── DownloadFailed       DNS, status, or an address the egress guard forbids
+    │       │   └── SourceUnavailable    connection refused, or status 502 to 504, twice; the client may retry (503)
     │       ├── DownloadTimeout
     │       ├── UploadNotFound       unknown, expired, or another owner's `oss://` key
     │       ├── AudioTooLarge        bytes over the limit
@@ -101,6 +107,22 @@ class MissingInput(InvalidRequest):
 
 class InlineTooLarge(InvalidRequest):
     message = "Exceeded limit on max bytes per data-uri item : 10485760"
+
+
+class TooManyValues(InvalidRequest):
+    pass
+
+
+class BodyTimeout(InvalidRequest):
+    message = "The request body did not arrive: the connection was idle or slow for too long."
+
+
+class MalformedHttp(InvalidRequest):
+    message = "Invalid HTTP request received."
+
+
+class HeadersTooLarge(ClientError):
+    message = "Request line and header fields are too large."
 
 
 class BodyTooLarge(ClientError):
@@ -219,6 +241,11 @@ class KeyNotAllowed(UploadRejected):
     message = "Invalid according to Policy: the key must be upload_dir, a slash and one file name."
 
 
+class UploadEmpty(UploadRejected):
+    code = "EntityTooSmall"
+    message = "Your proposed upload is smaller than the minimum allowed size."
+
+
 class UploadTooLarge(UploadRejected):
     code = "EntityTooLarge"
     message = "Your proposed upload exceeds the maximum allowed size."
@@ -239,6 +266,14 @@ class InvalidAudioUrl(AudioError):
 
 class DownloadFailed(AudioError):
     message = "Failed to download multimodal content."
+
+
+class SourceUnavailable(DownloadFailed):
+    """The server of a URL cannot be reached now. `retry_after_s`: its wish for when to retry, in seconds, else 0."""
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DownloadTimeout(AudioError):

@@ -1,6 +1,6 @@
 """The path of every caption: audio in, text out, free of HTTP and of wire formats.
 
-    admit ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
+    slot, record ─► fetch (URL | inline | upload) ─► decode + log-mel in a worker process ─► engine ─► CaptionDelta …
 
 Everything acquired on the way (a slot, a download, a worker's features, a generation) is released on every way out:
 finished, failed, cancelled, or the consumer closing the generator.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
     from pathlib import Path
 
-    from serving.audio.fetch import Fetcher
+    from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
@@ -48,7 +48,7 @@ class CaptionPipeline:
         settings: Settings,
         engine: Engine,
         workers: AudioWorkerPool,
-        fetcher: Fetcher,
+        downloads: DownloadProcess,
         uploads: UploadStore,
         *,
         on_not_ready: Callable[[], None] = lambda: None,
@@ -61,7 +61,7 @@ class CaptionPipeline:
         self._settings = settings
         self._engine = engine
         self._workers = workers
-        self._fetcher = fetcher
+        self._downloads = downloads
         self._uploads = uploads
         self._on_not_ready = on_not_ready
         self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
@@ -82,14 +82,13 @@ class CaptionPipeline:
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the caption in deltas; the last delta carries the finish reason.
 
-        Fills in `record`. Admits `session` once a slot is acquired, and charges it once the length of the audio is
-        known; the caller that entered `session` leaves it. `deadline_s` counts from the request's arrival: when it
-        passes, the caption ends as `length` and `partial` with the text generated so far. `on_prepared` is called once
-        the encoded audio is no longer needed. Raises `CaptionerError`.
+        Fills in `record`. `session` is admitted, and the caller leaves it: opens its usage record once a slot is
+        acquired, and charges it once the length of the audio is known. `deadline_s` counts from the request's
+        arrival: when it passes, the caption ends as `length` and `partial` with the text generated so far.
+        `on_prepared` is called once the encoded audio is no longer needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id, scheduling_class = request.sampling, request.request_id, session.caller.scheduling_class
-        started = time.perf_counter()
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
             try:
@@ -97,8 +96,7 @@ class CaptionPipeline:
             except NotReady:
                 self._on_not_ready()
                 raise
-            await session.admit()
-            record.stage("admit", time.perf_counter() - started)
+            session.open(request)
             features_held = await stack.enter_async_context(AsyncExitStack())
             try:
                 async with asyncio.timeout_at(deadline):
@@ -161,7 +159,7 @@ class CaptionPipeline:
                 case UploadedAudio(key):
                     clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
                 case UrlAudio(url):
-                    clip = await download.enter_async_context(self._fetcher.fetch(url, scheduling_class))
+                    clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)
             prepared = await features_held.enter_async_context(self._workers.prepare(clip, scheduling_class))
         ended = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.setting_types import MIB, Bytes, Example, Numbers, Secrets, Words
+from serving.setting_types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -42,8 +42,25 @@ class Listener(BaseModel):
     public_url: Annotated[str | None, Example("https://captions.example.com")] = Field(
         None, description="Origin that clients reach, for upload addresses. Unset: taken from each request"
     )
+    trusted_proxies: Networks = Field(
+        ("127.0.0.0/8", "::1"),
+        description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "
+        "for upload addresses, and their connections are not limited",
+    )
+    max_connections_per_address: int = Field(
+        512,
+        ge=1,
+        description="Most connections of one client address (of IPv6: one /64 network), trusted_proxies and loopback "
+        "left out; further ones get 503",
+    )
     header_timeout_s: float = Field(
         30, gt=0, description="Time in seconds for a client to send the headers of a request; then it is disconnected"
+    )
+    body_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="Time in seconds for a client to send the body of a request, and a second more for each 8 KiB that "
+        "it has sent. Higher: slower clients are served",
     )
     shutdown_grace_s: float = Field(
         300, ge=0, description="Time in seconds that a graceful stop waits for running requests"
@@ -154,6 +171,11 @@ class Capacity(BaseModel):
         512 * MIB, ge=MIB, description="Memory in bytes for all features that wait for the engine"
     )
     max_downloads_bytes: Bytes = Field(8 * 1024 * MIB, ge=MIB, description="Disk in bytes for all running downloads")
+    max_downloads: int = Field(
+        512,
+        ge=1,
+        description="Most running downloads of one frontend; one tenant alone may run two thirds of them",
+    )
     max_audio_queue: int = Field(256, ge=1, description="Most clips that wait for an audio worker")
     max_engine_queue: int = Field(256, ge=1, description="Most captions that wait for the engine")
     max_engine_wait_s: float = Field(
@@ -179,6 +201,12 @@ class Downloads(BaseModel):
 
     fetch_timeout_s: float = Field(60, gt=0, description="Time in seconds for one download, redirects included")
     fetch_connect_timeout_s: float = Field(10, gt=0, description="Time in seconds to connect to one host")
+    fetch_min_bytes_per_s: int = Field(
+        1000,
+        ge=0,
+        description="Least rate of a download's body in bytes per second, averaged over 10 s; slower ones "
+        "are given up, and do not hold their share of max_downloads for fetch_timeout_s; 0: any rate",
+    )
     fetch_ports: Numbers = Field((80, 443, 8000, 8080, 8443), description="TCP ports that downloads may use")
     fetch_allow: Words = Field(
         (),
@@ -305,14 +333,19 @@ class Storage(BaseModel):
         description="Disk in bytes for usage that is not yet in the database; past it requests are refused",
     )
     uploads_dir: Annotated[Path | None, Example("/var/lib/captioner/uploads")] = Field(
-        None, description="Directory of uploaded files. Unset: in the system's directory for temporary files"
+        None, description="Directory of uploaded files, which replicas share. Unset: `uploads` in data_dir"
     )
     upload_secret: SecretStr | None = Field(
         None, description="Secret that signs upload policies; must be equal on all replicas. Unset: made at start"
     )
     upload_policy_ttl_s: int = Field(300, ge=1, description="Validity of an upload policy in seconds")
     upload_ttl_s: int = Field(48 * 3600, ge=1, description="Retention of an uploaded file in seconds")
-    max_uploads_bytes: Bytes = Field(10 * 1024 * MIB, ge=MIB, description="Disk in bytes for all uploaded files")
+    max_uploads_bytes: Bytes = Field(
+        10 * 1024 * MIB, ge=MIB, description="Disk in bytes for all uploaded files; each counts as 4 KiB at least"
+    )
+    max_uploads_per_tenant: int = Field(
+        100_000, ge=1, description="Most uploaded files of one tenant that are kept, so that no tenant uses all inodes"
+    )
 
 
 class Logs(BaseModel):

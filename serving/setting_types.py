@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated
 
-from pydantic import BeforeValidator, SecretStr
+from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
 
 METRICS_PORTS = 32
@@ -52,7 +53,15 @@ def split(value: object) -> object:
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
+def check_networks(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words if each is an address or a network (`10.0.0.0/8`). Raises `ValueError`."""
+    for word in words:
+        ipaddress.ip_network(word, strict=False)
+    return words
+
+
 Bytes = Annotated[int, BeforeValidator(parse_size), Size()]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
+Networks = Annotated[Words, AfterValidator(check_networks)]
 Numbers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split)]

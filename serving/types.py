@@ -171,7 +171,7 @@ class FinishReason(enum.StrEnum):
 
 
 class Outcome(enum.StrEnum):
-    """Ends of a request: the ledger's column `ending`, and the label `outcome` of metrics, traces and log lines.
+    """End of a request: the ledger's column `ending`, and the label `outcome` of metrics, traces and log lines.
 
     `errors.outcome_of` derives the outcome, with an error code, from the exception that ended the request.
     """

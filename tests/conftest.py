@@ -1,4 +1,4 @@
-"""What several rooms' tests share: services as processes of their own, started once a session."""
+"""Fixtures that several rooms share: services as separate processes, started once a session."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def fake_service() -> Iterator[RunningService]:
-    """The whole service with the fake engine: fast, and deterministic, each token by itself."""
+    """The whole service with the fake engine: fast and deterministic, one event per token."""
     with RunningService("--engine=fake", "--fetch-allow=127.0.0.0/8", "--stream-flush-interval-s=0") as service:
         yield service
 

@@ -1,7 +1,7 @@
-"""A table of the microbenchmarks: each beside its reference, as a ratio of medians.
+"""A Markdown table of the microbenchmarks, each with the ratio of its median to that of its reference.
 
 pytest benchmarks/micro --benchmark-json benchmarks/results/micro.json
-python benchmarks/micro/ratios.py benchmarks/results/micro.json > benchmarks/results/micro.md
+python -m benchmarks.micro.ratios benchmarks/results/micro.json > benchmarks/results/micro.md
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ REFERENCES = {
     "test_wire.py::test_write_service": "test_wire.py::test_write_library",
     "test_admission.py::test_limits": "test_admission.py::test_limits_reference",
     "test_admission.py::test_key": "test_admission.py::test_key_reference",
-    "test_admission.py::test_line": "test_admission.py::test_line_reference",
+    "test_admission.py::test_queue": "test_admission.py::test_queue_reference",
+    "test_admission.py::test_line": "test_admission.py::test_line_reference",  # as the kept results name it
     "test_ledger.py::test_append": "test_ledger.py::test_append_reference",
     "test_ledger.py::test_append_and_sync": "",
     "test_ledger.py::test_write": "test_ledger.py::test_write_reference",
 }
-"""What each is read beside; nothing where there is none."""
+"""Reference of each microbenchmark; empty without a reference."""
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the lines of the table."""
     times = {one["fullname"].removeprefix("benchmarks/micro/"): one["stats"] for one in found}
     lines = ["| | median, µs | reference, µs | ratio |", "| --- | ---: | ---: | ---: |"]
     for name, stats in times.items():
@@ -36,7 +37,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
         if test not in REFERENCES:
             continue
         of = {other: times[other] for other in times if re.split(r"\[", other)[0] == REFERENCES[test]}
-        # A reference of the same case, of several ways of the same case, or of none.
+        # A reference without cases, of the same case, or of several variants of the same case.
         fitting = [other for other in of if "[" not in other or set(_cases(case)) <= set(_cases(other))]
         own = stats["median"] * 1e6
         for other in fitting or [""]:
@@ -48,28 +49,28 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def conditions(told: dict[str, Any]) -> str:
-    """One sentence on when, of what and where it was measured, as pytest-benchmark has noted it."""
-    commit, machine = told["commit_info"], told["machine_info"]
+def conditions(results: dict[str, Any]) -> str:
+    """Return a sentence with date, commit and machine, as pytest-benchmark recorded them."""
+    commit, machine = results["commit_info"], results["machine_info"]
     changed = " with local changes" if commit.get("dirty") else ""
     cpu = machine["cpu"]
     return (
-        f"Measured {told['datetime'][:16]} UTC at commit {commit['id'][:10]}{changed}, "
+        f"Measured {results['datetime'][:16]} UTC at commit {commit['id'][:10]}{changed}, "
         f"{cpu.get('count', '?')} cores of {cpu.get('brand_raw', 'an unknown CPU')}, "
-        f"Python {machine['python_version']}, pytest-benchmark {told['version']}."
+        f"Python {machine['python_version']}, pytest-benchmark {results['version']}."
     )
 
 
-def page(told: dict[str, Any]) -> str:
-    """The whole page."""
+def page(results: dict[str, Any]) -> str:
+    """Return the page."""
     lines = [
         "# Microbenchmarks",
         "",
-        conditions(told),
-        "Medians of many rounds of one call; a ratio above 1 is what the service takes longer than its reference.",
-        "How long rounds differ, and all else, is in `micro.json`.",
+        conditions(results),
+        "Medians of many rounds of one call; with a ratio above 1 the service takes longer than its reference.",
+        "The spread of the rounds, and all other figures, are in `micro.json`.",
         "",
-        *table(told["benchmarks"]),
+        *table(results["benchmarks"]),
     ]
     return "\n".join(lines)
 

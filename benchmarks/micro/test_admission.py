@@ -1,4 +1,4 @@
-"""The way in: whose key it is, whether its limits let it in, and whose turn it is among many tenants.
+"""Admission: authentication of a key, limits of a tenant, and fair queueing between many tenants.
 
 pytest benchmarks/micro/test_admission.py --benchmark-sort=name
 """
@@ -9,14 +9,13 @@ import asyncio
 import hashlib
 import hmac
 import itertools
-import sys
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.servers import Redis
 from serving.config import Settings
 from serving.scheduling.fair_queue import FairQueue, SortedQueue
 from serving.tenancy.database import connect, migrate
@@ -27,11 +26,9 @@ from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.types import Caller, Limits, SchedulingClass
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from stores import Redis
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 LIMITS = Limits(requests_per_minute=10**9, tokens_per_minute=10**12)
 CALLER = Caller("acme", "k1", tenant_limits=LIMITS, key_limits=LIMITS)
@@ -40,14 +37,14 @@ KEY = "sk-0123456789abcdef0123456789abcdef"
 
 @pytest.fixture(scope="module")
 def redis_url() -> Iterator[str]:
-    """A Redis of one's own."""
+    """URL of a fresh Redis."""
     with Redis() as server:
         yield server.url
 
 
 @pytest.mark.parametrize("kind", ["memory", "redis"])
 def test_limits(benchmark: Callable[..., Any], kind: str, request: pytest.FixtureRequest) -> None:
-    """One request let in, charged and settled, under limits of its tenant and of its key."""
+    """One request is admitted, charged and settled, under limits of its tenant and of its key."""
     numbers = itertools.count()
 
     async def spent(_: Caller) -> Spent:
@@ -69,7 +66,7 @@ def test_limits(benchmark: Callable[..., Any], kind: str, request: pytest.Fixtur
 
 
 def test_limits_reference(benchmark: Callable[..., Any]) -> None:
-    """What running a coroutine that does nothing costs; no more than that is not the limits'."""
+    """A coroutine that does nothing is run; its time is no cost of the limits."""
 
     async def nothing() -> None:
         for _ in range(3):
@@ -80,7 +77,7 @@ def test_limits_reference(benchmark: Callable[..., Any]) -> None:
 
 
 def test_key(benchmark: Callable[..., Any], tmp_path: Path) -> None:
-    """Whose key a header holds."""
+    """The key of a header is resolved to its tenant."""
     database = connect(f"sqlite:///{tmp_path / 'keys.db'}")
     migrate(database)
     keyring = Keyring(Settings(api_keys=[KEY], data_dir=tmp_path), database)
@@ -89,7 +86,7 @@ def test_key(benchmark: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_key_reference(benchmark: Callable[..., Any]) -> None:
-    """One keyed hash of it."""
+    """One keyed hash of the key is computed."""
     assert benchmark(lambda: hmac.digest(b"pepper", KEY.encode(), hashlib.sha256))
 
 
@@ -106,37 +103,37 @@ def _arrived(item: _Item) -> float:
 
 
 @pytest.mark.parametrize("tenants", [1, 10, 1000])
-def test_line(benchmark: Callable[..., Any], tenants: int) -> None:
-    """One comes and the next goes, while 1,000 of so many tenants wait."""
-    line = FairQueue(_arrived, patience_s=1e9, now_s=lambda: 0.0)
+def test_queue(benchmark: Callable[..., Any], tenants: int) -> None:
+    """One item is enqueued and the next dequeued, while 1,000 items of this number of tenants wait."""
+    queue = FairQueue(_arrived, patience_s=1e9, now_s=lambda: 0.0)
     numbers = itertools.count()
-    shares = [SchedulingClass(f"tenant {number}") for number in range(tenants)]
+    classes = [SchedulingClass(f"tenant {number}") for number in range(tenants)]
 
-    def come() -> None:
+    def enqueue() -> None:
         number = next(numbers)
-        line.add(_Item(shares[number % tenants], float(number)))
+        queue.add(_Item(classes[number % tenants], float(number)))
 
     def one() -> None:
-        come()
-        line.dequeue(next(line.in_order()))
+        enqueue()
+        queue.dequeue(next(queue.in_order()))
 
     for _ in range(1000):
-        come()
+        enqueue()
     benchmark(one)
-    assert len(line) == 1000
+    assert len(queue) == 1000
 
 
-def test_line_reference(benchmark: Callable[..., Any]) -> None:
-    """The same in one line for all, without turns."""
-    line: SortedQueue[_Item] = SortedQueue(_arrived)
+def test_queue_reference(benchmark: Callable[..., Any]) -> None:
+    """The same happens in one queue for all tenants, without fairness."""
+    queue: SortedQueue[_Item] = SortedQueue(_arrived)
     numbers = itertools.count()
-    add = partial(_Item, SchedulingClass())
+    item = partial(_Item, SchedulingClass())
 
     def one() -> None:
-        line.add(add(float(next(numbers))))
-        line.discard(next(iter(line)))
+        queue.add(item(float(next(numbers))))
+        queue.discard(next(iter(queue)))
 
     for _ in range(1000):
-        line.add(add(float(next(numbers))))
+        queue.add(item(float(next(numbers))))
     benchmark(one)
-    assert len(line) == 1000
+    assert len(queue) == 1000

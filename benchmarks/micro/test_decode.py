@@ -1,22 +1,18 @@
-"""Reading 10 s of each kind of file: this service's decoder beside the bare library, to samples at 16 kHz.
+"""Decoding 10 s of each kind of file to samples at 16 kHz: this service's decoder, and PyAV alone as reference.
 
 pytest benchmarks/micro --benchmark-group-by=param:kind
 """
 
 from __future__ import annotations
 
-import sys
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import av
 import pytest
 
+from benchmarks.load.clips import CODECS, Clip, make_clip
 from serving.audio.decode import decode
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from clips import CODECS, Clip, make_clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,20 +22,20 @@ DURATION_S = 10
 
 @pytest.fixture(scope="module", params=CODECS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """One kind of file."""
+    """Kind of file."""
     return str(request.param)
 
 
 @pytest.fixture(scope="module")
 def data(kind: str, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Make such a file."""
+    """Bytes of a file of that kind."""
     clip = Clip(tmp_path_factory.mktemp("clips") / f"clip.{kind}", DURATION_S)
     make_clip(clip, 1)
     return clip.path.read_bytes()
 
 
 def bare(data: bytes) -> int:
-    """Decode and resample by PyAV alone, without a limit or a check. Returns how many samples came."""
+    """Decode and resample by PyAV alone, without limits or checks. Returns the number of samples."""
     resampler = av.AudioResampler(format="flt", layout="mono", rate=16_000)
     with av.open(BytesIO(data)) as container:
         frames: list[Any] = list(container.decode(audio=0))
@@ -47,11 +43,11 @@ def bare(data: bytes) -> int:
 
 
 def test_service(benchmark: Callable[..., Any], data: bytes) -> None:
-    """What the service does."""
+    """The service decodes the clip to its length."""
     samples = benchmark(decode, data, max_duration_s=60)
     assert len(samples) / 16_000 == pytest.approx(DURATION_S, abs=0.2)
 
 
 def test_library(benchmark: Callable[..., Any], data: bytes) -> None:
-    """What PyAV does."""
+    """PyAV decodes the clip to its length."""
     assert benchmark(bare, data) / 16_000 == pytest.approx(DURATION_S, abs=0.2)

@@ -1,4 +1,7 @@
-"""Log-mel features of 10 s: this service's beside those of the model's own extractor."""
+"""Log-mel features of 10 s: this service, and the model's own extractor as reference.
+
+pytest benchmarks/micro/test_features.py
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ SAMPLES = np.random.default_rng(1).normal(0, 0.1, 160_000).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def extractor() -> Any:
-    """The model's."""
+    """The model's extractor."""
     return WhisperFeatureExtractor(feature_size=128)
 
 
 def test_service(benchmark: Callable[..., Any]) -> None:
-    """What the service does."""
+    """The service returns a frame for each 10 ms."""
     assert benchmark(log_mel, SAMPLES).shape == (128, 1000)
 
 
 def test_extractor(benchmark: Callable[..., Any], extractor: Any) -> None:
-    """What transformers does."""
+    """The extractor of transformers returns a frame for each 10 ms."""
     made = benchmark(extractor, SAMPLES, sampling_rate=16_000, padding=False, truncation=False)
     assert made["input_features"][0].shape == (128, 1000)

@@ -1,4 +1,4 @@
-"""The wire: reading a request with 30 s of MP3 inside, and writing the 256 events of a stream, beside a bare library.
+"""The wire: reading a request with 30 s of MP3, and writing the 256 events of a stream; JSON libraries as reference.
 
 pytest benchmarks/micro/test_wire.py --benchmark-group-by=func,param:dialect
 """
@@ -53,31 +53,31 @@ BODIES = {
 
 @pytest.fixture(params=BODIES)
 def dialect(request: pytest.FixtureRequest) -> str:
-    """Each of the two."""
+    """Dialect."""
     return str(request.param)
 
 
 @pytest.fixture
 def codec(dialect: str) -> Codec:
-    """That which the service uses."""
+    """The service's codec of the dialect."""
     settings = Settings(served_model_name=MODEL)
     return OpenAICodec(settings) if dialect == "openai" else DashScopeCodec(settings)
 
 
 def test_read_service(benchmark: Callable[..., Any], dialect: str, codec: Codec) -> None:
-    """Parsed and checked, the audio left as it came."""
+    """A request is parsed and checked; the audio stays encoded."""
     request, reply = benchmark(codec.decode_request, BODIES[dialect], SSE, "id")
     assert request.model == MODEL
     assert reply.stream
 
 
 def test_read_library(benchmark: Callable[..., Any], dialect: str) -> None:
-    """Parsed by the standard library."""
+    """A request is parsed by the standard library."""
     assert benchmark(json.loads, BODIES[dialect])["model"] == MODEL
 
 
 def test_write_service(benchmark: Callable[..., Any], dialect: str, codec: Codec) -> None:
-    """A stream's events from the first to the last."""
+    """The events of a stream are written, from the first to the last."""
 
     def stream() -> bytes:
         _, reply = codec.decode_request(BODY_WITHOUT_AUDIO[dialect], SSE, "id")
@@ -92,7 +92,7 @@ BODY_WITHOUT_AUDIO = {name: body.replace(AUDIO.encode(), b"https://a.example/a.m
 
 @pytest.mark.parametrize("dumps", [json.dumps, orjson.dumps], ids=["json", "orjson"])
 def test_write_library(benchmark: Callable[..., Any], dialect: str, dumps: Callable[[Any], str | bytes]) -> None:
-    """The same number of events of the same shape, each a dictionary that a library makes text of."""
+    """The same number of events of the same shape is encoded by a library, from dictionaries."""
 
     def event(delta: CaptionDelta) -> dict[str, Any]:
         if dialect == "openai":

@@ -16,11 +16,12 @@ import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api.request_body import Body
 from serving.api.uvicorn_protocol import protocol
+from serving.errors import BodyTimeout, Disconnected
 from serving.tenancy.admin.service import Administration, NotFoundError
 from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.admin.verbs import VERBS
@@ -50,7 +51,7 @@ def create_admin_app(settings: Settings, database: sa.Engine) -> Starlette:
         raise ValueError("admin_token: required by the administration's HTTP API; set CAPTIONER_ADMIN_TOKEN")
     pepper = Pepper.of(settings)
     routes = [
-        Route(path, _endpoint(verb, database, pepper), methods=[method])
+        Route(path, _endpoint(verb, database, pepper, settings), methods=[method])
         for verb in VERBS
         for method, path in verb.routes
     ]
@@ -68,7 +69,7 @@ class AdminServer(uvicorn.Server):
         app = create_admin_app(settings, open_database(settings))
         port = settings.admin_port or 0
         quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "ws": "none"}
-        quiet["http"] = protocol(settings)
+        quiet |= {"http": protocol(settings), "proxy_headers": False}
         super().__init__(uvicorn.Config(app, host=settings.admin_host, port=port, timeout_graceful_shutdown=5, **quiet))
 
     @contextmanager
@@ -104,20 +105,22 @@ class _OnlyWithToken:
         await self._app(scope, receive, send)
 
 
-def _endpoint(verb: Verb, database: sa.Engine, pepper: Pepper) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(
+    verb: Verb, database: sa.Engine, pepper: Pepper, settings: Settings
+) -> Callable[[Request], Awaitable[Response]]:
     """Return the endpoint of a verb, which uses the database in a thread."""
 
     async def endpoint(request: Request) -> Response:
         actor = f"api:{request.headers.get('x-actor', '')[:_ACTOR_CHARACTERS]}"
         try:
-            body = await _body(request)
+            body = await _body(Body(request.receive, settings))
             path = {name: str(value) for name, value in request.path_params.items()}
             # A body of GET is read and ignored, and so is a query of the other methods.
             reads = request.method in {"GET", "HEAD"}
             values = verb.of_query(path, request.query_params) if reads else verb.of_body(path, body)
             answer = await asyncio.to_thread(verb.run, Administration(database, pepper, actor), **values)
-        except ClientDisconnect:
-            return _error(400, "invalid", "the body is incomplete")  # nobody reads it
+        except (Disconnected, BodyTimeout):
+            return _error(400, "invalid", "the body is incomplete")
         except NotFoundError as error:
             return _error(404, "not_found", str(error))
         except InvalidChangeError as error:
@@ -136,10 +139,10 @@ def _endpoint(verb: Verb, database: sa.Engine, pepper: Pepper) -> Callable[[Requ
     return endpoint
 
 
-async def _body(request: Request) -> dict[str, Any]:
-    """Read the JSON object of a request, `{}` for an empty body. Raises `InvalidChangeError`."""
+async def _body(pieces: Body) -> dict[str, Any]:
+    """Read the JSON object of a request, `{}` for an empty body. Raises `InvalidChangeError` and the body's errors."""
     read = bytearray()
-    async for piece in request.stream():
+    async for piece in pieces:
         read += piece
         if len(read) > _MAX_BODY_BYTES:
             raise InvalidChangeError(f"the body is larger than {_MAX_BODY_BYTES} bytes")

@@ -15,12 +15,13 @@ from starlette.middleware import Middleware
 
 from serving.api.collectors import bind_service_metrics
 from serving.api.components import Components
+from serving.api.connections import Connections
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
 from serving.api.error_handlers import UnexpectedErrorMiddleware, error_handlers
 from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
-from serving.audio.fetch import Fetcher
+from serving.audio.download_process import DownloadProcess
 from serving.audio.worker_pool import AudioWorkerPool
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
@@ -33,6 +34,7 @@ from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.uploads import DirectoryUploads
+from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
 
 if TYPE_CHECKING:
@@ -53,28 +55,31 @@ def create_app(
     on_engine: Callable[[BaseException | None], None] | None = None,
     on_not_ready: Callable[[], None] = lambda: None,
     targets: Callable[[], list[Target]] | None = None,
+    connections: Connections | None = None,
 ) -> Starlette:
     """Compose the application. `engine` defaults to the engine that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
-    `on_engine` is called once: with `None` when the engine has loaded, with the exception when loading failed.
+    `on_engine` is called once: with `None` when the engine has loaded and the database can be used, with the exception
+    when one of them never will.
     `on_not_ready` is called for each caption request that arrives while no engine is ready; a readiness probe does not
-    call it. `targets` returns the metrics addresses of a cluster's processes.
+    call it. `targets` returns the metrics addresses of a cluster's processes. `connections`: those of the server that
+    runs the application.
     """
     engine = engine or make_engine(settings)
     scrape_access = ScrapeAccess.of(settings, in_cluster=targets is not None)
     tenants = settings.metrics_tenants if scrape_access.names_tenants else 0
     metrics = Metrics(tenants=tenants, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
-    fetcher = Fetcher(settings)
+    downloads = DownloadProcess(settings)
     uploads = DirectoryUploads(settings)
     tenancy = Tenancy(settings)
     components = Components(
         settings=settings,
         engine=engine,
         workers=workers,
-        pipeline=CaptionPipeline(settings, engine, workers, fetcher, uploads, on_not_ready=on_not_ready),
-        fetcher=fetcher,
+        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
+        downloads=downloads,
         targets=targets,
         scrape_access=scrape_access,
         uploads=uploads,
@@ -82,6 +87,7 @@ def create_app(
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
         bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
+        connections=connections or Connections(settings),
         openai=OpenAICodec(settings),
         dashscope=DashScopeCodec(settings),
     )
@@ -91,15 +97,18 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, metrics.tracer.stop)
-            for component in (workers, fetcher, uploads, tenancy):
+            for component in (workers, downloads, uploads, tenancy):
                 stack.push_async_callback(component.stop)
                 await component.start()
+            if targets is not None:
+                # A frontend of a cluster gets no requests before: others may have keys from before an outage.
+                await tenancy.started()
             stack.push_async_callback(engine.stop)
             if targets is None and settings.metrics_port is not None:
                 listener = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
                 stack.push_async_callback(listener.stop)
                 await listener.start(settings.metrics_host, settings.metrics_port)
-            loading = asyncio.create_task(_load(engine, on_engine))
+            loading = asyncio.create_task(_load(engine, tenancy, on_engine))
             stack.push_async_callback(_cancel, loading)
             yield
 
@@ -129,18 +138,31 @@ def make_engine(settings: Settings) -> AdmissionControl:
     return AdmissionControl(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
-async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:
-    started = time.perf_counter()
+async def _load(engine: Engine, tenancy: Tenancy, on_engine: Callable[[BaseException | None], None] | None) -> None:
+    tasks = [asyncio.create_task(_start_engine(engine)), asyncio.create_task(tenancy.started())]
     failure: BaseException | None = None
     try:
-        await engine.start()
-    except Exception as error:
-        log.exception("engine start failed")
+        await asyncio.gather(*tasks)
+    except UnusableDatabase as error:
+        log.error("database cannot be used", extra={"reason": str(error)})  # noqa: TRY400 - the operator's mistake
+        failure = error
+    except Exception as error:  # noqa: BLE001 - logged where it was raised
         failure = error if isinstance(error, EngineFailed) else EngineFailed()
-    else:
-        log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
+    finally:
+        for task in tasks:
+            await _cancel(task)
     if on_engine is not None:
         on_engine(failure)
+
+
+async def _start_engine(engine: Engine) -> None:
+    started = time.perf_counter()
+    try:
+        await engine.start()
+    except Exception:
+        log.exception("engine start failed")
+        raise
+    log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from serving.api.dialects.base import HEARTBEAT
-from serving.api.request_body import disconnected, drain, pieces, read_body
-from serving.errors import CaptionerError, Disconnected, Internal
+from serving.api.request_body import Body, disconnected
+from serving.errors import CaptionerError, Disconnected, Internal, NotReady
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -30,11 +31,18 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSession, UsageSessions
-    from serving.types import CaptionDelta
+    from serving.types import CaptionDelta, CaptionRequest
 
 log = logging.getLogger(__name__)
 
 _OK = 200
+
+_DECODED_ON_LOOP_BYTES = 256 * 1024
+"""Largest body that is decoded on the event loop: it takes 10 ms at worst."""
+
+_DECODER = ThreadPoolExecutor(1, "decode-request")
+"""One thread: the parser holds the interpreter, so a second one would only keep the event loop waiting for longer."""
+
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -83,6 +91,13 @@ class CaptionEndpoint:
             log.exception("unexpected failure", extra={"request_id": record.request_id})
             self.metrics.finish(record, Internal())
             await response.fail(Internal(), self.codec)
+        except asyncio.CancelledError as error:
+            # The service stops and its grace is over: the client receives an error, not a stream that is cut.
+            self.metrics.finish(record, None if response.ended else error)
+            if not response.ended:
+                await response.fail(NotReady(), self.codec)
+            if task := asyncio.current_task():
+                task.uncancel()  # the request has its answer; its task ends as after any error
         except BaseException as error:
             self.metrics.finish(record, error)
             raise
@@ -91,44 +106,69 @@ class CaptionEndpoint:
 
     async def _serve(self, scope: Scope, receive: Receive, response: _Response, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        try:
-            caller = self.keys.authenticate(headers)
-        except CaptionerError:
-            await drain(pieces(receive), self.settings.max_body_bytes)
-            raise
-        self.metrics.tracer.begin(record, headers)  # of nobody without a key: strangers do not fill the collector
+        # A stranger is answered at once: the connection reads the rest of the body, briefly.
+        caller = self.keys.authenticate(headers)
+        self.metrics.tracer.begin(record, headers)  # only with a key: strangers do not fill the collector
         record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
-        with self.bodies.permit(caller.scheduling_class) as permit:
-            body = await read_body(receive, self.settings.max_body_bytes, permit)
-            record.stage("receive", time.perf_counter() - record.started)
-            request, reply = self.codec.decode_request(body, headers, record.request_id)
-            del body
-            response.reply = reply
-            record.stream = reply.stream
-            record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
-            deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-            async with self.usage_sessions.session(caller, record, request) as session:
-                response.session = session
+        body = Body(receive, self.settings)
+        async with self.usage_sessions.session(caller, record) as session:
+            response.session = session
+            try:
+                await session.admit()
+            except CaptionerError:
+                await body.drain()
+                raise
+            admitted = time.perf_counter()
+            record.stage("admit", admitted - record.started)
+            with self.bodies.permit(caller.scheduling_class) as permit:
+                content = await body.read(permit)
+                record.stage("receive", time.perf_counter() - admitted)
+                request, reply = await self._decode(content, headers, record)
+                del content
+                response.reply = reply
+                record.stream = reply.stream
+                record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
+                deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
                 deltas = self.pipeline.caption(
                     request, record, session, deadline_s=deadline_s, on_prepared=permit.release
                 )
                 del request  # it holds the encoded audio, which the pipeline releases once decoded
-                response_task = asyncio.create_task(self._respond(deltas, reply, response, record))
-                disconnect_task = asyncio.create_task(disconnected(receive))
-                try:
-                    await asyncio.wait(
-                        (response_task, disconnect_task, response.write_stalled), return_when=asyncio.FIRST_COMPLETED
-                    )
-                    if response.ended:
-                        await asyncio.wait((response_task,))  # a client that has the complete response may disconnect
-                finally:
-                    disconnect_task.cancel()
-                    if not response_task.done():
-                        response_task.cancel()
-                    await asyncio.wait((response_task, disconnect_task))
-                if response_task.cancelled():
-                    raise Disconnected
-                response_task.result()
+                await self._send(deltas, reply, response, record, receive)
+
+    async def _decode(
+        self, content: bytes, headers: Mapping[str, str], record: RequestRecord
+    ) -> tuple[CaptionRequest, Reply]:
+        """Decode a request; a large one in a thread, so that counting its values does not hold the event loop."""
+        if len(content) <= _DECODED_ON_LOOP_BYTES:
+            return self.codec.decode_request(content, headers, record.request_id)
+        decode = self.codec.decode_request
+        return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, content, headers, record.request_id)
+
+    async def _send(
+        self,
+        deltas: AsyncGenerator[CaptionDelta],
+        reply: Reply,
+        response: _Response,
+        record: RequestRecord,
+        receive: Receive,
+    ) -> None:
+        """Send the response. Raises `Disconnected` once the client disconnects, or reads nothing for too long."""
+        response_task = asyncio.create_task(self._respond(deltas, reply, response, record))
+        disconnect_task = asyncio.create_task(disconnected(receive))
+        try:
+            await asyncio.wait(
+                (response_task, disconnect_task, response.write_stalled), return_when=asyncio.FIRST_COMPLETED
+            )
+            if response.ended:
+                await asyncio.wait((response_task,))  # a client that has the complete response may disconnect
+        finally:
+            disconnect_task.cancel()
+            if not response.ended:  # what is billed is also sent, even if the service stops now
+                response_task.cancel()
+            await asyncio.wait((response_task, disconnect_task))
+        if response_task.cancelled():
+            raise Disconnected
+        response_task.result()
 
     async def _respond(
         self, deltas: AsyncGenerator[CaptionDelta], reply: Reply, response: _Response, record: RequestRecord

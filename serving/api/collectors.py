@@ -25,25 +25,36 @@ def bind_service_metrics(components: Components) -> None:
     """Bind the metrics of a frontend, or of the service on one machine, to its components."""
     metrics, workers, engine = components.metrics, components.workers, components.engine
     uploads, settings, watch = components.uploads, components.settings, metrics.bind
+    downloads = components.downloads
     watch("captioner_audio_workers", lambda: settings.audio_workers)
     watch("captioner_audio_workers_busy", lambda: workers.busy)
     watch("captioner_audio_workers_busy_seconds_total", lambda: workers.busy_s)
     watch("captioner_audio_worker_deaths_total", lambda: workers.deaths)
+    watch("captioner_downloads_running", lambda: downloads.running)
+    watch("captioner_download_process_deaths_total", lambda: downloads.deaths)
     watch("captioner_audio_queue_depth", lambda: workers.queued)
     watch("captioner_audio_queue_audio_seconds", lambda: workers.queued_audio_s)
     watch("captioner_features_bytes", lambda: workers.outstanding_bytes)
     watch("captioner_body_bytes", lambda: components.bodies.used)
+    watch("captioner_connections", lambda: components.connections.open)
+    watch("captioner_connections_refused_total", lambda: dict(components.connections.refused))
     watch("captioner_uploads_bytes", lambda: uploads.used_bytes)
     watch("captioner_upload_received_bytes_total", lambda: uploads.received_bytes)
     saturation: dict[str, Callable[[], float]] = {
         "concurrent_requests": lambda: components.pipeline.in_flight / settings.max_concurrent_requests,
         "bodies": lambda: components.bodies.used / settings.max_body_memory_bytes,
-        "downloads": lambda: components.fetcher.used_bytes / settings.max_downloads_bytes,
+        "downloads": lambda: max(
+            downloads.used_bytes / settings.max_downloads_bytes, downloads.running / settings.max_downloads
+        ),
         "audio_queue": lambda: workers.queued / settings.max_audio_queue,
         "features": lambda: workers.outstanding_bytes / settings.max_features_bytes,
         "uploads": lambda: uploads.used_bytes / settings.max_uploads_bytes,
     }
-    cpu: dict[str, Callable[[], float]] = {"frontend": time.process_time, "audio": lambda: workers.cpu_s}
+    cpu: dict[str, Callable[[], float]] = {
+        "frontend": time.process_time,
+        "audio": lambda: workers.cpu_s,
+        "downloads": lambda: downloads.cpu_s,
+    }
     if isinstance(engine, RemoteEngine):
         watch("captioner_engine_replicas", lambda: sum(engine.replicas.values()))
         watch("captioner_engine_replicas_ready", lambda: engine.replicas["ready"])

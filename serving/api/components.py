@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serving.api.connections import Connections
     from serving.api.dialects.base import Codec
-    from serving.audio.fetch import Fetcher
+    from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
     from serving.config import Settings
     from serving.engine.base import Engine
@@ -37,9 +38,10 @@ class Components:
     metrics: Metrics
     bodies: SharedCapacity
     """Memory of request bodies, in bytes."""
+    connections: Connections
     openai: Codec
     dashscope: Codec
-    fetcher: Fetcher
+    downloads: DownloadProcess
     scrape_access: ScrapeAccess
     targets: Callable[[], list[Target]] | None = None
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serving.api.request_body import pieces, try_drain
+from serving.api.request_head import is_compatible
 from serving.errors import CaptionerError, Internal, MethodNotAllowed, NotFound
 
 if TYPE_CHECKING:
@@ -26,15 +25,17 @@ log = logging.getLogger(__name__)
 
 def error_handlers(components: Components) -> Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]:
     """Return Starlette's exception handlers: for the error tree, and for requests that match no route."""
-    handler = functools.partial(render_error, components)
+
+    async def handler(request: Request, raised: Exception) -> Response:
+        return render_error(components, request, raised)
+
     return {CaptionerError: handler, HTTPException: handler}
 
 
 class UnexpectedErrorMiddleware:
     """Answer 500 in the path's dialect when an endpoint raises anything outside the error tree.
 
-    Starlette's own handler for such exceptions runs outside all middleware: its response has no request id, and it
-    cannot read the rest of the request's body.
+    Starlette's own handler for such exceptions runs outside all middleware: its response has no request id.
     """
 
     def __init__(self, app: ASGIApp, components: Components) -> None:
@@ -58,12 +59,12 @@ class UnexpectedErrorMiddleware:
         except Exception as raised:
             if started:
                 raise
-            response = await render_error(self._components, Request(scope, receive), raised)
+            response = render_error(self._components, Request(scope, receive), raised)
             await response(scope, receive, send)
 
 
-async def render_error(components: Components, request: Request, raised: Exception) -> Response:
-    """Read the rest of the request's body, then return the response to `raised` in the path's dialect."""
+def render_error(components: Components, request: Request, raised: Exception) -> Response:
+    """Return the response to `raised` in the path's dialect."""
     error: CaptionerError
     match raised:
         case CaptionerError():
@@ -75,7 +76,6 @@ async def render_error(components: Components, request: Request, raised: Excepti
         case _:
             log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
             error = Internal()
-    await try_drain(pieces(request.receive), components.settings.max_body_bytes)
     rendered = _codec_of(request.url.path, components).error(error, request.state.request_id)
     headers = {**rendered.headers}
     if isinstance(raised, HTTPException) and raised.headers:
@@ -84,5 +84,5 @@ async def render_error(components: Components, request: Request, raised: Excepti
 
 
 def _codec_of(path: str, components: Components) -> Codec:
-    """Return the dialect of errors on `path`: OpenAI's on its own paths, the native one on all others."""
-    return components.openai if path.startswith(("/v1/", "/compatible-mode/")) else components.dashscope
+    """Return the dialect of errors on `path`."""
+    return components.openai if is_compatible(path) else components.dashscope

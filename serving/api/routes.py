@@ -12,7 +12,9 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
-from serving.api.request_body import pieces, try_drain
+from serving.api.forwarding import Origins
+from serving.api.request_body import Body
+from serving.api.request_counting import RequestCounter
 from serving.api.upload_form import receive_upload
 from serving.config import MIB
 from serving.errors import (
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from serving.api.components import Components
-    from serving.config import Settings
+    from serving.storage.uploads import UploadGrant
     from serving.types import Caller
 
 log = logging.getLogger(__name__)
@@ -73,47 +75,50 @@ class _Endpoints:
         self._engine = components.engine
         self._uploads = components.uploads
         self._keys = components.keys
+        self._requests = RequestCounter(components.usage_sessions)
+        self._ledger = components.usage_sessions.ledger
         self._metrics = components.metrics
         self._targets = components.targets
+        self._origins = Origins(components.settings)
         self._scrape_access = components.scrape_access
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(openai.models_page(self._settings))
 
     async def show_model(self, request: Request) -> Response:
         """E5: one model."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(openai.model(self._settings, request.path_params["name"]))
 
     async def page_models(self, request: Request) -> Response:
         """E6: the models, as DashScope pages them."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(dashscope.models_page(self._settings, request.query_params, request.state.request_id))
 
     async def show_native_model(self, request: Request) -> Response:
         """E6: one model."""
-        self._authenticate(request)
+        await self._admit(request)
         return _json(dashscope.model(self._settings, request.path_params["name"], request.state.request_id))
 
     async def upload_policy(self, request: Request) -> Response:
         """E3: the form fields with which this caller may upload files for one model."""
-        caller = self._authenticate(request)
+        caller = await self._admit(request)
         if request.query_params.get("action") != "getPolicy":
             raise InvalidRequest("Required parameter(action) missing or invalid, it should be getPolicy.")
         model = request.query_params.get("model", "")
         if model not in self._settings.model_names:
             raise ModelNotFound(model)
         # Issued for the main name, so that the file can be used with any of the model's names.
-        policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name)
+        policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name, caller.key_id)
         return _json(
             oss.policy_body(
                 request.state.request_id,
                 policy=policy.policy,
                 signature=policy.signature,
                 upload_dir=policy.upload_dir,
-                upload_host=_origin(request, self._settings) + UPLOAD_PATH,
+                upload_host=self._origins.of(request) + UPLOAD_PATH,
                 expire_in_seconds=policy.expires_in_s,
                 max_file_size_mb=math.ceil(policy.max_bytes / MIB),
                 oss_access_key_id="captioner",
@@ -121,11 +126,20 @@ class _Endpoints:
         )
 
     async def upload(self, request: Request) -> Response:
-        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them."""
+        """E4: store one file under a signed policy. The request has no key; errors are XML, as OSS renders them.
+
+        A client without a valid policy is answered at once; after one, the rest of its body is read first.
+        """
         error: CaptionerError
-        body, content_type = pieces(request.receive), request.headers.get("content-type", "")
+        body, content_type = Body(request.receive, self._settings), request.headers.get("content-type", "")
         try:
-            await receive_upload(body, content_type, self._uploads, max_file_bytes=self._settings.max_upload_bytes)
+            await receive_upload(
+                body,
+                content_type,
+                self._uploads,
+                admit=self._admit_upload,
+                max_file_bytes=self._settings.max_upload_bytes,
+            )
         except Disconnected:
             self._metrics.upload("disconnected")
             raise
@@ -138,7 +152,6 @@ class _Endpoints:
             self._metrics.upload("stored")
             return Response(status_code=200)
         self._metrics.upload(error_code(type(error)))
-        await try_drain(body, self._settings.max_body_bytes)
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)
 
@@ -153,9 +166,9 @@ class _Endpoints:
         return _json(b'{"alive":true}')
 
     async def readyz(self, _: Request) -> Response:
-        """Answer 503 if the engine cannot make captions now."""
+        """Answer 503 if captions cannot be made now: by the engine, or because nobody can be identified or billed."""
         try:
-            await self._engine.check_health()
+            await self._check_ready()
         except ServerError as error:
             return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
         return _json(orjson.dumps({"ready": True}))
@@ -163,7 +176,7 @@ class _Endpoints:
     async def scrape(self, request: Request) -> Response:
         """Prometheus metrics of this process."""
         self._scrape_access.check(request.scope)
-        body, content_type = await self._metrics.expose(self._engine.check_health, request.headers.get("accept", ""))
+        body, content_type = await self._metrics.expose(self._check_ready, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def scrape_targets(self, request: Request) -> Response:
@@ -172,16 +185,20 @@ class _Endpoints:
         here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
         return _json(orjson.dumps(here if self._targets is None else self._targets()))
 
-    def _authenticate(self, request: Request) -> Caller:
-        return self._keys.authenticate(request.headers)
+    async def _admit(self, request: Request) -> Caller:
+        """Return the caller, and count the request."""
+        caller = self._keys.authenticate(request.headers)
+        await self._requests.count(caller)
+        return caller
 
+    async def _check_ready(self) -> None:
+        self._keys.check_ready()
+        self._ledger.check_writable()
+        await self._engine.check_health()
 
-def _origin(request: Request, settings: Settings) -> str:
-    """Return the origin under which this client reaches the service."""
-    if settings.public_url:
-        return settings.public_url.rstrip("/")
-    headers, url = request.headers, request.url
-    return f"{headers.get('x-forwarded-proto', url.scheme)}://{headers.get('x-forwarded-host', url.netloc)}"
+    async def _admit_upload(self, grant: UploadGrant) -> None:
+        """Count the file as a request of its owner, whose key must still be valid."""
+        await self._requests.count(self._keys.holder(grant.owner, grant.key_id))
 
 
 def _json(body: bytes, status: int = 200) -> Response:

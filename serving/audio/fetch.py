@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import ipaddress
 import logging
-import os
-import shutil
+import re
 import socket
 import tempfile
-import uuid
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,7 +23,10 @@ from urllib.parse import urljoin
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from serving.audio import content_coding
+from serving.audio.bounded_http import BoundedConnector, bounded_session
 from serving.audio.dns import Resolver
+from serving.audio.download_directory import DownloadDirectory
 from serving.audio.egress import EgressGuard, parse_url
 from serving.errors import (
     AudioEmpty,
@@ -36,19 +36,19 @@ from serving.errors import (
     DownloadTimeout,
     InvalidAudioUrl,
     Overloaded,
+    SourceUnavailable,
 )
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import NO_TENANT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-    from typing import BinaryIO
 
     from aiohttp import AddrInfoType
     from yarl import URL
 
+    from serving.audio.download_directory import DownloadFile
     from serving.config import Settings
-    from serving.scheduling.shared_capacity import Permit
     from serving.types import SchedulingClass
 
 MAX_REDIRECTS = 5
@@ -56,15 +56,34 @@ MAX_REDIRECTS = 5
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _HEADERS = {"User-Agent": "captioner", "Accept-Encoding": "identity"}
 _CHUNK_BYTES = 256 * 1024
-_DOWNLOADS_PREFIX = "captioner-downloads-"
+_RAW_BYTE = re.compile("[\udc80-\udcff]")
+"""A byte of a header that is not UTF-8, as aiohttp decodes it (`surrogateescape`)."""
+
+_UNAVAILABLE = frozenset((HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT))
+_RETRY_DELAY_S, _MAX_RETRY_DELAY_S = 0.5, 5.0
+"""Delay before the second attempt: the least, and the longest that a server may ask for by `Retry-After`."""
+
+_RATE_WINDOW_S = 10.0
+"""Time over which the least rate is averaged: longer than the pauses of TCP's retransmissions on a bad network."""
+
+_ALPHA = 2.0
+"""Ratio of a tenant's running downloads to the free ones: one tenant alone gets two thirds.
+
+A download is held by the server that the tenant names, for up to `fetch_timeout_s`; less than the other capacities'
+eight ninths, so that the next tenant finds free ones.
+"""
 
 TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
     aiohttp.ClientConnectionError: DownloadFailed,
+    aiohttp.ClientOSError: SourceUnavailable,  # refused, reset, unreachable
     aiohttp.ClientPayloadError: DownloadFailed,
     aiohttp.ClientResponseError: DownloadFailed,
+    aiohttp.ClientSSLError: DownloadFailed,
+    aiohttp.ConnectionTimeoutError: SourceUnavailable,
     aiohttp.InvalidURL: InvalidAudioUrl,
     aiohttp.NonHttpUrlClientError: InvalidAudioUrl,
     aiohttp.RedirectClientError: DownloadFailed,
+    aiohttp.ServerDisconnectedError: SourceUnavailable,
     aiohttp.ServerTimeoutError: DownloadTimeout,
     aiohttp.UploadAbortedError: DownloadFailed,
 }
@@ -80,17 +99,23 @@ class Fetcher:
         self._settings = settings
         self._getaddrinfo = getaddrinfo
         self._guard = EgressGuard(settings)
-        self._downloads: _DownloadDirectory | None = None
+        self._downloads: DownloadDirectory | None = None
+        self._running = SharedCapacity(settings.max_downloads, reason="downloads", alpha=_ALPHA)
 
     @property
     def used_bytes(self) -> int:
         """Disk used by downloads, in bytes."""
         return self._downloads.used_bytes if self._downloads else 0
 
+    @property
+    def running(self) -> int:
+        """Downloads that are not finished."""
+        return self._running.used
+
     async def start(self) -> None:
         """Create the directory for downloads, and remove those that killed services left behind."""
         self._resolver = Resolver(self._getaddrinfo, patience_s=self._settings.fetch_timeout_s / 2)
-        self._downloads = _DownloadDirectory(
+        self._downloads = DownloadDirectory(
             self._settings.download_dir or Path(tempfile.gettempdir()), self._settings.max_downloads_bytes
         )
 
@@ -105,25 +130,43 @@ class Fetcher:
     async def fetch(self, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Path]:
         """Download the file behind an http(s) URL for a tenant. The file exists until the context is left.
 
-        Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, uses no
-        proxy, and refuses a compressed body.
+        Follows up to 5 redirects, but none from https to http. Sends no credentials, cookies or referrer, and uses no
+        proxy. A server that cannot be reached or is not available is asked once more.
 
-        Raises `InvalidAudioUrl`, `DownloadFailed`, `DownloadTimeout`, `AudioTooLarge`, `AudioEmpty`, and `Overloaded`
-        when downloads fill the disk that they may use, or the tenant's downloads fill its part of that disk.
+        Raises `InvalidAudioUrl`, `DownloadFailed`, `SourceUnavailable`, `DownloadTimeout`, `AudioTooLarge`,
+        `AudioEmpty`, and `Overloaded` when downloads fill the disk that they may use or all of their number, or the
+        tenant's downloads fill its part of either.
         """
         hop = parse_url(url)
         if self._downloads is None:
             raise RuntimeError("the fetcher is not running")
         async with self._downloads.file(scheduling_class) as file:
-            with _translated():
-                async with asyncio.timeout(self._settings.fetch_timeout_s):
-                    await self._download(hop, file, scheduling_class)
-                file.close()
+            with self._running.acquire(scheduling_class):
+                await self._attempt_twice(hop, file, scheduling_class)
             if not file.permit.amount:
                 raise AudioEmpty
             yield file.path
 
-    async def _download(self, hop: URL, file: _DownloadFile, scheduling_class: SchedulingClass) -> None:
+    async def _attempt_twice(self, hop: URL, file: DownloadFile, scheduling_class: SchedulingClass) -> None:
+        first: SourceUnavailable | None = None
+        try:
+            with _translated():
+                async with asyncio.timeout(self._settings.fetch_timeout_s):
+                    try:
+                        with _translated():
+                            await self._download(hop, file, scheduling_class)
+                    except SourceUnavailable as error:
+                        first = error
+                        await asyncio.sleep(min(max(error.retry_after_s, _RETRY_DELAY_S), _MAX_RETRY_DELAY_S))
+                        file.restart()
+                        await self._download(hop, file, scheduling_class)
+                file.close()
+        except DownloadTimeout:
+            if first is not None:
+                raise first from None
+            raise
+
+    async def _download(self, hop: URL, file: DownloadFile, scheduling_class: SchedulingClass) -> None:
         for _ in range(MAX_REDIRECTS + 1):
             async with self._get(hop, scheduling_class) as response:
                 if response.status not in _REDIRECTS:
@@ -136,8 +179,8 @@ class Fetcher:
     async def _get(self, url: URL, scheduling_class: SchedulingClass) -> AsyncIterator[aiohttp.ClientResponse]:
         """Send one request over a new connection: callers share nothing."""
         pinned = _Pinned(await self._resolve(cast("str", url.raw_host), cast("int", url.port), scheduling_class))
-        connector = aiohttp.TCPConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
-        session = aiohttp.ClientSession(
+        connector = BoundedConnector(resolver=pinned, socket_factory=pinned.socket, use_dns_cache=False)
+        session = bounded_session(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=_HEADERS,
@@ -150,7 +193,11 @@ class Fetcher:
             yield response
 
     async def _resolve(self, host: str, port: int, scheduling_class: SchedulingClass) -> list[AddrInfoType]:
-        """Return every address of the host, literal or name. Raises `DownloadFailed` unless all of them are allowed."""
+        """Return every address of the host, literal or name. Raises `DownloadFailed` unless all of them are allowed.
+
+        A failed lookup is not retried here: the system's resolver has retried, and the answer is the one for a
+        forbidden address.
+        """
         try:
             found = await self._resolver.resolve(host, port, scheduling_class)
         except (OSError, UnicodeError) as error:
@@ -159,18 +206,62 @@ class Fetcher:
         self._guard.check(host, port, (ipaddress.ip_address(info[4][0]) for info in found))
         return found
 
-    async def _read(self, response: aiohttp.ClientResponse, file: _DownloadFile) -> None:
+    async def _read(self, response: aiohttp.ClientResponse, file: DownloadFile) -> None:
+        if response.status in _UNAVAILABLE:
+            raise SourceUnavailable(
+                f"{DownloadFailed.message} The server answered with status {response.status}.",
+                retry_after_s=_retry_after_s(response.headers.get("Retry-After", "")),
+            )
         if response.status // 100 != HTTPStatus.OK // 100:
             raise DownloadFailed(f"{DownloadFailed.message} The server answered with status {response.status}.")
-        if response.headers.get("Content-Encoding", "identity").lower() not in ("identity", ""):
-            raise DownloadFailed(f"{DownloadFailed.message} The server sent a compressed body.")
-        limit = self._settings.max_url_bytes
+        headers, limit = response.headers, self._settings.max_url_bytes
+        inflater = content_coding.decoder(
+            (*headers.getall("Content-Encoding", ()), *headers.getall("Transfer-Encoding", ()))
+        )
         if (response.content_length or 0) > limit:
             raise AudioTooLarge
-        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            if file.permit.amount + len(chunk) > limit:
-                raise AudioTooLarge
-            file.write(chunk)
+        pace = _Pace(self._settings.fetch_min_bytes_per_s)
+        async with pace.enforced():
+            async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+                pace.received_bytes += len(chunk)
+                for piece in inflater.feed(chunk) if inflater else (chunk,):
+                    if file.permit.amount + len(piece) > limit:
+                        raise AudioTooLarge
+                    file.write(piece)
+        if inflater:
+            inflater.finish()
+
+
+class _Pace:
+    """The least rate of one body: a server that sends less in `_RATE_WINDOW_S` is given up."""
+
+    def __init__(self, min_bytes_per_s: int) -> None:
+        self.received_bytes = 0
+        self._min_bytes_per_s = min_bytes_per_s
+
+    @asynccontextmanager
+    async def enforced(self) -> AsyncIterator[None]:
+        """Bound the time of the body within. Raises `DownloadTimeout`, which names the rate."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._check(limit, -1)
+                try:
+                    yield
+                finally:
+                    self._timer.cancel()
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            rate = f"The server sends fewer than {self._min_bytes_per_s} bytes per second."
+            raise DownloadTimeout(f"{DownloadTimeout.message} {rate}") from None
+
+    def _check(self, limit: asyncio.Timeout, before_bytes: int) -> None:
+        """Check the bytes of a window, and start the next. `before_bytes`: those before the window, -1 at the start."""
+        loop = asyncio.get_running_loop()
+        if before_bytes >= 0 and self.received_bytes - before_bytes < self._min_bytes_per_s * _RATE_WINDOW_S:
+            limit.reschedule(loop.time())
+        else:
+            self._timer = loop.call_later(_RATE_WINDOW_S, self._check, limit, self.received_bytes)
 
 
 class _Pinned(AbstractResolver):
@@ -207,93 +298,21 @@ class _Pinned(AbstractResolver):
         return socket.socket(family, kind, protocol)
 
 
-class _DownloadDirectory:
-    """A private directory for the downloads under way, and the bound on their total size.
-
-    The directory is locked. A killed service leaves its directory but not its lock, so the next service recognises the
-    directory as abandoned and removes it.
-    """
-
-    def __init__(self, parent: Path, max_bytes: int) -> None:
-        parent.mkdir(parents=True, exist_ok=True)
-        for other in parent.glob(f"{_DOWNLOADS_PREFIX}*"):
-            with suppress(OSError):  # its owner is running, or is another user
-                os.close(_lock(other))
-                shutil.rmtree(other)
-        # Locked before it gets a name that other services sweep.
-        new = Path(tempfile.mkdtemp(prefix=f".{_DOWNLOADS_PREFIX}", dir=parent))
-        self._lock = _lock(new)
-        self._directory = new.rename(parent / new.name.removeprefix("."))
-        self._capacity = SharedCapacity(max_bytes, reason="downloads")
-
-    @property
-    def used_bytes(self) -> int:
-        """Disk used by downloads, in bytes."""
-        return self._capacity.used
-
-    @asynccontextmanager
-    async def file(self, scheduling_class: SchedulingClass) -> AsyncIterator[_DownloadFile]:
-        """Create a file that is removed when the context is left. Raises `Overloaded` if it cannot be created."""
-        path = self._directory / uuid.uuid4().hex
-        try:
-            file = _DownloadFile(self._capacity.permit(scheduling_class), path)
-        except OSError:
-            log.exception("cannot create a download file")
-            raise Overloaded(reason="downloads") from None
-        try:
-            yield file
-        finally:
-            with suppress(OSError):
-                file.close()
-            try:
-                # A write is not worth a thread (8 ms at worst for 256 KiB), but removing a GiB takes the disk 100 ms.
-                await asyncio.shield(asyncio.to_thread(path.unlink))
-            finally:
-                file.permit.release()
-
-    def remove(self) -> None:
-        """Remove the directory."""
-        shutil.rmtree(self._directory, ignore_errors=True)
-        os.close(self._lock)
-
-
-class _DownloadFile:
-    """A download on its way to disk."""
-
-    def __init__(self, permit: Permit, path: Path) -> None:
-        self.path = path
-        self.permit = permit
-        self._file: BinaryIO = path.open("xb", buffering=_CHUNK_BYTES)
-
-    def write(self, chunk: bytes) -> None:
-        """Append `chunk`. Raises `Overloaded` if downloads use all the disk they may, `OSError` if the disk is full."""
-        self.permit.grow(len(chunk))
-        self._file.write(chunk)
-
-    def close(self) -> None:
-        """Flush and close the file. Raises `OSError`."""
-        self._file.close()
-
-
-def _lock(directory: Path) -> int:
-    """Lock a directory until the returned descriptor is closed. Raises `OSError` if it is locked already."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _next_hop(url: URL, location: str | None) -> URL:
+    # Bytes that are not UTF-8 (a name in GBK or Latin-1) are escaped as they are, as browsers and curl do.
+    target = _RAW_BYTE.sub(lambda raw: f"%{ord(raw[0]) - 0xDC00:02X}", location or "")
     try:
-        hop = parse_url(urljoin(str(url), location or ""))
+        hop = parse_url(urljoin(str(url), target))
     except (InvalidAudioUrl, ValueError):
         raise DownloadFailed(f"{DownloadFailed.message} It redirects to an invalid URL.") from None
     if (url.scheme, hop.scheme) == ("https", "http"):
         raise DownloadFailed(f"{DownloadFailed.message} It redirects from https to http.")
     return hop
+
+
+def _retry_after_s(value: str) -> float:
+    """Return the seconds of a `Retry-After` header; 0 for none and for a date."""
+    return float(value) if re.fullmatch(r"[0-9]{1,6}", value.strip(), re.ASCII) else 0.0
 
 
 @contextmanager
@@ -309,6 +328,8 @@ def _translated() -> Iterator[None]:
 
 
 def _translate(error: aiohttp.ClientError | OSError) -> CaptionerError:
+    if isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.EACCES:
+        return DownloadFailed()  # `_Pinned.socket`
     if isinstance(error, aiohttp.ClientError):
         return next((TRANSLATION[kind] for kind in type(error).__mro__ if kind in TRANSLATION), DownloadFailed)()
     if isinstance(error, TimeoutError):

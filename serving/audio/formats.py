@@ -7,19 +7,22 @@ and concat scripts reach no decoder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from serving.audio.frame_sync import find_mpeg_audio, is_raw_gsm, is_transport_stream, mpeg_audio_at
+from serving.audio.id3 import id3_bytes, id3_frames_end
 
 PREFIX_BYTES = 65_536
-"""Number of bytes of a clip that recognition reads."""
+"""Number of bytes of a clip that recognition reads, if they suffice."""
 
-_ID3_HEADER_BYTES = 10
-_MAX_ID3_TAGS = 8
-_TS_PACKET_BYTES = 188
-_MPEG_FRAMES = 3
-"""MPEG audio has no magic number, only a sync word: this many frames must follow one another."""
+_MAX_ZEROS = 16 << 20
+"""Number of zeros at the start that are skipped: encoders and interrupted downloads leave them."""
+
+_MAX_JUNK_BYTES = 1 << 20
+"""Number of bytes at the start that are searched for MPEG audio."""
+
+_MAX_SKIPS = 8
+"""Number of ID3v2 tags and runs of zeros that are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,52 +40,155 @@ class Format:
 # libsndfile also reads FLAC, MP3 and Ogg. But there it trusts the number of samples in the header (an MP3 made of two
 # ends after the first), gives up at the first damaged frame, and takes 2.5 to 3 times as long for Ogg.
 _MP3 = Format("MP3", "mp3")
-_AAC = Format("AAC", "aac")
-_LATM = Format("AAC (LATM)", "loas")
+_MPEG_AUDIO = {"mp3": _MP3, "aac": Format("AAC", "aac"), "loas": Format("AAC (LATM)", "loas")}
 _MP4 = Format("MP4", "mov")
 _QUICKTIME = Format("QuickTime", "mov")
 _3GP = Format("3GP", "mov")
 _MPEG_TS = Format("MPEG-TS", "mpegts")
+_GSM = Format("GSM", "gsm")
 _WAV = Format("WAV", "wav", soundfile=True)
+_WAV_OF_FRAMES = Format("WAV", "wav")
+"""DTS or AC-3 that a WAV header calls PCM: CDs and S/PDIF recordings. libsndfile would return it as noise."""
 
-_MAGIC: tuple[tuple[bytes, Format], ...] = (
-    (b"fLaC", Format("FLAC", "flac")),
-    (b"OggS", Format("Ogg", "ogg")),
-    (b"#!AMR\n", Format("AMR", "amr")),
-    (b"#!AMR-WB\n", Format("AMR-WB", "amr")),
-    (b"\x1a\x45\xdf\xa3", Format("Matroska or WebM", "matroska")),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", Format("WMA or ASF", "asf")),
-    (b"riff\x2e\x91\xcf\x11", Format("Wave64", "w64", soundfile=True)),
-    (b".snd", Format("AU", "au", soundfile=True)),
-    (b"caff", Format("CAF", "caf", soundfile=True)),
-    (b"Creative Voice File\x1a", Format("VOC", "voc", soundfile=True)),
-    (b"wvpk", Format("WavPack", "wv")),
-    (b"TTA1", Format("TTA", "tta")),
-    (b"\x0b\x77", Format("AC-3", "ac3")),
-    (b"FLV\x01", Format("FLV", "flv")),
-    (b"\x00\x00\x01\xba", Format("MPEG-PS", "mpeg")),
+_MAGIC: tuple[tuple[int, bytes, Format], ...] = (
+    (0, b"fLaC", Format("FLAC", "flac")),
+    (0, b"OggS", Format("Ogg", "ogg")),
+    (0, b"#!AMR\n", Format("AMR", "amr")),
+    (0, b"#!AMR-WB\n", Format("AMR-WB", "amr")),
+    (0, b"\x1a\x45\xdf\xa3", Format("Matroska or WebM", "matroska")),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", Format("WMA or ASF", "asf")),
+    (0, b"riff\x2e\x91\xcf\x11", Format("Wave64", "w64", soundfile=True)),
+    (0, b".snd", Format("AU", "au", soundfile=True)),
+    (0, b"caff", Format("CAF", "caf", soundfile=True)),
+    (0, b"NIST_1A\n", Format("NIST SPHERE", "nistsphere")),
+    (0, b"Creative Voice File\x1a", Format("VOC", "voc", soundfile=True)),
+    (0, b"wvpk", Format("WavPack", "wv")),
+    (0, b"TTA1", Format("TTA", "tta")),
+    (0, b"\x0b\x77", Format("AC-3", "ac3")),
+    (0, b"\x7f\xfe\x80\x01", Format("DTS", "dts")),
+    (0, b"\xfe\x7f\x01\x80", Format("DTS", "dts")),
+    (0, b"\x1f\xff\xe8\x00\x07", Format("DTS", "dts")),
+    (0, b"\xff\x1f\x00\xe8\xf1\x07", Format("DTS", "dts")),
+    (0, b"\x64\x58\x20\x25", Format("DTS", "dts")),
+    (0, b"DTSHDHDR", Format("DTS-HD", "dtshd")),
+    (4, b"\xf8\x72\x6f\xba", Format("TrueHD", "truehd")),
+    (4, b"\xf8\x72\x6f\xbb", Format("MLP", "mlp")),
+    (0, b"FLV\x01", Format("FLV", "flv")),
+    (0, b"\x00\x00\x01\xba", Format("MPEG-PS", "mpeg")),
 )
+"""Offset, magic bytes, format."""
 
 _RIFF = {b"WAVE": _WAV, b"AVI ": Format("AVI", "avi")}
+_BW64 = Format("WAV", "wav")
+"""The EBU's successor of RF64, which libsndfile does not know."""
+
+_FRAMES_IN_WAV = (
+    b"\x7f\xfe\x80\x01",
+    b"\xfe\x7f\x01\x80",
+    b"\xff\x1f\x00\xe8",
+    b"\x1f\xff\xe8\x00",
+    b"\x72\xf8\x1f\x4e",
+)
+"""Sync words of DTS and of S/PDIF (IEC 61937)."""
+
+_FRAMES_IN_WAV_BYTES = 16_384
+
 _IFF = dict.fromkeys((b"AIFF", b"AIFC"), Format("AIFF", "aiff", soundfile=True))
 _ATOMS = (b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
 """Atoms with which a QuickTime file may begin where an MP4 has `ftyp`."""
 
+_CONVERT = "convert it to WAV, MP3 or FLAC"
+_UNPACK = "send the audio file that is inside"
+_RENDER = "render it to WAV, MP3 or FLAC"
+_DECRYPT = "send it decrypted, as WAV, MP3 or FLAC"
+
+_UNSUPPORTED: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"#!SILK", "SILK (a voice message of Skype, WeChat or QQ)", _CONVERT),
+    (1, b"#!SILK", "SILK (a voice message of WeChat or QQ)", _CONVERT),
+    (0, b"MAC ", "Monkey's Audio (APE)", _CONVERT),
+    (0, b"MACF", "Monkey's Audio (APE)", _CONVERT),
+    (0, b"DSD ", "DSD (DSF)", _CONVERT),
+    (0, b"FRM8", "DSD (DSDIFF, DFF)", _CONVERT),
+    (0, b"1bit", "DSD (WSD)", _CONVERT),
+    (0, b"tBaK", "TAK", _CONVERT),
+    (0, b"OFR ", "OptimFROG", _CONVERT),
+    (0, b"MP+", "Musepack (MPC)", _CONVERT),
+    (0, b"MPCK", "Musepack (MPC)", _CONVERT),
+    (0, b".ra\xfd", "RealAudio", _CONVERT),
+    (0, b".RMF", "RealMedia (RM, RMVB)", _CONVERT),
+    (0, b"ajkg", "Shorten (SHN)", _CONVERT),
+    (0, b"LA0", "Lossless Audio (LA)", _CONVERT),
+    (0, b"qoaf", "QOA", _CONVERT),
+    (0, b"TWIN97012000", "TwinVQ (VQF)", _CONVERT),
+    (0, b"\x02dss", "DSS (a dictation)", _CONVERT),
+    (0, b"\x03dss", "DSS (a dictation)", _CONVERT),
+    (0, b"\x03ds2", "DS2 (a dictation)", _CONVERT),
+    (0, b"ea3\x03", "Sony OpenMG (OMA, ATRAC)", _CONVERT),
+    (0, b"EA3\x01", "Sony OpenMG (OMA, ATRAC)", _CONVERT),
+    (0, b"#!AMR_MC1.0\n", "AMR of several channels", _CONVERT),
+    (0, b"#!AMR-WB_MC1.0\n", "AMR-WB of several channels", _CONVERT),
+    (0, b"#!EVS", "EVS", _CONVERT),
+    (0, b"#!iLBC", "iLBC", _CONVERT),
+    (0, b"\x06\x0e\x2b\x34\x02\x05\x01\x01", "MXF", _CONVERT),
+    (8, b"QLCM", "QCP (QCELP, EVRC)", _CONVERT),
+    (8, b"XWMA", "xWMA", _CONVERT),
+    (8, b"8SVX", "8SVX", _CONVERT),
+    (0, b"MThd", "MIDI (notes without sound)", _RENDER),
+    (8, b"RMID", "MIDI (notes without sound)", _RENDER),
+    (0, b"IMPM", "a tracker module (IT)", _RENDER),
+    (0, b"Extended Module: ", "a tracker module (XM)", _RENDER),
+    (44, b"SCRM", "a tracker module (S3M)", _RENDER),
+    (1080, b"M.K.", "a tracker module (MOD)", _RENDER),
+    (0, b"CTENFDAM", "NCM (encrypted by NetEase Cloud Music)", _DECRYPT),
+    (0, b"\x7c\xd5\x32\xeb\x86\x02\x7f\x4b", "KGM (encrypted by KuGou)", _DECRYPT),
+    (0, b"yeelion-kuwo", "KWM (encrypted by Kuwo)", _DECRYPT),
+    (4, b"\x57\x90\x75\x36", "Audible (AA, encrypted)", _DECRYPT),
+    (4, b"ftypaax", "Audible (AAX, encrypted)", _DECRYPT),
+    (4, b"ftypodcf", "OMA DRM (DCF, encrypted)", _DECRYPT),
+    (0, b"\x1f\x8b\x08", "a gzip archive", _UNPACK),
+    (0, b"PK\x03\x04", "a ZIP archive", _UNPACK),
+    (0, b"PK\x05\x06", "a ZIP archive", _UNPACK),
+    (0, b"PK\x07\x08", "a ZIP archive", _UNPACK),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\x00", "an xz archive", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a Zstandard archive", _UNPACK),
+    (0, b"\x04\x22\x4d\x18", "an LZ4 archive", _UNPACK),
+    (0, b"MSCF", "a CAB archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+)
+"""Formats that no reader opens: offset, magic bytes, name, and what the caller can do."""
+
+_SHORTEN_IN_SPHERE = b"embedded-shorten"
+
 
 def recognise(file: BinaryIO) -> tuple[Format | None, int, bytes]:
-    """Return the format of a file, where its audio begins (past any ID3v2 tags), and the bytes there.
+    """Return the format of a file, where its audio begins (past any ID3v2 tags and zeros), and the bytes there.
 
     Bytes of no other format after an ID3v2 tag are taken for MP3.
     """
-    start = 0
-    for _ in range(_MAX_ID3_TAGS):
-        file.seek(start)
-        prefix = file.read(PREFIX_BYTES)
-        if not (tag_bytes := _id3_bytes(prefix)):
+    size, start, tagged = file.seek(0, 2), 0, False
+    for _ in range(_MAX_SKIPS):
+        prefix = _read(file, start)
+        if claimed := id3_bytes(prefix):
+            tagged = True
+            if inside := _audio_in_tag(file, start, claimed, size):
+                return inside
+            if start + claimed >= size:
+                return None, start, prefix
+            start += claimed
+        elif found := _sniff(prefix):
+            return found[0], start + found[1], prefix[found[1] :]
+        elif zeros := _leading_zeros(file, start):
+            start += zeros
+        else:
             break
-        start += tag_bytes
-    found = sniff(prefix)
-    return (found or _MP3 if start and prefix else found), start, prefix
+    if unsupported(prefix):
+        return None, start, prefix
+    if prefix and not is_text(prefix) and (far := _search_mpeg_audio(file, start)):
+        return far
+    return (_MP3 if tagged and prefix else None), start, prefix
 
 
 def sniff(prefix: bytes) -> Format | None:
@@ -90,12 +196,37 @@ def sniff(prefix: bytes) -> Format | None:
 
     The result is the surer the longer `prefix` is, up to `PREFIX_BYTES`.
     """
-    for magic, found in _MAGIC:
-        if prefix.startswith(magic):
+    found = _sniff(prefix)
+    return found[0] if found else None
+
+
+def _sniff(prefix: bytes) -> tuple[Format, int] | None:
+    """Return the format of a file that begins with `prefix`, and where its audio begins, past junk."""
+    if found := _sniff_magic(prefix):
+        return found, 0
+    if unsupported(prefix):
+        return None
+    if is_transport_stream(prefix):
+        return _MPEG_TS, 0
+    if id3_bytes(prefix):
+        return _MP3, 0
+    if found_frames := find_mpeg_audio(prefix):
+        return _MPEG_AUDIO[found_frames[0]], found_frames[1]
+    return (_GSM, 0) if is_raw_gsm(prefix) else None
+
+
+def _sniff_magic(prefix: bytes) -> Format | None:
+    if unsupported(prefix):
+        return None
+    for offset, magic, found in _MAGIC:
+        if prefix.startswith(magic, offset):
             return found
     match prefix[:4]:
         case b"RIFF" | b"RIFX" | b"RF64":
-            return _RIFF.get(prefix[8:12])
+            found_riff = _RIFF.get(prefix[8:12])
+            return _WAV_OF_FRAMES if found_riff is _WAV and _has_frames_in_wav(prefix) else found_riff
+        case b"BW64":
+            return _BW64 if prefix[8:12] == b"WAVE" else None
         case b"FORM":
             return _IFF.get(prefix[8:12])
     match prefix[4:8]:
@@ -103,9 +234,17 @@ def sniff(prefix: bytes) -> Format | None:
             return _3GP if prefix[8:10] == b"3g" else _QUICKTIME if prefix[8:12] == b"qt  " else _MP4
         case atom if atom in _ATOMS:
             return _QUICKTIME
-    if prefix[: 2 * _TS_PACKET_BYTES + 1 : _TS_PACKET_BYTES] == b"GGG":
-        return _MPEG_TS
-    return _MP3 if _id3_bytes(prefix) else _mpeg_audio(prefix)
+    return None
+
+
+def unsupported(prefix: bytes) -> str:
+    """Return the reason why a file of a known format that begins with `prefix` is refused; else nothing."""
+    if prefix.startswith(b"NIST_1A\n") and _SHORTEN_IN_SPHERE in prefix[:1024]:
+        return f"NIST SPHERE compressed by Shorten is not supported: {_CONVERT}"
+    for offset, magic, name, remedy in _UNSUPPORTED:
+        if prefix.startswith(magic, offset):
+            return f"{name} is not supported: {remedy}"
+    return ""
 
 
 def is_text(prefix: bytes) -> bool:
@@ -117,64 +256,45 @@ def is_text(prefix: bytes) -> bool:
     return all(char.isprintable() or char.isspace() for char in text)
 
 
-def _id3_bytes(prefix: bytes) -> int:
-    """Return the length of the ID3v2 tag at the start, 0 if there is none."""
-    if not prefix.startswith(b"ID3") or len(prefix) < _ID3_HEADER_BYTES or max(prefix[6:10]) >= 0x80:  # noqa: PLR2004
-        return 0
-    size = prefix[6] << 21 | prefix[7] << 14 | prefix[8] << 7 | prefix[9]
-    has_footer = bool(prefix[5] & 0x10)
-    return (1 + has_footer) * _ID3_HEADER_BYTES + size
+def _has_frames_in_wav(prefix: bytes) -> bool:
+    data = prefix.find(b"data", 12) + 8
+    return data >= 8 and any(word in prefix[data : data + _FRAMES_IN_WAV_BYTES] for word in _FRAMES_IN_WAV)  # noqa: PLR2004
 
 
-def _mpeg_audio(prefix: bytes) -> Format | None:
-    """Recognise MP3 (or MP2) or AAC by a chain of frames, at the start or after junk such as zeros."""
-    for start in _sync_words(prefix):
-        for found, frame_bytes in ((_MP3, _mp3_frame_bytes), (_AAC, _adts_frame_bytes), (_LATM, _loas_frame_bytes)):
-            position, frames = start, 0
-            while frames < _MPEG_FRAMES and (size := frame_bytes(prefix[position : position + 6])):
-                position, frames = position + size, frames + 1
-            # A prefix that ends within the chain proves less, so the chain must begin at its first byte.
-            if frames == _MPEG_FRAMES or (frames and start == 0 and position >= len(prefix)):
-                return found
+def _read(file: BinaryIO, start: int, size: int = PREFIX_BYTES) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
+def _leading_zeros(file: BinaryIO, start: int) -> int:
+    """Return the number of zeros to skip, 0 if nothing but zeros follows.
+
+    Up to three zeros before the first other byte are kept: the size of a box of MP4, or the start code of MPEG-PS.
+    """
+    position = start
+    while position - start < _MAX_ZEROS and (block := _read(file, position)):
+        if rest := block.lstrip(b"\0"):
+            end = position + len(block) - len(rest)
+            for kept in (0, 3, 2):
+                if end - kept > start and sniff(_read(file, end - kept, PREFIX_BYTES)):
+                    return end - kept - start
+            return end - start
+        position += len(block)
+    return 0
+
+
+def _audio_in_tag(file: BinaryIO, start: int, claimed: int, size: int) -> tuple[Format, int, bytes] | None:
+    """Find MPEG audio that begins within the tag at `start`, since the tag claims more bytes than it has."""
+    end = id3_frames_end(file, start, claimed)
+    if end < start + claimed and (rest := _read(file, end).lstrip(b"\0")):
+        begin = min(end + PREFIX_BYTES, size) - len(rest)
+        if begin < start + claimed and (demuxer := mpeg_audio_at(rest, 0)):
+            return _MPEG_AUDIO[demuxer], begin, rest
+    return _search_mpeg_audio(file, start + 1) if start + claimed >= size else None
+
+
+def _search_mpeg_audio(file: BinaryIO, start: int) -> tuple[Format, int, bytes] | None:
+    if found := find_mpeg_audio(_read(file, start, _MAX_JUNK_BYTES)):
+        begin = start + found[1]
+        return _MPEG_AUDIO[found[0]], begin, _read(file, begin)
     return None
-
-
-def _sync_words(prefix: bytes) -> Iterator[int]:
-    yield 0
-    start = 0
-    while (start := prefix.find(b"\xff", start + 1)) >= 0:
-        yield start
-
-
-_MP3_KBPS = {  # by version (1, or 2 and 2.5) and layer
-    (1, 2): (0, 32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    (2, 2): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-    (2, 3): (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_MP3_HZ = (44_100, 48_000, 32_000)
-
-
-def _mp3_frame_bytes(header: bytes) -> int:
-    """Return the length of the MPEG-1/2/2.5 layer II or III frame with this header, 0 if it is not such a header."""
-    word = int.from_bytes(header[:4])
-    version, layer, rate, hz = word >> 19 & 3, 4 - (word >> 17 & 3), word >> 12 & 15, word >> 10 & 3
-    if word >> 21 != 0x7FF or version == 1 or layer not in (2, 3) or rate in (0, 15) or hz == 3:  # noqa: PLR2004
-        return 0
-    generation = 1 if version == 3 else 2  # noqa: PLR2004
-    samples = 576 if (generation, layer) == (2, 3) else 1152
-    hz_shift = {3: 0, 2: 1, 0: 2}[version]
-    return samples * 125 * _MP3_KBPS[generation, layer][rate] // (_MP3_HZ[hz] >> hz_shift) + (word >> 9 & 1)
-
-
-def _adts_frame_bytes(header: bytes) -> int:
-    """Return the length of the ADTS frame with this header, 0 if it is not such a header."""
-    word = int.from_bytes(header[:6].ljust(6, b"\0"))
-    is_sync, hz, size = word >> 36 == 0xFFF and not word >> 33 & 3, word >> 26 & 15, word >> 5 & 0x1FFF  # noqa: PLR2004
-    return size if is_sync and hz < 13 and size > 7 else 0  # noqa: PLR2004
-
-
-def _loas_frame_bytes(header: bytes) -> int:
-    """Return the length of the LOAS (LATM) frame with this header, 0 if it is not such a header."""
-    word = int.from_bytes(header[:3])
-    return 3 + (word & 0x1FFF) if word >> 13 == 0x2B7 and word & 0x1FFF else 0  # noqa: PLR2004

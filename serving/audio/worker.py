@@ -15,7 +15,6 @@ pickles, and it may die of a clip at any moment: of a crash, its CPU limit, or i
 
 from __future__ import annotations
 
-import binascii
 import ctypes
 import json
 import mmap
@@ -32,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.audio.base64_text import decode_base64
 from serving.audio.decode import decode
 from serving.audio.features import frame_count, log_mel
-from serving.errors import AudioUnreadable, CaptionerError, InvalidAudioUrl
+from serving.errors import AudioUnreadable, CaptionerError
 from serving.types import MELS
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ _TRACEBACK_CHARS = 8_000
 _NICENESS = 5
 """With all cores busy, running captions take precedence over arriving clips (deploy/adr/0004)."""
 _PR_SET_PDEATHSIG = 1
-_WHITESPACE = b" \t\n\r\v\f"
-_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -117,21 +115,6 @@ def _prepare(clip: Path | int, max_duration_s: float) -> tuple[dict[str, Any], l
         "decode_s": decoded_s - started_s,
         "features_s": done_s - decoded_s,
     }, [descriptor]
-
-
-def decode_base64(text: bytes) -> bytes:
-    """Decode base64, tolerating ASCII whitespace, missing padding and the URL-safe alphabet (PROTOCOL 7.2).
-
-    Raises `InvalidAudioUrl` for anything else.
-    """
-    compact = text.translate(_URL_SAFE, _WHITESPACE)
-    digits = compact.rstrip(b"=")
-    try:
-        if len(compact) - len(digits) > 2:  # noqa: PLR2004 - more padding than base64 ever has
-            raise InvalidAudioUrl
-        return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
-    except binascii.Error:
-        raise InvalidAudioUrl from None
 
 
 if __name__ == "__main__":

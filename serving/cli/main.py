@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -47,5 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"captioner: there is no command {command!r}\n{USAGE}", file=sys.stderr)  # noqa: T201
             return 2
     module, function = _COMMANDS[command]
-    status: int = getattr(importlib.import_module(module), function)([command, *rest])
+    try:
+        status: int = getattr(importlib.import_module(module), function)([command, *rest])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `captioner usage | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter reports it at its end
+        return 0
     return status

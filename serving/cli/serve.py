@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -14,12 +15,14 @@ import uvloop
 
 from serving.api.admin import AdminServer
 from serving.api.app import create_app
+from serving.api.connections import Connections, backlog, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
 from serving.config import Settings
 from serving.observability import logging as logs
+from serving.storage.uploads import make_uploads_directory
 from serving.tenancy.database import UnusableDatabase
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ KEEP_ALIVE_S = 75
 """Lifetime of an idle connection in seconds: longer than clients and load balancers keep one (mostly a minute), so that
 no request meets a connection that is just being closed. uvicorn's default is 5 s."""
 
+_LAST_WORDS_S = 5
+"""Time in seconds after `shutdown_grace_s` for the error events of streams that are still running."""
+
 
 def serve(argv: Sequence[str]) -> int:
     """Run `serve SETTINGS…` until a signal; return the exit status."""
@@ -43,18 +49,45 @@ def serve(argv: Sequence[str]) -> int:
         return report(error)
     logs.configure(settings.log_level, settings.log_format)
     try:
+        make_uploads_directory(settings)
+    except OSError as error:
+        return fail(str(error))
+    try:
         run = ServiceRun(with_development_key(settings))
     except UnusableDatabase as error:
         return fail(str(error))
+    except OSError as error:  # of the pepper, which is made at the first start
+        return fail(f"data_dir cannot be used: {error.strerror}: {error.filename}", 3)
     return uvloop.run(run.run())
 
 
-class _Listener(uvicorn.Server):
-    """uvicorn, with an event that is set once it listens."""
+_UNSTORED = 4
 
-    def __init__(self, config: uvicorn.Config) -> None:
+
+class _Listener(uvicorn.Server):
+    """uvicorn, with an event that is set once it listens, and a stop after which no stream is cut off.
+
+    When the grace of a stop is over, running requests are cancelled and end with their dialect's error. uvicorn itself
+    would cancel them and stop the application at the same moment; its own timeout comes later.
+    """
+
+    def __init__(self, config: uvicorn.Config, grace_s: float) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._grace_s = grace_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        cancelling = asyncio.get_running_loop().call_later(self._grace_s, self._cancel_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cancelling.cancel()
+
+    def _cancel_requests(self) -> None:
+        if self.server_state.tasks:
+            log.warning("requests cancelled, the grace is over", extra={"count": len(self.server_state.tasks)})
+        for task in self.server_state.tasks:
+            task.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -69,38 +102,54 @@ class ServiceRun:
         self._settings = settings
         self._began = time.monotonic()
         self._loaded = asyncio.Event()
-        self._failed = False
-        app = create_app(settings, on_engine=self._on_engine)
+        self._failed = self._stopped = False
+        raise_descriptor_limit()
+        connections = Connections(settings)
+        app = create_app(settings, on_engine=self._on_engine, connections=connections)
+        self._ledger = app.state.components.usage_sessions.ledger
         self._server = _Listener(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
                 loop="uvloop",
-                http=protocol(settings),
+                http=protocol(settings, connections),
                 ws="none",
+                backlog=backlog(),
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,  # `Origins` reads them
                 timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(settings.shutdown_grace_s),
-            )
+                timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s) + _LAST_WORDS_S,
+            ),
+            settings.shutdown_grace_s,
         )
 
     async def run(self) -> int:
-        """Serve until a signal, or until the engine fails to start; return the exit status."""
+        """Serve until a signal, or until the engine fails to start; return the exit status.
+
+        0: stopped by a signal. 1: the start failed. 4: usage records could be stored nowhere; they are in the log.
+        """
         what = "the embedded stand-in" if self._settings.is_embedded else self._settings.model
         log.info("loading %s with the %s engine", what, self._settings.engine)
         for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn stops gracefully and then raises the signal again for the handler before its own: there is none.
-            signal.signal(number, lambda *_: None)
+            # Before uvicorn's own handlers are in place. Later it raises the signal again for this one: no effect.
+            signal.signal(number, lambda *_: self._stop())
         reporting = asyncio.create_task(self._report_start())
         try:
             async with self._administration():
                 await self._server.serve()
         finally:
             reporting.cancel()
-        return 1 if self._failed or not self._server.started else 0
+            self._ledger.log_unstored()  # if a second signal left no time for a stop in order
+        if self._ledger.unstored:
+            log.error("usage records are in the log alone", extra={"records": self._ledger.unstored})
+            return _UNSTORED
+        return 1 if self._failed or not (self._server.started or self._stopped) else 0
+
+    def _stop(self) -> None:
+        self._stopped = self._server.should_exit = True
 
     @contextlib.asynccontextmanager
     async def _administration(self) -> AsyncIterator[None]:
@@ -134,5 +183,5 @@ class ServiceRun:
         if failure is None:
             self._loaded.set()
         else:
-            log.error("stopping: the model could not be loaded; the cause is logged above")
+            log.error("stopping: the service could not be started; the cause is logged above")
             self._failed = self._server.should_exit = True

@@ -148,11 +148,17 @@ class Frontend:
         # The engine replicas set the pace already.
         settings = Settings(**overrides | {"stream_flush_interval_s": 0})
         _configure_logs(settings)
-        use_everywhere(settings)
+        connections = use_everywhere(settings)
         self._settings, self._busy = settings, Busy()
         self._member = Member(membership, "frontend")
         engine = ClusterEngine(self._member, engines)
-        self._service = create_app(settings, engine, on_not_ready=engine.wake, targets=self._targets)
+        self._service = create_app(
+            settings,
+            engine,
+            on_not_ready=engine.wake,
+            targets=self._targets,
+            connections=connections,
+        )
         metrics: Metrics = self._service.state.components.metrics
         metrics.bind("captioner_replicas_lost_total", lambda: self._member.view.lost)
         expose = partial(metrics.expose, engine.check_health)

@@ -283,7 +283,7 @@ class AdmissionControl:
         caption.output_tokens += delta.tokens
         if delta.finish_reason is not None:
             if not caption.fixed_length:
-                self._outputs.learn(caption.output_tokens, cut=delta.finish_reason is not FinishReason.STOP)
+                self._outputs.update(caption.output_tokens, cut=delta.finish_reason is not FinishReason.STOP)
             self._release(caption)
             return
         used_tokens = caption.input_tokens + caption.output_tokens

@@ -54,7 +54,7 @@ CALLBACK_METRICS = {
     # The process
     "captioner_ready": "1 if this process can make captions now (the answer of /readyz), else 0.",
     "captioner_cpu_seconds_total": "CPU time by part: frontend (this process), audio (its audio workers, dead ones "
-    "included), engine (the processes of the model).",
+    "included), downloads (its download process), engine (the processes of the model).",
     # Audio workers
     "captioner_audio_workers": "Configured number of audio workers.",
     "captioner_audio_workers_busy": "Audio workers that process a clip.",
@@ -63,8 +63,14 @@ CALLBACK_METRICS = {
     "captioner_audio_queue_depth": "Clips queued for an audio worker.",
     "captioner_audio_queue_audio_seconds": "Audio queued for an audio worker, estimated from its size (16 kB per "
     "second).",
+    "captioner_downloads_running": "Downloads of URLs that are not finished.",
+    "captioner_download_process_deaths_total": "Download processes that died or hung; each was replaced.",
     "captioner_features_bytes": "Memory of features that the engine has not consumed yet.",
     "captioner_body_bytes": "Memory of request bodies in flight.",
+    "captioner_connections": "Open connections of clients.",
+    "captioner_connections_refused_total": "Connections refused or closed, by reason: address (too many of one "
+    "address), descriptors (none left), evicted (closed for a new one while none was left), malformed, headers (too "
+    "large), header_timeout, unread (a body after its answer), shutdown (an incomplete body).",
     "captioner_saturation_ratio": "Used fraction of a bound, by resource: concurrent_requests, bodies, downloads, "
     "audio_queue, features, engine_queue, kv_cache, uploads, journal.",
     # The engine, exported by the process that runs it
@@ -107,6 +113,7 @@ CALLBACK_METRICS = {
 
 CALLBACK_LABELS = {
     "captioner_cpu_seconds_total": "part",
+    "captioner_connections_refused_total": "reason",
     "captioner_saturation_ratio": "resource",
     "captioner_replicas_lost_total": "replica",
     "captioner_ledger_records_total": "outcome",

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STAGES = (
-    "receive",
     "admit",
+    "receive",
     "fetch",
     "audio_queue",
     "decode",
@@ -29,7 +29,7 @@ STAGES = (
 )
 """Stages of a caption, in order.
 
-`receive` reads the request. `admit` checks the caller's limits and acquires a slot. `fetch` downloads the clip.
+`admit` checks the caller's limits. `receive` reads the request. `fetch` downloads the clip.
 `audio_queue` waits for an audio worker, `decode` and `features` are the worker's parts. `engine_queue` waits for the
 engine. `prefill` lasts from the engine's start on the caption to its first token, `generate` from there to the end of
 the request. `encode` writes the dialect; it is spread over `generate` and contained in it.

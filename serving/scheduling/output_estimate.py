@@ -1,4 +1,4 @@
-"""Estimates of how many tokens the next caption has, learned from captions that were generated before.
+"""Estimates of how many tokens the next caption has, from the lengths of captions that have ended.
 
 A request's `max_tokens` is of no use: it is an upper bound (32,768 by default), and captions of the real model have 300
 to 600 tokens. So a caption reserves what captions usually have, and more when it turns out to be longer.
@@ -35,8 +35,8 @@ class OutputEstimate:
         """Expected length of the next caption."""
         return math.ceil(self._mean_tokens + self._deviations * self._deviation_tokens)
 
-    def learn(self, tokens: int, *, cut: bool = False) -> None:
-        """Learn the length of a caption that has ended.
+    def update(self, tokens: int, *, cut: bool = False) -> None:
+        """Include the length of a caption that has ended.
 
         A caption that was `cut` (by `max_tokens` or a deadline) counts only if it was at least as long as expected: how
         long it would have been is unknown.
@@ -49,7 +49,7 @@ class OutputEstimate:
 
 
 class TenantOutputEstimates:
-    """One estimate (the mean alone) for each of the 4,096 tenants whose captions ended last."""
+    """Estimates (the mean alone) for the 4,096 tenants whose captions ended last."""
 
     def __init__(self) -> None:
         self._estimates: OrderedDict[str, OutputEstimate] = OrderedDict()
@@ -59,10 +59,10 @@ class TenantOutputEstimates:
         """Return the expected length of the tenant's next caption."""
         return self._estimates.get(tenant_id, self._unknown).tokens
 
-    def learn(self, tenant_id: str, tokens: int, *, cut: bool) -> None:
-        """Learn the length of a caption of this tenant; see `OutputEstimate.learn`."""
+    def update(self, tenant_id: str, tokens: int, *, cut: bool) -> None:
+        """Include the length of a caption of this tenant; see `OutputEstimate.update`."""
         estimate = self._estimates.setdefault(tenant_id, OutputEstimate(deviations=0))
-        estimate.learn(tokens, cut=cut)
+        estimate.update(tokens, cut=cut)
         self._estimates.move_to_end(tenant_id)
         if len(self._estimates) > _MAX_TENANTS:
             self._estimates.popitem(last=False)

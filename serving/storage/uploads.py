@@ -16,11 +16,10 @@ import logging
 import os
 import re
 import secrets
-import tempfile
 import time
 import uuid
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,11 +31,13 @@ from serving.errors import (
     Overloaded,
     PolicyExpired,
     PolicyInvalid,
+    UploadEmpty,
     UploadExists,
     UploadNotFound,
     UploadTooLarge,
 )
 from serving.scheduling.shared_capacity import SharedCapacity
+from serving.storage.private_directory import make_private
 from serving.types import SchedulingClass
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ _ALPHA = 1.0
 Files are kept for days, so other owners cannot wait until some are removed.
 """
 
+_MIN_FILE_BYTES = 4096
+"""Least disk that a file counts as: a block of the usual file systems, for its inode and its name."""
+
+_TOO_MANY = "You have uploaded as many files as one caller may. They are removed when they expire."
 _SHARE_FULL = "Your uploaded files take all the space that one caller's may take. They are removed when they expire."
 
 log = logging.getLogger(__name__)
@@ -78,12 +83,16 @@ class UploadPolicy:
 
 @dataclass(frozen=True, slots=True)
 class UploadGrant:
-    """The right to store one file of at most `max_bytes`, for its owner to use with one model."""
+    """The right to store one file of at most `max_bytes`, for its owner to use with one model.
+
+    `key_id` names the API key with which the policy was asked for.
+    """
 
     key: str
     owner: str
     model: str
     max_bytes: int
+    key_id: str = ""
 
 
 class Upload(Protocol):
@@ -110,8 +119,8 @@ class UploadStore(Protocol):
 
     async def stop(self) -> None: ...
 
-    def issue(self, owner: str, model: str) -> UploadPolicy:
-        """Return a policy for uploads of this caller, for this model."""
+    def issue(self, owner: str, model: str, key_id: str = "") -> UploadPolicy:
+        """Return a policy for uploads of this caller, who has this API key, for this model."""
         ...
 
     def check(self, *, policy: str, signature: str, key: str) -> UploadGrant:
@@ -121,7 +130,8 @@ class UploadStore(Protocol):
     def receive(self, grant: UploadGrant) -> AbstractAsyncContextManager[Upload]:
         """Receive a file. It exists, complete, once the context is left; an exception discards it.
 
-        Raises `UploadExists`, on entering or leaving: no file is overwritten.
+        Raises `UploadExists`, on entering or leaving: no file is overwritten. Raises `UploadEmpty` on leaving, and
+        `Overloaded` when the owner's files or their bytes are as many as one owner may have.
         """
         ...
 
@@ -138,7 +148,7 @@ class UploadPolicies:
         secret = settings.upload_secret
         self._secret = secret.get_secret_value().encode() if secret else secrets.token_bytes(32)
 
-    def issue(self, owner: str, model: str) -> UploadPolicy:
+    def issue(self, owner: str, model: str, key_id: str = "") -> UploadPolicy:
         settings, now = self._settings, time.time()
         upload_dir = f"dashscope-instant/{_digest(owner)}/{datetime.fromtimestamp(now, UTC):%Y-%m-%d}/{uuid.uuid4()}"
         terms = {
@@ -146,6 +156,7 @@ class UploadPolicies:
             "upload_dir": upload_dir,
             "owner": owner,
             "model": model,
+            "key_id": key_id,
             "max_bytes": settings.max_upload_bytes,
         }
         policy = base64.b64encode(json.dumps(terms).encode()).decode()
@@ -164,11 +175,21 @@ class UploadPolicies:
             raise KeyNotAllowed
         if len(key.encode(errors="surrogatepass")) > _KEY_BYTES:
             raise KeyNotAllowed
-        return UploadGrant(key, terms["owner"], terms["model"], terms["max_bytes"])
+        return UploadGrant(key, terms["owner"], terms["model"], terms["max_bytes"], terms.get("key_id", ""))
 
     def _sign(self, policy: str) -> str:
         digest = hmac.digest(self._secret, policy.encode(errors="surrogatepass"), "sha256")
         return base64.b64encode(digest).decode()
+
+
+def uploads_directory(settings: Settings) -> Path:
+    """Return the directory of uploaded files: one for each user, below `uploads_dir` or in `data_dir`."""
+    return (settings.uploads_dir or settings.data_dir / "uploads") / f"captioner-uploads-{os.geteuid()}"
+
+
+def make_uploads_directory(settings: Settings) -> None:
+    """Create the directory of uploaded files, or adopt it. Raises `OSError`, whose text says what to do."""
+    make_private(uploads_directory(settings), "uploads_dir")
 
 
 class DirectoryUploads(UploadPolicies):
@@ -181,9 +202,9 @@ class DirectoryUploads(UploadPolicies):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        parent = settings.uploads_dir or Path(tempfile.gettempdir())
-        self._directory = parent / f"captioner-uploads-{os.geteuid()}"
+        self._directory = uploads_directory(settings)
         self._capacity = SharedCapacity(settings.max_uploads_bytes, reason="uploads", alpha=_ALPHA)
+        self._files = Counter[str]()
         self.received_bytes = 0
         self._sweeping: asyncio.Task[None] | None = None
 
@@ -194,10 +215,7 @@ class DirectoryUploads(UploadPolicies):
 
     async def start(self) -> None:
         """Create the directory, or adopt it with its files. Raises `PermissionError` if it belongs to another user."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._directory.lstat().st_uid != os.geteuid():
-            raise PermissionError(f"{self._directory} belongs to another user")
-        self._directory.chmod(0o700)
+        make_uploads_directory(self._settings)
         await self.sweep()
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
@@ -214,7 +232,7 @@ class DirectoryUploads(UploadPolicies):
         if path.exists():
             raise UploadExists
         name = f"{_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
-        with _PartialFile(self, self.permit(grant.owner), self._directory / name, grant.max_bytes) as partial:
+        with _PartialFile(self, grant, self._directory / name) as partial:
             yield partial
             partial.publish(path)
 
@@ -232,9 +250,19 @@ class DirectoryUploads(UploadPolicies):
 
     async def sweep(self) -> None:
         """Remove expired and abandoned incomplete files, and count the remaining files, other replicas' included."""
-        before = self._capacity.used_by_tenant
-        found = await asyncio.to_thread(self._sweep)
-        self._capacity.recount(before, found)  # by the difference, which keeps files received meanwhile
+        before_bytes, before_files = self._capacity.used_by_tenant, Counter(self._files)
+        found_bytes, found_files = await asyncio.to_thread(self._sweep)
+        # By the difference, which keeps files received meanwhile.
+        self._capacity.recount(before_bytes, found_bytes)
+        self._files.update(found_files)
+        self._files.subtract(before_files)
+        self._files += Counter()  # drops owners without files
+
+    def count_file(self, owner: str, files: int) -> None:
+        """Count a file before it is created, or (-1) one that was not stored. Raises `Overloaded` past the bound."""
+        if files > 0 and self._files[_digest(owner)] >= self._settings.max_uploads_per_tenant:
+            raise Overloaded(_TOO_MANY, retry_after_s=60, reason="uploads")
+        self._files[_digest(owner)] += files
 
     def permit(self, owner: str) -> Permit:
         """Return a permit for the disk space of one file of `owner`."""
@@ -255,9 +283,9 @@ class DirectoryUploads(UploadPolicies):
         digest = hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()
         return self._directory / f"{_digest(owner)}.{digest}"
 
-    def _sweep(self) -> Mapping[str, int]:
-        """Remove files; return the bytes that remain, by the hash of their owner."""
-        now, used = time.time(), Counter[str]()
+    def _sweep(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Remove files; return the bytes and the number of those that remain, by the hash of their owner."""
+        now, used, files = time.time(), Counter[str](), Counter[str]()
         for entry in os.scandir(self._directory):
             with suppress(FileNotFoundError):  # another replica has removed it
                 info = entry.stat()
@@ -265,8 +293,10 @@ class DirectoryUploads(UploadPolicies):
                 if now >= info.st_mtime + ttl_s + _GRACE_S:
                     Path(entry).unlink()
                 else:
-                    used[entry.name.partition(".")[0]] += info.st_size
-        return used
+                    owner = entry.name.partition(".")[0]
+                    used[owner] += max(info.st_size, _MIN_FILE_BYTES)
+                    files[owner] += 1
+        return used, files
 
     async def _sweep_forever(self) -> None:
         while True:
@@ -280,19 +310,27 @@ class DirectoryUploads(UploadPolicies):
 class _PartialFile:
     """An incomplete file in the directory, under a temporary name until `publish`."""
 
-    def __init__(self, store: DirectoryUploads, permit: Permit, path: Path, max_bytes: int) -> None:
+    def __init__(self, store: DirectoryUploads, grant: UploadGrant, path: Path) -> None:
         self._store = store
-        self._permit = permit
+        self._grant = grant
+        self._permit = store.permit(grant.owner)
         self._path = path
-        self._max_bytes = max_bytes
+        self._size = 0
+        self._published = False
 
     def __enter__(self) -> Self:
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError:
-            log.exception("upload create failed")
-            raise Overloaded from None
-        self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, closed by `__exit__`
+        with ExitStack() as undo:
+            self._store.count_file(self._grant.owner, 1)
+            undo.callback(self._store.count_file, self._grant.owner, -1)
+            undo.callback(self._permit.release)
+            self._store.grow(self._permit, _MIN_FILE_BYTES)
+            try:
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            except OSError:
+                log.exception("upload create failed")
+                raise Overloaded from None
+            self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, closed by `__exit__`
+            undo.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -300,11 +338,16 @@ class _PartialFile:
             self._file.close()
         self._path.unlink(missing_ok=True)
         self._permit.release()
+        if not self._published:
+            self._store.count_file(self._grant.owner, -1)
 
     async def write(self, chunk: bytes) -> None:
-        if self._permit.amount + len(chunk) > self._max_bytes:
+        size = self._size + len(chunk)
+        if size > self._grant.max_bytes:
             raise UploadTooLarge
-        self._store.grow(self._permit, len(chunk))
+        if size > self._permit.amount:
+            self._store.grow(self._permit, size - self._permit.amount)
+        self._size = size
         try:
             self._file.write(chunk)
         except OSError:
@@ -312,7 +355,12 @@ class _PartialFile:
             raise Overloaded from None
 
     def publish(self, path: Path) -> None:
-        """Give the complete file its name. Raises `UploadExists` if the name is taken: a link is created atomically."""
+        """Give the complete file its name. Raises `UploadExists` if the name is taken: a link is created atomically.
+
+        Raises `UploadEmpty` for a file without a byte.
+        """
+        if not self._size:
+            raise UploadEmpty
         try:
             self._file.close()
             os.link(self._path, path)
@@ -321,7 +369,8 @@ class _PartialFile:
         except OSError:
             log.exception("upload publish failed")
             raise Overloaded from None
-        self._store.received_bytes += self._permit.amount
+        self._store.received_bytes += self._size
+        self._published = True
         self._permit.keep()
 
 

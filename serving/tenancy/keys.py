@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey
+from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey, NotReady
 from serving.tenancy import plans, schema
 from serving.tenancy.billing import prices
 from serving.tenancy.billing.prices import Price, PriceList
@@ -50,6 +50,9 @@ class _Entry:
 class _Snapshot:
     revision: int = -1
     keys: Mapping[str, _Entry] = field(default_factory=dict)
+    """Entries by the digest of the key."""
+    by_id: Mapping[str, _Entry] = field(default_factory=dict)
+    """The same entries by the id of the key."""
     prices: PriceList = field(default_factory=lambda: PriceList([]))
 
 
@@ -71,7 +74,9 @@ class Keyring:
         self.failures = 0
         """Number of refreshes in which the database did not answer."""
         self.failing = False
-        """Whether the last refresh failed."""
+        """True if the last refresh failed."""
+        self.waiting_for: str | None = None
+        """Resource that the start of keys, limits and ledger waits for; callers are refused until then."""
 
     @property
     def age_s(self) -> float:
@@ -96,16 +101,33 @@ class Keyring:
     def authenticate(self, headers: Mapping[str, str]) -> Caller:
         """Return the caller, identified by the `authorization` header alone. `headers` has lower-case names.
 
-        Raises `MissingApiKey`; `InvalidApiKey` if the key is unknown, expired, revoked or of the other region;
-        `AccessDenied` if the tenant is suspended, `Arrearage` if it is in arrears.
+        Raises `NotReady` before the start has succeeded; `MissingApiKey`; `InvalidApiKey` if the key is unknown,
+        expired, revoked or of the other region; `AccessDenied` if the tenant is suspended, `Arrearage` if it is in
+        arrears.
         """
+        if self.waiting_for is not None:
+            raise NotReady
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         if not self._auth:
             return self._anonymous(key)
         if not key:
             raise MissingApiKey
-        entry = self._snapshot.keys.get(self._pepper.digest(key))
+        return self._valid(self._snapshot.keys.get(self._pepper.digest(key)))
+
+    def holder(self, tenant_id: str, key_id: str) -> Caller:
+        """Return the caller that has a key, by the key's id, for a request that carries a signed policy and no key.
+
+        Raises what `authenticate` raises if the key is not valid any more.
+        """
+        if not self._auth:
+            return Caller(tenant_id, ANONYMOUS, self._region, SchedulingClass(tenant_id))
+        caller = self._valid(self._snapshot.by_id.get(key_id))
+        if caller.tenant_id != tenant_id:
+            raise InvalidApiKey
+        return caller
+
+    def _valid(self, entry: _Entry | None) -> Caller:
         if entry is None or entry.expires_at <= time.time() or entry.caller.region != self._region:
             raise InvalidApiKey
         if entry.state is State.SUSPENDED:
@@ -113,6 +135,11 @@ class Keyring:
         if entry.state is State.ARREARS:
             raise Arrearage
         return entry.caller
+
+    def check_ready(self) -> None:
+        """Raise `NotReady` before the start has succeeded."""
+        if self.waiting_for is not None:
+            raise NotReady(f"The service waits for {self.waiting_for}; the log has the reason.")
 
     def price(self, region: Region, at_ms: int) -> Price:
         """Return the price of a request that is opened at that time."""
@@ -163,7 +190,8 @@ class Keyring:
         for row in connection.execute(alive).mappings():
             tenant = tenant_of[row["tenant_id"]]
             found[row["digest"]] = _entry(plan_of[tenant["plan"]], tenant, row)
-        return _Snapshot(revision, found, prices.read(connection))
+        by_id = {entry.caller.key_id: entry for entry in found.values()}
+        return _Snapshot(revision, found, by_id, prices.read(connection))
 
     def _default_tenant(self, tenant_id: str) -> Mapping[Any, Any]:
         """Return the row of a tenant that is not in the database."""

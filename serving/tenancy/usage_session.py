@@ -35,9 +35,9 @@ class UsageSessions:
         self.outputs = TenantOutputEstimates()
         self._settling: set[asyncio.Task[None]] = set()
 
-    def session(self, caller: Caller, request: RequestRecord, caption: CaptionRequest) -> UsageSession:
+    def session(self, caller: Caller, request: RequestRecord) -> UsageSession:
         """Return a session for one request, which nothing is reserved for yet."""
-        return UsageSession(self, caller, request, model=caption.model, max_tokens=caption.sampling.max_tokens)
+        return UsageSession(self, caller, request)
 
     def run(self, settlement: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Settle a session in its own task, so that a cancelled request does not cut its settlement."""
@@ -55,17 +55,17 @@ class UsageSessions:
 class UsageSession:
     """Limits and ledger of one request. A context: nothing is reserved before `admit`, and nothing after its exit.
 
-    The exception that leaves the context, or its absence, decides the bill.
+        admit (before the body is read) ─► open (decoded, has a slot) ─► charge (length known) ─► settle
+
+    A request that is refused before `open` counts as a request of the minute and leaves no record. From `open` on the
+    exception that leaves the context, or its absence, decides the bill.
     """
 
-    def __init__(
-        self, sessions: UsageSessions, caller: Caller, request: RequestRecord, *, model: str, max_tokens: int
-    ) -> None:
+    def __init__(self, sessions: UsageSessions, caller: Caller, request: RequestRecord) -> None:
         self.caller = caller
         self._sessions = sessions
         self._request = request
-        self._model = model
-        self._max_tokens = max_tokens
+        self._max_tokens = 0
         self._reservation: Reservation | None = None
         self._record: UsageRecord | None = None
         self._settlement: asyncio.Task[None] | None = None
@@ -84,11 +84,18 @@ class UsageSession:
         await self.settle(error)
 
     async def admit(self) -> None:
-        """Count the request and open its record. Raises `RateLimited`, `AccessDenied`; `Overloaded` (full ledger)."""
+        """Count the request. Raises `RateLimited`, `AccessDenied`; `Overloaded` if the spending cannot be read."""
+        if self._sessions.metering:
+            self._reservation = await self._sessions.limiter.admit(self.caller)
+
+    def open(self, caption: CaptionRequest) -> None:
+        """Open the record of the decoded request. Raises `Overloaded` if the ledger is full."""
         if not self._sessions.metering:
             return
-        self._reservation = await self._sessions.limiter.admit(self.caller)
-        record = self._new_record()
+        if self._reservation is None:
+            raise RuntimeError("UsageSession.open was called before admit")
+        self._max_tokens = caption.sampling.max_tokens
+        record = self._new_record(caption.model)
         self._sessions.ledger.open(record, self._request)
         self._record = record
 
@@ -98,7 +105,7 @@ class UsageSession:
         if not sessions.metering:
             return
         if self._reservation is None or record is None or request.usage is None:
-            raise RuntimeError("UsageSession.charge was called before admit, or before the audio was decoded")
+            raise RuntimeError("UsageSession.charge was called before open, or before the audio was decoded")
         input_tokens = request.usage.input_tokens
         output_tokens = min(self._max_tokens, sessions.outputs.tokens(self.caller.tenant_id))
         await sessions.limiter.charge(
@@ -109,7 +116,7 @@ class UsageSession:
         )
         record.prepared_at = now_ms()
 
-    def _new_record(self) -> UsageRecord:
+    def _new_record(self, model: str) -> UsageRecord:
         caller, request, at = self.caller, self._request, now_ms()
         self._price = price = self._sessions.prices(caller.region, at)
         return UsageRecord(
@@ -118,7 +125,7 @@ class UsageSession:
             key_id=caller.key_id,
             region=caller.region.value,
             dialect=request.dialect,
-            model=self._model,
+            model=model,
             stream=request.stream,
             audio_form=request.audio_form,
             replica=self._sessions.ledger.replica,
@@ -151,7 +158,7 @@ class UsageSession:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
             cut = record.finish_reason != FinishReason.STOP
-            sessions.outputs.learn(record.tenant_id, record.output_tokens, cut=cut)
+            sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
         record.billed = is_billed(outcome, given_to_engine=record.prepared_at is not None)
         try:
             tokens = record.total_tokens if record.billed else 0

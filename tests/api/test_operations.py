@@ -137,7 +137,7 @@ def test_metrics_add_up(media: MediaServer) -> None:
     assert values["captioner_tokens_total", ("kind", "text")] == 5 * 8
     assert values["captioner_time_to_first_token_seconds_count", ("length", "short")] == 5
     stages = {stage: values["captioner_stage_seconds_count", ("stage", stage)] for stage in STAGES}
-    assert stages == dict.fromkeys(STAGES, 5) | {"fetch": 1, "receive": 7}
+    assert stages == dict.fromkeys(STAGES, 5) | {"fetch": 1, "admit": 7, "receive": 7}
 
 
 def test_log_lines(fake_service: RunningService) -> None:

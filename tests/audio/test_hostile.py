@@ -11,7 +11,8 @@ import av
 import numpy as np
 import pytest
 
-from serving.audio.decode import _AV_OPTIONS, MEMORY_BYTES, decode
+from serving.audio.decode import MEMORY_BYTES, decode
+from serving.audio.decoders import AV_OPTIONS
 from serving.errors import AudioError, AudioTooLong, AudioUnreadable
 from tests.audio.clips import clip, clip_names, with_soundfile
 from tests.audio.isolation import isolated, outcome
@@ -138,7 +139,7 @@ def test_memory_is_bounded(make: Callable[[], bytes], expected: int | type[Audio
 
 def test_pictures_are_not_decoded() -> None:
     """No cover is decoded, not even for its size, though FFmpeg does so by default when it opens a file."""
-    with av.open(io.BytesIO(_m4a_with_cover(_png_bomb())), options=_AV_OPTIONS) as container:
+    with av.open(io.BytesIO(_m4a_with_cover(_png_bomb())), options=AV_OPTIONS) as container:
         assert [(each.codec_context.name, each.codec_context.width) for each in container.streams.video] == [("png", 0)]
 
 

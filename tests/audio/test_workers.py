@@ -23,7 +23,6 @@ import soundfile
 from serving import errors
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
-from serving.audio.worker import decode_base64
 from serving.audio.worker_pool import AudioWorkerPool
 from tests.audio.puppets import FRAME_BYTES, MAX_AUDIO_S, pids, prepare, running, say, settings, until
 
@@ -58,27 +57,6 @@ async def test_a_file_is_read_by_the_worker(pool: AudioWorkerPool, tmp_path: Pat
     clip.write_text("samples 320")
     async with pool.prepare(clip) as prepared:
         assert prepared.features.samples == 320
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_base64_is_read_with_tolerance(seed: int) -> None:
-    """ASCII whitespace, missing padding and the URL-safe alphabet are tolerated."""
-    rng = random.Random(seed)
-    data = rng.randbytes(100 + seed)
-    text = base64.b64encode(data).decode()
-    if seed % 2:
-        text = text.rstrip("=")
-    if seed % 4 > 1:
-        text = text.replace("+", "-").replace("/", "_")
-    text = "".join(letter + rng.choice(["", "", "", " ", "\n", "\r\n", "\t", "\v", "\f"]) for letter in text)
-    assert decode_base64(text.encode()) == data
-
-
-@pytest.mark.parametrize("text", ["SUQzBAAA....", "A", "AAAAA", "AAAA====", "AAA===", "AA=A", "A=", "AA\0A", "data:,A"])
-def test_anything_else_is_not_base64(text: str) -> None:
-    """Other characters, a lone digit, and padding where none can be are refused."""
-    with pytest.raises(errors.InvalidAudioUrl):
-        decode_base64(text.encode())
 
 
 @pytest.mark.parametrize("text", ["AAA\u00a7", "\uff21\uff21\uff21\uff21", "\ud800", "c2Ft.cGxlcw"])

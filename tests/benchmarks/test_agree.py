@@ -1,30 +1,41 @@
-"""Whether two runs of one comparison agree."""
+"""Agreement of two runs of one comparison."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from benchmarks.program import module_environment
 from tests.benchmarks.test_page import a_round, comparison
 
-AGREE = Path(__file__).parents[2] / "benchmarks/agree.py"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+AGREE = [sys.executable, "-m", "benchmarks.report.agree"]
 
 
 def agree(tmp_path: Path, slower: float, rounds: int = 2) -> subprocess.CompletedProcess[str]:
     """Compare a run with one in which the first system took `slower` times as long."""
-    first, second = comparison(), comparison()
+    second = comparison()
     second["workloads"][0]["rounds"]["captioner"] = [a_round(of * slower, 0.5) for of in (2.0, 4.0)][:rounds]
+    return agree_on(tmp_path, comparison(), second)
+
+
+def agree_on(tmp_path: Path, first: dict[str, Any], second: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Compare two runs."""
     paths = []
     for name, run in (("first", first), ("second", second)):
         (tmp_path / name).write_text(json.dumps([run]))
         paths.append(str(tmp_path / name))
-    return subprocess.run([sys.executable, str(AGREE), *paths], capture_output=True, text=True, check=False)
+    environment = os.environ | module_environment()
+    return subprocess.run([*AGREE, *paths], capture_output=True, text=True, check=False, env=environment)
 
 
 def test_the_same_figures_agree(tmp_path: Path) -> None:
-    """Every ratio of both is told."""
+    """Every ratio of both runs is in the table, and agrees."""
     ended = agree(tmp_path, 1.0)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert (
@@ -34,7 +45,7 @@ def test_the_same_figures_agree(tmp_path: Path) -> None:
 
 
 def test_another_ranking_does_not_agree(tmp_path: Path) -> None:
-    """Four times as slow turns the winner into the loser; CPU and memory are as before."""
+    """A system that is four times as slow loses instead of wins: its rates disagree, CPU and memory agree."""
     ended = agree(tmp_path, 4.0)
     assert ended.returncode == 1
     apart = [line.split(" | ")[1] for line in ended.stdout.splitlines() if "disagree" in line]
@@ -42,12 +53,9 @@ def test_another_ranking_does_not_agree(tmp_path: Path) -> None:
 
 
 def test_what_one_run_lacks_does_not_agree(tmp_path: Path) -> None:
-    """A system that was left out of the second run is told, and is no agreement."""
-    first, second = comparison(), comparison()
+    """A system that was left out of the second run is reported as a disagreement."""
+    second = comparison()
     del second["workloads"][0]["rounds"]["vllm serve"]
-    for name, run in (("first", first), ("second", second)):
-        (tmp_path / name).write_text(json.dumps([run]))
-    command = [sys.executable, str(AGREE), str(tmp_path / "first"), str(tmp_path / "second")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = agree_on(tmp_path, comparison(), second)
     assert ended.returncode == 1
     assert "| requests/s | there | not measured | **disagree** |" in ended.stdout

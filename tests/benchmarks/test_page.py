@@ -1,18 +1,15 @@
-"""The page of what was measured: whole in one file, with every figure, and safe whatever a file holds."""
+"""The page of results is complete in one file, has every figure, and is safe for any content of the results."""
 
 from __future__ import annotations
 
 import re
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from charts import Ratio, said, ticks
-from page import page
+from benchmarks.report.charts import Ratio, shown, ticks
+from benchmarks.report.page import page
 
 HOSTILE = '<script>alert("x")</script>'
 
@@ -80,7 +77,7 @@ def suite(*loads: float, **more: Any) -> dict[str, Any]:
 
 
 class _Reader(HTMLParser):
-    """Notes tags that are open, and whatever would be fetched from elsewhere."""
+    """Records open tags, and everything that a browser would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,14 +93,14 @@ class _Reader(HTMLParser):
             self.charts.append(dict(attrs)["aria-label"] or "")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """These close themselves."""
+        """Ignore self-closing tags."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
 
 def read(text: str) -> _Reader:
-    """Parse a page; every tag is closed where it should be."""
+    """Parse a page; every tag is closed in its order."""
     reader = _Reader()
     reader.feed(text)
     assert reader.open == []
@@ -111,7 +108,7 @@ def read(text: str) -> _Reader:
 
 
 def test_a_page_needs_nothing_else_and_runs_nothing() -> None:
-    """No script, nothing from elsewhere, and what a file says is text."""
+    """The page has no script and fetches nothing, and strings of the results are text."""
     text = page([comparison(note=HOSTILE), suite(1, 4)], HOSTILE)
     assert read(text).fetched == []
     assert "url(" not in text
@@ -121,37 +118,37 @@ def test_a_page_needs_nothing_else_and_runs_nothing() -> None:
 
 
 def test_systems_are_compared_by_ratios_with_intervals_and_aims() -> None:
-    """Requests/s three times as many is above the aim of 1.5, and half the CPU is at its aim."""
+    """Three times the requests/s is above the aim of 1.5, and half the CPU is at its aim."""
     text = page([comparison()], "T")
     assert "captioner ÷ vllm serve" in text
     assert re.search(r'class="tick met"[^>]*>3.00 \(3.00 to 3.00\)', text)
     assert re.search(r'class="tick met"[^>]*>0.50 \(0.50 to 0.50\)', text)
-    assert re.search(r'class="tick missed"[^>]*>1.00 \(1.00 to 1.00\)', text), "TTFT is as it was; aimed at was 0.6"
-    assert "requests/s: 3; aim 1.5: met" in text, "not by colour alone"
+    assert re.search(r'class="tick missed"[^>]*>1.00 \(1.00 to 1.00\)', text), "TTFT is equal; the aim is 0.6"
+    assert "requests/s: 3; aim 1.5: met" in text, "the verdict is text, too, and not only a colour"
     assert "0.1 before, 1.9 after" in text
     assert "abc123" in text
 
 
 def test_every_figure_of_a_sweep_is_shown() -> None:
-    """In charts, and as numbers."""
+    """Every figure is in a chart, and as a number."""
     text = page([suite(1, 4, ceiling={"times": 7.25}, saturation={"highest_load": 11.3, "tried": []})], "T")
     charts = read(text).charts
-    for name in ("Throughput", "Requests", "Time to the first text", "Whole answer", "Goodput"):
+    for name in ("Throughput", "Requests", "Time to the first text", "Complete answer", "Goodput"):
         assert any(chart.startswith(name) for chart in charts), name
     for figure in ("150", "5", "0.975", "0.95", "7.25 times", "11.3", "0.0625", "22", "712"):
         assert f">{figure}<" in text or f": {figure}<" in text, figure
     assert "SLO 2 s" in text
 
 
-def test_what_was_not_measured_is_said() -> None:
-    """A page without a chart says why."""
+def test_what_was_not_measured_is_listed() -> None:
+    """A page names the parts that were not measured."""
     text = page([suite(), comparison() | {"workloads": [{"name": "mixed lengths", "rounds": {}}]}], "T")
     assert "figures at several loads; the load generator&#39;s own ceiling" in text.replace("&#34;", '"')
     assert "Not measured here: mixed lengths" in text
 
 
 def test_scaling_is_a_line_over_the_count() -> None:
-    """One line for each kind of process."""
+    """Each kind of process has one line."""
     points = [{"count": 1, "requests_per_s": [4.0, 4.2]}, {"count": 2, "requests_per_s": [8.0, 8.1]}]
     run = {
         "kind": "scaling",
@@ -173,20 +170,20 @@ def test_scaling_is_a_line_over_the_count() -> None:
         (Ratio("r", 0.4, 0.3, 0.6), ""),
     ],
 )
-def test_an_aim_is_met_only_by_the_whole_interval(ratio: Ratio, verdict: str) -> None:
-    """An interval that holds the aim leaves it open."""
+def test_an_aim_is_met_only_by_the_complete_interval(ratio: Ratio, verdict: str) -> None:
+    """An interval that contains the aim leaves it open."""
     assert ratio.verdict == verdict
 
 
-def test_numbers_are_told_in_three_digits() -> None:
-    """No exponents, and round numbers on axes."""
-    assert [said(of) for of in (0, 1234.5, 12.345, 1.0, 0.04567)] == ["0", "1234", "12.3", "1", "0.0457"]
+def test_numbers_have_three_digits() -> None:
+    """Numbers have no exponents, and axes have round numbers."""
+    assert [shown(of) for of in (0, 1234.5, 12.345, 1.0, 0.04567)] == ["0", "1234", "12.3", "1", "0.0457"]
     assert ticks(0, 9.3) == [0, 2, 4, 6, 8, 10]
     assert ticks(0, 0.3)[-1] >= 0.3
 
 
 def test_panels_are_lines_over_time_and_numbers() -> None:
-    """A graph for each panel with its series named, and the last value of what is one number."""
+    """A graph panel has its series named, and a panel of one number shows the last value."""
     graph = {
         "title": "Waits",
         "unit": "seconds",

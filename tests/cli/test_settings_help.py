@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -125,3 +127,16 @@ def test_the_example_file_has_no_usable_secret() -> None:
     for name, value in tomllib.loads(uncommented(EXAMPLE.read_text())).items():
         if settings_help.is_secret(name):
             assert not value or value.startswith("<") or re.fullmatch(r"\w+://(\w+@)?\w+(:\d+)?/\w+", value), name
+
+
+def test_a_reader_that_stops_early_ends_the_command_quietly() -> None:
+    """`captioner serve --help | head -1` prints one line and no traceback."""
+    captioner = Path(sys.executable).with_name("captioner")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{captioner} serve --help | head -n 1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (0, 1, "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ def connected(transport: Transport, app: Any) -> HttpToolsProtocol:
         ("on_response_complete", []),
         ("send_400_response", ["msg"]),
         ("timeout_keep_alive_handler", []),
+        ("shutdown", []),
         ("_should_upgrade", []),
         ("_unset_keepalive_if_required", []),
     ],
@@ -108,12 +110,20 @@ def test_every_override_is_an_override() -> None:
         "_cancel_headers_deadline",
         "_cancel_write_deadline",
         "_decline_upgrade",
+        "_discard",
+        "_end_headers",
+        "_end_linger",
         "_feed",
         "_refuse",
+        "_response",
         "_start_headers_deadline",
+        "_start_linger_deadline",
         "_start_write_deadline",
+        "_stop",
     }
-    assert all(hasattr(HttpToolsProtocol, name) for name in own - helpers)
+    added = {"evict", "linger", "on_chunk_header"}
+    assert not [name for name in added if hasattr(HttpToolsProtocol, name)]
+    assert all(hasattr(HttpToolsProtocol, name) for name in own - helpers - added)
 
 
 def test_new_names_do_not_shadow_names_of_the_protocol() -> None:
@@ -121,7 +131,7 @@ def test_new_names_do_not_shadow_names_of_the_protocol() -> None:
     source = inspect.getsource(HttpToolsProtocol)
     added = {name for name in vars(uvicorn_protocol._Connection) if not hasattr(HttpToolsProtocol, name)}
     added -= {"__annotations__", "__static_attributes__", "__firstlineno__"}
-    assert {"_headers_deadline", "_write_deadline", "_buffered_bytes", "_refused", "_replaying"} <= added
+    assert {"_headers_deadline", "_write_deadline", "_buffered_bytes", "is_discarding", "_replaying"} <= added
     assert not [name for name in added if f"self.{name}" in source]
 
 
@@ -160,6 +170,11 @@ async def test_attributes_of_the_protocol_and_its_cycle_exist() -> None:
     cycle = protocol.cycle
     assert isinstance(cycle, RequestResponseCycle)
     assert (cycle.response_complete, cycle.more_body, cycle.keep_alive) == (False, True, True)
+    assert (cycle.response_started, cycle.disconnected, cycle.chunked_encoding) == (False, False, None)
+    assert (cycle.expected_content_length, cycle.waiting_for_100_continue) == (0, False)
+    assert cycle.message_event.is_set()
+    assert protocol.scope["state"]["peer"] is None
+    assert not protocol.pipeline
     protocol.data_received(b"cd")
     assert not cycle.more_body
     protocol.connection_lost(None)
@@ -191,6 +206,23 @@ async def test_a_callback_that_raises_stops_the_parser() -> None:
     parser = httptools.HttpRequestParser(SimpleNamespace(on_headers_complete=refuse))
     with pytest.raises(httptools.HttpParserError):
         parser.feed_data(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+
+
+def test_the_parser_reports_chunks_and_trailers() -> None:
+    """The parser calls `on_chunk_header` for each chunk, and `on_header` for trailers after `on_headers_complete`."""
+    events: list[str] = []
+    names = ("on_header", "on_headers_complete", "on_chunk_header", "on_body")
+    callbacks = {name: lambda *_, name=name: events.append(name) for name in names}
+    parser = httptools.HttpRequestParser(SimpleNamespace(**callbacks))
+    parser.feed_data(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n1;x\r\nb\r\n0\r\ny: z\r\n\r\n")
+    chunks = ["on_chunk_header", "on_body"] * 2 + ["on_chunk_header"]
+    assert events == ["on_header", "on_headers_complete", *chunks, "on_header"]
+
+
+def test_a_response_uses_its_transport_in_these_ways_only() -> None:
+    """`_CycleTransport` has every method of the transport that uvicorn's response calls."""
+    source = inspect.getsource(RequestResponseCycle)
+    assert set(re.findall(r"self\.transport\.(\w+)", source)) == {"write", "close", "is_closing"}
 
 
 async def test_an_upgrade_offer_carries_the_offset_of_the_body() -> None:

@@ -226,7 +226,7 @@ def test_the_estimate_follows_the_captions(tokens: int, seed: int) -> None:
     assert estimate.tokens == 600
     lengths = rng.normal(tokens, tokens / 10, 200).astype(int)
     for length in lengths:
-        estimate.learn(int(length))
+        estimate.update(int(length))
     assert tokens < estimate.tokens < 1.5 * tokens + 5
 
 

@@ -9,6 +9,8 @@ import pytest
 import soxr
 
 from serving.audio import decode, features
+from serving.audio.ffmpeg_reader import averaged
+from serving.audio.waveform import Waveform
 from serving.types import SAMPLE_RATE, Features
 from tests.audio.clips import with_soundfile
 from tests.embedded.known_sounds import assert_states, in_turn, recorded, sound
@@ -53,12 +55,12 @@ def _resampler_of(factor: float) -> Callable[..., soxr.ResampleStream]:
 
 
 def _one_channel(index: int) -> Callable[..., Any]:
-    real = decode._averaged
+    real = averaged
     return lambda frames, full_scale: real(frames[:, [index]], 2 * full_scale)
 
 
 def _every_second_block() -> Callable[..., None]:
-    real, blocks = decode._Waveform.append, iter(range(1_000))
+    real, blocks = Waveform.append, iter(range(1_000))
 
     def append(waveform: Any, rate: int, mono: npt.NDArray[np.float32]) -> None:
         if next(blocks) % 2:
@@ -81,15 +83,21 @@ def _first_bands_last() -> list[Any]:
     return bands
 
 
+def _amplify(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Waveform, "gain", 1.0)  # else it would be scaled
+    patch.setattr(
+        "serving.audio.decode.averaged",
+        lambda frames, full_scale: np.float32(20) * frames.mean(1).astype(np.float32) / full_scale,
+    )
+
+
 BROKEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the resampler takes 48 for 96 kHz": lambda patch: patch.setattr(soxr, "ResampleStream", _resampler_of(2)),
     "the resampler takes 48 for 24 kHz": lambda patch: patch.setattr(soxr, "ResampleStream", _resampler_of(0.5)),
-    "only the left channel is read": lambda patch: patch.setattr(decode, "_averaged", _one_channel(0)),
-    "only the right channel is read": lambda patch: patch.setattr(decode, "_averaged", _one_channel(1)),
-    "every second block is lost": lambda patch: patch.setattr(decode._Waveform, "append", _every_second_block()),
-    "the decoded samples are too loud": lambda patch: patch.setattr(
-        decode, "_averaged", lambda frames, full_scale: np.float32(20) * frames.mean(1).astype(np.float32) / full_scale
-    ),
+    "only the left channel is read": lambda patch: patch.setattr("serving.audio.decode.averaged", _one_channel(0)),
+    "only the right channel is read": lambda patch: patch.setattr("serving.audio.decode.averaged", _one_channel(1)),
+    "every second block is lost": lambda patch: patch.setattr(Waveform, "append", _every_second_block()),
+    "the decoded samples are too loud": _amplify,
     "frames are shuffled": lambda patch: patch.setattr(
         features, "_frames", _frames_in(lambda count: np.random.default_rng(0).permutation(count))
     ),

@@ -8,12 +8,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -22,6 +20,7 @@ import pytest
 import sqlalchemy as sa
 from prometheus_client import Gauge
 
+from benchmarks.servers import Postgres
 from serving.observability.metrics import CALLBACK_METRICS, Metrics
 from serving.tenancy import database as store
 from serving.tenancy import schema
@@ -31,11 +30,9 @@ from tests.support.programs import program
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, events, native_body, upload, wav
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from stores import Postgres
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 grafana = load(DEPLOY / "grafana" / "make.py")
 

@@ -64,6 +64,11 @@ REJECTED = {
     "invalid_audio_url",
     "download_failed",
     "download_timeout",
+    "source_unavailable",
+    "too_many_values",
+    "body_timeout",
+    "malformed_http",
+    "headers_too_large",
     "upload_not_found",
     "audio_too_large",
     "audio_too_long",
@@ -111,8 +116,9 @@ async def test_metrics_log_and_ledger_agree_on_every_end(tenancy: Tenancy, caplo
         metrics = Metrics()
         record = metrics.begin(f"r{number}", "openai")
         request = CaptionRequest(record.request_id, "m", InlineAudio(""))
-        session = tenancy.usage_sessions.session(Caller("acme", "k1"), record, request)
+        session = tenancy.usage_sessions.session(Caller("acme", "k1"), record)
         await session.admit()
+        session.open(request)
         record.usage, record.partial = Usage(13), "partial" in flags
         if "generated" in flags:
             record.first_token = record.started

@@ -257,7 +257,7 @@ async def test_bytes_received_during_a_sweep_are_counted(
     counted = store._sweep()
     arrived = asyncio.Event()
 
-    def slow() -> Mapping[str, int]:
+    def slow() -> tuple[Mapping[str, int], Mapping[str, int]]:
         asyncio.run_coroutine_threadsafe(arrived.wait(), loop).result()
         return counted
 

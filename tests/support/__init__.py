@@ -1,1 +1,1 @@
-"""What several rooms' tests use: services, wire formats, media servers, system programs."""
+"""Support for tests: services, wire formats, media servers, system programs."""

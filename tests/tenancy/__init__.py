@@ -1,1 +1,1 @@
-"""Who calls, what they may, and what is kept of it."""
+"""Keys, limits, ledger, billing and administration."""

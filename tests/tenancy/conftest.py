@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 import sqlalchemy as sa
 
+from benchmarks.servers import Postgres, Redis
 from serving.tenancy import database as databases
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from stores import Postgres, Redis
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 BACKENDS = ("sqlite", "postgresql")
 

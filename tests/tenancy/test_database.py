@@ -17,7 +17,7 @@ from serving.tenancy.schema import audit_log, store_state
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stores import Postgres
+    from benchmarks.servers import Postgres
 
 
 def test_default_is_a_private_file_in_the_data_directory(tmp_path: Path) -> None:

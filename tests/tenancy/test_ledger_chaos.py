@@ -1,6 +1,6 @@
 """The ledger while processes are killed, clients leave and the database stops (300 requests).
 
-`python benchmarks/ledger_chaos.py` does the same with 10,000.
+`python -m benchmarks.tenancy.ledger_chaos` does the same with 10,000.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from ledger_chaos import chaos
+
+from benchmarks.tenancy.ledger_chaos import chaos
 
 if TYPE_CHECKING:
     from pathlib import Path

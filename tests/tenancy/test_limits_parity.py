@@ -1,4 +1,4 @@
-"""Counters in memory and in Redis: the same steps get the same answers (deploy/notes/0008)."""
+"""Counters in memory and in Redis: the same steps get the same answers (deploy/adr/0008)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from serving.types import Caller, FreeQuota, Limits
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping, Sequence
 
-    from stores import Redis
-
+    from benchmarks.servers import Redis
     from serving.tenancy.limits.counter_store import CounterStore, Reservation
 
 NOW_KEY = "test:now_s"
@@ -88,7 +87,7 @@ class World:
 
 
 class Side:
-    """One of the two stores, with a ledger that has what was settled."""
+    """A store and the ledger of what was settled in it."""
 
     def __init__(self, store: CounterStore, world: World) -> None:
         self.limiter = Limiter(store, self._spent)

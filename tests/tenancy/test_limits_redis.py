@@ -19,8 +19,7 @@ from serving.types import FreeQuota, Limits
 from tests.tenancy.limits_support import caller, charge, limiter
 
 if TYPE_CHECKING:
-    from stores import Redis
-
+    from benchmarks.servers import Redis
     from serving.types import Caller
 
 

@@ -20,7 +20,7 @@ from tests.support.wire import COMPATIBLE, compatible_body, data_url, wav
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stores import Redis
+    from benchmarks.servers import Redis
 
 PEPPER = "a pepper of three services"
 CLIP = data_url(wav(1))

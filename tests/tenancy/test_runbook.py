@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from stores import Postgres
-
+from benchmarks.servers import Postgres
 from tests.support.service import RunningService
 
 if TYPE_CHECKING:

@@ -1,5 +1,6 @@
 """Audio references (PROTOCOL 7.2): a URL, a data URL, an upload's `oss://` key, or bare base64.
 
+Blanks, line ends and byte order marks around a reference are ignored, as browsers ignore them around a URL.
 No function here reads a complete clip: an audio worker decodes the base64 text, off the event loop, and there it is
 checked to be base64.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 import base64
 import re
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from serving.audio.formats import sniff
 from serving.errors import AudioEmpty, InlineTooLarge, InvalidAudioUrl
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 MAX_URL_CHARS = 8192
 MAX_MEDIA_TYPE_CHARS = 1024
 
-_CONTROL = re.compile(r"[\x00-\x20\x7f]")
+_AROUND = "\ufeff\u200b" + "".join(filter(str.isspace, map(chr, range(0x3001))))
+"""Characters around a reference that mean nothing: byte order mark, zero-width space, and all white space."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+_QUOTED = r'"(?:[^"\\]|\\.)*+"'
+_DATA_HEAD = re.compile(rf"data:((?:[^\",]|{_QUOTED})*+),", re.IGNORECASE | re.DOTALL)
+"""The part of a data URL before its data, as far as a comma that is in no quoted value (`codecs="opus,vorbis"`)."""
+
+_CUT_ESCAPE = re.compile("%[0-9A-Fa-f]?$")
 
 _SNIFFED_CHARS = 2048
 """Characters of bare base64 that are decoded to recognise a format: enough for the magic bytes of every format, few
@@ -37,18 +47,18 @@ def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings
 
     Raises `InvalidAudioUrl`, `AudioEmpty` and `InlineTooLarge`.
     """
-    reference = part.reference
+    reference = part.reference.strip(_AROUND)
     scheme = reference[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return _url(reference)
     if scheme.startswith("data:"):
-        comma = reference.find(",", 0, MAX_MEDIA_TYPE_CHARS)
-        if comma < 0 or not reference[:comma].rstrip().lower().endswith(";base64"):
+        head = _DATA_HEAD.match(reference, 0, MAX_MEDIA_TYPE_CHARS)
+        if head is None or not _says_base64(head[1]):
             raise InvalidAudioUrl
-        return _inline(reference[comma + 1 :], settings)
+        return _inline(reference[head.end() :], settings)
     if scheme.startswith("oss://"):
-        # Everything after the scheme is the key, unparsed: file names may contain `#`, `?` or `%`.
-        key = reference[len("oss://") :]
+        # Everything after the scheme is the key, unparsed: file names may contain `#`, `?` or `%`, and end in blanks.
+        key = part.reference.lstrip(_AROUND).rstrip("\r\n\t")[len("oss://") :]
         if not key or headers.get("x-dashscope-ossresourceresolve", "").lower() != "enable":
             raise InvalidAudioUrl
         return UploadedAudio(key)
@@ -61,18 +71,25 @@ def _url(url: str) -> UrlAudio:
     if len(url) > MAX_URL_CHARS or _CONTROL.search(url):
         raise InvalidAudioUrl
     try:
-        host = urlsplit(url).hostname
+        parts = urlsplit(url)
     except ValueError:
         raise InvalidAudioUrl from None
-    if not host:
+    if not parts.hostname or any(map(str.isspace, parts.netloc)):
         raise InvalidAudioUrl
     return UrlAudio(url)
 
 
+def _says_base64(head: str) -> bool:
+    """Return whether a parameter of a media type is `base64`; it is the last one by RFC 2397, some write it earlier."""
+    _, *parameters = re.sub(_QUOTED, "", head, flags=re.DOTALL).lower().split(";")
+    return "base64" in (parameter.strip(_AROUND) for parameter in parameters)
+
+
 def _inline(text: str, settings: Settings) -> InlineAudio:
+    text = text.strip(_AROUND)
     if len(text) > settings.max_inline_chars:
         raise InlineTooLarge
-    if not text or text.isspace():
+    if not text:
         raise AudioEmpty
     if not text.isascii():
         raise InvalidAudioUrl
@@ -81,7 +98,8 @@ def _inline(text: str, settings: Settings) -> InlineAudio:
 
 def _begins_like_audio(text: str) -> bool:
     """Return `True` if the text is base64 that begins with the magic bytes of an audio format."""
-    prefix = "".join(text[:_SNIFFED_CHARS].split()).replace("-", "+").replace("_", "/")
+    prefix = unquote(_CUT_ESCAPE.sub("", text[:_SNIFFED_CHARS]))
+    prefix = "".join(prefix.split()).replace("-", "+").replace("_", "/")
     try:
         return sniff(base64.b64decode(prefix[: len(prefix) // 4 * 4], validate=True)) is not None
     except ValueError:

@@ -5,6 +5,7 @@ A codec is pure: bytes and headers in, bytes out. It awaits nothing, and reads t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -85,9 +86,13 @@ MAX_TEXT_BYTES = MAX_LINE_BYTES - 2048
 MAX_RETRY_S = 60
 """Longest `retry-after` that every client honours: above it clients do not retry, or do not wait (PROTOCOL 2.13)."""
 
+SOURCE_RETRY_S = 5
+"""Least `retry-after` where the server of a URL is not available and does not say for how long."""
+
 STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ClientError: 400,
     errors.BodyTooLarge: 413,
+    errors.HeadersTooLarge: 431,
     errors.ModelNotFound: 404,
     errors.NotFound: 404,
     errors.MethodNotAllowed: 405,
@@ -95,7 +100,9 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.Unauthenticated: 401,
     errors.AccessDenied: 403,
     errors.RateLimited: 429,
+    errors.SourceUnavailable: 503,
     errors.UploadRejected: 403,
+    errors.UploadEmpty: 400,
     errors.UploadTooLarge: 400,
     errors.UploadExists: 409,
     errors.ServerError: 500,
@@ -120,6 +127,8 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
         headers |= {**error.headers, "retry-after": str(error.retry_after_s)}
         if error.retry_after_s > MAX_RETRY_S:
             headers["x-should-retry"] = "false"
+    elif isinstance(error, errors.SourceUnavailable):
+        headers["retry-after"] = str(min(MAX_RETRY_S, max(SOURCE_RETRY_S, math.ceil(error.retry_after_s))))
     elif isinstance(error, errors.NotReady):
         headers["retry-after"] = "10"
     elif isinstance(error, (errors.DeadlineExceeded, errors.AccessDenied, errors.Arrearage)):

@@ -45,6 +45,7 @@ _CODE: dict[type[errors.CaptionerError], str] = {
     errors.TokensLimited: "Throttling.AllocationQuota",
     errors.BudgetExhausted: "Throttling.AllocationQuota",
     errors.DownloadTimeout: "InvalidParameter.DataInspection",
+    errors.SourceUnavailable: "ServiceUnavailable",
     errors.CaptionerError: "InternalError",
     errors.EngineFailed: "InternalError.Algo",
     errors.NotReady: "ModelUnavailable",

@@ -40,6 +40,7 @@ _TYPE_AND_CODE: dict[type[errors.CaptionerError], tuple[str, str | None]] = {
     errors.BurstLimited: ("limit_burst_rate", "limit_burst_rate"),
     errors.TokensLimited: ("insufficient_quota", "insufficient_quota"),
     errors.BudgetExhausted: ("insufficient_quota", "insufficient_quota"),
+    errors.SourceUnavailable: ("service_unavailable", "service_unavailable"),
     errors.CaptionerError: ("internal_error", "internal_error"),
     errors.NotReady: ("service_unavailable", "model_unavailable"),
     errors.Overloaded: ("service_unavailable", "service_unavailable"),

@@ -14,6 +14,10 @@ from serving.api.dialects.json_codec import quote
 _CODE: dict[type[errors.CaptionerError], str] = {
     errors.ClientError: "InvalidArgument",
     errors.BodyTooLarge: "EntityTooLarge",
+    errors.Unauthenticated: "AccessDenied",
+    errors.AccessDenied: "AccessDenied",
+    errors.Arrearage: "AccessDenied",
+    errors.RateLimited: "QpsLimitExceeded",
     errors.CaptionerError: "InternalError",
     errors.Overloaded: "ServiceUnavailable",
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from serving.tenancy.billing.prices import money
+from serving.tenancy.billing.prices import Price, money
 from serving.tenancy.schema import usage_records
 
 if TYPE_CHECKING:
@@ -103,15 +104,9 @@ _TOTALS = ("billed_requests", "input_tokens", "output_tokens", "free_tokens", "l
 
 
 def _list_nanos(row: dict[str, Any]) -> int:
-    """Return tokens times prices. A price per 1,000 tokens is a whole number of nano-units per token."""
-    per_token = [_nanos_per_token(row[name]) for name in ("input_price", "output_price")]
-    return int(row["input_tokens"]) * per_token[0] + int(row["output_tokens"]) * per_token[1]
-
-
-def _nanos_per_token(price: str) -> int:
-    """Convert a price per 1,000 tokens, as records have it, to nano-units per token."""
-    whole, _, decimals = price.partition(".")
-    return int(whole) * 10**6 + int(decimals.ljust(6, "0")[:6] or 0)
+    """Return the price of all tokens, at the row's prices per 1,000 tokens."""
+    price = Price.of(row["currency"], Decimal(row["input_price"]), Decimal(row["output_price"]))
+    return price.amount_nanos(int(row["input_tokens"]), int(row["output_tokens"]))
 
 
 def _usage_row(row: Any) -> dict[str, Any]:

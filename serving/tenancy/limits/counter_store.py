@@ -1,7 +1,7 @@
 """The counters of limits: their steps, what the steps take and answer, and the constants of both implementations.
 
 `MemoryStore` keeps the counters in this process, `RedisStore` in Redis for all replicas. Both implement one algorithm
-(deploy/notes/0008). Constants that they share are defined here; `redis_script.py` puts them into the script.
+(deploy/adr/0008). Constants that they share are defined here; `redis_script.py` puts them into the script.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ WINDOW_S = 61
 
 BURST_S = 2
 """Whole seconds, the current one included, that count as "at once": any 1 s lies within 2 of them."""
+
+
+BUDGETS = ("tokens_per_day", "tokens_per_month", "nanos_per_day", "nanos_per_month")
+"""Limits of what is billed on a day and in a month: fields of `Limits` and of `Sums`, reasons in upper case."""
 
 
 class Reason(enum.IntEnum):
@@ -79,10 +83,8 @@ class Scope:
 
     @property
     def has_budget(self) -> bool:
-        """Whether any limit needs the sums of what was billed."""
-        limits = self.limits
-        budgets = limits.tokens_per_day, limits.tokens_per_month, limits.nanos_per_day, limits.nanos_per_month
-        return any(budget is not None for budget in budgets)
+        """True if any limit needs the sums of what was billed."""
+        return any(getattr(self.limits, name) is not None for name in BUDGETS)
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +146,7 @@ class CounterStore(Protocol):
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because the shared store does not answer."""
+        """True while limits hold per process, because the shared store does not answer."""
         ...
 
     @property

@@ -23,7 +23,7 @@ from serving.errors import (
     RequestsLimited,
     TokensLimited,
 )
-from serving.tenancy.limits.counter_store import WINDOW_S, Amounts, Reason, Reservation, Scope
+from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Amounts, Reason, Reservation, Scope
 from serving.types import FreeQuota, Limits
 
 if TYPE_CHECKING:
@@ -164,14 +164,14 @@ def _refusal(answer: Answer, headers: Mapping[str, str]) -> CaptionerError:
     if reason is Reason.FREE_TIER:
         return FreeTierExhausted()
     retry_after_s = min(answer.retry_after_s, _MAX_RETRY_AFTER_S)
-    if reason in _BUDGETS:
-        retry_after_s = _until_next(month=reason in {Reason.TOKENS_PER_MONTH, Reason.NANOS_PER_MONTH})
-    error = _ERRORS[reason](limit=reason.name.lower(), retry_after_s=max(1, retry_after_s))
+    limit = reason.name.lower()
+    if limit in BUDGETS:
+        retry_after_s = _until_next(month=limit.endswith("month"))
+    error = _ERRORS.get(reason, BudgetExhausted)(limit=limit, retry_after_s=max(1, retry_after_s))
     error.headers = headers
     return error
 
 
-_BUDGETS = frozenset((Reason.TOKENS_PER_DAY, Reason.TOKENS_PER_MONTH, Reason.NANOS_PER_DAY, Reason.NANOS_PER_MONTH))
 _ERRORS: Mapping[Reason, type[RateLimited]] = {
     Reason.CONCURRENT_REQUESTS: ConcurrencyLimited,
     Reason.BURST: BurstLimited,
@@ -179,7 +179,7 @@ _ERRORS: Mapping[Reason, type[RateLimited]] = {
     Reason.TOKENS_PER_MINUTE: TokensLimited,
     Reason.AUDIO_SECONDS_PER_MINUTE: AudioLimited,
     Reason.CONCURRENT_AUDIO_SECONDS: ConcurrencyLimited,
-} | dict.fromkeys(_BUDGETS, BudgetExhausted)
+}
 
 
 def _until_next(*, month: bool) -> int:

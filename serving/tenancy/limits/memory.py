@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from serving.tenancy.limits.counter_store import (
+    BUDGETS,
     BURST_S,
     WINDOW_S,
     Amounts,
@@ -48,7 +48,6 @@ class MemoryStore:
         """See `CounterStore`."""
 
     async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
-        """See `CounterStore`."""
         now_s = int(self._now_s())
         self._drop_idle(reservation.scopes, now_s)
         pairs = self._of(reservation.scopes, periods)
@@ -62,7 +61,6 @@ class MemoryStore:
         return _answer((Reason.NONE, 0), pairs, now_s)
 
     async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
-        """See `CounterStore`."""
         now_s = int(self._now_s())
         pairs = self._of(reservation.scopes, periods)
         free_tokens = max((counters.grant(scope, amounts.tokens) for scope, counters in pairs), default=0)
@@ -80,7 +78,6 @@ class MemoryStore:
         return _answer((Reason.NONE, 0), pairs, now_s)
 
     async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
-        """See `CounterStore`."""
         return self.settle_now(reservation, periods, tokens, nanos)
 
     def settle_now(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
@@ -106,8 +103,7 @@ class MemoryStore:
             counters.running -= 1
             counters.reserve(scope, reservation, sign=-1)
             counters.tokens.add(reservation.charged_s if more < 0 else now_s, more)
-            if counters.sums is not None:
-                counters.sums.add(tokens, nanos)
+            counters.bill(tokens, nanos)
             if counters.free_used is not None and scope.free_tokens is not None:
                 counters.free_used += free_tokens
         return free_tokens
@@ -119,10 +115,9 @@ class MemoryStore:
             counters.reserve(scope, reservation)
 
     async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
-        """See `CounterStore`."""
         [(_, counters)] = self._of([scope], periods)
         if counters.sums is None:
-            counters.sums = _Billed(periods, sums)
+            counters.periods, counters.sums = periods, sums
         if counters.free_used is None:
             counters.free_used = free_tokens
 
@@ -131,8 +126,7 @@ class MemoryStore:
         for scope in scopes:
             if (counters := self._counters.get(scope.name)) is None:
                 counters = self._counters[scope.name] = _Counters()
-            if counters.sums:
-                counters.sums.turn(periods)
+            counters.turn(periods)
             pairs.append((scope, counters))
         return pairs
 
@@ -191,36 +185,15 @@ class _Window:
         return WINDOW_S
 
 
-class _Billed:
-    """Sums billed in the current day and month."""
-
-    def __init__(self, periods: Periods, sums: Sums) -> None:
-        self._day, self._month = periods
-        self.tokens_day, self.tokens_month = sums.tokens_per_day, sums.tokens_per_month
-        self.nanos_day, self.nanos_month = sums.nanos_per_day, sums.nanos_per_month
-
-    def turn(self, periods: Periods) -> None:
-        """Begin a new day, or a new month, at 0."""
-        day, month = periods
-        if day != self._day:
-            self._day, self.tokens_day, self.nanos_day = day, 0, 0
-        if month != self._month:
-            self._month, self.tokens_month, self.nanos_month = month, 0, 0
-
-    def add(self, tokens: int, nanos: int) -> None:
-        self.tokens_day += tokens
-        self.tokens_month += tokens
-        self.nanos_day += nanos
-        self.nanos_month += nanos
-
-
 class _Counters:
     """Counters of one scope."""
 
     def __init__(self) -> None:
         self.requests, self.tokens, self.audio_ms = _Window(), _Window(), _Window()
         self.running = 0
-        self.sums: _Billed | None = None
+        self.periods: Periods = ("", "")
+        self.sums: Sums | None = None
+        """Sums billed in `periods`, `None` if unknown."""
         self.free_used: int | None = None
         self._reserved_audio_ms = self._reserved_tokens = self._reserved_nanos = self._reserved_free = 0
 
@@ -230,6 +203,29 @@ class _Counters:
     def is_idle(self, now_s: int) -> bool:
         use = self.use(now_s)
         return not (self.running or use.requests or use.tokens or use.audio_ms)
+
+    def turn(self, periods: Periods) -> None:
+        """Set the sums of a day, or a month, that has ended to 0."""
+        if (sums := self.sums) is None or periods == self.periods:
+            return
+        same_day, same_month = (now == before for now, before in zip(periods, self.periods, strict=True))
+        self.periods = periods
+        self.sums = Sums(
+            sums.tokens_per_day * same_day,
+            sums.tokens_per_month * same_month,
+            sums.nanos_per_day * same_day,
+            sums.nanos_per_month * same_month,
+        )
+
+    def bill(self, tokens: int, nanos: int) -> None:
+        """Add what was billed to the sums, if they are known."""
+        if (sums := self.sums) is not None:
+            self.sums = Sums(
+                sums.tokens_per_day + tokens,
+                sums.tokens_per_month + tokens,
+                sums.nanos_per_day + nanos,
+                sums.nanos_per_month + nanos,
+            )
 
     def reserve(self, scope: Scope, reservation: Reservation, *, sign: int = 1) -> None:
         """Add the reservation's amounts to what is reserved; with `sign` -1 subtract them."""
@@ -283,14 +279,10 @@ class _Counters:
                 yield Reason.UNSEEDED, 0
                 return
             tokens, nanos = tokens + self._reserved_tokens, nanos + self._reserved_nanos
-            for reason, spent, limit in (
-                (Reason.TOKENS_PER_DAY, sums.tokens_day + tokens, limits.tokens_per_day),
-                (Reason.TOKENS_PER_MONTH, sums.tokens_month + tokens, limits.tokens_per_month),
-                (Reason.NANOS_PER_DAY, sums.nanos_day + nanos, limits.nanos_per_day),
-                (Reason.NANOS_PER_MONTH, sums.nanos_month + nanos, limits.nanos_per_month),
-            ):
-                if spent > (math.inf if limit is None else limit):
-                    yield reason, 0
+            for name in BUDGETS:
+                limit, more = getattr(limits, name), tokens if name.startswith("tokens") else nanos
+                if limit is not None and getattr(sums, name) + more > limit:
+                    yield Reason[name.upper()], 0
         if scope.free_tokens is not None:
             if self.free_used is None:
                 yield Reason.UNSEEDED, 0

@@ -32,6 +32,8 @@ for index, scope in ipairs(KEYS) do
     local value = tonumber(ARGV[at])
     if value ~= UNSET then limits[name] = value end
   end
+  limits.audio_ms_per_minute = limits.audio_seconds_per_minute and 1000 * limits.audio_seconds_per_minute
+  limits.concurrent_audio_ms = limits.concurrent_audio_seconds and 1000 * limits.concurrent_audio_seconds
   limits.needs_reserved = limits.concurrent_requests or limits.concurrent_audio_ms or limits.has_budget
     or limits.free_tokens
   states[index] = {scope = scope, limits = limits}

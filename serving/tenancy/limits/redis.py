@@ -50,7 +50,7 @@ _NO_PERIODS = ("", "")
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One step on its way to Redis. Its answer is `None` if Redis gave none."""
+    """A step on its way to Redis. The answer is `None` if Redis gave none."""
 
     arguments: Sequence[Any]
     on_reply: Callable[[Sequence[int]], Answer]
@@ -76,16 +76,14 @@ class RedisStore:
 
     @property
     def degraded(self) -> bool:
-        """Whether limits hold per process at present, because Redis does not answer."""
+        """True while limits hold per process, because Redis does not answer."""
         return not self._up
 
     async def start(self) -> None:
-        """See `CounterStore`."""
         await self._renew()
         self._renewing = asyncio.create_task(self._renew_forever())
 
     async def stop(self) -> None:
-        """See `CounterStore`."""
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.wait((self._renewing,))
@@ -98,7 +96,6 @@ class RedisStore:
         await self._redis.aclose()
 
     async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
-        """See `CounterStore`."""
 
         def on_reply(fields: Sequence[int]) -> Answer:
             answer = _answer(fields)
@@ -115,7 +112,6 @@ class RedisStore:
         return answer
 
     async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
-        """See `CounterStore`."""
 
         def on_reply(fields: Sequence[int]) -> Answer:
             answer, reply = _answer(fields), Reply(*fields[: len(Reply._fields)])
@@ -131,7 +127,6 @@ class RedisStore:
         return answer if answer is not None else await self._memory.charge(reservation, periods, amounts)
 
     async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
-        """See `CounterStore`."""
         has_quota = any(scope.free_tokens is not None for scope in reservation.scopes)
         # If the counters do not answer: what was left of the quota when the audio was known.
         fallback = min(reservation.free_left, tokens) if has_quota else 0
@@ -182,7 +177,6 @@ class RedisStore:
         )
 
     async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
-        """See `CounterStore`."""
         if not self._up:
             await self._memory.seed(scope, periods, sums, free_tokens)
             return

@@ -5,6 +5,7 @@ They are defined once, here and in counter_store.py, and put into the script whe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,19 +45,9 @@ class Reply(NamedTuple):
 
 def _limits_of(scope: Scope) -> Mapping[str, int | None]:
     """Return the limits under the names and in the order that the script has; `None` is not set."""
-    limits = scope.limits
-    audio_s, concurrent_s = limits.audio_seconds_per_minute, limits.concurrent_audio_seconds
     return {
-        "requests_per_minute": limits.requests_per_minute,
+        **dataclasses.asdict(scope.limits),
         "burst": scope.burst,
-        "concurrent_requests": limits.concurrent_requests,
-        "tokens_per_minute": limits.tokens_per_minute,
-        "audio_ms_per_minute": None if audio_s is None else 1000 * audio_s,
-        "concurrent_audio_ms": None if concurrent_s is None else 1000 * concurrent_s,
-        "tokens_per_day": limits.tokens_per_day,
-        "tokens_per_month": limits.tokens_per_month,
-        "nanos_per_day": limits.nanos_per_day,
-        "nanos_per_month": limits.nanos_per_month,
         "free_tokens": scope.free_tokens,
         "only_free": scope.only_free or None,
         "has_budget": scope.has_budget or None,

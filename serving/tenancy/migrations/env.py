@@ -1,4 +1,4 @@
-"""What Alembic runs. The caller hands its connection over, in a transaction that it holds a lock in."""
+"""Migration environment of Alembic. The caller passes its connection, within a transaction that holds a lock."""
 
 from __future__ import annotations
 

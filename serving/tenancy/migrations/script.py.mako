@@ -10,5 +10,5 @@ down_revision = ${repr(down_revision)}
 
 
 def upgrade() -> None:
-    """From the step before to this one."""
+    """Change the tables."""
     ${upgrades if upgrades else "pass"}

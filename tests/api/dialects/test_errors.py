@@ -33,6 +33,10 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.MissingModel: (400, "BadRequest.EmptyModel", 400, "invalid_request_error", None),
     errors.MissingInput: (400, "BadRequest.EmptyInput", 400, "invalid_request_error", "invalid_parameter_error"),
     errors.InlineTooLarge: (400, "BadRequest.TooLarge", 400, "invalid_request_error", "invalid_parameter_error"),
+    errors.TooManyValues: (400, "InvalidParameter", 400, "invalid_request_error", "invalid_parameter_error"),
+    errors.BodyTimeout: (400, "InvalidParameter", 400, "invalid_request_error", "invalid_parameter_error"),
+    errors.MalformedHttp: (400, "InvalidParameter", 400, "invalid_request_error", "invalid_parameter_error"),
+    errors.HeadersTooLarge: (431, "InvalidParameter", 431, "invalid_request_error", "invalid_parameter_error"),
     errors.BodyTooLarge: (413, "BadRequest.TooLarge", 413, "invalid_request_error", "request_too_large"),
     errors.ModelNotFound: (400, "InvalidParameter", 404, "invalid_request_error", "model_not_found"),
     errors.NotFound: (404, "NotFound", 404, "invalid_request_error", "not_found"),
@@ -73,6 +77,7 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.AudioError: BAD,
     errors.InvalidAudioUrl: BAD,
     errors.DownloadFailed: BAD,
+    errors.SourceUnavailable: (503, "ServiceUnavailable", 503, "service_unavailable", "service_unavailable"),
     errors.DownloadTimeout: (
         400,
         "InvalidParameter.DataInspection",

@@ -37,6 +37,12 @@ def decode(
     return codec(Settings(**settings)).decode_request(text, headers or {}, "id")[0]
 
 
+def part_of(kind: str, reference: str) -> dict[str, Any]:
+    """Return a part of a kind that holds a reference."""
+    field = {"audio": reference, "input_audio": {"data": reference}, "audio_url": {"url": reference}}[kind]
+    return {"type": kind, kind: field}
+
+
 both = pytest.mark.parametrize("dialect", CODECS)
 
 
@@ -92,12 +98,78 @@ def test_parts_that_cannot_change_the_caption_are_ignored(dialect: str, others: 
         (f"data:audio/wav;base64,{WAV}", InlineAudio(WAV)),
         (f"data:;base64,{WAV}", InlineAudio(WAV)),
         (f"DATA:audio/amr;codecs=x;BASE64,{WAV}", InlineAudio(WAV)),
-        (f"data:audio/wav;base64,\n{WAV}\r\n", InlineAudio(f"\n{WAV}\r\n")),
+        (f"data:audio/wav;base64,\n{WAV}\r\n", InlineAudio(WAV)),
     ],
 )
 def test_references(dialect: str, reference: str, source: AudioSource | None) -> None:
     """A URL is kept as the client wrote it; the text of a data URL is extracted."""
     assert decode(dialect, user({"audio": reference})).audio == (source or UrlAudio(reference))
+
+
+ESCAPED = WAV.replace("+", "%2B").replace("/", "%2F").replace("=", "%3d")
+
+WRITTEN: dict[str, str] = {
+    "blank after a semicolon": f"data:audio/ogg; codecs=opus; base64,{WAV}",
+    "blanks everywhere": f"data: audio/wav ; base64 , {WAV}",
+    "quoted codecs with a comma": f'data:video/webm;codecs="vp8,opus";base64,{WAV}',
+    "quoted codecs with a semicolon": f'data:audio/webm; codecs="opus;vorbis" ;base64,{WAV}',
+    "quoted base64 before the comma": f'data:audio/ogg;x="a;base64,b";base64,{WAV}',
+    "quoted quote": f'data:audio/ogg;x="a\\",b";base64,{WAV}',
+    "charset before": f"data:audio/wav;charset=utf-8;base64,{WAV}",
+    "charset after": f"data:audio/wav;base64;charset=utf-8,{WAV}",
+    "upper case": f"DATA:AUDIO/WAV;BASE64,{WAV}",
+    "line end before": f"\n data:audio/wav;base64,{WAV}",
+    "byte order mark": f"\ufeffdata:audio/wav;base64,{WAV}",
+    "byte order mark after the comma": f"data:audio/wav;base64,\ufeff{WAV}",
+    "ideographic space": f"\u3000data:audio/wav;base64,{WAV}\u3000",
+    "line end after": f"data:audio/wav;base64,{WAV}\r\n",
+}
+
+
+@both
+@pytest.mark.parametrize("kind", ["audio", "input_audio", "audio_url"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_data_urls_as_people_write_them(dialect: str, kind: str, name: str) -> None:
+    """Blanks, quoted parameters, their order and marks around a data URL do not change its data, in any part."""
+    assert decode(dialect, user(part_of(kind, WRITTEN[name]))).audio == InlineAudio(WAV)
+
+
+@both
+@pytest.mark.parametrize("kind", ["audio", "input_audio", "audio_url"])
+@pytest.mark.parametrize("around", [" {}", "{}\n", "\r\n\t{} ", "\ufeff{}", "\u3000{}\xa0"])
+def test_blanks_around_a_url_mean_nothing(dialect: str, kind: str, around: str) -> None:
+    """A URL that was copied with the white space around it is the URL."""
+    assert decode(dialect, user(part_of(kind, around.format(URL)))).audio == UrlAudio(URL)
+
+
+@both
+def test_blanks_in_a_url_are_part_of_it(dialect: str) -> None:
+    """A space within a URL stays for the download, which escapes it."""
+    url = "https://media.example/my clip.wav?name=a b"
+    assert decode(dialect, user({"audio": f"{url}\n"})).audio == UrlAudio(url)
+
+
+@both
+def test_blanks_around_an_upload_key(dialect: str) -> None:
+    """Blanks before `oss://` and line ends after it mean nothing; a file's name may end in a blank."""
+    found = decode(dialect, user({"audio": "\n oss://a/b.wav \r\n"}), headers=RESOLVE).audio
+    assert found == UploadedAudio("a/b.wav ")
+
+
+@both
+@pytest.mark.parametrize("text", [f"\n{ESCAPED}", f"\ufeff{WAV}", f" {WAV}\n", f"%0A{ESCAPED}"])
+def test_bare_base64_as_people_write_it(dialect: str, text: str) -> None:
+    """Bare base64 is recognised behind marks and blanks, and with percent-escapes, which the audio worker decodes."""
+    part = {"type": "input_audio", "input_audio": {"data": text}}
+    assert decode(dialect, user(part)).audio == InlineAudio(text.strip("\ufeff \n"))
+
+
+def test_an_escape_that_is_cut_where_the_format_is_recognised() -> None:
+    """A percent-escape at the end of the characters that are looked at does not hide the format."""
+    for shift in range(3):
+        text = WAV + "A" * (2048 - len(WAV) - shift) + "%2B" * 400
+        part = {"type": "input_audio", "input_audio": {"data": text}}
+        assert decode("native", user(part)).audio == InlineAudio(text)
 
 
 @both
@@ -138,7 +210,7 @@ def test_bare_base64_of_audio(dialect: str, head: bytes) -> None:
     """`input_audio.data` may be bare base64, in either alphabet and with line breaks, if it begins like audio."""
     for text in (b64encode(head * 9).decode(), urlsafe_b64encode(head * 9).decode(), f"\n{b64encode(head).decode()}"):
         part = {"type": "input_audio", "input_audio": {"data": text, "format": "wav"}}
-        assert decode(dialect, user(part)).audio == InlineAudio(text)
+        assert decode(dialect, user(part)).audio == InlineAudio(text.strip())
 
 
 @both

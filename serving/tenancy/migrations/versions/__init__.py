@@ -1,1 +1,1 @@
-"""One file for each step, in order of their numbers. Forward only: a step adds, so that older replicas go on."""
+"""Migrations, a file each, in order of their numbers. Forward only: they add, so that older replicas keep working."""

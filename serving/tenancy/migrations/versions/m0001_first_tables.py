@@ -10,7 +10,7 @@ down_revision = None
 
 
 def upgrade() -> None:
-    """From the step before to this one."""
+    """Create the tables."""
     op.create_table(
         "audit_log",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),

@@ -1,0 +1,1 @@
+"""The audio path, and long files."""

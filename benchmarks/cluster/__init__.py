@@ -1,0 +1,1 @@
+"""A local Ray cluster under load: autoscaling, chaos, updates, scaling, proxies."""

@@ -1,0 +1,1 @@
+"""Comparisons of complete systems, and of one system with itself under another setting."""

@@ -1,0 +1,1 @@
+"""Load generators, the clips that they send, and the checks of every answer."""

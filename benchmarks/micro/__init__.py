@@ -1,0 +1,1 @@
+"""Microbenchmarks by pytest-benchmark, each with a reference: `pytest benchmarks/micro`."""

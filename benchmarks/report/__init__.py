@@ -1,0 +1,1 @@
+"""Reports: JSON results to Markdown, charts and HTML; comparison of two runs."""

@@ -1,0 +1,1 @@
+"""Fairness between tenants, exactness of the ledger, cost of keys and limits, timing of caches."""
