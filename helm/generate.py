@@ -52,6 +52,7 @@ DERIVED_SETTINGS = {
     "data_dir",
     "admin_host",
     "admin_port",
+    "metrics_host",
     "metrics_port",
     "auth",
 }

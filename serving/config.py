@@ -27,12 +27,20 @@ from pydantic_settings import (
 
 from serving import setting_groups as groups
 from serving.setting_groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
-from serving.setting_types import MIB
+from serving.setting_types import METRICS_PORTS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("CAPTIONER_MODEL_ID", "EMBEDDED_CHECKPOINT", "MIB", "STAND_IN_WIDTH", "Settings", "SettingsError")
+__all__ = (
+    "CAPTIONER_MODEL_ID",
+    "EMBEDDED_CHECKPOINT",
+    "METRICS_PORTS",
+    "MIB",
+    "STAND_IN_WIDTH",
+    "Settings",
+    "SettingsError",
+)
 
 STAND_IN_WIDTH = 192
 """Width of the text model of the embedded stand-in; the captioner's is 2048."""
@@ -42,16 +50,18 @@ _EXPERT_SIZE = 768
 _FP8_BLOCK = 128
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Return whether only this machine can reach the address."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return host == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 class Settings(
-    # The reverse of `setting_groups.GROUPS`: pydantic collects fields from the last base to the first.
+    # The reverse of `cli/setting_headings.py`: pydantic collects fields from the last base to the first.
     groups.MetricsAndTraces,
     groups.AdministrationApi,
     groups.Logs,
@@ -112,6 +122,17 @@ class Settings(
         return self
 
     @model_validator(mode="after")
+    def _metrics_ports_are_free(self) -> Settings:
+        for name in ("port", "admin_port"):
+            taken = getattr(self, name)
+            if taken and self.metrics_port and self.metrics_port <= taken < self.metrics_port + METRICS_PORTS:
+                raise ValueError(
+                    f"metrics_port: {self.metrics_port} to {self.metrics_port + METRICS_PORTS - 1} include {name} "
+                    f"{taken}; set a range without it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Settings:
         for kind in ("frontends", "engine_replicas"):
             least, most = getattr(self, f"min_{kind}"), getattr(self, f"max_{kind}")
@@ -148,7 +169,7 @@ class Settings(
     @property
     def on_loopback(self) -> bool:
         """True if only this machine reaches the listener."""
-        return _is_loopback(self.host)
+        return is_loopback(self.host)
 
     @property
     def step_tokens(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
@@ -379,55 +379,31 @@ class MetricsAndTraces(BaseModel):
 
     metrics_token: SecretStr | None = Field(
         None,
-        description="Bearer token that scrapes of /metrics need. Unset: no token, and tenants are named only where the "
-        "listener is on a loopback address",
+        description="Bearer token of scrapes. Unset: without metrics_port, /metrics answers only direct requests from "
+        "this machine (in a cluster none), and does not name tenants",
     )
     metrics_tenants: int = Field(
         100, ge=0, description="Most tenants that metrics name; the rest are counted as `other`"
     )
-    metrics_port: int = Field(
-        0,
+    metrics_port: Annotated[int | None, Example(9464)] = Field(
+        None,
         ge=0,
         le=65_000,
-        description="First of 32 TCP ports, of which each process of a cluster serves its metrics on the first free; "
-        "0: any port",
+        description="First of 32 TCP ports, of which each process serves its metrics on the first free; 0: any port. "
+        "Unset: in a cluster any port, else the service's port",
+    )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        description="Address of metrics_port on one machine; in a cluster it is the node's. Not on loopback: tenants "
+        "are named only with metrics_token",
     )
     vllm_metrics: bool = Field(default=True, description="vLLM's metrics in addition to the service's")
     otlp_endpoint: Annotated[str | None, Example("http://collector:4318")] = Field(
         None, description="Receiver of traces (OTLP over HTTP). Unset: nothing is traced"
     )
-    trace_ratio: float = Field(
-        0.01, ge=0, le=1, description="Share of requests that are traced where the caller does not decide"
+    trace_ratio: float = Field(0.01, ge=0, le=1, description="Share of the requests with a valid key that are traced")
+    trace_follow_callers: bool = Field(
+        default=False,
+        description="Sampling decision of a caller's `traceparent` instead of trace_ratio, for callers who are trusted "
+        "not to trace everything; their trace id is joined in any case",
     )
-
-
-class Group(NamedTuple):
-    """One heading of the help. `example`: a command that uses some of its settings."""
-
-    title: str
-    fields: type[BaseModel]
-    example: str
-
-
-_SERVE = "captioner serve"
-
-GROUPS = (
-    Group("Settings file", SettingsFile, f"{_SERVE} --config=deploy/profiles/1xh100-80g.toml"),
-    Group("Listener", Listener, f"{_SERVE} --host=127.0.0.2 --port=9000"),
-    Group("Model", Model, f"{_SERVE} --model=Qwen/Qwen3-Omni-30B-A3B-Captioner"),
-    Group("Engine", Engine, f"{_SERVE} --tensor-parallel=2 --dtype=bfloat16 --max-num-seqs=256"),
-    Group("Fake engine", FakeEngine, f"{_SERVE} --engine=fake --fake-ttft-s=0.5 --fake-tpot-s=0.02"),
-    Group("Request limits", RequestLimits, f"{_SERVE} --max-audio-s=600 --max-url-bytes=256MiB"),
-    Group("Capacity", Capacity, f"{_SERVE} --max-concurrent-requests=1024 --max-features-bytes=1GiB"),
-    Group("Audio workers", AudioWorkerPool, f"{_SERVE} --audio-workers=8 --audio-timeout-s=30"),
-    Group("Downloads", Downloads, f"{_SERVE} --fetch-allow=media.internal:9000,10.1.0.0/16"),
-    Group("Responses", Responses, f"{_SERVE} --stream-timeout-s=1200 --heartbeat-s=10"),
-    Group("Cluster", Cluster, "captioner cluster --engine-on-gpu --max-engine-replicas=4"),
-    Group("Callers", Callers, f'CAPTIONER_API_KEYS="$(cat keys)" {_SERVE} --region=singapore'),
-    Group("Storage and usage", Storage, f"{_SERVE} --data-dir=/var/lib/captioner --max-uploads-bytes=50GiB"),
-    Group("Logs", Logs, f"{_SERVE} --log-format=text --log-level=debug"),
-    Group(
-        "Administration", AdministrationApi, f'CAPTIONER_ADMIN_TOKEN="$(cat admin-token)" {_SERVE} --admin-port=8100'
-    ),
-    Group("Metrics and traces", MetricsAndTraces, f"{_SERVE} --otlp-endpoint=http://collector:4318 --trace-ratio=0.1"),
-)

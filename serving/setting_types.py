@@ -11,6 +11,9 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
 
+METRICS_PORTS = 32
+"""Number of ports from `metrics_port` on that are tried: processes that share a machine or a pod use one each."""
+
 MIB = 1024 * 1024
 
 _SIZE_UNITS = {"KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -28,9 +29,12 @@ from serving.engine.vllm.engine import VllmEngine
 from serving.errors import EngineFailed
 from serving.observability.context import Untraced
 from serving.observability.metrics import Metrics
+from serving.observability.scrape_access import ScrapeAccess
+from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.uploads import DirectoryUploads
+from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
 
 if TYPE_CHECKING:
@@ -56,15 +60,16 @@ def create_app(
     """Compose the application. `engine` defaults to the engine that the settings name.
 
     The application answers from its start; captions are refused as `NotReady` until the engine has loaded.
-    `on_engine` is called once: with `None` when the engine has loaded, with the exception when loading failed.
+    `on_engine` is called once: with `None` when the engine has loaded and the database can be used, with the exception
+    when one of them never will.
     `on_not_ready` is called for each caption request that arrives while no engine is ready; a readiness probe does not
     call it. `targets` returns the metrics addresses of a cluster's processes. `connections`: those of the server that
     runs the application.
     """
     engine = engine or make_engine(settings)
-    # Metrics are labelled by tenant only where strangers cannot read them.
-    private = settings.metrics_token is not None or (targets is None and settings.on_loopback)
-    metrics = Metrics(tenants=settings.metrics_tenants if private else 0, tracer=_tracer(settings))
+    scrape_access = ScrapeAccess.of(settings, in_cluster=targets is not None)
+    tenants = settings.metrics_tenants if scrape_access.names_tenants else 0
+    metrics = Metrics(tenants=tenants, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
     downloads = DownloadProcess(settings)
     uploads = DirectoryUploads(settings)
@@ -76,6 +81,7 @@ def create_app(
         pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
         downloads=downloads,
         targets=targets,
+        scrape_access=scrape_access,
         uploads=uploads,
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
@@ -94,8 +100,15 @@ def create_app(
             for component in (workers, downloads, uploads, tenancy):
                 stack.push_async_callback(component.stop)
                 await component.start()
+            if targets is not None:
+                # A frontend of a cluster gets no requests before: others may have keys from before an outage.
+                await tenancy.started()
             stack.push_async_callback(engine.stop)
-            loading = asyncio.create_task(_load(engine, on_engine))
+            if targets is None and settings.metrics_port is not None:
+                listener = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
+                stack.push_async_callback(listener.stop)
+                await listener.start(settings.metrics_host, settings.metrics_port)
+            loading = asyncio.create_task(_load(engine, tenancy, on_engine))
             stack.push_async_callback(_cancel, loading)
             yield
 
@@ -114,7 +127,9 @@ def _tracer(settings: Settings) -> Tracer:
         return Untraced()
     # Import OpenTelemetry only if it is used.
     tracing = importlib.import_module("serving.observability.tracing")
-    tracer: Tracer = tracing.OpenTelemetry(settings.otlp_endpoint, settings.trace_ratio)
+    tracer: Tracer = tracing.OpenTelemetry(
+        settings.otlp_endpoint, settings.trace_ratio, follow_callers=settings.trace_follow_callers
+    )
     return tracer
 
 
@@ -123,18 +138,31 @@ def make_engine(settings: Settings) -> AdmissionControl:
     return AdmissionControl(FakeEngine(settings) if settings.engine == "fake" else VllmEngine(settings), settings)
 
 
-async def _load(engine: Engine, on_engine: Callable[[BaseException | None], None] | None) -> None:
-    started = time.perf_counter()
+async def _load(engine: Engine, tenancy: Tenancy, on_engine: Callable[[BaseException | None], None] | None) -> None:
+    tasks = [asyncio.create_task(_start_engine(engine)), asyncio.create_task(tenancy.started())]
     failure: BaseException | None = None
     try:
-        await engine.start()
-    except Exception as error:
-        log.exception("engine start failed")
+        await asyncio.gather(*tasks)
+    except UnusableDatabase as error:
+        log.error("database cannot be used", extra={"reason": str(error)})  # noqa: TRY400 - the operator's mistake
+        failure = error
+    except Exception as error:  # noqa: BLE001 - logged where it was raised
         failure = error if isinstance(error, EngineFailed) else EngineFailed()
-    else:
-        log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
+    finally:
+        for task in tasks:
+            await _cancel(task)
     if on_engine is not None:
         on_engine(failure)
+
+
+async def _start_engine(engine: Engine) -> None:
+    started = time.perf_counter()
+    try:
+        await engine.start()
+    except Exception:
+        log.exception("engine start failed")
+        raise
+    log.info("engine ready", extra={"start_s": round(time.perf_counter() - started, 1)})
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

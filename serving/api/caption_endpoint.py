@@ -106,9 +106,9 @@ class CaptionEndpoint:
 
     async def _serve(self, scope: Scope, receive: Receive, response: _Response, record: RequestRecord) -> None:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        self.metrics.tracer.begin(record, headers)
         # A stranger is answered at once: the connection reads the rest of the body, briefly.
         caller = self.keys.authenticate(headers)
+        self.metrics.tracer.begin(record, headers)  # only with a key: strangers do not fill the collector
         record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
         body = Body(receive, self.settings)
         async with self.usage_sessions.session(caller, record) as session:

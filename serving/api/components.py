@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Metrics
+    from serving.observability.scrape_access import ScrapeAccess
     from serving.observability.service_discovery import Target
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
@@ -41,5 +42,6 @@ class Components:
     openai: Codec
     dashscope: Codec
     downloads: DownloadProcess
+    scrape_access: ScrapeAccess
     targets: Callable[[], list[Target]] | None = None
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""

@@ -47,9 +47,9 @@ class Connection(Protocol):
 class Connections:
     """The open connections of one listener.
 
-    A descriptor's number is the lowest free one, so the number of a new connection's descriptor bounds how many are in
-    use, of every kind. Once only the reserve is left, a new connection replaces the oldest one without a request, else
-    the oldest one whose request is incomplete; if there is none, the new one is refused.
+    Once only the reserve of descriptors is left, a new connection replaces the oldest one without a request, else the
+    oldest one whose request is incomplete; if there is none, the new one is refused. Half of the reserve is for other
+    uses: a new descriptor is the lowest free one, so its number is a lower bound of those in use, of every kind.
     """
 
     def __init__(self, settings: Settings, *, behind_proxy: bool = False) -> None:
@@ -84,11 +84,11 @@ class Connections:
         ):
             self.refuse("address", address=address, limit=self._max_per_address)
             return "address"
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if limit != resource.RLIM_INFINITY and descriptor >= limit - min(limit // _RESERVE_SHARE, _MAX_RESERVE):
+        limit = _descriptor_limit()
+        if self.open > limit - _reserve(limit) or descriptor >= limit - _reserve(limit) // 2:
             oldest = next(iter(self._idle), None) or next(iter(self._receiving), None)
             reason = "descriptors" if oldest is None else "evicted"
-            self.refuse(reason, open=descriptor, limit=limit)
+            self.refuse(reason, connections=self.open, limit=limit)
             if oldest is None:
                 return reason
             self.discard(oldest)
@@ -130,6 +130,20 @@ class Connections:
         if facts and now - self._logged_s.get(reason, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
             self._logged_s[reason] = now
             log.warning("connections refused", extra={"reason": reason, **facts, "count": self.refused[reason]})
+
+
+def _descriptor_limit() -> int:
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+def _reserve(limit: int) -> int:
+    return min(limit // _RESERVE_SHARE, _MAX_RESERVE)
+
+
+def backlog() -> int:
+    """Return the length of a listener's queue in the kernel: all of it is accepted at once, before any is closed."""
+    return max(1, _reserve(_descriptor_limit()) // 2)
 
 
 def raise_descriptor_limit() -> None:

@@ -22,13 +22,11 @@ from serving.errors import (
     Disconnected,
     EngineFailed,
     Internal,
-    InvalidApiKey,
     InvalidRequest,
     ModelNotFound,
     ServerError,
     error_code,
 )
-from serving.observability.service_discovery import may_scrape
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -78,9 +76,11 @@ class _Endpoints:
         self._uploads = components.uploads
         self._keys = components.keys
         self._requests = RequestCounter(components.usage_sessions)
+        self._ledger = components.usage_sessions.ledger
         self._metrics = components.metrics
         self._targets = components.targets
         self._origins = Origins(components.settings)
+        self._scrape_access = components.scrape_access
 
     async def list_models(self, request: Request) -> Response:
         """E5: the models, as OpenAI lists them."""
@@ -166,34 +166,35 @@ class _Endpoints:
         return _json(b'{"alive":true}')
 
     async def readyz(self, _: Request) -> Response:
-        """Answer 503 if the engine cannot make captions now."""
+        """Answer 503 if captions cannot be made now: by the engine, or because nobody can be identified or billed."""
         try:
-            await self._engine.check_health()
+            await self._check_ready()
         except ServerError as error:
             return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
         return _json(orjson.dumps({"ready": True}))
 
     async def scrape(self, request: Request) -> Response:
         """Prometheus metrics of this process."""
-        self._check_scraper(request)
-        body, content_type = await self._metrics.expose(self._engine.check_health, request.headers.get("accept", ""))
+        self._scrape_access.check(request.scope)
+        body, content_type = await self._metrics.expose(self._check_ready, request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
     async def scrape_targets(self, request: Request) -> Response:
         """Metrics addresses of all processes, in the format of Prometheus' HTTP service discovery."""
-        self._check_scraper(request)
+        self._scrape_access.check(request.scope)
         here = [{"targets": [request.url.netloc], "labels": {"role": "server"}}]
         return _json(orjson.dumps(here if self._targets is None else self._targets()))
-
-    def _check_scraper(self, request: Request) -> None:
-        if not may_scrape(self._settings.metrics_token, request.headers.get("authorization", "")):
-            raise InvalidApiKey
 
     async def _admit(self, request: Request) -> Caller:
         """Return the caller, and count the request."""
         caller = self._keys.authenticate(request.headers)
         await self._requests.count(caller)
         return caller
+
+    async def _check_ready(self) -> None:
+        self._keys.check_ready()
+        self._ledger.check_writable()
+        await self._engine.check_health()
 
     async def _admit_upload(self, grant: UploadGrant) -> None:
         """Count the file as a request of its owner, whose key must still be valid."""

@@ -128,8 +128,8 @@ class _Overs:
     _BINS_PER_OCTAVE = 8
     _HOT_BINS = 4 * _BINS_PER_OCTAVE  # up to 16 times full scale, +24 dB
     _BINS = 33 * _BINS_PER_OCTAVE  # up to that of 32-bit integers; the last bin counts everything above
-    _RARE = 1e-5
-    """Share of the samples that may exceed the level, since they are garbage or a click."""
+    _RARE, _FEW = 1e-5, 8
+    """Share, or else number, of the samples that may exceed the level: single ones are garbage."""
 
     _GARBAGE = 0.01
     """Share of the samples over full scale above which those over every scale are no accident."""
@@ -156,5 +156,5 @@ class _Overs:
         else:
             return 1.0
         at_least = np.cumsum(counts[::-1])[::-1]  # number of samples in each bin and above
-        reached = np.flatnonzero(at_least > self._RARE * self.samples)
+        reached = np.flatnonzero(at_least > max(self._FEW, self._RARE * self.samples))
         return float(2 ** ((reached[-1] + 1) / self._BINS_PER_OCTAVE)) if reached.size else 1.0

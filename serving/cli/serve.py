@@ -15,7 +15,7 @@ import uvloop
 
 from serving.api.admin import AdminServer
 from serving.api.app import create_app
-from serving.api.connections import Connections, raise_descriptor_limit
+from serving.api.connections import Connections, backlog, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
@@ -50,10 +50,18 @@ def serve(argv: Sequence[str]) -> int:
     logs.configure(settings.log_level, settings.log_format)
     try:
         make_uploads_directory(settings)
-        run = ServiceRun(with_development_key(settings))
-    except (UnusableDatabase, OSError) as error:
+    except OSError as error:
         return fail(str(error))
+    try:
+        run = ServiceRun(with_development_key(settings))
+    except UnusableDatabase as error:
+        return fail(str(error))
+    except OSError as error:  # of the pepper, which is made at the first start
+        return fail(f"data_dir cannot be used: {error.strerror}: {error.filename}", 3)
     return uvloop.run(run.run())
+
+
+_UNSTORED = 4
 
 
 class _Listener(uvicorn.Server):
@@ -94,10 +102,11 @@ class ServiceRun:
         self._settings = settings
         self._began = time.monotonic()
         self._loaded = asyncio.Event()
-        self._failed = False
+        self._failed = self._stopped = False
         raise_descriptor_limit()
         connections = Connections(settings)
         app = create_app(settings, on_engine=self._on_engine, connections=connections)
+        self._ledger = app.state.components.usage_sessions.ledger
         self._server = _Listener(
             uvicorn.Config(
                 app,
@@ -106,6 +115,7 @@ class ServiceRun:
                 loop="uvloop",
                 http=protocol(settings, connections),
                 ws="none",
+                backlog=backlog(),
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -117,19 +127,29 @@ class ServiceRun:
         )
 
     async def run(self) -> int:
-        """Serve until a signal, or until the engine fails to start; return the exit status."""
+        """Serve until a signal, or until the engine fails to start; return the exit status.
+
+        0: stopped by a signal. 1: the start failed. 4: usage records could be stored nowhere; they are in the log.
+        """
         what = "the embedded stand-in" if self._settings.is_embedded else self._settings.model
         log.info("loading %s with the %s engine", what, self._settings.engine)
         for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn stops gracefully and then raises the signal again for the handler before its own: there is none.
-            signal.signal(number, lambda *_: None)
+            # Before uvicorn's own handlers are in place. Later it raises the signal again for this one: no effect.
+            signal.signal(number, lambda *_: self._stop())
         reporting = asyncio.create_task(self._report_start())
         try:
             async with self._administration():
                 await self._server.serve()
         finally:
             reporting.cancel()
-        return 1 if self._failed or not self._server.started else 0
+            self._ledger.log_unstored()  # if a second signal left no time for a stop in order
+        if self._ledger.unstored:
+            log.error("usage records are in the log alone", extra={"records": self._ledger.unstored})
+            return _UNSTORED
+        return 1 if self._failed or not (self._server.started or self._stopped) else 0
+
+    def _stop(self) -> None:
+        self._stopped = self._server.should_exit = True
 
     @contextlib.asynccontextmanager
     async def _administration(self) -> AsyncIterator[None]:
@@ -163,5 +183,5 @@ class ServiceRun:
         if failure is None:
             self._loaded.set()
         else:
-            log.error("stopping: the model could not be loaded; the cause is logged above")
+            log.error("stopping: the service could not be started; the cause is logged above")
             self._failed = self._server.should_exit = True

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import SecretStr
 
-from serving.setting_groups import GROUPS
+from serving.cli.setting_headings import GROUPS
 from serving.setting_types import Example, Size, size_text
 
 if TYPE_CHECKING:

@@ -95,8 +95,12 @@ class EngineReplica:
         await self._server.start(host)
         metrics = Gauges()
         bind_replica_metrics(metrics, self._engine, settings)
-        self._metrics = MetricsListener(partial(metrics.expose, self._engine.check_health), settings.metrics_token)
-        metrics_address = await self._metrics.start(host, settings.metrics_port)
+        self._metrics = MetricsListener(
+            partial(metrics.expose, self._engine.check_health),
+            settings.metrics_token,
+            lambda: self._member.view.targets,
+        )
+        metrics_address = await self._metrics.start(host, settings.metrics_port or 0)
         serving_address = f"{host}:{self._server.port}"
         self._member.start(metrics_address, serving_address)
         await self._wait_until_listed(serving_address)
@@ -152,14 +156,15 @@ class Frontend:
             settings,
             engine,
             on_not_ready=engine.wake,
-            targets=lambda: self._member.view.targets,
+            targets=self._targets,
             connections=connections,
         )
         metrics: Metrics = self._service.state.components.metrics
         metrics.bind("captioner_replicas_lost_total", lambda: self._member.view.lost)
-        self._metrics = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
+        expose = partial(metrics.expose, engine.check_health)
+        self._metrics = MetricsListener(expose, settings.metrics_token, self._targets)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-        self._member.start(await self._metrics.start(host, settings.metrics_port))
+        self._member.start(await self._metrics.start(host, settings.metrics_port or 0))
         await engine.start()
 
     async def __del__(self) -> None:
@@ -170,6 +175,9 @@ class Frontend:
     def __serve_build_asgi_app__(self) -> Any:
         """Return the application to Ray."""
         return self._service
+
+    def _targets(self) -> list[Target]:
+        return self._member.view.targets
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the load for `WorkPolicy`: clips in work, or the event loop, whichever is closer to its limit."""

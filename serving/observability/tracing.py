@@ -6,15 +6,16 @@ no second set of marks, and a request that is not sampled costs one span that re
 
 from __future__ import annotations
 
+import secrets
 import time
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import ParentBased, SamplingResult, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, Status, StatusCode, format_trace_id, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -24,6 +25,7 @@ from serving.observability.request_record import FAILURES
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from opentelemetry.context import Context
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
@@ -33,15 +35,30 @@ if TYPE_CHECKING:
 _W3C = TraceContextTextMapPropagator()
 
 
+class _Random(TraceIdRatioBased):
+    """Sampler of a share of the requests, by a random number: callers choose the trace id, which usually decides."""
+
+    def should_sample(self, parent_context: Context | None, trace_id: int, *args: Any, **kwargs: Any) -> SamplingResult:
+        """See `Sampler`."""
+        del trace_id
+        return super().should_sample(parent_context, secrets.randbits(64), *args, **kwargs)
+
+
 class OpenTelemetry:
     """A `Tracer` that sends to `endpoint` (OTLP over HTTP).
 
-    The sampling decision of the caller's `traceparent` is followed; without one, `ratio` of the requests are sampled.
+    A request joins the trace of the caller's `traceparent`, but `ratio` of the requests are sampled, whatever the
+    caller has decided. With `follow_callers` the decision of a caller's `traceparent` is followed.
     """
 
-    def __init__(self, endpoint: str, ratio: float, *, exporter: SpanExporter | None = None) -> None:
+    def __init__(
+        self, endpoint: str, ratio: float, *, follow_callers: bool = False, exporter: SpanExporter | None = None
+    ) -> None:
+        ours = _Random(ratio)
         self._provider = TracerProvider(
-            sampler=ParentBased(TraceIdRatioBased(ratio)),
+            sampler=ParentBased(ours)
+            if follow_callers
+            else ParentBased(ours, remote_parent_sampled=ours, remote_parent_not_sampled=ours),
             resource=Resource.create({"service.name": "captioner", "service.version": version("captioner")}),
             shutdown_on_exit=False,
         )

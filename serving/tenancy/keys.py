@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey
+from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey, NotReady
 from serving.tenancy import plans, schema
 from serving.tenancy.billing import prices
 from serving.tenancy.billing.prices import Price, PriceList
@@ -75,6 +75,8 @@ class Keyring:
         """Number of refreshes in which the database did not answer."""
         self.failing = False
         """True if the last refresh failed."""
+        self.waiting_for: str | None = None
+        """Resource that the start of keys, limits and ledger waits for; callers are refused until then."""
 
     @property
     def age_s(self) -> float:
@@ -99,9 +101,12 @@ class Keyring:
     def authenticate(self, headers: Mapping[str, str]) -> Caller:
         """Return the caller, identified by the `authorization` header alone. `headers` has lower-case names.
 
-        Raises `MissingApiKey`; `InvalidApiKey` if the key is unknown, expired, revoked or of the other region;
-        `AccessDenied` if the tenant is suspended, `Arrearage` if it is in arrears.
+        Raises `NotReady` before the start has succeeded; `MissingApiKey`; `InvalidApiKey` if the key is unknown,
+        expired, revoked or of the other region; `AccessDenied` if the tenant is suspended, `Arrearage` if it is in
+        arrears.
         """
+        if self.waiting_for is not None:
+            raise NotReady
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         if not self._auth:
@@ -130,6 +135,11 @@ class Keyring:
         if entry.state is State.ARREARS:
             raise Arrearage
         return entry.caller
+
+    def check_ready(self) -> None:
+        """Raise `NotReady` before the start has succeeded."""
+        if self.waiting_for is not None:
+            raise NotReady(f"The service waits for {self.waiting_for}; the log has the reason.")
 
     def price(self, region: Region, at_ms: int) -> Price:
         """Return the price of a request that is opened at that time."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import OperationalError
-
 from serving.tenancy.database import migrate, open_database
+from serving.tenancy.database_wait import in_daemon_thread, until_done
 from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.limits.limiter import Limiter
@@ -16,12 +17,16 @@ from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.usage_session import UsageSessions
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from serving.config import Settings
     from serving.tenancy.limits.counter_store import CounterStore
 
 log = logging.getLogger(__name__)
 
-_RETRY_S = 1.0
+_DATABASE = "the database"
+_FIRST_ATTEMPT_S, _FIRST_CONNECTION_S = 10.0, 2.0
+"""Time within which the start usually succeeds, with a file and over a network; the port is bound after it."""
 
 
 class Tenancy:
@@ -30,37 +35,61 @@ class Tenancy:
     def __init__(self, settings: Settings) -> None:
         self.database = open_database(settings)
         self.keys = Keyring(settings, self.database)
+        self.keys.waiting_for = _DATABASE
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
         self.limiter = Limiter(_counter_store(settings), self.ledger.spent)
         self.usage_sessions = UsageSessions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
+        self._shares_limits = settings.redis_url is not None
+        self._starting: asyncio.Task[None] | None = None
+        self._failed_once = asyncio.Event()
 
     async def start(self) -> None:
-        """Migrate the tables and start all components. Waits for the database: without it no caller is known."""
-        await self._migrate()
-        await self.keys.start()
-        await self.ledger.start()
-        await self.limiter.start()
+        """Migrate the tables and start all components, in the background if the database is away.
+
+        Returns when that is done, after the first failure, or after some seconds. Until it is done callers are refused
+        as `NotReady`: without the database no caller is known.
+        """
+        self._starting = asyncio.create_task(self._start())
+        failed = asyncio.create_task(self._failed_once.wait())
+        within_s = _FIRST_CONNECTION_S if self.database.url.host else _FIRST_ATTEMPT_S
+        await asyncio.wait((self._starting, failed), timeout=within_s, return_when=asyncio.FIRST_COMPLETED)
+        failed.cancel()
+
+    async def started(self) -> None:
+        """Wait until all components have started. Raises `UnusableDatabase`: then they never will."""
+        if self._starting is not None:
+            await asyncio.shield(self._starting)
 
     async def stop(self) -> None:
         """Settle open requests and stop all components. Idempotent."""
+        if self._starting is not None:
+            self._starting.cancel()
+            with suppress(asyncio.CancelledError, Exception):  # `started` has raised it
+                await self._starting
         await self.usage_sessions.stop()
         await self.limiter.stop()
         await self.ledger.stop()
         await self.keys.stop()
         await asyncio.to_thread(self.database.dispose)
 
-    async def _migrate(self) -> None:
-        logged = False
-        while True:
-            try:
-                await asyncio.to_thread(migrate, self.database)
-            except OperationalError as error:
-                if not logged:
-                    log.warning("database not reachable, waiting", extra={"error": type(error.orig).__name__})
-                logged = True
-                await asyncio.sleep(_RETRY_S)
-            else:
-                return
+    async def _start(self) -> None:
+        await self._until_done(partial(in_daemon_thread, partial(migrate, self.database)), _DATABASE)
+        await self._until_done(self.ledger.start, "the disk of data_dir")
+        await self.limiter.start()
+        if not self._shares_limits and (others := await asyncio.to_thread(self.ledger.neighbours)):
+            log.warning(
+                "other processes use this data_dir; without redis_url each process counts limits alone",
+                extra={"processes": others},
+            )
+        await self._until_done(self.keys.start, _DATABASE)
+        self.keys.waiting_for, self.keys.failing = None, False
+
+    async def _until_done(self, step: Callable[[], Awaitable[None]], waiting_for: str) -> None:
+        def failed(_: Exception) -> None:
+            self.keys.waiting_for, self.keys.failing = waiting_for, waiting_for == _DATABASE
+            self._failed_once.set()
+
+        await until_done(step, self.database, on_failure=failed)
 
 
 def _counter_store(settings: Settings) -> CounterStore:

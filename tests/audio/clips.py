@@ -21,6 +21,8 @@ import av
 import numpy as np
 import soundfile
 
+from tests.audio.containers import bw64, ts_of, wav
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -47,7 +49,7 @@ class Clip:
 def clip(name: str) -> Clip:
     """Make the clip of that name."""
     make, tolerance_s = _MAKERS[name]
-    return Clip(name, make(), DURATION_S, tolerance_s)
+    return Clip(name, make(), 1.0 if name in _SHORT else DURATION_S, tolerance_s)
 
 
 def clip_names() -> list[str]:
@@ -253,9 +255,34 @@ _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
     "FLV video, AAC": (_av("flv", "aac", video="flv"), _ABOUT_S),
     "MPEG-TS video, AAC": (_av("mpegts", "aac", video="mpeg2video"), _ABOUT_S),
     "MPEG-PS video, MP2": (_av("vob", "mp2", video="mpeg2video"), _ABOUT_S),
+    "WAV 64-bit (BW64)": (lambda: bw64(clip("WAV PCM 16").data), _EXACT_S),
+    "NIST SPHERE PCM 16": (_sf("NIST", "PCM_16"), _EXACT_S),
+    "NIST SPHERE mu-law": (_sf("NIST", "ULAW", 8000), _EXACT_S),
+    "AU G.721": (_sf("AU", "G721_32", 8000), _ABOUT_S),
+    "AU G.722": (_av("au", "g722", 16_000), _ABOUT_S),
+    "WAV G.722": (_av("wav", "g722", 16_000), _ABOUT_S),
+    "WAV G.723.1": (_av("wav", "g723_1", 8000, bit_rate=6300), _ABOUT_S),
+    "WAV G.726": (_av("wav", "g726", 8000, bit_rate=32_000), _ABOUT_S),
+    "WAV G.726 at 24 kbit/s": (_av("wav", "g726", 8000, bit_rate=24_000), _ABOUT_S),
+    "GSM": (_fixture("gsm.gsm"), _ABOUT_S),
+    "DTS": (_fixture("dts.dts"), _ABOUT_S),
+    "WAV DTS": (lambda: wav(0x2001, 48_000, clip("DTS").data, channels=2), _ABOUT_S),
+    "WAV DTS called PCM": (lambda: wav(1, 48_000, clip("DTS").data, channels=2), _ABOUT_S),
+    "MKA DTS": (lambda: remuxed("matroska", clip("DTS").data), _ABOUT_S),
+    "MP4 DTS": (lambda: remuxed("mp4", clip("DTS").data), _ABOUT_S),
+    "MPEG-TS DTS (M2TS)": (lambda: ts_of(192, remuxed("mpegts", clip("DTS").data)), _ABOUT_S),
+    "MPEG-TS AC-3 (204 bytes)": (lambda: ts_of(204, remuxed("mpegts", clip("AC-3").data)), _ABOUT_S),
+    "MPEG-TS AAC, begun within a packet": (lambda: remuxed("mpegts", clip("AAC (ADTS)").data)[100:], _ABOUT_S),
+    "TrueHD": (_fixture("truehd.thd"), _EXACT_S),
+    "MKA TrueHD": (lambda: remuxed("matroska", clip("TrueHD").data), _EXACT_S),
+    "MPEG-TS TrueHD (M2TS)": (lambda: ts_of(192, remuxed("mpegts", clip("TrueHD").data)), _ABOUT_S),
+    "MLP": (_fixture("mlp.mlp"), _EXACT_S),
     "MP4 with two audio tracks": (
         lambda: remuxed("mp4", with_av("ipod", "aac", 16_000), clip("MP4 AAC (M4A)").data),
         _ABOUT_S,
     ),
 }
 """Maker of each clip, and its tolerance in seconds."""
+
+_SHORT = ("TrueHD", "MKA TrueHD", "MPEG-TS TrueHD (M2TS)", "MLP")
+"""Clips of the first second, since lossless fixtures are large."""

@@ -20,6 +20,7 @@ _FIRST_WORDS = {
     "MKA": "Matroska or WebM",
     "MKV": "Matroska or WebM",
     "MP2": "MP3",
+    "NIST": "NIST SPHERE",
     "WMA": "WMA or ASF",
     "WebM": "Matroska or WebM",
 }

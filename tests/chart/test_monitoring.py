@@ -177,9 +177,20 @@ def test_scrapes_send_the_required_token(helm: Path, values: dict[str, Any], sec
         assert len(only(manifests, "Secret")["data"]["metrics-token"]) > 40
 
 
-def test_no_token_is_required_by_default(helm: Path) -> None:
-    """By default there is no variable, no credentials, and no key in the Secret."""
-    manifests = template(helm, {"monitoring": {"podMonitor": {"enabled": True}}})
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_token_is_required_by_default(helm: Path, *, alone: bool) -> None:
+    """As shipped, metrics name tenants: processes have the token, and the PodMonitor sends it."""
+    workload = COMBINATIONS["without Ray"] if alone else {}
+    manifests = template(helm, workload | {"monitoring": {"podMonitor": {"enabled": True}}})
+    tokens = [variables(pod).get("CAPTIONER_METRICS_TOKEN") for _, pod in pod_templates(manifests)]
+    assert sum(token is not None for token in tokens) == (1 if alone else 2)
+    endpoints = only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert sum("authorization" in each for each in endpoints) == 1
+
+
+def test_no_token_is_required_if_it_is_switched_off(helm: Path) -> None:
+    """Without the token there is no variable, no credentials, and no key in the Secret."""
+    manifests = template(helm, {"monitoring": {"podMonitor": {"enabled": True}, "token": False}})
     assert not any("CAPTIONER_METRICS_TOKEN" in variables(pod) for _, pod in pod_templates(manifests))
     assert not any("authorization" in each for each in only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"])
     assert "metrics-token" not in only(manifests, "Secret")["data"]

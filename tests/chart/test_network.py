@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.observability.service_discovery import PORTS
+from serving.setting_types import METRICS_PORTS
 from tests.chart.combinations import COMBINATIONS
 from tests.chart.network import End, Network
 from tests.chart.rendering import PROFILES, pod_templates, serve_config, template
@@ -166,7 +166,7 @@ def test_prometheus_reaches_only_metrics(helm: Path, name: str) -> None:
     values = COMBINATIONS[name] | {"networkPolicy": {"callers": [{"podSelector": {"matchLabels": {"app": "web"}}}]}}
     manifests = template(helm, values)
     network, first = Network(manifests), serve_config(manifests)["applications"][0]["args"]["metrics_port"]
-    ports = (8080, 9101, *range(first, first + PORTS))
+    ports = (8080, 9101, *range(first, first + METRICS_PORTS))
     for who, port in product(RAY, ports):
         assert network.allows(PROMETHEUS, pod(who), port)
         assert not network.allows(CALLER, pod(who), port)

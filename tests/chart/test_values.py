@@ -71,7 +71,14 @@ def test_a_typo_is_rejected_in_every_section(helm: Path) -> None:
         ({"redis": {"mode": "external", "host": "r"}}, "redis.networks"),
         ({"keda": {"enabled": True}}, "Ray scales a RayService"),
         ({"settings": {"metrics_token": "t"}}, "metrics_token"),  # a secret
-        ({"secrets": {"values": {"metrics-token": "t"}}}, "unless monitoring.token is true"),
+        (
+            {"secrets": {"values": {"metrics-token": "t"}}, "monitoring": {"token": False}},
+            "unless monitoring.token is true",
+        ),
+        (
+            {"workload": "deployment", "monitoring": {"token": False, "podMonitor": {"enabled": True}}},
+            "monitoring.token is required",
+        ),
         ({"settings": {"otlp_endpoint": "http://collector:4318"}}, "networkPolicy.traces.to"),
         (
             {"ray": {"upgrade": {"type": "NewClusterWithIncrementalUpgrade"}}},

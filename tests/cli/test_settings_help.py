@@ -13,8 +13,8 @@ import pytest
 
 from serving.cli import settings_help
 from serving.cli.main import main
+from serving.cli.setting_headings import GROUPS, Group
 from serving.config import Settings
-from serving.setting_groups import GROUPS, Group
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "settings.example.toml"
 NAMES = list(Settings.model_fields)

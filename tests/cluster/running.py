@@ -28,6 +28,10 @@ PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP")
 
 BIN = Path(sys.executable).parent
 
+METRICS_TOKEN = "scrapes-of-the-tests"  # noqa: S105 - of clusters of tests
+SCRAPE = {"authorization": f"Bearer {METRICS_TOKEN}"}
+"""Header of scrapes: the port of callers of a cluster answers none without the token."""
+
 ENGINE = "ray::ServeReplica:captioner:engine"
 FRONTEND = "ray::ServeReplica:captioner:frontend"
 
@@ -63,6 +67,7 @@ class RunningCluster:
         self.url = f"http://127.0.0.1:{port}"
         self.environment = os.environ | {
             "CAPTIONER_TEST_MARK": self._mark,
+            "CAPTIONER_METRICS_TOKEN": METRICS_TOKEN,
             "CAPTIONER_UPLOADS_DIR": str(self.directory / "uploads"),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.directory / "haproxy.cfg"),
             **{f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS},
@@ -138,7 +143,7 @@ class RunningCluster:
 
     def engine_running(self) -> float:
         """Return the number of captions in all engines, from the metrics of the replicas in `/metrics/targets`."""
-        targets = httpx.get(f"{self.url}/metrics/targets", timeout=5).json()
+        targets = httpx.get(f"{self.url}/metrics/targets", headers=SCRAPE, timeout=5).json()
         engines = [address for each in targets if each["labels"]["role"] == "engine" for address in each["targets"]]
         if not engines:
             raise KeyError("captioner_engine_running")
@@ -164,7 +169,7 @@ class RunningCluster:
 
 def metric(url: str, name: str) -> float:
     """Return the value of a gauge of one process. Raises `KeyError`."""
-    for line in httpx.get(f"{url}/metrics", timeout=5).text.splitlines():
+    for line in httpx.get(f"{url}/metrics", headers=SCRAPE, timeout=5).text.splitlines():
         if line.startswith(f"{name} "):
             return float(line.split()[1])
     raise KeyError(name)

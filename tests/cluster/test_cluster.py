@@ -15,7 +15,7 @@ import pytest
 
 from serving.engine.remote.wire import SILENCE_S
 from tests.api import test_upgrade_offers as wire
-from tests.cluster.running import ENGINE, FRONTEND, RunningCluster, until
+from tests.cluster.running import ENGINE, FRONTEND, SCRAPE, RunningCluster, until
 from tests.support.wire import (
     COMPATIBLE,
     MODEL,
@@ -160,7 +160,21 @@ def test_unknown_paths_and_operators_paths(cluster: RunningCluster) -> None:
     assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "Not found!")
     assert httpx.get(f"{cluster.url}/v1/models", headers=KEY).json()["data"][0]["id"] == MODEL
     assert httpx.get(f"{cluster.url}/readyz").json() == {"ready": True}
-    assert "captioner_engine_replicas_ready 2.0" in httpx.get(f"{cluster.url}/metrics").text
+    assert "captioner_engine_replicas_ready 2.0" in httpx.get(f"{cluster.url}/metrics", headers=SCRAPE).text
+
+
+def test_scrapes_need_the_token(cluster: RunningCluster) -> None:
+    """Through HAProxy, at a frontend and at each metrics port; every metrics port lists all targets, too."""
+    targets = httpx.get(f"{cluster.url}/metrics/targets", headers=SCRAPE).json()
+    ports = [f"http://{each['targets'][0]}" for each in targets if each["labels"]["role"] in {"frontend", "engine"}]
+    assert len(ports) >= 4
+    for url in (cluster.url, *cluster.frontends(), *ports):
+        for path in ("/metrics", "/metrics/targets"):
+            for headers in ({}, KEY, {"host": "127.0.0.1"}):
+                assert httpx.get(url + path, headers=headers).status_code == 401, url
+            assert httpx.get(url + path, headers=SCRAPE).status_code == 200, url
+    listed = httpx.get(f"{ports[0]}/metrics/targets", headers=SCRAPE).json()
+    assert {each["labels"]["role"] for each in listed} >= {"frontend", "engine"}
 
 
 @pytest.mark.parametrize("dialect", ["native", "compatible"])

@@ -14,8 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster.running import ENGINE, FRONTEND, RunningCluster
-from tests.cluster.test_cluster import KEY, ask, caption
+from tests.cluster.running import ENGINE, FRONTEND, METRICS_TOKEN, SCRAPE, RunningCluster
+from tests.cluster.test_cluster import ask, caption
 from tests.observability.chain import Chain
 from tests.observability.test_live import all_expressions, documented
 from tests.support.programs import program
@@ -106,7 +106,7 @@ def audio_tokens(answer: httpx.Response) -> int:
 def counted(running_cluster: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Counted]:
     """The session's complete cluster, all of which Prometheus has scraped before the first request is counted."""
     running_cluster.wait(running_cluster.complete)
-    with Chain(running_cluster.url, tmp_path_factory.mktemp("chain"), every="2s") as chain:
+    with Chain(running_cluster.url, tmp_path_factory.mktemp("chain"), every="2s", token=METRICS_TOKEN) as chain:
         roles = 'count by (role) (up{job="captioner"} == 1)'
 
         def seen() -> bool:
@@ -170,13 +170,13 @@ def test_engines_that_are_lost_repeatedly_raise_an_alert(counted: Counted) -> No
 
 def test_expositions_of_all_processes_are_clean(counted: Counted) -> None:
     """`promtool check metrics` has no complaint about any frontend or engine replica."""
-    targets = httpx.get(f"{counted.cluster.url}/metrics/targets", headers=KEY, timeout=30).json()
+    targets = httpx.get(f"{counted.cluster.url}/metrics/targets", headers=SCRAPE, timeout=30).json()
     ours = [each["targets"][0] for each in targets if each["labels"]["role"] in ("frontend", "engine")]
     assert len(ours) >= 4
     command = [program("promtool"), "check", "metrics"]
     for target in ours:
         try:
-            text = httpx.get(f"http://{target}/metrics", timeout=30).text
+            text = httpx.get(f"http://{target}/metrics", headers=SCRAPE, timeout=30).text
         except httpx.ConnectError:  # of a killed process, until it counts as lost
             continue
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)

@@ -145,6 +145,19 @@ def test_secrets_are_files(project: Project) -> None:
     assert "/deploy/compose/secrets/" in ignored
 
 
+def test_scrapes_have_the_token(project: Project) -> None:
+    """The service requires the token that Prometheus sends, so metrics name tenants, for discovery and for scrapes."""
+    for name in ("captioner", "prometheus"):
+        assert "captioner_metrics_token" in project["services"][name]["secrets"], name
+    (job,) = [
+        job
+        for job in yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+        if job["job_name"] == "captioner"
+    ]
+    sent = {"credentials_file": "/run/secrets/captioner_metrics_token"}
+    assert [job["authorization"], *(each["authorization"] for each in job["http_sd_configs"])] == [sent, sent]
+
+
 def test_variables_are_settings(project: Project) -> None:
     """Each variable `CAPTIONER_<NAME>` and each secret `captioner_<name>` is a setting that exists."""
     captioner = project["services"]["captioner"]

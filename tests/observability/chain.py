@@ -27,10 +27,14 @@ PACE = make.Pace(1 / 60)
 
 
 class Chain:
-    """Prometheus and Alertmanager over the service at `url`, scraped at the interval `every`. A context."""
+    """Prometheus and Alertmanager over the service at `url`, scraped at the interval `every`. A context.
 
-    def __init__(self, url: str, directory: Path, every: str = "1s") -> None:
+    `token` is the service's `metrics_token`, if it has one.
+    """
+
+    def __init__(self, url: str, directory: Path, every: str = "1s", token: str | None = None) -> None:
         self._directory = directory
+        self._token = token
         self._every = every
         self._processes: list[subprocess.Popen[bytes]] = []
         self._receiver = ThreadingHTTPServer(("127.0.0.1", 0), _receiver(self))
@@ -124,6 +128,10 @@ class Chain:
         config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [self._alertmanager]
         job = next(job for job in config["scrape_configs"] if job["job_name"] == "captioner")
         job["http_sd_configs"][0] |= {"url": f"{url}/metrics/targets", "refresh_interval": "1s"}
+        for scraped in (job, job["http_sd_configs"][0]):
+            assert scraped.pop("authorization") == {"credentials_file": "/run/secrets/captioner_metrics_token"}
+            if self._token is not None:
+                scraped["authorization"] = {"credentials": self._token}
         return config | {"scrape_configs": [job]}
 
     def _alerting(self) -> Any:

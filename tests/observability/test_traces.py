@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import StatusCode, format_span_id, format_trace_id
+from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
+from pydantic import SecretStr
 
+from serving.api import app as app_module
 from serving.api.app import create_app
 from serving.config import Settings
 from serving.engine.fake import FakeEngine, Faults
 from serving.engine.remote.client import RemoteEngine
 from serving.engine.remote.server import EngineServer
 from serving.observability.context import TRACE
-from serving.observability.request_record import STAGES
+from serving.observability.request_record import STAGES, RequestRecord
 from serving.observability.tracing import OpenTelemetry
 from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, native_body, wav
 
@@ -55,13 +57,19 @@ class Listening(FakeEngine):
 
 @asynccontextmanager
 async def service(
-    engine: Engine, exporter: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch, ratio: float = 1.0
+    engine: Engine,
+    exporter: InMemorySpanExporter,
+    monkeypatch: pytest.MonkeyPatch,
+    ratio: float = 1.0,
+    *,
+    follow_callers: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Run the application with traces that go to `exporter`."""
-    traces = OpenTelemetry("http://unused", ratio, exporter=exporter)
+    traces = OpenTelemetry("http://unused", ratio, follow_callers=follow_callers, exporter=exporter)
     monkeypatch.setattr("serving.api.app._tracer", lambda _: traces)
     with tempfile.TemporaryDirectory() as data:
-        app = create_app(SETTINGS.model_copy(update={"data_dir": Path(data)}), engine)
+        app = create_app(SETTINGS.model_copy(update={"data_dir": Path(data)} | settings), engine)
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=30) as client,
@@ -74,7 +82,7 @@ async def service(
 async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """The request's span is a child of the caller's; the stages are within it, one after the other."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
-    async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
+    async with service(engine, exporter, monkeypatch, ratio=0.0, follow_callers=True) as client:
         answer = await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=SAMPLED)
         assert answer.status_code == 200
         metrics = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
@@ -109,7 +117,7 @@ async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.Mo
 async def test_an_unsampled_request_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If neither ratio nor caller samples, there is no span and no exemplar, and the engine is not to trace either."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
-    async with service(engine, exporter, monkeypatch, ratio=0.0) as client:
+    async with service(engine, exporter, monkeypatch, ratio=0.0, follow_callers=True) as client:
         for headers in (UNSAMPLED, {}, {"traceparent": "nonsense"}):
             assert (await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=headers)).status_code == 200
         metrics = await client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
@@ -117,6 +125,50 @@ async def test_an_unsampled_request_leaves_nothing(monkeypatch: pytest.MonkeyPat
     assert "trace_id" not in metrics.text
     # The lowest bit is the sampling decision; another bit marks a random id.
     assert [int(trace["traceparent"].rpartition("-")[2], 16) & 1 for trace in engine.traces] == [0, 0, 0]
+
+
+async def test_a_request_without_a_key_leaves_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests without a valid key are not traced, whatever they ask for and however many are traced."""
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
+    keys = {"auth": True, "api_keys": (SecretStr("sesame"),)}
+    async with service(engine, exporter, monkeypatch, ratio=1.0, follow_callers=True, **keys) as client:
+        for key in ({}, {"authorization": "Bearer wrong"}):
+            for path, body in ((NATIVE, native_body(data_url(wav(1)))), (COMPATIBLE, compatible_body("x"))):
+                assert (await client.post(path, json=body, headers=SAMPLED | key)).status_code == 401
+        valid = {"authorization": "Bearer sesame"}
+        answer = await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=SAMPLED | valid)
+        assert answer.status_code == 200
+    assert [span.name for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER] == ["caption"]
+
+
+async def test_a_caller_does_not_decide_on_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default neither the caller's flag nor its choice of the trace id decides; the trace id is joined."""
+    least = f"00-{'f' * 16}{'0' * 15}1-{SPAN_ID}-01"  # the lowest of ids, which a ratio of the id would always sample
+    exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
+    async with service(engine, exporter, monkeypatch, ratio=1e-6) as client:
+        for headers in (SAMPLED, {"traceparent": least}):
+            assert (await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=headers)).status_code == 200
+    assert not exporter.get_finished_spans()
+    assert [trace["traceparent"][:35] for trace in engine.traces] == [f"00-{TRACE_ID}", least[:35]]
+    assert [int(trace["traceparent"].rpartition("-")[2], 16) & 1 for trace in engine.traces] == [0, 0]
+    exporter = InMemorySpanExporter()
+    async with service(Listening(SETTINGS), exporter, monkeypatch, ratio=1.0) as client:
+        assert (await client.post(NATIVE, json=native_body(data_url(wav(1))), headers=UNSAMPLED)).status_code == 200
+    (root,) = (span for span in exporter.get_finished_spans() if span.name == "caption")
+    assert root.context
+    assert format_trace_id(root.context.trace_id) == TRACE_ID
+
+
+def test_the_tracer_follows_the_settings() -> None:
+    """`trace_ratio` and `trace_follow_callers` reach the sampler; callers are not followed by default."""
+    for settings, flags in (({}, {"00", "01"}), ({"trace_follow_callers": True}, {"01"})):
+        tracer = app_module._tracer(SETTINGS.model_copy(update=settings | {"trace_ratio": 0.5}))
+        found = set()
+        for _ in range(100):
+            tracer.begin(RequestRecord("r", "openai"), SAMPLED)
+            found.add((TRACE.get() or {})["traceparent"][-2:])
+        tracer.stop()
+        assert found == flags
 
 
 async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from serving.errors import (
     outcome_of,
 )
 from serving.observability.request_record import RequestRecord
+from serving.tenancy.ledger import database_writer, usage_table
 from serving.tenancy.ledger import ledger as ledgers
-from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.ledger.usage_record import UsageRecord, is_billed, now_ms
 from serving.tenancy.limits.counter_store import Spent, Sums
@@ -73,10 +73,10 @@ def ledger_in(tmp_path: Path, database: sa.Engine, *, max_journal_bytes: int = 2
 
 def kill(ledger: Ledger) -> None:
     """End a ledger as SIGKILL would: its threads do nothing more, the lock is free, the journal stays as it is."""
+    ledger._writer._write = lambda: None  # type: ignore[method-assign]
     ledger._stopping.set()
-    ledger._write = lambda: None  # type: ignore[method-assign]
-    for thread in ledger._threads:
-        thread.join()
+    ledger._syncing.join()
+    ledger._writer.stop()
     assert ledger._reporting is not None
     ledger._reporting.cancel()
     for descriptor in (ledger._journal._file, ledger._journal._lock):
@@ -129,7 +129,7 @@ async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -
     dead.open(early)
     early.output_tokens = 5
     await until(lambda: rows(database).get("early") and rows(database)["early"].output_tokens == 5)
-    dead._write = lambda: None  # type: ignore[method-assign]
+    dead._writer._write = lambda: None  # type: ignore[method-assign]
     await asyncio.sleep(0.6)
     dead.open(late)
     dead.open(closed)
@@ -158,7 +158,7 @@ async def test_sweep_finds_a_process_that_dies_later(
     database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A living process sweeps the journal of one that dies, and leaves its own records open."""
-    monkeypatch.setattr(ledgers, "_SWEEP_EVERY_S", 0.1)
+    monkeypatch.setattr(database_writer, "_SWEEP_EVERY_S", 0.1)
     living, dead = ledger_in(tmp_path, database), ledger_in(tmp_path, database)
     await living.start()
     await dead.start()
@@ -175,8 +175,8 @@ async def test_lost_machine_is_found_by_missing_reports(
     database: sa.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Open records of a machine that is gone with its disk are closed; its own outcome replaces `lost` later."""
-    monkeypatch.setattr(ledgers, "_SWEEP_EVERY_S", 0.1)
-    monkeypatch.setattr(ledgers, "UNREPORTED_S", 2.0)
+    monkeypatch.setattr(database_writer, "_SWEEP_EVERY_S", 0.1)
+    monkeypatch.setattr(database_writer, "UNREPORTED_S", 2.0)
     monkeypatch.setattr(ledgers, "_ALIVE_TICKS", 1)
     gone = usage("gone", "elsewhere", reported_at=now_ms() - 60_000)
     usage_table.write(database, [gone.row()])
@@ -262,7 +262,7 @@ async def test_a_refused_record_does_not_hold_up_others(
         ledger.close(record, Outcome.FINISHED)
     await until(lambda: rows(database).keys() == {"good", "better"})
     await until(lambda: ledger.journal_bytes == 0)
-    assert ledger.refused == 2
+    assert ledger._writer.refused == 2
     assert '"bad"' in (tmp_path / "refused.log").read_text()
     await ledger.stop()
 

@@ -52,6 +52,9 @@
 {{- if and $v.settings.otlp_endpoint $v.networkPolicy.enabled (not $v.networkPolicy.traces.to) -}}
 {{- $errors = append $errors "networkPolicy.traces.to is required with settings.otlp_endpoint, or set networkPolicy.enabled to false" -}}
 {{- end -}}
+{{- if and $v.monitoring.podMonitor.enabled (not $v.monitoring.token) (eq $v.workload "deployment") -}}
+{{- $errors = append $errors "monitoring.token is required with monitoring.podMonitor.enabled and workload deployment: port 8000 answers no scrape without it" -}}
+{{- end -}}
 {{- if and (get $v.secrets.values "metrics-token") (not $v.monitoring.token) -}}
 {{- $errors = append $errors "secrets.values.metrics-token has no effect unless monitoring.token is true" -}}
 {{- end -}}

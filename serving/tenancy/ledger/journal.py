@@ -1,16 +1,23 @@
 """A local journal: entries survive the end of their process and are read back in order.
 
     <data_dir>/journal/<owner>/lock            locked (flock) as long as the owner lives
-                              /00000001.log    segments: lines of a checksum and a JSON value
+                              /00000001.log    segments: lines of a checksum and a JSON value, then zeros
+                              /spare-1         the next segment
 
 When `append` returns, the entry is in the kernel: SIGKILL loses none. `sync` writes it to the disk; a power failure may
 lose what was appended since. A journal whose lock is free has no living owner, and any process may replay it.
 The directory must be local to the machine, or on a volume where flock holds between machines.
+
+Segments are allocated in full before they are used, and one is always held as a spare: on a disk (or in a quota) that
+is full, `room` bytes can still be appended. A reserve file that is removed when the disk fills would not do: whatever
+else writes to that disk takes the space first.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
 import zlib
 from contextlib import suppress
@@ -19,20 +26,27 @@ from typing import TYPE_CHECKING, Any, Self
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-SEGMENT_BYTES = 4 * 1024 * 1024
+SEGMENT_BYTES = 1024 * 1024
+"""Size of a segment: about 800 entries. A process has two on the disk while the database keeps up."""
+
 _READ_BYTES = 512 * 1024
 _MAX_ENTRY_BYTES = 64 * 1024
 _LOCK = "lock"
 
 
 class JournalReader:
-    """Reads one owner's segments, from the oldest, as far as they are written."""
+    """Reads one owner's segments, from the oldest, as far as they are written.
 
-    def __init__(self, directory: Path) -> None:
+    `committed` returns the number of the owner's current segment and the bytes in it that are complete, where the owner
+    may be appending meanwhile: the kernel may show a part of a line that is being written.
+    """
+
+    def __init__(self, directory: Path, committed: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> None:
         self._directory = directory
+        self._committed = committed
         self._segment: int | None = None
         self._offset = self._end = self._torn = 0
         self.damaged = 0
@@ -48,7 +62,8 @@ class JournalReader:
             if current != self._segment:
                 self._segment, self._offset = current, 0
             later = [number for number in segments if number > current]  # listed before reading: the order matters
-            lines = self._lines(segments[current])
+            number, nbytes = self._committed()
+            lines = self._lines(segments[current], nbytes if number == current else None)
             if lines:
                 self._end = self._offset + len(lines)
                 return list(self._entries(lines)), len(lines)
@@ -65,12 +80,15 @@ class JournalReader:
         """Remove the segments before the one that is being read."""
         for number, path in _segments(self._directory).items():
             if self._segment is not None and number < self._segment:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # a read-only disk: it is removed later
+                    path.unlink()
 
-    def _lines(self, path: Path) -> bytes:
+    def _lines(self, path: Path, end: int | None) -> bytes:
+        """Return the complete lines from the offset on; the zeros behind the last line are not returned."""
+        nbytes = _READ_BYTES if end is None else min(_READ_BYTES, end - self._offset)
         with path.open("rb") as segment:
             segment.seek(self._offset)
-            data = segment.read(_READ_BYTES)
+            data = segment.read(nbytes)
         return data[: data.rfind(b"\n") + 1]
 
     def _entries(self, lines: bytes) -> Iterator[Any]:
@@ -89,47 +107,62 @@ class Journal:
     def __init__(self, parent: Path, owner: str) -> None:
         self.owner = owner
         self.directory = parent / owner
-        self.reader = JournalReader(self.directory)
+        self.reader = JournalReader(self.directory, lambda: self._committed)
         self.appended = self.written = 0
         """Number of entries appended, and of those written to the database."""
-        self.appended_bytes = self.written_bytes = 0
-        self._segment_bytes = 0
-        self._number = 0
-        self._file = -1
-        self._synced_bytes = 0
+        self.appended_bytes = self.written_bytes = self.synced_bytes = 0
+        self._committed = (0, 0)
+        self._file = self._lock = -1
+        self._spares: list[tuple[int, Path]] = []
+        self._spare_numbers = itertools.count(1)
         self._full: list[int] = []
         self._new_segment = False
+        self._longest_bytes = 0
 
     @property
     def pending_bytes(self) -> int:
         """Size of the entries that only the journal has."""
         return self.appended_bytes - self.written_bytes
 
+    @property
+    def room(self) -> int:
+        """Bytes that can be appended without more space on the disk."""
+        left = SEGMENT_BYTES - self._committed[1] if self._file >= 0 else 0
+        # A line is in one segment: the end of each may stay unused.
+        return max(0, left - self._longest_bytes) + len(self._spares) * max(0, SEGMENT_BYTES - self._longest_bytes)
+
     def open(self) -> Self:
-        """Create the directory, lock it, create the first segment. Raises `OSError`."""
-        while True:
+        """Create the directory, lock it, allocate the first segment and a spare. Raises `OSError`; may be repeated."""
+        while self._lock < 0:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if (lock := _lock(self.directory, create=True)) is not None:
-                break  # else a sweep had locked the directory while it was empty
-        self._lock = lock
-        self._open_segment()
+                self._lock = lock  # else a sweep had locked the directory while it was empty
+        if self._file < 0:
+            self._open_segment()
+        self.allocate_spare()
         return self
 
-    def append(self, entry: Any) -> None:
-        """Write one entry. Raises `OSError`; then no part of the entry is in the journal."""
+    def append(self, entry: Any, *, leaving: int = 0) -> int:
+        """Write one entry; return its size in bytes. Raises `OSError`; then no part of the entry is in the journal.
+
+        `leaving`: bytes that must be left for later entries, else it raises, too.
+        """
         payload = orjson.dumps(entry)
         if len(payload) > _MAX_ENTRY_BYTES:
             raise ValueError(f"a journal entry of {len(payload)} bytes exceeds the limit of {_MAX_ENTRY_BYTES}")
         line = b"%08x %b\n" % (zlib.crc32(payload), payload)
-        if self._segment_bytes >= SEGMENT_BYTES:
+        self._longest_bytes = max(self._longest_bytes, len(line))
+        while leaving and self.room < len(line) + leaving:
+            self._spares.append(self._allocate())
+        if self._committed[1] and self._committed[1] + len(line) > SEGMENT_BYTES:
             self._open_segment()
-        nbytes = os.write(self._file, line)
-        if nbytes != len(line):
-            os.ftruncate(self._file, self._segment_bytes)
-            raise OSError("the journal's disk is full")
-        self._segment_bytes += nbytes
-        self.appended_bytes += nbytes
+        number, offset = self._committed
+        if os.pwrite(self._file, line, offset) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the next line is written over the part
+        self._committed = number, offset + len(line)
+        self.appended_bytes += len(line)
         self.appended += 1
+        return len(line)
 
     def discard_written(self, entries: int, nbytes: int) -> None:
         """Discard the entries that were read last: they are in the database."""
@@ -138,41 +171,83 @@ class Journal:
         self.reader.advance()
         self.reader.remove_read_segments()
 
+    def allocate_spare(self) -> None:
+        """Allocate a spare segment if there is none. Raises `OSError`. For the thread that syncs."""
+        if self._file >= 0 and not self._spares:
+            self._spares.append(self._allocate())
+
     def sync(self) -> None:
-        """Write what was appended to the disk. For one thread, the only one that closes files."""
+        """Write what was appended to the disk. For one thread, the only one that closes files.
+
+        Raises `OSError`: then anything appended since the last success may be lost, and a repetition that succeeds
+        does not mean otherwise, because the kernel reports a failure once.
+        """
         appended_bytes = self.appended_bytes
-        if appended_bytes == self._synced_bytes:
+        if appended_bytes == self.synced_bytes:
             return
+        current = self._file  # read before the list: the appending thread moves it there when it is full
         while self._full:
             full = self._full.pop(0)
-            os.fdatasync(full)
-            os.close(full)
-        os.fdatasync(self._file)
+            current = -1 if full == current else current
+            try:
+                os.fdatasync(full)
+            finally:
+                os.close(full)
+        if current >= 0:
+            os.fdatasync(current)
+            if not os.fstat(current).st_nlink:
+                raise OSError(errno.ESTALE, "the journal's directory was removed")
         if self._new_segment:
             self._new_segment = False
             _sync_directory(self.directory)
             _sync_directory(self.directory.parent)
-        self._synced_bytes = appended_bytes
+        self.synced_bytes = appended_bytes
+
+    def renew(self) -> None:
+        """Continue in a new segment after a failed `sync`. Raises `OSError`. For the thread that appends."""
+        self._open_segment()
 
     def close(self) -> None:
-        """Release the lock when no thread uses the journal any more; remove it if nothing is pending. Idempotent."""
-        if self._file < 0:
-            return
-        self.sync()
-        for descriptor in (*self._full, self._file):
-            os.close(descriptor)
-        self._file = -1
-        if not self.pending_bytes:
-            _remove(self.directory)
-        os.close(self._lock)
+        """Release the lock when no thread uses the journal any more; remove it if nothing is pending. Idempotent.
+
+        What was appended since the last `sync` is left to the kernel.
+        """
+        if self._file >= 0:
+            for descriptor in (*self._full, self._file, *(spare for spare, _ in self._spares)):
+                os.close(descriptor)
+            for _, path in self._spares:
+                with suppress(OSError):  # a read-only disk
+                    path.unlink()
+            self._file, self._full, self._spares = -1, [], []
+        if self._lock >= 0:
+            if not self.pending_bytes:
+                _remove(self.directory)
+            os.close(self._lock)
+            self._lock = -1
 
     def _open_segment(self) -> None:
-        self._number += 1
-        path = self.directory / f"{self._number:08d}.log"
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        file, spare = self._spares.pop(0) if self._spares else self._allocate()
+        number = self._committed[0] + 1
+        try:
+            spare.rename(self.directory / f"{number:08d}.log")
+        except OSError:
+            self._spares.insert(0, (file, spare))
+            raise
         if self._file >= 0:
             self._full.append(self._file)
-        self._file, self._segment_bytes, self._new_segment = file, 0, True
+        self._new_segment = True
+        self._file, self._committed = file, (number, 0)
+
+    def _allocate(self) -> tuple[int, Path]:
+        path = self.directory / f"spare-{next(self._spare_numbers)}"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(file, 0, SEGMENT_BYTES)
+        except OSError:
+            os.close(file)
+            path.unlink(missing_ok=True)
+            raise
+        return file, path
 
 
 class AbandonedJournal:
@@ -191,7 +266,7 @@ class AbandonedJournal:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove the journal: all of it is in the database."""
+        """Remove the journal: all of it is in the database. One on a read-only disk stays and is replayed again."""
         _remove(self.directory)
 
 
@@ -209,13 +284,43 @@ def size_bytes(parent: Path, *, excluding: str) -> int:
     with suppress(FileNotFoundError):
         for path in parent.glob("*/*.log"):
             if path.parent.name != excluding:
-                with suppress(FileNotFoundError):  # another process has replayed and removed it
-                    total += path.stat().st_size
+                with suppress(OSError):  # another process has replayed and removed it
+                    total += _content_bytes(path)
     return total
 
 
+def disk_error(path: Path) -> OSError | None:
+    """Return the error that a new segment would meet by what the file system reports. Raises `OSError`.
+
+    A quota is not reported: it is met when the segment is allocated.
+    """
+    state = os.statvfs(path)
+    if state.f_flag & os.ST_RDONLY:
+        return OSError(errno.EROFS, os.strerror(errno.EROFS))
+    free_blocks = state.f_bavail if os.geteuid() else state.f_bfree
+    if state.f_blocks and free_blocks * state.f_frsize < SEGMENT_BYTES:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def living(parent: Path, *, excluding: str) -> list[str]:
+    """Return the owners of the journals that other living processes have locked."""
+    found = []
+    with suppress(FileNotFoundError):
+        for directory in sorted(parent.iterdir()):
+            if directory.name != excluding and (directory / _LOCK).exists():
+                if (lock := _lock(directory)) is None:
+                    found.append(directory.name)
+                else:
+                    os.close(lock)
+    return found
+
+
 def _lock(directory: Path, *, create: bool = False) -> int | None:
-    """Lock a journal; return `None` if another process has locked it or has just removed it."""
+    """Lock a journal; return `None` if another process has locked it or has just removed it.
+
+    `None`, too, for an old journal on a read-only disk: it could not be removed when it is in the database.
+    """
     path = directory / _LOCK
     try:
         lock = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
@@ -223,6 +328,10 @@ def _lock(directory: Path, *, create: bool = False) -> int | None:
         if not create:
             with suppress(OSError):  # its owner died between creating the directory and the lock
                 directory.rmdir()
+        return None
+    except OSError as error:
+        if create or error.errno != errno.EROFS:
+            raise
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,11 +347,23 @@ def _segments(directory: Path) -> dict[int, Path]:
     return {int(path.stem): path for path in sorted(directory.glob("*.log"))}
 
 
+def _content_bytes(path: Path) -> int:
+    """Return the size of what a segment has before its zeros, without reading all of it."""
+    with path.open("rb") as segment:
+        low, high = 0, os.fstat(segment.fileno()).st_size
+        while low < high:
+            middle = (low + high) // 2
+            if os.pread(segment.fileno(), 1, middle) not in {b"", b"\0"}:
+                low = middle + 1
+            else:
+                high = middle
+    return low
+
+
 def _remove(directory: Path) -> None:
-    for path in _segments(directory).values():
-        path.unlink(missing_ok=True)
-    (directory / _LOCK).unlink(missing_ok=True)
     with suppress(OSError):
+        for path in (*directory.glob("*.log"), *directory.glob("spare-*"), directory / _LOCK):
+            path.unlink(missing_ok=True)
         directory.rmdir()
 
 

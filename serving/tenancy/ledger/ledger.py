@@ -3,18 +3,24 @@
     open ─► progress, each second ─► close          on the event loop: an append to the local journal, no more
                     │ journal.py
                     ▼
-    writer thread: batches into the database        twice a second, and when the database is back
-    writer thread: the sweep                        journals and open records that no living process owns
+    database_writer.py: batches into the database   twice a second, and when the database is back
+                        the sweep                   journals and open records that no living process owns
 
 The journal is the queue: entries that the database does not have are read from there, not kept in memory. An entry is a
 whole row, so writing it twice has the effect of writing it once. A closed record is final; only `lost`, which is other
 processes' guess, is replaced by the owner's outcome. The database may be away: requests continue until the journal
 reaches its limit, and are refused then.
+
+The disk may fail: full, read-only, over a quota, unreadable. New requests are refused while it lasts. Running ones are
+closed in space that was allocated before; a record that cannot be written even there is kept in memory (unrecorded.py)
+and goes into the journal, or directly into the database, whichever works first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -24,14 +30,16 @@ import socket
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import orjson
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
-from serving.errors import Overloaded
-from serving.tenancy.ledger import usage_table
-from serving.tenancy.ledger.journal import Journal, abandoned, size_bytes
+from serving.errors import NotReady, Overloaded
+from serving.tenancy.ledger import journal, usage_table
+from serving.tenancy.ledger.database_writer import DatabaseWriter
+from serving.tenancy.ledger.journal import Journal
+from serving.tenancy.ledger.unrecorded import Unrecorded
 from serving.tenancy.ledger.usage_record import now_ms
 from serving.types import Outcome
 
@@ -51,14 +59,38 @@ _PROGRESS_EVERY_S = 1.0
 _ALIVE_TICKS = 15
 _RECORDS_PER_ENTRY = 200
 
-_WRITE_EVERY_S = 0.5
 _SYNC_EVERY_S = 0.1
-_SWEEP_EVERY_S = 10.0
+_CHECK_DISK_EVERY_S = 1.0
 _FIRST_SWEEP_TIMEOUT_S = 5.0
-_MAX_RETRY_S = 5.0
+_LOG_EVERY_S = 30.0
 
-UNREPORTED_S = 120.0
-"""Age of an open record's last report, while the database was reachable, after which its machine is considered lost."""
+_GROWTH_BYTES = 256
+"""Bytes by which a closed record's entry is at most larger than the open one's: times, tokens, ending, amount."""
+
+_MIN_ROOM_BYTES = 4096
+"""Space in the journal for one more request, without which none is admitted."""
+
+
+@dataclass(slots=True)
+class _Fault:
+    """A time in which the journal cannot record new requests."""
+
+    error: OSError
+    since_s: float = field(default_factory=time.monotonic)
+    logged_s: float = field(default_factory=time.monotonic)
+    kept_before: int = 0
+    """Records that had been kept in memory before."""
+    refused: int = 0
+    """Requests that were refused."""
+    skipped: int = 0
+    """Reports of progress that were not recorded."""
+    tried_bytes: int | None = None
+    """Size of the journal with an entry that was appended to find out if the fault has passed."""
+
+    @property
+    def reason(self) -> str:
+        """The error's name and the system's words for it."""
+        return f"{errno.errorcode.get(self.error.errno or 0, 'OSError')}: {self.error.strerror or self.error}"
 
 
 class Ledger:
@@ -67,22 +99,25 @@ class Ledger:
     def __init__(self, database: Engine, directory: Path, *, max_journal_bytes: int) -> None:
         self._database = database
         self._parent = directory / "journal"
-        self._refused_path = directory / "refused.log"
         self._max_journal_bytes = max_journal_bytes
         host = re.sub(r"[^\w-]", "-", socket.gethostname())[:40]
         self.replica = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._journal = Journal(self._parent, self.replica)
-        self._open: dict[str, tuple[UsageRecord, RequestRecord | None]] = {}
-        self._others_bytes = 0
-        self._caught_up_s = self._reachable_since_s = time.monotonic()
-        self._failing = False
-        self._stopping = threading.Event()
-        self._swept = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self._reporting: asyncio.Task[None] | None = None
         self.closed: Counter[str] = Counter({outcome.value: 0 for outcome in Outcome})
         """Number of records closed by this process, by outcome."""
-        self.write_failures = self.refused = 0
+        self.unstored = 0
+        """Number of closed records that the process could store nowhere when it stopped; each is in the log."""
+        self._journal = Journal(self._parent, self.replica)
+        self._unrecorded = Unrecorded()
+        self._writer = DatabaseWriter(database, directory, self._journal, self._unrecorded, self.closed)
+        self._open: dict[str, tuple[UsageRecord, RequestRecord | None, int]] = {}
+        self._closing_bytes = 0
+        self._fault: _Fault | None = None
+        self._sync_error: OSError | None = None
+        self._disk_error: OSError | None = None
+        self._stopping = threading.Event()
+        self._syncing = threading.Thread(target=self._sync_forever, name="ledger-sync", daemon=True)
+        self._started = False
+        self._reporting: asyncio.Task[None] | None = None
 
     @property
     def open_records(self) -> int:
@@ -90,9 +125,24 @@ class Ledger:
         return len(self._open)
 
     @property
+    def writable(self) -> bool:
+        """True if the journal can record new requests, after its start."""
+        return self._reporting is not None and self._disk_failure() is None
+
+    @property
+    def unrecorded(self) -> int:
+        """Number of closed records that are in memory alone."""
+        return len(self._unrecorded)
+
+    @property
     def database_up(self) -> bool:
         """True if the last use of the database succeeded."""
-        return not self._failing
+        return self._writer.database_up
+
+    @property
+    def write_failures(self) -> int:
+        """Number of failed attempts to write into the database."""
+        return self._writer.failures
 
     @property
     def pending(self) -> int:
@@ -102,60 +152,93 @@ class Ledger:
     @property
     def journal_bytes(self) -> int:
         """Size of what only the local disk has: of this process's journal and those that dead processes have left."""
-        return self._journal.pending_bytes + self._others_bytes
+        return self._journal.pending_bytes + self._writer.others_bytes
 
     @property
     def lag_s(self) -> float:
         """Seconds since the database had every entry."""
-        return time.monotonic() - self._caught_up_s if self._journal.pending_bytes else 0.0
+        return time.monotonic() - self._writer.caught_up_s if self._journal.pending_bytes else 0.0
 
     async def start(self) -> None:
-        """Open a journal; wait a few seconds for the journals of dead processes to be replayed."""
+        """Wait a few seconds for the journals of dead processes to be replayed; open a journal.
+
+        Raises `OSError` if the disk is full or not writable: repeat it. A full disk does not prevent the replay, which
+        frees space.
+        """
+        if not self._started:
+            self._started = True
+            self._writer.start()
+            self._syncing.start()
+            await asyncio.to_thread(self._writer.swept.wait, _FIRST_SWEEP_TIMEOUT_S)
         await asyncio.to_thread(self._journal.open)
-        for name, work in (("ledger-writer", self._write_forever), ("ledger-sync", self._sync_forever)):
-            thread = threading.Thread(target=work, name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
         self._reporting = asyncio.create_task(self._report_forever())
-        await asyncio.to_thread(self._swept.wait, _FIRST_SWEEP_TIMEOUT_S)
 
     async def stop(self) -> None:
-        """Write what is pending; while the database is away it stays in the journal for the next start. Idempotent."""
-        if self._reporting is None:
-            return
-        self._reporting.cancel()
-        await asyncio.wait((self._reporting,))
-        self._reporting = None
-        for record, _ in [*self._open.values()]:  # of requests that were not waited for
-            self.close(record, Outcome.CANCELLED)
-        self._stopping.set()
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join)
-        await asyncio.to_thread(self._journal.close)
+        """Write what is pending; while the database is away it stays in the journal for the next start. Idempotent.
+
+        Closed records that neither the journal nor the database has taken are logged, one line each.
+        """
+        if self._reporting is not None:
+            self._reporting.cancel()
+            await asyncio.wait((self._reporting,))
+            self._reporting = None
+            for record, *_ in [*self._open.values()]:  # of requests that were not waited for
+                self.close(record, Outcome.CANCELLED)
+            with contextlib.suppress(OSError):
+                self._append_unrecorded()
+        if self._started:
+            self._started = False
+            await asyncio.to_thread(self._finish)
+
+    def log_unstored(self) -> None:
+        """Log each closed record that is in memory alone, for whoever bills it by hand. Idempotent."""
+        rows = self._unrecorded.rows()
+        self._unrecorded.stored(rows)
+        self.unstored += len(rows)
+        for row in rows:
+            log.error("usage record not stored", extra={"usage_record": row})
+
+    def neighbours(self) -> list[str]:
+        """Return the replica names of other living processes that use this directory. Blocking."""
+        return journal.living(self._parent, excluding=self.replica)
+
+    def check_writable(self) -> None:
+        """Raise `NotReady` while new requests cannot be recorded."""
+        if not self.writable:
+            raise NotReady("Usage cannot be recorded: the disk of data_dir is full or failing.")
 
     def open(self, record: UsageRecord, request: RequestRecord | None = None) -> None:
-        """Open a request's record. Raises `Overloaded` if the journal is full or cannot be written."""
+        """Open a request's record. Raises `Overloaded`: the journal has reached its limit, or cannot be written."""
+        if error := self._disk_failure():
+            self._begin_fault(error).refused += 1
+            raise Overloaded(reason="ledger")
         if self.journal_bytes >= self._max_journal_bytes:
             raise Overloaded(reason="journal")
         try:
-            self._journal.append(record.row())
-        except OSError:
-            log.exception("journal write failed, request refused")
-            raise Overloaded(reason="journal") from None
-        self._open[record.request_id] = (record, request)
+            nbytes = self._journal.append(record.row(), leaving=self._closing_bytes + _MIN_ROOM_BYTES)
+        except OSError as error:
+            self._begin_fault(error).refused += 1
+            raise Overloaded(reason="ledger") from None
+        self._open[record.request_id] = (record, request, nbytes + _GROWTH_BYTES)
+        self._closing_bytes += nbytes + _GROWTH_BYTES
 
     def close(self, record: UsageRecord, outcome: Outcome) -> None:
         """Close a record, whose `billed` and amount are set; only the first call has an effect."""
-        if self._open.pop(record.request_id, None) is None:
+        if record.request_id not in self._open:
             return
+        *_, nbytes = self._open.pop(record.request_id)
+        self._closing_bytes -= nbytes
         self.closed[outcome] += 1
         record.ending = outcome
         record.closed_at = record.reported_at = now_ms()
+        row = record.row()
         try:
-            self._journal.append(record.row())
-        except OSError:
-            # A closed record needs no more space than an open one: on a full disk new requests are refused first.
-            log.exception("journal write failed, record not closed", extra={"record": record.row()})
+            self._append_closed(row)
+        except OSError as error:
+            self._begin_fault(error)
+            self._unrecorded.keep(row)
+            # With the row, in case that the process is killed before the disk works again.
+            log.error("usage record kept in memory", extra={"usage_record": row})  # noqa: TRY400 - logged as a fault
 
     async def spent(self, caller: Caller) -> Spent:
         """Return what a caller was billed before.
@@ -173,117 +256,131 @@ class Ledger:
         reported: dict[str, list[Any]] = {}
         for tick in itertools.count(1):
             await asyncio.sleep(_PROGRESS_EVERY_S)
-            for record, request in self._open.values():
+            for record, request, _ in self._open.values():
                 if request is not None:
                     record.follow(request)
-            running = {request_id: record.progress() for request_id, (record, _) in self._open.items()}
+            running = {request_id: record.progress() for request_id, (record, *_) in self._open.items()}
             reports = [
                 progress
                 for request_id, progress in running.items()
                 if tick % _ALIVE_TICKS == 0 or reported.get(request_id) != progress
             ]
             reported = running
-            try:
-                for first in range(0, len(reports), _RECORDS_PER_ENTRY):
-                    self._journal.append({"at": now_ms(), "progress": reports[first : first + _RECORDS_PER_ENTRY]})
-            except OSError:
-                log.exception("journal write failed, progress not recorded")
+            for first in range(0, len(reports), _RECORDS_PER_ENTRY):
+                self._report(reports[first : first + _RECORDS_PER_ENTRY])
+            self._follow_fault()
 
-    # What follows runs on the threads.
+    def _report(self, reports: list[Any]) -> None:
+        """Journal progress, in space that is not needed to close the running requests."""
+        entry = {"at": now_ms(), "progress": reports}
+        try:
+            self._journal.append(entry, leaving=self._closing_bytes + _MIN_ROOM_BYTES)
+        except OSError as error:
+            self._begin_fault(error).skipped += len(reports)
+
+    def _append_closed(self, row: dict[str, Any]) -> None:
+        self._journal.append(row)
+        self._unrecorded.appended(row, self._journal.appended_bytes)
+
+    def _append_unrecorded(self) -> None:
+        for row in self._unrecorded.rows():
+            self._append_closed(row)
+
+    def _disk_failure(self) -> OSError | None:
+        return self._fault.error if self._fault else self._sync_error or self._disk_error
+
+    def _begin_fault(self, error: OSError) -> _Fault:
+        if self._fault is None:
+            self._fault = fault = _Fault(error, kept_before=self._unrecorded.kept)
+            log.error(
+                "ledger cannot record, new requests are refused",
+                extra={
+                    "reason": fault.reason,
+                    "directory": str(self._parent),
+                    "running": len(self._open),
+                    "room_bytes": self._journal.room,
+                    "unrecorded": len(self._unrecorded),
+                },
+            )
+        return self._fault
+
+    def _follow_fault(self) -> None:
+        """Log a fault of the disk, try to record again what was kept, and end the fault when that succeeds."""
+        if error := self._disk_failure():
+            fault = self._begin_fault(error)
+            if self._has_recovered(fault):
+                self._fault = None
+                log.info("ledger records again", extra=self._counts(fault))
+            elif time.monotonic() - fault.logged_s >= _LOG_EVERY_S:
+                fault.logged_s = time.monotonic()
+                log.error("ledger still cannot record", extra={"reason": fault.reason} | self._counts(fault))
+
+    def _counts(self, fault: _Fault) -> dict[str, Any]:
+        return {
+            "after_s": round(time.monotonic() - fault.since_s, 1),
+            "refused": fault.refused,
+            "kept": self._unrecorded.kept - fault.kept_before,
+            "unrecorded": len(self._unrecorded),
+            "progress_skipped": fault.skipped,
+        }
+
+    def _has_recovered(self, fault: _Fault) -> bool:
+        """Append what was kept and an empty entry; return whether the disk has confirmed what was appended before."""
+        if fault.tried_bytes is not None and not (self._sync_error or self._disk_error or self._unrecorded):
+            return self._journal.synced_bytes >= fault.tried_bytes
+        fault.tried_bytes = None
+        fault.error = self._sync_error or self._disk_error or fault.error
+        try:
+            if self._sync_error is not None:
+                self._journal.renew()  # the kernel does not write again what it failed to write in the segment before
+                self._sync_error = None
+            self._append_unrecorded()
+            if self._disk_error is None:
+                self._journal.append({"at": now_ms(), "progress": []}, leaving=self._closing_bytes + _MIN_ROOM_BYTES)
+                fault.tried_bytes = self._journal.appended_bytes
+        except OSError as error:
+            fault.error = error
+        return False
+
+    # What follows runs on threads.
 
     def _sync_forever(self) -> None:
-        while not self._stopping.wait(_SYNC_EVERY_S):
+        checked_s = 0.0
+        while True:
+            stopping = self._stopping.wait(_SYNC_EVERY_S)
             try:
                 self._journal.sync()
-            except OSError:
-                log.exception("journal sync failed")
-
-    def _write_forever(self) -> None:
-        swept_s, pause_s = 0.0, _WRITE_EVERY_S
-        while True:
-            stopping = self._stopping.is_set()
-            try:
-                self._write()
-                if not stopping and time.monotonic() - swept_s > _SWEEP_EVERY_S:
-                    self._sweep()
-                    swept_s = time.monotonic()
-            except Exception as error:  # noqa: BLE001 - of any kind: the thread must go on
-                self._failed(error)
-                pause_s = min(2 * pause_s, _MAX_RETRY_S)
-            else:
-                if self._failing:
-                    log.info("ledger database is back, nothing was lost")
-                self._failing, pause_s = False, _WRITE_EVERY_S
-            self._swept.set()
+            except OSError as error:
+                self._sync_error = error
+                if moved := self._unrecorded.sync_failed():
+                    extra = {"kept": moved, "error": str(error)}
+                    log.error("journal sync failed, records kept in memory", extra=extra)  # noqa: TRY400 - no need
+            self._unrecorded.synced(self._journal.synced_bytes)
             if stopping:
                 return
-            self._stopping.wait(pause_s)
+            if time.monotonic() - checked_s >= _CHECK_DISK_EVERY_S:
+                checked_s = time.monotonic()
+                self._disk_error = self._check_disk()
 
-    def _failed(self, error: Exception) -> None:
-        self.write_failures += 1
-        self._reachable_since_s = time.monotonic()
-        if not self._failing:
-            self._failing = True
-            log.error(
-                "ledger database write failed, records wait in the journal",
-                exc_info=None if isinstance(error, DBAPIError) else error,
-                extra={"error": type(error).__name__, "journal_bytes": self.journal_bytes},
-            )
-
-    def _write(self) -> None:
-        """Write what was appended to the journal into the database."""
-        while True:
-            started_s = time.monotonic()
-            entries, nbytes = self._journal.reader.read()
-            if not nbytes:
-                break
-            self._apply(entries)
-            self._journal.discard_written(len(entries), nbytes)
-            if not self._journal.pending_bytes:
-                break
-        self._caught_up_s = started_s
-
-    def _apply(self, entries: list[Any]) -> None:
+    def _check_disk(self) -> OSError | None:
+        """Return the error that a new segment would meet, and allocate one if there is none in reserve."""
         try:
-            usage_table.write(self._database, entries)
-        except (DataError, IntegrityError):
-            for entry in entries:  # one refused entry must not hold up the others
-                try:
-                    usage_table.write(self._database, [entry])
-                except (DataError, IntegrityError):
-                    self._keep_refused(entry)
+            if error := journal.disk_error(self._parent):
+                return error
+            self._journal.allocate_spare()
+        except FileNotFoundError:
+            return None  # before its start
+        except OSError as error:
+            return error
+        return None
 
-    def _keep_refused(self, entry: Any) -> None:
-        """Append an entry that the database refuses to a file."""
-        self.refused += 1
-        log.error("ledger entry refused by the database", extra={"kept_in": str(self._refused_path)})
-        with self._refused_path.open("ab") as file:
-            file.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _sweep(self) -> None:
-        """Write the journals of dead processes into the database, and close their open records as lost."""
-        self._others_bytes = size_bytes(self._parent, excluding=self.replica)
-        for journal in abandoned(self._parent, excluding=self.replica):
-            with journal:
-                while True:
-                    entries, nbytes = journal.reader.read()
-                    if not nbytes:
-                        break
-                    self._apply(entries)
-                    journal.reader.advance()
-                lost = usage_table.close_lost(self._database, journal.owner)
-                journal.remove()
-            self.closed[Outcome.LOST] += lost
-            log.warning(
-                "journal of a dead process replayed",
-                extra={"replica": journal.owner, "lost": lost, "damaged": journal.reader.damaged},
-            )
-        self._others_bytes = size_bytes(self._parent, excluding=self.replica)
-        # After an outage of the database other processes need time to report as well.
-        if time.monotonic() - self._reachable_since_s > UNREPORTED_S:
-            lost = usage_table.close_unreported(self._database, before_ms=now_ms() - round(1000 * UNREPORTED_S))
-            self.closed[Outcome.LOST] += lost
-            if lost:
-                log.warning("records of a lost machine closed", extra={"lost": lost})
+    def _finish(self) -> None:
+        """Write everything as far as that is possible now."""
+        self._stopping.set()
+        self._syncing.join()
+        self._writer.stop()
+        self.log_unstored()
+        if pending := self.pending:
+            extra = {"entries": pending, "directory": str(self._journal.directory)}
+            log.warning("ledger entries stay in the journal for the next start", extra=extra)
+        self._journal.close()
