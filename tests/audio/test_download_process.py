@@ -249,15 +249,16 @@ async def test_hostile_servers_do_not_delay_the_event_loop(tmp_path: Path, outsi
 
 
 FLOOD = """
-import socket, sys, threading
+import contextlib, socket, sys, threading
 server = socket.create_server((sys.argv[1], 0))
 print(server.getsockname()[1], flush=True)
 
 def serve(client):
-    client.recv(65536)
-    client.sendall(b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n")
-    while True:
-        client.sendall((b"19\\r\\n" + b"a" * 25 + b"\\r\\n") * 9000)
+    with contextlib.suppress(OSError), client:
+        client.recv(65536)
+        client.sendall(b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n")
+        while True:
+            client.sendall((b"19\\r\\n" + b"a" * 25 + b"\\r\\n") * 9000)
 
 while True:
     threading.Thread(target=serve, args=server.accept()[:1], daemon=True).start()
