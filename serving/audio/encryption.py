@@ -49,16 +49,27 @@ _SAMPLE_AES = (0xCF, 0xC1, 0xC2)
 """Stream types of AAC, AC-3 and E-AC-3 by HLS SAMPLE-AES."""
 
 
-def encrypted_streams(file: FilePart, demuxer: str, streams: Sequence[Any]) -> dict[int, str]:
-    """Return how each encrypted one of the audio streams is encrypted, by its index."""
-    find = {"mov": _mp4, "matroska": _matroska, "mpegts": _mpegts, "asf": _asf}.get(demuxer)
-    try:
-        methods = find(file) if find else {}
-    except (struct.error, IndexError):  # damaged headers
-        methods = {}
-    keys = {stream.index: number if demuxer == "matroska" else stream.id for number, stream in enumerate(streams)}
-    every = methods.get(_ALL_TRACKS, "")
-    return {index: method for index, key in keys.items() if (method := methods.get(key, every))}
+class Encryption:
+    """Encrypted audio tracks of a file."""
+
+    def __init__(self, file: FilePart, demuxer: str) -> None:
+        find = {"mov": _mp4, "matroska": _matroska, "mpegts": _mpegts, "asf": _asf}.get(demuxer)
+        self._by_number = demuxer == "matroska"
+        try:
+            self._methods = find(file) if find else {}
+        except (struct.error, IndexError):  # damaged headers
+            self._methods = {}
+
+    @property
+    def method(self) -> str:
+        """Method of an encrypted track, empty if there is none."""
+        return next(iter(self._methods.values()), "")
+
+    def of(self, tracks: Sequence[Any]) -> list[str]:
+        """Return how each of FFmpeg's audio streams is encrypted, empty if it is not."""
+        every = self._methods.get(_ALL_TRACKS, "")
+        keys = (number if self._by_number else track.id for number, track in enumerate(tracks))
+        return [self._methods.get(key, every) for key in keys]
 
 
 class _Box(NamedTuple):
