@@ -199,7 +199,7 @@ def test_hls_sample_aes_is_refused_by_name() -> None:
     )
 
 
-def _crc(data: bytes) -> int:
+def _crc(data: bytes | bytearray) -> int:
     """Return the CRC-32 of MPEG-2."""
 
     def step(crc: int, byte: int) -> int:

@@ -36,7 +36,8 @@ def _likeness(one: Samples, other: Samples) -> float:
 def _at(decibels: float, rate: int = 44_100) -> Samples:
     """Return the sound with its average of both channels peaking at this level over full scale."""
     samples = stereo(rate)
-    return (samples * (10 ** (decibels / 20) / np.abs(samples.mean(axis=1)).max())).astype(np.float32)
+    gain = 10 ** (decibels / 20) / float(np.abs(samples.mean(axis=1)).max())
+    return np.asarray(samples * gain, np.float32)
 
 
 @pytest.mark.parametrize(("kind", "subtype"), _FLOAT_FILES)
@@ -94,8 +95,8 @@ def test_lossy_codecs_of_hot_sound_are_scaled(kind: str, subtype: str, decibels:
 @pytest.mark.parametrize(("kind", "subtype"), [("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
 def test_the_overshoot_of_a_lossy_codec_is_clipped(kind: str, subtype: str) -> None:
     """Sound at full scale comes out of a lossy codec a little over it: its loudness stays as it is."""
-    square = np.sign(sound(48_000))
-    decoded = _decode(with_soundfile(kind, subtype, 48_000, samples=0.98 * square))
+    square = np.asarray(0.98 * np.sign(sound(48_000)), np.float32)
+    decoded = _decode(with_soundfile(kind, subtype, 48_000, samples=square))
     assert np.abs(decoded).max() == 1
     assert np.sqrt(np.mean(decoded**2)) > 0.85
 
