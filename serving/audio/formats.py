@@ -79,6 +79,9 @@ _MAGIC: tuple[tuple[int, bytes, Format], ...] = (
 )
 """Offset, magic bytes, format."""
 
+_FRAMED = ("dts", "truehd", "mlp")
+"""Demuxers of formats whose magic bytes begin each frame, or most, so that the first one may be cut."""
+
 _RIFF = {b"WAVE": _WAV, b"AVI ": Format("AVI", "avi")}
 _WAV_OF_64_BITS = Format("WAV", "wav", soundfile=True, magic=b"RF64")
 """RF64, or BW64, the EBU's successor of it, which libsndfile does not know."""
@@ -195,6 +198,9 @@ def sniff_at(prefix: bytes) -> tuple[Format, int] | None:
             return form, offset
     if found_frames := find_mpeg_audio(prefix):
         return MPEG_AUDIO[found_frames[0]], found_frames[1]
+    for offset, magic, found in _MAGIC:
+        if found.demuxer in _FRAMED and prefix.count(magic) > 1:
+            return found, prefix.index(magic, offset) - offset
     return (_GSM, 0) if is_raw_gsm(prefix) else None
 
 

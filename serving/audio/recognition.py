@@ -51,7 +51,7 @@ def recognise(file: BinaryIO) -> tuple[Format | None, int, bytes]:
             start += zeros
         else:
             break
-    if prefix and not is_text(prefix) and (far := _search_mpeg_audio(file, start)):
+    if prefix and (prefix.isspace() or not is_text(prefix)) and (far := _search_mpeg_audio(file, start)):
         return far
     return (MP3 if tagged and prefix else None), start, prefix
 

@@ -88,7 +88,7 @@ def test_joined_files_give_all_their_sound(first: str, second: str) -> None:
 
 
 def test_another_track_of_the_same_file_is_not_appended() -> None:
-    """Where the chosen track ends early, the rest of another one does not follow it."""
+    """The rest of another track does not follow the chosen one, if that ends early."""
     long_track = with_av("ipod", "aac", 16_000, samples=0.1 * np.ones(160_000, np.float32))
     short = with_av("mpegts", "aac", 48_000, bit_rate=512_000, samples=stereo(48_000, 3))
     both = remuxed("mpegts", short, long_track)

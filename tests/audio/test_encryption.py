@@ -99,7 +99,7 @@ def test_a_fragmented_file_with_a_clear_lead_is_encrypted() -> None:
 
 
 def test_clear_tracks_next_to_encrypted_ones_are_decoded() -> None:
-    """Of two tracks the clear one is chosen; encrypted video and a key's box alone do not matter."""
+    """The clear one of two tracks is chosen; encrypted video and a key's box alone do not matter."""
     two = remuxed("mp4", clip("MP4 AAC (M4A)").data, with_av("ipod", "aac", 16_000))
     for track in (0, 1):
         data = _grown(two, track, _sinf(b"mp4a", b"cbcs"), b"enca")

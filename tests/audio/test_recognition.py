@@ -52,7 +52,9 @@ def test_every_format_behind_zeros_is_found(name: str) -> None:
     assert _seconds(bytes(100_000) + clip(name).data) == pytest.approx(2, abs=0.15)
 
 
-@pytest.mark.parametrize("junk", [_NOISE[:1000], _NOISE[:70_000], _NOISE, b"\xff" * 100_000, b"\x55\xaa" * 100_000])
+@pytest.mark.parametrize(
+    "junk", [_NOISE[:1000], _NOISE[:70_000], _NOISE, b"\xff" * 100_000, b" " * 100_000, b"\x55\xaa" * 100_000]
+)
 @pytest.mark.parametrize("name", ["MP3 without ID3 and Xing", "AAC (ADTS)"])
 def test_mpeg_audio_behind_other_junk_is_found(name: str, junk: bytes) -> None:
     """Up to 1 MB of anything is searched."""
@@ -117,6 +119,15 @@ def test_a_program_stream_may_begin_anywhere(cut: int) -> None:
     """Packs are found after a cut at any place."""
     data = clip("MPEG-PS video, MP2").data
     assert 1 < _seconds(data[cut:]) <= 2.1
+
+
+@pytest.mark.parametrize("name", ["DTS", "TrueHD", "MLP", "MP3", "AAC (ADTS)", "AAC (LATM)"])
+@pytest.mark.parametrize("cut", [1, 3, 5, 100, 1000, 5001])
+def test_frames_may_begin_anywhere(name: str, cut: int) -> None:
+    """A raw stream that is cut at its front loses what is before its next frame that can be decoded."""
+    made = clip(name)
+    lost_s = made.duration_s * cut / len(made.data)
+    assert _seconds(made.data[cut:]) == pytest.approx(made.duration_s - lost_s, abs=0.1)
 
 
 def test_text_and_noise_are_no_transport_stream() -> None:
