@@ -30,9 +30,10 @@ import soundfile
 
 from serving.audio.ffmpeg_reader import BLOCK_VALUES, averaged, read_ffmpeg
 from serving.audio.file_part import FilePart
-from serving.audio.formats import is_text, recognise, unsupported
+from serving.audio.formats import is_text, unsupported
 from serving.audio.id3 import id3_bytes
 from serving.audio.reader_errors import DamagedError, ReaderError
+from serving.audio.recognition import recognise
 from serving.audio.waveform import Waveform
 from serving.errors import AudioEmpty, AudioTooLong, AudioUnreadable
 
@@ -79,9 +80,11 @@ def decode(source: bytes | memoryview | Path | BufferedReader, *, max_duration_s
 
 def _refusal(prefix: bytes) -> str:
     """Return the reason why a file without a format is refused."""
+    if reason := unsupported(prefix):
+        return reason
     if id3_bytes(prefix):
         return "it has no audio after its ID3 tag"
-    return unsupported(prefix) or ("it is text" if is_text(prefix) else "it is of no known audio or video format")
+    return "it is text" if is_text(prefix) else "it is of no known audio or video format"
 
 
 def _opened(source: bytes | memoryview | Path | BufferedReader) -> File:
@@ -131,10 +134,9 @@ def _damaged(form: Format) -> str:
 
 
 def _read_soundfile(file: File, start: int, form: Format, waveform: Waveform) -> None:
-    del form  # libsndfile recognises it
     waveform.overshoot = 1.0
     try:
-        with soundfile.SoundFile(FilePart(file, start, file.seek(0, SEEK_END))) as sound:
+        with soundfile.SoundFile(FilePart(file, start, file.seek(0, SEEK_END), form.magic)) as sound:
             # libsndfile's conversion to float takes five times as long as ours.
             dtype, full_scale = ("int16", 2**15) if sound.subtype == "PCM_16" else ("float32", 1)
             block = np.empty((max(1, BLOCK_VALUES // sound.channels), sound.channels), dtype)
