@@ -55,7 +55,8 @@ class Connections:
     def __init__(self, settings: Settings, *, behind_proxy: bool = False) -> None:
         """Prepare the bounds. `behind_proxy`: all connections come from a proxy of ours, and no address is limited."""
         self.refused = Counter(dict.fromkeys(REASONS, 0))
-        self._max_per_address = None if behind_proxy else settings.max_connections_per_address
+        most = settings.max_connections_per_address or 2 * settings.max_concurrent_requests
+        self._max_per_address = None if behind_proxy else most
         self._trusted = Networks(settings.trusted_proxies)
         self._by_address: Counter[str] = Counter()
         self._address_of: dict[Connection, str] = {}
