@@ -49,11 +49,11 @@ class Listener(BaseModel):
         description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "
         "for upload addresses, and their connections are not limited",
     )
-    max_connections_per_address: int = Field(
-        512,
+    max_connections_per_address: Annotated[int | None, Example(256)] = Field(
+        None,
         ge=1,
         description="Most connections of one client address (of IPv6: one /64 network), trusted_proxies and loopback "
-        "left out; further ones get 503",
+        "left out; further ones get 503. Unset: twice max_concurrent_requests",
     )
     header_timeout_s: float = Field(
         30, gt=0, description="Time in seconds for a client to send the headers of a request; then it is disconnected"

@@ -301,6 +301,15 @@ def _tickets(made: _Alerts) -> None:
         severity="ticket",
     )
     made.add(
+        "CaptionerDescriptorsNearLimit",
+        f"max by (instance) (process_open_fds{{{JOB},role!~'ray|haproxy'}} "
+        f"/ process_max_fds{{{JOB},role!~'ray|haproxy'}}) > 0.7 or sum by (instance) "
+        f"(increase(captioner_connections_refused_total{{reason=~'descriptors|evicted'}}[{pace(5 * MINUTE)}])) > 0",
+        "{{ $labels.instance }} has few descriptors left: connections are closed or refused to admit others.",
+        severity="ticket",
+        lasting=2 * MINUTE,
+    )
+    made.add(
         "CaptionerBoundNear",
         'captioner_saturation_ratio{resource=~"concurrent_requests|bodies|downloads|features|uploads"} > 0.9',
         "{{ $labels.resource }} of {{ $labels.instance }} is over 90 % full; requests beyond its bound are refused.",

@@ -55,7 +55,8 @@ class Connections:
     def __init__(self, settings: Settings, *, behind_proxy: bool = False) -> None:
         """Prepare the bounds. `behind_proxy`: all connections come from a proxy of ours, and no address is limited."""
         self.refused = Counter(dict.fromkeys(REASONS, 0))
-        self._max_per_address = None if behind_proxy else settings.max_connections_per_address
+        most = settings.max_connections_per_address or 2 * settings.max_concurrent_requests
+        self._max_per_address = None if behind_proxy else most
         self._trusted = Networks(settings.trusted_proxies)
         self._by_address: Counter[str] = Counter()
         self._address_of: dict[Connection, str] = {}
@@ -82,13 +83,13 @@ class Connections:
             and self._by_address[address] > self._max_per_address
             and not (host is None or is_loopback(host) or self.is_trusted(host))
         ):
-            self.refuse("address", address=address, limit=self._max_per_address)
+            self.count("address", address=address, limit=self._max_per_address)
             return "address"
         limit = _descriptor_limit()
         if self.open > limit - _reserve(limit) or descriptor >= limit - _reserve(limit) // 2:
             oldest = next(iter(self._idle), None) or next(iter(self._receiving), None)
             reason = "descriptors" if oldest is None else "evicted"
-            self.refuse(reason, connections=self.open, limit=limit)
+            self.count(reason, connections=self.open, limit=limit)
             if oldest is None:
                 return reason
             self.discard(oldest)
@@ -123,13 +124,13 @@ class Connections:
             self._receiving.pop(connection, None)
             self._idle[connection] = None
 
-    def refuse(self, reason: str, **facts: object) -> None:
-        """Count a refused or closed connection; log at most one line a minute for each reason with `facts`."""
-        self.refused[reason] += 1
+    def count(self, cause: str, **facts: object) -> None:
+        """Count a connection refused or closed for one of `REASONS`; log a line a minute for each that has `facts`."""
+        self.refused[cause] += 1
         now = time.monotonic()
-        if facts and now - self._logged_s.get(reason, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
-            self._logged_s[reason] = now
-            log.warning("connections refused", extra={"reason": reason, **facts, "count": self.refused[reason]})
+        if facts and now - self._logged_s.get(cause, -_LOG_INTERVAL_S) >= _LOG_INTERVAL_S:
+            self._logged_s[cause] = now
+            log.warning("connections refused", extra={"reason": cause, **facts, "count": self.refused[cause]})
 
 
 def _descriptor_limit() -> int:

@@ -219,7 +219,7 @@ class _Connection(HttpToolsProtocol):
             return
         self.is_discarding = True
         self._cancel_headers_deadline()
-        self.limits.refuse("headers" if isinstance(error, HeadersTooLarge) else "malformed")
+        self.limits.count("headers" if isinstance(error, HeadersTooLarge) else "malformed")
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is not None and not cycle.response_complete:
             if not cycle.more_body:
@@ -246,7 +246,7 @@ class _Connection(HttpToolsProtocol):
             self._linger_deadline = self.loop.call_later(_LINGER_S, self._end_linger)
 
     def _end_linger(self) -> None:
-        self.limits.refuse("unread")
+        self.limits.count("unread")
         self.transport.abort()
 
     def _discard(self, size: int) -> None:
@@ -259,7 +259,7 @@ class _Connection(HttpToolsProtocol):
             self._headers_deadline = self.loop.call_later(self.header_timeout_s, self._end_headers)
 
     def _end_headers(self) -> None:
-        self.limits.refuse("header_timeout")
+        self.limits.count("header_timeout")
         self.transport.abort()
 
     def _cancel_headers_deadline(self) -> None:
@@ -278,7 +278,7 @@ class _Connection(HttpToolsProtocol):
     def shutdown(self) -> None:
         cycle: RequestResponseCycle | None = self.cycle
         if cycle is not None and cycle.more_body and not cycle.response_started:
-            self.limits.refuse("shutdown")
+            self.limits.count("shutdown")
             cycle.disconnected = True
             cycle.message_event.set()
             self.transport.write(self._response(NotReady()))

@@ -206,6 +206,8 @@ def test_addresses_have_a_limit() -> None:
     connections.discard(opened[3])
     assert [add("192.0.2.1") for _ in range(2)] == [None, "address"]
     assert connections.open == len(opened) - 2
+    default = Connections(Settings(engine="fake", max_concurrent_requests=4))
+    assert [default.add(Opened(), "192.0.2.1", 10) for _ in range(9)] == [None] * 8 + ["address"]
     behind = Connections(settings, behind_proxy=True)
     assert {behind.add(Opened(), "192.0.2.9", 10) for _ in range(20)} == {None}
 

@@ -285,6 +285,7 @@ def test_the_default_protocol_may_be_a_class(http_protocols: dict[str, Any]) -> 
 async def test_servers_have_the_attributes_that_are_used() -> None:
     """`uvicorn.Server` has the methods that are overridden and the attributes that are read or set."""
     assert list(inspect.signature(uvicorn.Server.startup).parameters) == ["self", "sockets"]
+    assert list(inspect.signature(uvicorn.Server.shutdown).parameters) == ["self", "sockets"]
     assert hasattr(uvicorn.Server.capture_signals, "__wrapped__"), "a context manager made of a generator"
     server = uvicorn.Server(uvicorn.Config(_answer, port=0, log_config=None, lifespan="off"))
     assert (server.started, server.should_exit) == (False, False)
@@ -294,6 +295,7 @@ async def test_servers_have_the_attributes_that_are_used() -> None:
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     assert host == "127.0.0.1"
     assert port
+    assert server.server_state.tasks == set()
     server.should_exit = True
     await serving
 

@@ -91,6 +91,7 @@ AUDIO_QUEUE = 'captioner_audio_queue_audio_seconds{instance="a"}'
 CAPTIONED = 'captioner_audio_seconds_total{instance="a",dialect="openai"}'
 UP, READY = 'up{job="captioner",instance="a",role="server"}', 'captioner_ready{job="captioner",instance="a"}'
 A = [{"instance": "a"}]
+SERVER = '{job="captioner",instance="a",role="server"}'
 
 CASES = [
     # 5 % of requests fail: the month's budget is gone in 15 hours.
@@ -209,6 +210,15 @@ CASES = [
     Case("CaptionerBoundNear", "20m",
          {'captioner_saturation_ratio{instance="a",resource="kv_cache"}': "0.99x100",
           'captioner_saturation_ratio{instance="a",resource="uploads"}': "0.8x100"}),
+    Case("CaptionerDescriptorsNearLimit", "10m", {f"process_open_fds{SERVER}": "750x100",
+                                                  f"process_max_fds{SERVER}": "1000x100"}, A),
+    Case("CaptionerDescriptorsNearLimit", "10m", {f"process_open_fds{SERVER}": "650x100",
+                                                  f"process_max_fds{SERVER}": "1000x100"}),
+    Case("CaptionerDescriptorsNearLimit", "10m",
+         {'captioner_connections_refused_total{instance="a",reason="evicted"}': "0+1x100"}, A),
+    # Strangers that send no request at all.
+    Case("CaptionerDescriptorsNearLimit", "10m",
+         {'captioner_connections_refused_total{instance="a",reason="malformed"}': "0+9x100"}),
 ]  # fmt: skip
 
 
