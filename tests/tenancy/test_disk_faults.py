@@ -296,7 +296,7 @@ async def test_a_full_disk_at_start_does_not_hold_up_the_replay(
     assert not ledger.writable
     disk.failing = {}
     await ledger.start()
-    assert ledger.writable
+    await until(lambda: ledger.writable)
     await ledger.stop()
 
 
