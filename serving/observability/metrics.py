@@ -45,7 +45,8 @@ DIALECTS = ("openai", "dashscope")
 
 ANY_OTHER = "capacity"
 REASONS = (
-    *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait", "journal", "budget"),
+    *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait"),
+    *("journal", "ledger", "budget"),
     ANY_OTHER,
 )
 """Reasons for which a caption request is shed; every other reason is counted as `ANY_OTHER`."""
@@ -105,6 +106,9 @@ CALLBACK_METRICS = {
     "captioner_ledger_pending": "Entries that are not in the database yet.",
     "captioner_ledger_journal_bytes": "Disk used by the local journal.",
     "captioner_ledger_journal_limit_bytes": "Disk that the local journal may use; above it new requests are refused.",
+    "captioner_ledger_writable": "1 if usage can be recorded; 0 while the disk of data_dir is full or failing, and new "
+    "requests are refused.",
+    "captioner_ledger_unrecorded": "Ended requests whose records are in memory alone, because disk and database fail.",
     "captioner_ledger_records_total": "Requests that the ledger has closed, by outcome; `lost` counts those of killed "
     "processes and lost machines, closed by this process.",
     "captioner_ledger_write_failures_total": "Batches that the database rejected; each is retried.",
@@ -175,8 +179,9 @@ class Metrics(Gauges):
         self._requests_shed = self._counter(
             "captioner_requests_shed",
             "Caption requests refused because a bound of the service was reached, by reason: concurrent_requests, "
-            "bodies, downloads, audio_queue, engine_queue (full), engine_wait (too long), journal (full or not "
-            "writable), budget (the caller's spending cannot be read), capacity (any other).",
+            "bodies, downloads, audio_queue, engine_queue (full), engine_wait (too long), journal (full: the "
+            "database is away), ledger (the disk is full or failing), budget (the caller's spending cannot be read), "
+            "capacity (any other).",
             "reason",
         )
         self._requests_rate_limited = self._counter(
