@@ -2,7 +2,7 @@
 
 A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, a file `captioner_<name>` in
 the directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file named by `CAPTIONER_CONFIG` (or
-`--config`), the default in `setting_groups`. `captioner serve --help` prints the list.
+`--config`), the default in `setting_groups` and `operator_setting_groups`. `captioner serve --help` prints the list.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from serving import operator_setting_groups as operator_groups
 from serving import setting_groups as groups
 from serving.setting_groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.setting_types import METRICS_PORTS, MIB
@@ -62,9 +63,9 @@ def is_loopback(host: str) -> bool:
 
 class Settings(
     # The reverse of `cli/setting_headings.py`: pydantic collects fields from the last base to the first.
-    groups.MetricsAndTraces,
-    groups.AdministrationApi,
-    groups.Logs,
+    operator_groups.MetricsAndTraces,
+    operator_groups.AdministrationApi,
+    operator_groups.Logs,
     groups.Storage,
     groups.Callers,
     groups.Cluster,

@@ -1,4 +1,6 @@
-"""Declarations of every setting, one class per group of `captioner serve --help`; units are in the names.
+"""Declarations of settings, one class per group of `captioner serve --help`; units are in the names.
+
+Settings of the operator (logs, administration, metrics, traces) are in `operator_setting_groups`.
 
 A description is a noun phrase with its unit, then what `Default`, `Unset`, `Higher` or `Lower` mean where that is not
 plain from the value. A setting without a default carries an `Example`, for the example file of `captioner settings`.
@@ -345,65 +347,4 @@ class Storage(BaseModel):
     )
     max_uploads_per_tenant: int = Field(
         100_000, ge=1, description="Most uploaded files of one tenant that are kept, so that no tenant uses all inodes"
-    )
-
-
-class Logs(BaseModel):
-    """Level and format of log lines."""
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
-    log_format: Literal["json", "text"] = Field(
-        "json", description="Format of log lines: `json` for machines, `text` for a terminal"
-    )
-
-
-class AdministrationApi(BaseModel):
-    """HTTP API of tenants, keys, plans and prices."""
-
-    admin_host: str = Field("127.0.0.1", description="Address of the administration's HTTP API")
-    admin_port: Annotated[int | None, Example(8100)] = Field(
-        None,
-        ge=0,
-        le=65535,
-        description="TCP port of the administration's HTTP API, different from port; 0 picks a free one. Unset: no API",
-    )
-    admin_token: SecretStr | None = Field(
-        None,
-        min_length=16,
-        description="Bearer token of the administration's HTTP API; required with admin_port. Unset: no API",
-    )
-
-
-class MetricsAndTraces(BaseModel):
-    """Scraping of metrics and export of traces."""
-
-    metrics_token: SecretStr | None = Field(
-        None,
-        description="Bearer token of scrapes. Unset: without metrics_port, /metrics answers only direct requests from "
-        "this machine (in a cluster none), and does not name tenants",
-    )
-    metrics_tenants: int = Field(
-        100, ge=0, description="Most tenants that metrics name; the rest are counted as `other`"
-    )
-    metrics_port: Annotated[int | None, Example(9464)] = Field(
-        None,
-        ge=0,
-        le=65_000,
-        description="First of 32 TCP ports, of which each process serves its metrics on the first free; 0: any port. "
-        "Unset: in a cluster any port, else the service's port",
-    )
-    metrics_host: str = Field(
-        "127.0.0.1",
-        description="Address of metrics_port on one machine; in a cluster it is the node's. Not on loopback: tenants "
-        "are named only with metrics_token",
-    )
-    vllm_metrics: bool = Field(default=True, description="vLLM's metrics in addition to the service's")
-    otlp_endpoint: Annotated[str | None, Example("http://collector:4318")] = Field(
-        None, description="Receiver of traces (OTLP over HTTP). Unset: nothing is traced"
-    )
-    trace_ratio: float = Field(0.01, ge=0, le=1, description="Share of the requests with a valid key that are traced")
-    trace_follow_callers: bool = Field(
-        default=False,
-        description="Sampling decision of a caller's `traceparent` instead of trace_ratio, for callers who are trusted "
-        "not to trace everything; their trace id is joined in any case",
     )

@@ -17,9 +17,11 @@ Rules for bad input:
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import contextmanager
-from io import SEEK_END, BytesIO
+from functools import cache
+from io import SEEK_END, BufferedReader, BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +30,10 @@ import soundfile
 
 from serving.audio.ffmpeg_reader import BLOCK_VALUES, averaged, read_ffmpeg
 from serving.audio.file_part import FilePart
-from serving.audio.formats import is_text, recognise, unsupported
+from serving.audio.formats import is_text, unsupported
 from serving.audio.id3 import id3_bytes
 from serving.audio.reader_errors import DamagedError, ReaderError
+from serving.audio.recognition import recognise
 from serving.audio.waveform import Waveform
 from serving.errors import AudioEmpty, AudioTooLong, AudioUnreadable
 
@@ -47,8 +50,8 @@ MEMORY_BYTES = 64 * 1024 * 1024
 """Bound on the memory of decoding any file, in addition to the waveform."""
 
 
-def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Samples:
-    """Decode a file, or its bytes, to 16 kHz mono: float32, shape (samples,), finite and within ±1.
+def decode(source: bytes | memoryview | Path | BufferedReader, *, max_duration_s: float) -> Samples:
+    """Decode a file, by its path or open, or its bytes, to 16 kHz mono: float32, shape (samples,), finite, within ±1.
 
     The array is a view of memory for `max_duration_s`, of which only the used pages are resident. The call blocks, and
     meanwhile its process can allocate no more than that and `MEMORY_BYTES`: call it in a separate process.
@@ -56,7 +59,7 @@ def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Sampl
     Raises `AudioEmpty` if there is not one sample, `AudioTooLong` above `max_duration_s` plus `PADDING_S`, and
     `AudioUnreadable` for every other fault of the file (PROTOCOL 7.4).
     """
-    with source.open("rb") if isinstance(source, Path) else BytesIO(source) as file:
+    with _opened(source) as file:
         form, start, prefix = recognise(file)
         if not prefix and not start:
             raise AudioEmpty
@@ -77,9 +80,21 @@ def decode(source: bytes | memoryview | Path, *, max_duration_s: float) -> Sampl
 
 def _refusal(prefix: bytes) -> str:
     """Return the reason why a file without a format is refused."""
+    if reason := unsupported(prefix):
+        return reason
     if id3_bytes(prefix):
         return "it has no audio after its ID3 tag"
-    return unsupported(prefix) or ("it is text" if is_text(prefix) else "it is of no known audio or video format")
+    return "it is text" if is_text(prefix) else "it is of no known audio or video format"
+
+
+def _opened(source: bytes | memoryview | Path | BufferedReader) -> File:
+    match source:
+        case Path():
+            return source.open("rb")
+        case BufferedReader():
+            return source
+        case _:
+            return BytesIO(source)
 
 
 def _read(file: File, start: int, form: Format, waveform: Waveform) -> list[str]:
@@ -119,10 +134,9 @@ def _damaged(form: Format) -> str:
 
 
 def _read_soundfile(file: File, start: int, form: Format, waveform: Waveform) -> None:
-    del form  # libsndfile recognises it
     waveform.overshoot = 1.0
     try:
-        with soundfile.SoundFile(FilePart(file, start, file.seek(0, SEEK_END))) as sound:
+        with soundfile.SoundFile(FilePart(file, start, file.seek(0, SEEK_END), form.magic)) as sound:
             # libsndfile's conversion to float takes five times as long as ours.
             dtype, full_scale = ("int16", 2**15) if sound.subtype == "PCM_16" else ("float32", 1)
             block = np.empty((max(1, BLOCK_VALUES // sound.channels), sound.channels), dtype)
@@ -144,10 +158,16 @@ def _memory_limited() -> Iterator[None]:
     frames.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    used = int(os.pread(_statm(os.getpid()), 200, 0).split()[5]) * resource.getpagesize()
     limit = used + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit if soft < 0 else min(limit, soft), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@cache
+def _statm(pid: int) -> int:
+    """Return a descriptor of the memory counts of this process. An audio worker opens no file after its start."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)

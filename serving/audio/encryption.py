@@ -22,6 +22,7 @@ _HEADER_BYTES = 65_536
 """Bytes of a header, or of a transport stream, that are read."""
 
 _MAX_BOXES = 10_000
+"""Bound on the boxes of a file that are visited."""
 
 _SCHEMES = {
     **dict.fromkeys(("cenc", "cens", "cbc1", "cbcs"), "Common Encryption"),
@@ -49,16 +50,27 @@ _SAMPLE_AES = (0xCF, 0xC1, 0xC2)
 """Stream types of AAC, AC-3 and E-AC-3 by HLS SAMPLE-AES."""
 
 
-def encrypted_streams(file: FilePart, demuxer: str, streams: Sequence[Any]) -> dict[int, str]:
-    """Return how each encrypted one of the audio streams is encrypted, by its index."""
-    find = {"mov": _mp4, "matroska": _matroska, "mpegts": _mpegts, "asf": _asf}.get(demuxer)
-    try:
-        methods = find(file) if find else {}
-    except (struct.error, IndexError):  # damaged headers
-        methods = {}
-    keys = {stream.index: number if demuxer == "matroska" else stream.id for number, stream in enumerate(streams)}
-    every = methods.get(_ALL_TRACKS, "")
-    return {index: method for index, key in keys.items() if (method := methods.get(key, every))}
+class Encryption:
+    """Encrypted audio tracks of a file."""
+
+    def __init__(self, file: FilePart, demuxer: str) -> None:
+        find = {"mov": _mp4, "matroska": _matroska, "mpegts": _mpegts, "asf": _asf}.get(demuxer)
+        self._by_number = demuxer == "matroska"
+        try:
+            self._methods = find(file) if find else {}
+        except (struct.error, IndexError):  # damaged headers
+            self._methods = {}
+
+    @property
+    def method(self) -> str:
+        """Method of an encrypted track, empty if there is none."""
+        return next(iter(self._methods.values()), "")
+
+    def of(self, tracks: Sequence[Any]) -> list[str]:
+        """Return how each of FFmpeg's audio streams is encrypted, empty if it is not."""
+        every = self._methods.get(_ALL_TRACKS, "")
+        keys = (number if self._by_number else track.id for number, track in enumerate(tracks))
+        return [self._methods.get(key, every) for key in keys]
 
 
 class _Box(NamedTuple):
@@ -69,58 +81,87 @@ class _Box(NamedTuple):
     end: int
 
 
-def _read(file: FilePart, box: _Box, size: int = _HEADER_BYTES) -> bytes:
-    file.seek(box.begin)
-    return file.read(min(size, box.end - box.begin))
+class _Walk:
+    """Walk over the boxes of MP4, or the elements of EBML, of a file; of at most `_MAX_BOXES`."""
+
+    def __init__(self, file: FilePart) -> None:
+        self._file, self._left = file, _MAX_BOXES
+        self.file = _Box(b"", 0, file.end - file.begin)
+
+    def read(self, box: _Box, size: int = _HEADER_BYTES) -> bytes:
+        self._file.seek(box.begin)
+        return self._file.read(min(size, box.end - box.begin))
+
+    def boxes(self, parent: _Box) -> Iterator[_Box]:
+        position = parent.begin
+        while header := self._header(position, parent, 16):
+            if len(header) < 8:  # noqa: PLR2004 - size and kind
+                return
+            size, header_bytes = int.from_bytes(header[:4]), 8
+            if size == 1:
+                size, header_bytes = int.from_bytes(header[8:]), 16
+            elif size == 0:
+                size = parent.end - position
+            if size < header_bytes:
+                return
+            yield _Box(header[4:8], position + header_bytes, min(position + size, parent.end))
+            position += size
+
+    def elements(self, parent: _Box, kind: bytes) -> Iterator[_Box]:
+        """Yield the elements of one kind, up to the first cluster of packets."""
+        position = parent.begin
+        while (header := self._header(position, parent, 12)) and header[0]:
+            id_bytes = 9 - header[0].bit_length()
+            found, size_byte = header[:id_bytes], header[id_bytes]
+            if found == _CLUSTER or not size_byte:
+                return
+            size_bytes = 9 - size_byte.bit_length()
+            unknown = (1 << 7 * size_bytes) - 1  # up to the end of the parent
+            size = int.from_bytes(header[id_bytes : id_bytes + size_bytes]) & unknown
+            contents = position + id_bytes + size_bytes
+            following = parent.end if size == unknown else contents + size
+            if found == kind:
+                yield _Box(found, contents, min(following, parent.end))
+            position = following
+
+    def _header(self, position: int, parent: _Box, size: int) -> bytes:
+        self._left -= 1
+        return self.read(_Box(b"", position, parent.end), size) if position < parent.end and self._left > 0 else b""
 
 
 def _mp4(file: FilePart) -> dict[int, str]:
     """Return the methods by track ID."""
+    walk = _Walk(file)
     found: dict[int, str] = {}
-    movie = next((box for box in _boxes(file, 0, file.end - file.begin) if box.kind == b"moov"), None)
-    if not movie:
-        return found
-    for track in (box for box in _boxes(file, movie.begin, movie.end) if box.kind == b"trak"):
+    movie = next((box for box in walk.boxes(walk.file) if box.kind == b"moov"), None)
+    for track in walk.boxes(movie) if movie else ():
+        if track.kind != b"trak":
+            continue
         track_id, is_audio, method = 0, False, ""
-        for box in _sample_boxes(file, track):
+        for box in _sample_boxes(walk, track):
             match box.kind:
                 case b"tkhd":
-                    header = _read(file, box, 24)
+                    header = walk.read(box, 24)
                     track_id = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)[0]
                 case b"hdlr":
-                    is_audio = is_audio or _read(file, box, 12)[8:] == b"soun"
+                    is_audio = is_audio or walk.read(box, 12)[8:] == b"soun"
                 case b"stsd":
-                    method = _mp4_method(_read(file, box))
+                    method = _mp4_method(walk.read(box))
         if is_audio and method:
             found[track_id] = method
     return found
 
 
-def _sample_boxes(file: FilePart, box: _Box) -> Iterator[_Box]:
+def _sample_boxes(walk: _Walk, track: _Box) -> Iterator[_Box]:
     """Yield the boxes of a track, down to those that describe its samples."""
-    for child in _boxes(file, box.begin, box.end):
-        if child.kind in (b"mdia", b"minf", b"stbl"):
-            yield from _sample_boxes(file, child)
-        else:
-            yield child
-
-
-def _boxes(file: FilePart, begin: int, end: int) -> Iterator[_Box]:
-    position = begin
-    for _ in range(_MAX_BOXES):
-        file.seek(position)
-        header = file.read(16)
-        if position + 8 > end or len(header) < 8:  # noqa: PLR2004 - size and kind
-            return
-        size, header_bytes = int.from_bytes(header[:4]), 8
-        if size == 1:
-            size, header_bytes = int.from_bytes(header[8:]), 16
-        elif size == 0:
-            size = end - position
-        if size < header_bytes:
-            return
-        yield _Box(header[4:8], position + header_bytes, min(position + size, end))
-        position += size
+    for box in walk.boxes(track):
+        yield box
+        if box.kind == b"mdia":
+            for media in walk.boxes(box):
+                yield media
+                if media.kind == b"minf":
+                    tables = [table for table in walk.boxes(media) if table.kind == b"stbl"]
+                    yield from (inner for table in tables for inner in walk.boxes(table))
 
 
 def _mp4_method(descriptions: bytes) -> str:
@@ -139,49 +180,24 @@ def _mp4_method(descriptions: bytes) -> str:
 
 def _matroska(file: FilePart) -> dict[int, str]:
     """Return the methods by the number of the audio track, from 0 on."""
-    found: dict[int, str] = {}
-    for segment in _elements(file, 0, file.end - file.begin, _SEGMENT):
-        for tracks in _elements(file, segment.begin, segment.end, _TRACKS):
-            numbers = iter(range(_MAX_BOXES))
-            for track in _elements(file, tracks.begin, tracks.end, _TRACK_ENTRY):
-                kinds = _elements(file, track.begin, track.end, _TRACK_TYPE)
-                if any(_read(file, kind) == _AUDIO_TRACK for kind in kinds):
-                    number = next(numbers)
-                    if _is_encrypted(file, track):
-                        found[number] = "ContentEncryption"
-            return found
-    return found
+    walk = _Walk(file)
+    segment = next(walk.elements(walk.file, _SEGMENT), None)
+    tracks = next(walk.elements(segment, _TRACKS), None) if segment else None
+    audio = [
+        track
+        for track in (walk.elements(tracks, _TRACK_ENTRY) if tracks else ())
+        if any(walk.read(kind) == _AUDIO_TRACK for kind in walk.elements(track, _TRACK_TYPE))
+    ]
+    return {number: "ContentEncryption" for number, track in enumerate(audio) if _has_encryption(walk, track)}
 
 
-def _is_encrypted(file: FilePart, track: _Box) -> bool:
+def _has_encryption(walk: _Walk, track: _Box) -> bool:
     return any(
         True
-        for encodings in _elements(file, track.begin, track.end, _ENCODINGS)
-        for encoding in _elements(file, encodings.begin, encodings.end, _ENCODING)
-        for _ in _elements(file, encoding.begin, encoding.end, _ENCRYPTION)
+        for encodings in walk.elements(track, _ENCODINGS)
+        for encoding in walk.elements(encodings, _ENCODING)
+        for _ in walk.elements(encoding, _ENCRYPTION)
     )
-
-
-def _elements(file: FilePart, begin: int, end: int, kind: bytes) -> Iterator[_Box]:
-    """Yield the EBML elements of one kind, up to the first cluster of packets."""
-    position = begin
-    for _ in range(_MAX_BOXES):
-        file.seek(position)
-        header = file.read(12)
-        if position >= end or not header or not header[0]:
-            return
-        id_bytes = 9 - header[0].bit_length()
-        found, size_byte = header[:id_bytes], header[id_bytes]
-        if found == _CLUSTER or not size_byte:
-            return
-        size_bytes = 9 - size_byte.bit_length()
-        mask = (1 << 7 * size_bytes) - 1
-        size = int.from_bytes(header[id_bytes : id_bytes + size_bytes]) & mask
-        contents = position + id_bytes + size_bytes
-        following = end if size == mask else contents + size  # all ones: unknown, up to the end
-        if found == kind:
-            yield _Box(found, contents, min(following, end))
-        position = following
 
 
 def _asf(file: FilePart) -> dict[int, str]:

@@ -12,7 +12,7 @@ from av.audio.plane import AudioPlane
 from av.stream import Discard
 
 from serving.audio.decoders import AV_OPTIONS, BETTER_DECODER, DECODERS, is_exact
-from serving.audio.encryption import encrypted_streams
+from serving.audio.encryption import Encryption
 from serving.audio.file_part import FilePart
 from serving.audio.joined import joined_parts
 from serving.audio.reader_errors import DamagedError, ReaderError
@@ -44,7 +44,7 @@ _RESUMABLE = ("mpeg", "mpegts")
 """Demuxers that can start anywhere. They read on where the track ends before the file does, as in joined files."""
 
 _MAX_PARTS = 32
-_LEAST_REST_BYTES = 65_536
+_LEAST_REST_BYTES = 16_384
 _MAX_FAILURES = 64
 """Consecutive undecodable packets after which a resumable file is opened again from there: its codec has changed."""
 
@@ -71,7 +71,7 @@ def read_ffmpeg(file: File, start: int, form: Format, waveform: Waveform) -> Non
         _read_resumed(FilePart(file, start, file.seek(0, SEEK_END)), form, waveform, problems)
     else:
         for part in joined_parts(file, start, form.demuxer):
-            _Part(FilePart(file, *part), form, waveform).read(problems)
+            _Part(FilePart(file, *part, form.magic), form, waveform).read(problems)
     if problems:
         raise next((each for each in problems if isinstance(each, ReaderError)), DamagedError())
 
@@ -168,19 +168,21 @@ class _Part:
     def _choose(self, container: Any) -> Any:
         """Choose the audio stream, and let the demuxer skip the others."""
         name, tracks = self._form.name, container.streams.audio
-        if not tracks:
-            raise ReaderError(f"this {name} file has no audio track")
-        file = FilePart(self._file.file, self._file.begin, self._file.end)
-        encrypted = encrypted_streams(file, self._form.demuxer, tracks)
+        encryption = Encryption(FilePart(self._file.file, self._file.begin, self._file.end), self._form.demuxer)
         known = [each for each in tracks if each.codec_context and each.codec_context.name in DECODERS]
-        clear = [each for each in known if each.index not in encrypted and each.id not in self._heard]
-        if not clear:
-            if method := next(iter(encrypted.values()), ""):
-                raise ReaderError(f"the audio of this {name} file is encrypted ({method}): send it decrypted")
+        encrypted = [each for each, method in zip(tracks, encryption.of(tracks), strict=True) if method]
+        usable = [each for each in known if each not in encrypted and each.id not in self._heard]
+        if not usable:
+            if encrypted or (encryption.method and not tracks):
+                raise ReaderError(
+                    f"the audio of this {name} file is encrypted ({encryption.method}): send it decrypted"
+                )
+            if not tracks:
+                raise ReaderError(f"this {name} file has no audio track")
             codec = tracks[0].codec_context.name if tracks[0].codec_context else "an unknown or encrypted one"
             raise ReaderError(f"there is no decoder for the codec of this {name} file: {codec}")
         best = container.streams.best("audio")
-        chosen = best if best in clear else clear[0]
+        chosen = best if best in usable else usable[0]
         for stream in container.streams:
             if stream is not chosen:
                 stream.discard = Discard.all
@@ -193,6 +195,7 @@ class _Part:
         name = stream.codec_context.name
         better = BETTER_DECODER.get(name)
         decoder = av.CodecContext.create(better, "r") if better else stream.codec_context
+        decoder.thread_count = 1  # an audio worker may start no thread (`sandbox.py`)
         failures = 0
         for packet in self._demuxed(container, stream):
             self._packets += 1

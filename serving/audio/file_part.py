@@ -16,10 +16,11 @@ _READ_BYTES = 1 << 20
 
 
 class FilePart(RawIOBase):
-    """Bytes `begin` to `end` of a file, as a separate file."""
+    """Bytes `begin` to `end` of a file, as a separate file. `magic` stands in for the first of them."""
 
-    def __init__(self, file: File, begin: int, end: int) -> None:
+    def __init__(self, file: File, begin: int, end: int, magic: bytes = b"") -> None:
         self.file, self.begin, self.end = file, begin, end
+        self._magic = magic
         self._position = begin
 
     def readable(self) -> bool:
@@ -40,6 +41,8 @@ class FilePart(RawIOBase):
         """Read for FFmpeg, which requests a complete packet or picture, and requests again the bytes it did not get."""
         self.file.seek(self._position)
         data = self.file.read(max(0, min(size, _READ_BYTES, self.end - self._position)))
+        if self._magic and (rest := self._magic[self.tell() :][: len(data)]):
+            data = rest + data[len(rest) :]
         self._position += len(data)
         return data
 
@@ -48,5 +51,7 @@ class FilePart(RawIOBase):
         self.file.seek(self._position)
         with memoryview(buffer) as view, view[: max(0, self.end - self._position)] as part:
             size = self.file.readinto(part)
+            if self._magic and (rest := self._magic[self.tell() :][:size]):
+                part[: len(rest)] = rest
         self._position += size
         return size

@@ -1,4 +1,4 @@
-"""Audio formats, recognised by a clip's first bytes and never by its name.
+"""Audio formats, recognised by a clip's first bytes and never by its name; `recognition.py` skips what precedes them.
 
 Recognition decides which library opens the clip, and as which format. Text has no format, so web pages, playlists, SDP
 and concat scripts reach no decoder.
@@ -7,22 +7,20 @@ and concat scripts reach no decoder.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import BinaryIO
 
-from serving.audio.frame_sync import find_mpeg_audio, is_raw_gsm, is_transport_stream, mpeg_audio_at
-from serving.audio.id3 import id3_bytes, id3_frames_end
+from serving.audio.frame_sync import (
+    find_mpeg_audio,
+    find_program_stream,
+    find_transport_stream,
+    is_raw_gsm,
+)
+from serving.audio.id3 import id3_bytes
 
 PREFIX_BYTES = 65_536
 """Number of bytes of a clip that recognition reads, if they suffice."""
 
-_MAX_ZEROS = 16 << 20
-"""Number of zeros at the start that are skipped: encoders and interrupted downloads leave them."""
-
-_MAX_JUNK_BYTES = 1 << 20
-"""Number of bytes at the start that are searched for MPEG audio."""
-
-_MAX_SKIPS = 8
-"""Number of ID3v2 tags and runs of zeros that are skipped."""
+_MAX_WAV_BYTES = 1 << 48
+"""Size over which the one in a WAV's header means that it is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +28,24 @@ class Format:
     """A container format.
 
     `demuxer` is FFmpeg's name of the format. `soundfile` marks formats that libsndfile reads as correctly and as fast.
+    `magic`, if any, stands in for the first bytes of the file.
     """
 
     name: str
     demuxer: str
     soundfile: bool = False
+    magic: bytes = b""
 
 
 # libsndfile also reads FLAC, MP3 and Ogg. But there it trusts the number of samples in the header (an MP3 made of two
 # ends after the first), gives up at the first damaged frame, and takes 2.5 to 3 times as long for Ogg.
-_MP3 = Format("MP3", "mp3")
-_MPEG_AUDIO = {"mp3": _MP3, "aac": Format("AAC", "aac"), "loas": Format("AAC (LATM)", "loas")}
+MP3 = Format("MP3", "mp3")
+MPEG_AUDIO = {"mp3": MP3, "aac": Format("AAC", "aac"), "loas": Format("AAC (LATM)", "loas")}
 _MP4 = Format("MP4", "mov")
 _QUICKTIME = Format("QuickTime", "mov")
 _3GP = Format("3GP", "mov")
 _MPEG_TS = Format("MPEG-TS", "mpegts")
+_MPEG_PS = Format("MPEG-PS", "mpeg")
 _GSM = Format("GSM", "gsm")
 _WAV = Format("WAV", "wav", soundfile=True)
 _WAV_OF_FRAMES = Format("WAV", "wav")
@@ -74,13 +75,19 @@ _MAGIC: tuple[tuple[int, bytes, Format], ...] = (
     (4, b"\xf8\x72\x6f\xba", Format("TrueHD", "truehd")),
     (4, b"\xf8\x72\x6f\xbb", Format("MLP", "mlp")),
     (0, b"FLV\x01", Format("FLV", "flv")),
-    (0, b"\x00\x00\x01\xba", Format("MPEG-PS", "mpeg")),
+    (0, b"\x00\x00\x01\xba", _MPEG_PS),
 )
 """Offset, magic bytes, format."""
 
+_FRAMED = ("dts", "truehd", "mlp")
+"""Demuxers of formats whose magic bytes begin each frame, or most, so that the first one may be cut."""
+
 _RIFF = {b"WAVE": _WAV, b"AVI ": Format("AVI", "avi")}
-_BW64 = Format("WAV", "wav")
-"""The EBU's successor of RF64, which libsndfile does not know."""
+_WAV_OF_64_BITS = Format("WAV", "wav", soundfile=True, magic=b"RF64")
+"""RF64, or BW64, the EBU's successor of it, which libsndfile does not know."""
+
+_WAV_UNCLOSED = Format("WAV", "wav", soundfile=True, magic=b"RIFF")
+"""RF64 or BW64 of which the sizes in 64 bits are missing or were never filled in."""
 
 _FRAMES_IN_WAV = (
     b"\x7f\xfe\x80\x01",
@@ -160,35 +167,13 @@ _UNSUPPORTED: tuple[tuple[int, bytes, str, str], ...] = (
 )
 """Formats that no reader opens: offset, magic bytes, name, and what the caller can do."""
 
-_SHORTEN_IN_SPHERE = b"embedded-shorten"
+_UNSUPPORTED_IN_HEADER: tuple[tuple[bytes, bytes, str, str], ...] = (
+    (b"NIST_1A\n", b"embedded-shorten", "NIST SPHERE compressed by Shorten", _CONVERT),
+    (b"ID3", b"com.apple.streaming.audioDescription", "encrypted audio (HLS SAMPLE-AES)", _DECRYPT),
+)
+"""The same, with further bytes in the first `_HEADER_BYTES` instead of an offset."""
 
-
-def recognise(file: BinaryIO) -> tuple[Format | None, int, bytes]:
-    """Return the format of a file, where its audio begins (past any ID3v2 tags and zeros), and the bytes there.
-
-    Bytes of no other format after an ID3v2 tag are taken for MP3.
-    """
-    size, start, tagged = file.seek(0, 2), 0, False
-    for _ in range(_MAX_SKIPS):
-        prefix = _read(file, start)
-        if claimed := id3_bytes(prefix):
-            tagged = True
-            if inside := _audio_in_tag(file, start, claimed, size):
-                return inside
-            if start + claimed >= size:
-                return None, start, prefix
-            start += claimed
-        elif found := _sniff(prefix):
-            return found[0], start + found[1], prefix[found[1] :]
-        elif zeros := _leading_zeros(file, start):
-            start += zeros
-        else:
-            break
-    if unsupported(prefix):
-        return None, start, prefix
-    if prefix and not is_text(prefix) and (far := _search_mpeg_audio(file, start)):
-        return far
-    return (_MP3 if tagged and prefix else None), start, prefix
+_HEADER_BYTES = 1024
 
 
 def sniff(prefix: bytes) -> Format | None:
@@ -196,37 +181,43 @@ def sniff(prefix: bytes) -> Format | None:
 
     The result is the surer the longer `prefix` is, up to `PREFIX_BYTES`.
     """
-    found = _sniff(prefix)
+    found = sniff_at(prefix)
     return found[0] if found else None
 
 
-def _sniff(prefix: bytes) -> tuple[Format, int] | None:
+def sniff_at(prefix: bytes) -> tuple[Format, int] | None:
     """Return the format of a file that begins with `prefix`, and where its audio begins, past junk."""
-    if found := _sniff_magic(prefix):
+    if found := sniff_magic(prefix):
         return found, 0
     if unsupported(prefix):
         return None
-    if is_transport_stream(prefix):
-        return _MPEG_TS, 0
     if id3_bytes(prefix):
-        return _MP3, 0
+        return MP3, 0
+    for form, offset in ((_MPEG_TS, find_transport_stream(prefix)), (_MPEG_PS, find_program_stream(prefix))):
+        if offset >= 0:
+            return form, offset
     if found_frames := find_mpeg_audio(prefix):
-        return _MPEG_AUDIO[found_frames[0]], found_frames[1]
+        return MPEG_AUDIO[found_frames[0]], found_frames[1]
+    for offset, magic, found in _MAGIC:
+        if found.demuxer in _FRAMED and prefix.count(magic) > 1:
+            return found, prefix.index(magic, offset) - offset
     return (_GSM, 0) if is_raw_gsm(prefix) else None
 
 
-def _sniff_magic(prefix: bytes) -> Format | None:
+def sniff_magic(prefix: bytes) -> Format | None:
+    """Return the format whose magic bytes `prefix` begins with, or `None`."""
     if unsupported(prefix):
         return None
     for offset, magic, found in _MAGIC:
         if prefix.startswith(magic, offset):
             return found
     match prefix[:4]:
-        case b"RIFF" | b"RIFX" | b"RF64":
+        case b"RIFF" | b"RIFX":
             found_riff = _RIFF.get(prefix[8:12])
             return _WAV_OF_FRAMES if found_riff is _WAV and _has_frames_in_wav(prefix) else found_riff
-        case b"BW64":
-            return _BW64 if prefix[8:12] == b"WAVE" else None
+        case b"RF64" | b"BW64" if prefix[8:12] == b"WAVE":
+            is_closed = prefix[12:16] == b"ds64" and 0 < int.from_bytes(prefix[28:36], "little") <= _MAX_WAV_BYTES
+            return _WAV_OF_64_BITS if is_closed else _WAV_UNCLOSED
         case b"FORM":
             return _IFF.get(prefix[8:12])
     match prefix[4:8]:
@@ -239,10 +230,11 @@ def _sniff_magic(prefix: bytes) -> Format | None:
 
 def unsupported(prefix: bytes) -> str:
     """Return the reason why a file of a known format that begins with `prefix` is refused; else nothing."""
-    if prefix.startswith(b"NIST_1A\n") and _SHORTEN_IN_SPHERE in prefix[:1024]:
-        return f"NIST SPHERE compressed by Shorten is not supported: {_CONVERT}"
     for offset, magic, name, remedy in _UNSUPPORTED:
         if prefix.startswith(magic, offset):
+            return f"{name} is not supported: {remedy}"
+    for magic, further, name, remedy in _UNSUPPORTED_IN_HEADER:
+        if prefix.startswith(magic) and further in prefix[:_HEADER_BYTES]:
             return f"{name} is not supported: {remedy}"
     return ""
 
@@ -259,42 +251,3 @@ def is_text(prefix: bytes) -> bool:
 def _has_frames_in_wav(prefix: bytes) -> bool:
     data = prefix.find(b"data", 12) + 8
     return data >= 8 and any(word in prefix[data : data + _FRAMES_IN_WAV_BYTES] for word in _FRAMES_IN_WAV)  # noqa: PLR2004
-
-
-def _read(file: BinaryIO, start: int, size: int = PREFIX_BYTES) -> bytes:
-    file.seek(start)
-    return file.read(size)
-
-
-def _leading_zeros(file: BinaryIO, start: int) -> int:
-    """Return the number of zeros to skip, 0 if nothing but zeros follows.
-
-    Up to three zeros before the first other byte are kept: the size of a box of MP4, or the start code of MPEG-PS.
-    """
-    position = start
-    while position - start < _MAX_ZEROS and (block := _read(file, position)):
-        if rest := block.lstrip(b"\0"):
-            end = position + len(block) - len(rest)
-            for kept in (0, 3, 2):
-                if end - kept > start and sniff(_read(file, end - kept, PREFIX_BYTES)):
-                    return end - kept - start
-            return end - start
-        position += len(block)
-    return 0
-
-
-def _audio_in_tag(file: BinaryIO, start: int, claimed: int, size: int) -> tuple[Format, int, bytes] | None:
-    """Find MPEG audio that begins within the tag at `start`, since the tag claims more bytes than it has."""
-    end = id3_frames_end(file, start, claimed)
-    if end < start + claimed and (rest := _read(file, end).lstrip(b"\0")):
-        begin = min(end + PREFIX_BYTES, size) - len(rest)
-        if begin < start + claimed and (demuxer := mpeg_audio_at(rest, 0)):
-            return _MPEG_AUDIO[demuxer], begin, rest
-    return _search_mpeg_audio(file, start + 1) if start + claimed >= size else None
-
-
-def _search_mpeg_audio(file: BinaryIO, start: int) -> tuple[Format, int, bytes] | None:
-    if found := find_mpeg_audio(_read(file, start, _MAX_JUNK_BYTES)):
-        begin = start + found[1]
-        return _MPEG_AUDIO[found[0]], begin, _read(file, begin)
-    return None

@@ -1,8 +1,9 @@
-"""Formats without magic bytes, found by regularity: MPEG audio frames, transport stream packets, raw GSM frames."""
+"""Formats that may begin anywhere, found by what recurs: frames of MPEG audio and GSM, packets of MPEG-TS and -PS."""
 
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 _MPEG_FRAMES = 3
 """Number of frames that must follow one another, since MPEG audio has only a sync word."""
@@ -19,16 +20,20 @@ _SYNC_WORD = re.compile(
     rb"|\x56[\xe0-\xff]"  # LOAS
 )
 
-_TS_SYNC = 0x47
-_TS_STRIDES = (188, 192, 204)
-"""Distances of packets in bytes: plain, with a time code of 4 bytes before (M2TS), with 16 bytes of FEC after (DVB)."""
+_TS_PACKETS = tuple(
+    re.compile(rb"\x47(?:.{%d}\x47){4}" % (packet_bytes - 1), re.DOTALL) for packet_bytes in (188, 192, 204)
+)
+"""Five packets: plain, with a time code of 4 bytes before (M2TS), with 16 bytes of FEC after (DVB)."""
 
-_TS_PACKETS = 5
+_SHORT_TS = re.compile(rb"(?:....)?\x47.{187}(?:....)?\x47.{187}(?:....)?\x47", re.DOTALL)
+"""Three packets, with which a file of fewer than five begins."""
+
+_PS_PACK = re.compile(rb"\x00\x00\x01\xba[\x20-\x2f\x40-\x7f]")
 
 _GSM_FRAME_BYTES = 33
 _GSM_SIGNATURE = 0xD0
-_GSM_FRAMES = 25
-"""Half a second. Each frame begins with a nibble of 0xD, so chance is out of the question."""
+_GSM_FRAMES = 8
+"""Number of frames that must begin with a nibble of 0xD."""
 
 
 def find_mpeg_audio(data: bytes) -> tuple[str, int] | None:
@@ -43,24 +48,24 @@ def find_mpeg_audio(data: bytes) -> tuple[str, int] | None:
     return None
 
 
-def is_transport_stream(data: bytes) -> bool:
-    """Recognise MPEG-TS packets of any size; the first one may be cut."""
-    for stride in _TS_STRIDES:
-        for offset in range(stride):
-            if len(data) > offset and data[offset] == _TS_SYNC:
-                # A file of fewer packets must begin with a complete one.
-                packets = data[offset::stride][:_TS_PACKETS]
-                least = 3 if offset in (0, stride - 188) else _TS_PACKETS
-                if len(packets) >= least and packets.count(_TS_SYNC) == len(packets):
-                    return True
-    return False
+def find_transport_stream(data: bytes) -> int:
+    """Return the offset of the first complete packet of MPEG-TS, -1 if there is none. The packet before may be cut."""
+    if _SHORT_TS.match(data):
+        return 0
+    return min((found.start() for packets in _TS_PACKETS if (found := packets.search(data))), default=-1)
+
+
+def find_program_stream(data: bytes) -> int:
+    """Return the offset of the first of several packs of MPEG-PS, -1 if there are none."""
+    packs = [pack.start() for pack in islice(_PS_PACK.finditer(data), 2)]
+    return packs[0] if len(packs) > 1 else -1
 
 
 def is_raw_gsm(data: bytes) -> bool:
     """Recognise GSM 06.10 frames without a header."""
-    nibbles = [byte & 0xF0 for byte in data[: 100 * _GSM_FRAME_BYTES]]
+    nibbles = [byte & 0xF0 for byte in data[: _GSM_FRAMES * _GSM_FRAME_BYTES]]
     first, second = nibbles[::_GSM_FRAME_BYTES], nibbles[1::_GSM_FRAME_BYTES]
-    return len(first) >= _GSM_FRAMES and set(first) == {_GSM_SIGNATURE} and set(second) != {_GSM_SIGNATURE}
+    return len(first) == _GSM_FRAMES and set(first) == {_GSM_SIGNATURE} and set(second) != {_GSM_SIGNATURE}
 
 
 def mpeg_audio_at(data: bytes, start: int) -> str:

@@ -2,19 +2,21 @@
 
     python -m serving.audio.worker FD MAX_DURATION_S CPU_S MEMORY_BYTES
 
-FD is a Unix socket that keeps message boundaries; `worker_process.py` has its other end. The worker sends `{}` when it
-is ready, then answers each clip:
+FD is a Unix socket that keeps message boundaries; `worker_process.py` has its other end. The worker sends `{"missing"}`
+when it is ready, with the protections that the kernel does not have, then answers each clip:
 
-    ◄ {"path": …}, or {} and a memfd that holds base64 text
+    ◄ {"encoding": "raw" or "base64"} and a descriptor of a file
     ► {"samples", "shape", "decode_s", "features_s"} and a memfd that holds the log-mel
     ► {"error", "message"}: an exception of our tree        ► {"traceback"}: any other
 
-The worker parses strangers' bytes with large C libraries. Therefore it holds no secret, its answers are data and never
-pickles, and it may die of a clip at any moment: of a crash, its CPU limit, or its memory limit.
+The worker parses strangers' bytes with large C libraries. Therefore it holds no secret, cannot open a file or a socket
+(`sandbox.py`), its answers are data and never pickles, and it may die of a clip at any moment: of a crash, its CPU
+limit, or its memory limit.
 """
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import json
 import mmap
@@ -22,6 +24,7 @@ import os
 import resource
 import signal
 import socket
+import struct
 import sys
 import time
 import traceback
@@ -31,14 +34,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.audio import sandbox
 from serving.audio.base64_text import decode_base64
 from serving.audio.decode import decode
 from serving.audio.features import frame_count, log_mel
 from serving.errors import AudioUnreadable, CaptionerError
-from serving.types import MELS
+from serving.types import MELS, SAMPLE_RATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from io import BufferedReader
 
 _MAX_MESSAGE_BYTES = 65_536
 """Upper bound of a message to a worker."""
@@ -48,13 +53,25 @@ _NICENESS = 5
 """With all cores busy, running captions take precedence over arriving clips (deploy/adr/0004)."""
 _PR_SET_PDEATHSIG = 1
 
+_TRIAL_CLIPS = (
+    b"#!AMR\n" + b"\x7c" * 9,
+    struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 356, b"WAVEfmt ", 16, 1, 1, 16_000, 32_000, 2, 16, b"data", 320)
+    + bytes(320),
+)
+"""A clip for each decoding library. At its first clip a library opens files that it then has."""
+
+_CODECS = ("ascii", "cp1252", "latin-1", "utf-8-sig", "utf-16", "utf-16-be", "utf-16-le", "utf-32")
+"""Text encodings, which Python loads from files when they are used first."""
+
 
 def main(arguments: Sequence[str]) -> None:
     """Answer clips until the pool closes its end of the socket."""
     descriptor, max_duration_s, cpu_s, memory_bytes = arguments
-    _confine(int(memory_bytes))
     with socket.socket(fileno=int(descriptor)) as channel:
-        channel.send(b"{}")
+        missing = _confine(int(memory_bytes), float(max_duration_s))
+        for stream in (1, 2):  # the service's output, in which a worker that was taken over could forge log lines
+            os.dup2(0, stream)
+        channel.send(json.dumps({"missing": missing}).encode())
         while True:
             message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE_BYTES, 1)
             if not message:
@@ -69,23 +86,40 @@ def main(arguments: Sequence[str]) -> None:
                     os.close(fd)
 
 
-def _confine(memory_bytes: int) -> None:
+def _confine(memory_bytes: int, max_duration_s: float) -> list[str]:
+    """Limit this process and enter its sandbox; return the protections that the kernel does not have."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or systemd signals the whole group: the pool decides
         signal.signal(number, signal.SIG_IGN)
     # An idle worker ends when its socket is closed; this ends a busy one when the pool's thread is gone.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.nice(_NICENESS)
     # RLIMIT_DATA limits private memory only: mapping a large input or the features does not count.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     with suppress(OSError):  # if the machine runs out of memory, a worker is the least loss
         Path("/proc/self/oom_score_adj").write_text("800")
+    for codec in _CODECS:
+        codecs.lookup(codec)
+    _prepare_trial_clips()
+    # The largest file is the log-mel of the longest clip, and two seconds for what codecs add.
+    missing = sandbox.enter(memory_file_bytes=4 * MELS * frame_count(int((max_duration_s + 2) * SAMPLE_RATE)))
+    _prepare_trial_clips()  # a library that does not bear the sandbox stops the start, not each clip
+    return missing
+
+
+def _prepare_trial_clips() -> None:
+    for clip in _TRIAL_CLIPS:
+        _, (features,) = _prepare(clip, 1.0, 0.0)
+        os.close(features)
 
 
 def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
     """Return the reply, and the descriptors to send with it."""
+    started_s, (clip,) = time.perf_counter(), descriptors
     try:
-        return _prepare(Path(task["path"]) if "path" in task else descriptors[0], max_duration_s)
+        if task["encoding"] == "base64":
+            return _prepare(decode_base64(os.pread(clip, os.fstat(clip).st_size, 0)), max_duration_s, started_s)
+        with open(clip, "rb", closefd=False) as file:
+            return _prepare(file, max_duration_s, started_s)
     except CaptionerError as error:
         return {"error": type(error).__name__, "message": str(error)}, []
     except MemoryError:
@@ -94,10 +128,8 @@ def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float)
         return {"traceback": traceback.format_exc()[-_TRACEBACK_CHARS:]}, []
 
 
-def _prepare(clip: Path | int, max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
-    started_s = time.perf_counter()
-    source = clip if isinstance(clip, Path) else decode_base64(os.pread(clip, os.fstat(clip).st_size, 0))
-    samples = decode(source, max_duration_s=max_duration_s)
+def _prepare(clip: bytes | BufferedReader, max_duration_s: float, started_s: float) -> tuple[dict[str, Any], list[int]]:
+    samples = decode(clip, max_duration_s=max_duration_s)
     decoded_s = time.perf_counter()
     shape = MELS, frame_count(samples.size)
     size = 4 * MELS * shape[1]

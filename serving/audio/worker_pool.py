@@ -8,6 +8,7 @@ worker that dies takes its clip with it, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving import errors
+from serving.audio.watchdog import LIVENESS_INTERVAL_S, Watchdog
 from serving.audio.worker_process import audio_error, map_features, receive_reply, send_clip, spawn
 from serving.observability.context import REQUEST_ID
 from serving.observability.cpu_time import CpuTime
@@ -53,6 +55,9 @@ _PATIENCE_S = 20.0
 
 _CLIP_COST_S, _TIMES_REALTIME = 0.005, 600
 """Expected time of a worker on a clip: a constant, and its length divided by this. The measured time replaces it."""
+
+_EXHAUSTED = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EAGAIN))
+"""Errors of sending a clip that are a lack of resources at this moment. Any other is that of opening its file."""
 
 _KILLED_FROM_OUTSIDE = -signal.SIGKILL, -signal.SIGTERM
 """Exit statuses that a clip cannot cause: a clip ends its worker in other ways (`worker.py`)."""
@@ -93,9 +98,9 @@ class _Task:
 class _Worker:
     process: subprocess.Popen[bytes]
     channel: socket.socket
+    watchdog: Watchdog
     ready: bool = False
     task: _Task | None = None
-    deadline: asyncio.TimerHandle | None = None
 
 
 class AudioWorkerPool:
@@ -119,6 +124,8 @@ class AudioWorkerPool:
         self._drain = DrainRate()
         self._features = SharedCapacity(settings.max_features_bytes)
         self._running = False
+        self._liveness: asyncio.TimerHandle | None = None
+        self._reported_missing = False
         self.deaths = 0
         self._busy_s = 0.0
         self._cpu = CpuTime()
@@ -170,11 +177,14 @@ class AudioWorkerPool:
         self._running = True
         for _ in range(self._settings.audio_workers):
             self._spawn()
+        self._liveness = self._loop.call_later(LIVENESS_INTERVAL_S, self._check_liveness)
         await self._all_ready
 
     async def stop(self) -> None:
         """Stop the processes; clips under way fail as `NotReady`. Idempotent."""
         self._running = False
+        if self._liveness:
+            self._liveness.cancel()
         workers, self._workers = self._workers, set()
         for worker in workers:
             self._disconnect(worker)
@@ -226,20 +236,18 @@ class AudioWorkerPool:
             except ConnectionError:
                 # The worker died while idle; the loop will find its socket closed. The clip is not to blame.
                 continue
-            except OSError:
+            except OSError as error:
                 log.exception("audio worker send failed", extra={"request_id": task.request_id})
                 self._idle.append(worker)
                 self._queue.discard(task)
-                _fail(task, errors.Overloaded())
+                _fail(task, errors.Overloaded() if error.errno in _EXHAUSTED else errors.Internal())
                 continue
             self._queue.dequeue(task)
             task.started_s = time.perf_counter()
             self._drain.add(task.audio_s, task.started_s)
             task.queue_s = task.started_s - task.arrived_s
             worker.task = task
-            worker.deadline = self._loop.call_later(
-                _WALL_PER_CPU * self._settings.audio_timeout_s, worker.process.send_signal, signal.SIGPROF
-            )
+            worker.watchdog.arm(_WALL_PER_CPU * self._settings.audio_timeout_s)
 
     def _sort_key(self, task: _Task) -> float:
         """Return the key that orders the clips of one tenant."""
@@ -263,14 +271,15 @@ class AudioWorkerPool:
         if not message:
             self._replace(worker)
             return
-        if worker.deadline:
-            worker.deadline.cancel()
+        worker.watchdog.disarm()
         task, worker.task = worker.task, None
         if task:
             task.clip = ""
             self._account(task)
         self._idle.append(worker)
-        worker.ready = True
+        if not worker.ready:
+            worker.ready = True
+            self._report_missing(json.loads(message).get("missing", []))
         if not self._all_ready.done() and sum(each.ready for each in self._workers) == self._settings.audio_workers:
             self._all_ready.set_result(None)
         if task and not task.answer.done():
@@ -293,13 +302,26 @@ class AudioWorkerPool:
         if not self._running:
             return
         try:
-            worker = _Worker(*spawn(self._settings, self._program))
+            process, channel = spawn(self._settings, self._program)
         except OSError:
             log.exception("cannot start an audio worker")
             self._on_failed_start()
             return
+        worker = _Worker(process, channel, Watchdog(process, self._loop))
         self._workers.add(worker)
         self._loop.add_reader(worker.channel, self._on_readable, worker)
+
+    def _report_missing(self, protections: list[str]) -> None:
+        """Log once that the kernel lacks protections of a worker's sandbox."""
+        if protections and not self._reported_missing:
+            self._reported_missing = True
+            log.warning("audio workers lack protections that this kernel does not have", extra={"missing": protections})
+
+    def _check_liveness(self) -> None:
+        """Kill workers that are stopped, at work or idle; `_replace` follows as their sockets close."""
+        for worker in self._workers:
+            worker.watchdog.check()
+        self._liveness = self._loop.call_later(LIVENESS_INTERVAL_S, self._check_liveness)
 
     def _replace(self, worker: _Worker) -> None:
         """Replace a dead worker. Its clip is queued once more, or fails if the clip is to blame."""
@@ -312,17 +334,20 @@ class AudioWorkerPool:
         status = worker.process.wait()
         request = {"request_id": worker.task.request_id} if worker.task else {}
         log.warning("audio worker died", extra={"exit_status": status, "at_work": bool(request), **request})
+        killed = status in _KILLED_FROM_OUTSIDE and not worker.watchdog.expired
         if worker.ready:
             self._spawn()
+        elif killed:
+            self._loop.call_later(_RESPAWN_DELAY_S, self._spawn)
         else:
             self._on_failed_start()
         if task := worker.task:
-            if status in _KILLED_FROM_OUTSIDE and not task.retried and not task.answer.done():
+            if killed and not task.retried and not task.answer.done():
                 task.retried = True
                 self._queue.add(task)
                 self._dispatch()
                 return
-            too_long = status == -signal.SIGPROF
+            too_long = worker.watchdog.expired or status == -signal.SIGPROF
             _fail(task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
 
     def _account_death(self, worker: _Worker) -> None:
@@ -343,8 +368,7 @@ class AudioWorkerPool:
     def _disconnect(self, worker: _Worker) -> None:
         self._loop.remove_reader(worker.channel)
         worker.channel.close()
-        if worker.deadline:
-            worker.deadline.cancel()
+        worker.watchdog.disarm()
 
 
 def _estimate_s(clip: str | Path) -> float:

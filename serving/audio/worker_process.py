@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import mmap
 import os
@@ -31,6 +30,11 @@ MAX_MESSAGE_BYTES = 65_536
 _PRIVATE_BYTES = 512 * 1024 * 1024
 _WAVEFORM_COPIES = 4
 """Memory limit of a worker: `_PRIVATE_BYTES`, and this many copies of the longest waveform."""
+
+_ENVIRONMENT = frozenset(
+    ("LANG", "LANGUAGE", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "PATH", "PYTHONHOME", "TZ")
+)
+"""Variables that a worker gets, apart from `LC_…`. Any other may be a secret: of the service, of Ray, of a cloud."""
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -62,13 +66,14 @@ def spawn(settings: Settings, program: Sequence[str]) -> tuple[subprocess.Popen[
 
 
 def send_clip(channel: socket.socket, clip: str | Path) -> None:
-    """Send a clip, as a path or as base64 text in a memfd. Raises `OSError`."""
+    """Send a clip: its file, opened here since a worker opens none, or base64 text in a memfd. Raises `OSError`."""
     if isinstance(clip, Path):
-        channel.send(json.dumps({"path": str(clip)}).encode())
+        with clip.open("rb", buffering=0) as file:
+            socket.send_fds(channel, [b'{"encoding": "raw"}'], [file.fileno()])
         return
     with open(os.memfd_create("base64"), "wb", buffering=0) as text:  # noqa: PTH123 - a descriptor, not a path
         text.write(clip.encode("ascii"))
-        socket.send_fds(channel, [b"{}"], [text.fileno()])
+        socket.send_fds(channel, [b'{"encoding": "base64"}'], [text.fileno()])
 
 
 def receive_reply(channel: socket.socket) -> tuple[bytes, list[int]]:
@@ -102,6 +107,6 @@ def audio_error(name: str, message: str) -> errors.CaptionerError:
 
 
 def _environment() -> dict[str, str]:
-    """Return our environment without our secrets, with our module path, and with one thread for each library."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("CAPTIONER_")}
+    """Return the environment of a worker: allowed variables, our module path, and one thread for each library."""
+    ours = {name: value for name, value in os.environ.items() if name in _ENVIRONMENT or name.startswith("LC_")}
     return {**ours, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -18,6 +18,7 @@ from serving.cli.settings_help import printed_help
 from serving.cluster.ray_env import RAY_ENVIRONMENT
 from serving.config import Settings
 from serving.observability import logging as logs
+from serving.private_process import forbid_inspection
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.key_hashing import Pepper
 
@@ -41,6 +42,7 @@ def cluster(argv: Sequence[str]) -> int:
         return fail(str(error))
     os.environ.update(_environment(settings))
     logs.configure(settings.log_level, settings.log_format)
+    forbid_inspection()
     hidden = {"config", "host", "port", *settings.secrets}
     overrides = settings.model_dump(mode="json", exclude_unset=True, exclude=hidden)
 

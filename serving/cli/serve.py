@@ -22,6 +22,7 @@ from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
 from serving.config import Settings
 from serving.observability import logging as logs
+from serving.private_process import forbid_inspection
 from serving.storage.uploads import make_uploads_directory
 from serving.tenancy.database import UnusableDatabase
 
@@ -48,6 +49,7 @@ def serve(argv: Sequence[str]) -> int:
     except SETTINGS_ERRORS as error:
         return report(error)
     logs.configure(settings.log_level, settings.log_format)
+    forbid_inspection()
     try:
         make_uploads_directory(settings)
     except OSError as error:

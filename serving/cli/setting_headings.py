@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from serving import operator_setting_groups as operator_groups
 from serving import setting_groups as groups
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ GROUPS = (
     Group("Cluster", groups.Cluster, "captioner cluster --engine-on-gpu --max-engine-replicas=4"),
     Group("Callers", groups.Callers, f'CAPTIONER_API_KEYS="$(cat keys)" {_SERVE} --region=singapore'),
     Group("Storage and usage", groups.Storage, f"{_SERVE} --data-dir=/var/lib/captioner --max-uploads-bytes=50GiB"),
-    Group("Logs", groups.Logs, f"{_SERVE} --log-format=text --log-level=debug"),
+    Group("Logs", operator_groups.Logs, f"{_SERVE} --log-format=text --log-level=debug"),
     Group(
         "Administration",
-        groups.AdministrationApi,
+        operator_groups.AdministrationApi,
         f'CAPTIONER_ADMIN_TOKEN="$(cat admin-token)" {_SERVE} --admin-port=8100',
     ),
     Group(
         "Metrics and traces",
-        groups.MetricsAndTraces,
+        operator_groups.MetricsAndTraces,
         f"{_SERVE} --otlp-endpoint=http://collector:4318 --trace-ratio=0.1",
     ),
 )

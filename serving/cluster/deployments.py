@@ -39,6 +39,7 @@ from serving.observability import logging as logs
 from serving.observability.cpu_time import Busy
 from serving.observability.metrics import Gauges
 from serving.observability.service_discovery import MetricsListener
+from serving.private_process import forbid_inspection
 
 if TYPE_CHECKING:
     import subprocess
@@ -85,6 +86,7 @@ class EngineReplica:
 
         From then on Ray counts the replica as running, and in an update stops an older replica.
         """
+        forbid_inspection()
         settings = Settings(**overrides)
         _configure_logs(settings)
         self._member = Member(membership, "engine")
@@ -145,6 +147,7 @@ class Frontend:
         self, overrides: Overrides, membership: DeploymentHandle[Any], engines: DeploymentHandle[Any]
     ) -> None:
         """Return when this frontend has found the engines: from then on Ray sends it requests."""
+        forbid_inspection()
         # The engine replicas set the pace already.
         settings = Settings(**overrides | {"stream_flush_interval_s": 0})
         _configure_logs(settings)

@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 
 from serving.types import SAMPLE_RATE, billed_audio_tokens
 from tests.audio.clips import Clip, clip, clip_names
-from tests.support.wire import ask_compatible, ask_native, data_url, upload
+from tests.support.wire import COMPATIBLE, ask_compatible, ask_native, compatible_body, data_url, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,3 +82,17 @@ def test_table(answers: dict[tuple[str, str], Answer]) -> None:
     if os.environ.get("UPDATE_TABLES"):
         TABLE.write_text(page)
     assert TABLE.read_text() == page
+
+
+def test_damaged_and_encrypted_files_are_no_server_error(fake_service: RunningService) -> None:
+    """A joined FLV is captioned whole; an encrypted MP4 and an archive are answered 400 with the reason."""
+    url = fake_service.url
+    joined = ask_compatible(url, data_url(clip("FLV video, AAC").data * 2))
+    assert _decoded_s(joined) == pytest.approx(4.08, abs=0.2)
+    mp4 = clip("MP4 AAC (M4A)").data
+    entry = mp4.index(b"mp4a", mp4.index(b"stsd"))
+    encrypted = mp4[:entry] + b"enca" + mp4[entry + 4 :]
+    for data, reason in ((encrypted, "encrypted (Common Encryption)"), (b"PK\3\4" + bytes(99), "a ZIP archive")):
+        refused = httpx.post(url + COMPATIBLE, json=compatible_body(data_url(data)), timeout=120)
+        assert refused.status_code == 400
+        assert reason in refused.text

@@ -157,7 +157,7 @@ def test_no_descriptor_is_left_for_nobody() -> None:
 
 
 def test_connections_with_running_requests_are_not_closed() -> None:
-    """Where all connections have a running request, a new one is refused with 503, and they go on."""
+    """A new connection is refused with 503 while all others have a running request, and those go on."""
     flags = ("--fake-tpot-s=0.05", "--fake-tokens=10000", "--max-num-seqs=400", "--max-concurrent-requests=400")
     with RunningService(*FLAGS, *flags) as service, ExitStack() as stack:
         resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE, (160, 160))

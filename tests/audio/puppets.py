@@ -26,7 +26,8 @@ import serving.audio.worker as worker
 from serving import errors
 
 def decode(source, *, max_duration_s):
-    word, _, number = (source if isinstance(source, bytes) else source.read_bytes()).decode().partition(" ")
+    data = source if isinstance(source, bytes) else source.read()
+    word, _, number = data.decode(errors="replace").partition(" ")
     match word:
         case "samples": return np.full(int(number), 0.25, np.float32)
         case "sleep": time.sleep(float(number)); return np.zeros(1600, np.float32)

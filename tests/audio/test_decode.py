@@ -18,7 +18,7 @@ from serving.audio import decode as decode_module
 from serving.audio.decode import decode
 from serving.audio.features import log_mel
 from serving.audio.ffmpeg_reader import mono
-from serving.audio.formats import recognise
+from serving.audio.recognition import recognise
 from serving.audio.waveform import PADDING_S
 from serving.errors import AudioEmpty, AudioTooLong, AudioUnreadable
 from tests.audio.clips import clip, clip_names, every_clip, remuxed, sound, stereo, with_av, with_soundfile

@@ -8,8 +8,9 @@ import itertools
 import numpy as np
 import pytest
 
-from serving.audio.formats import PREFIX_BYTES, is_text, recognise, sniff
+from serving.audio.formats import PREFIX_BYTES, is_text, sniff
 from serving.audio.ogg_chain import chain_parts
+from serving.audio.recognition import recognise
 from tests.audio.clips import clip, clip_names, remuxed, stereo, with_av
 
 _FIRST_WORDS = {

@@ -154,7 +154,7 @@ def test_scrapes_have_the_token(project: Project) -> None:
         for job in yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
         if job["job_name"] == "captioner"
     ]
-    sent = {"credentials_file": "/run/secrets/captioner_metrics_token"}
+    sent = {"type": "Bearer", "credentials_file": "/run/secrets/captioner_metrics_token"}
     assert [job["authorization"], *(each["authorization"] for each in job["http_sd_configs"])] == [sent, sent]
 
 

@@ -129,9 +129,11 @@ class Chain:
         job = next(job for job in config["scrape_configs"] if job["job_name"] == "captioner")
         job["http_sd_configs"][0] |= {"url": f"{url}/metrics/targets", "refresh_interval": "1s"}
         for scraped in (job, job["http_sd_configs"][0]):
-            assert scraped.pop("authorization") == {"credentials_file": "/run/secrets/captioner_metrics_token"}
-            if self._token is not None:
-                scraped["authorization"] = {"credentials": self._token}
+            del scraped["authorization"]["credentials_file"]
+            if self._token is None:
+                del scraped["authorization"]
+            else:
+                scraped["authorization"]["credentials"] = self._token
         return config | {"scrape_configs": [job]}
 
     def _alerting(self) -> Any:

@@ -19,6 +19,7 @@ from serving.observability.metrics import Metrics
 from serving.observability.scrape_access import ScrapeAccess
 from serving.observability.service_discovery import MetricsListener
 from tests.cluster.running import free_port
+from tests.observability.chain import Chain
 from tests.support.programs import program
 from tests.support.service import RunningService
 from tests.support.wire import ask_compatible, data_url, wav
@@ -316,6 +317,14 @@ def test_no_scrape_passes_a_proxy_of_this_machine(tmp_path: Path) -> None:
                 assert httpx.get(origin + path).status_code == 403, (origins.index(origin), path)
         local = httpx.get(f"{service.url}/metrics").text
         assert tenants(local) <= {"other", "none"}
+
+
+def test_prometheus_sees_tenants_with_the_token(tmp_path: Path) -> None:
+    """With the committed configuration a real Prometheus sends the token, for discovery and for scrapes."""
+    flags = ("--engine=fake", "--audio-workers=1", "--api-keys=sk-of-the-settings", f"--metrics-token={TOKEN}")
+    with RunningService(*flags) as service, Chain(service.url, tmp_path, token=TOKEN) as chain:
+        assert ask_compatible(service.url, data_url(wav(1)), headers=KEY).text
+        chain.until(lambda: chain.value('captioner_tenant_requests_total{tenant="default",outcome="finished"}') == 1)
 
 
 def test_metrics_on_a_separate_port() -> None:

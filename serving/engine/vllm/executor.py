@@ -19,6 +19,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 import serving.engine.vllm.model  # noqa: F401 - registers the model in every process of vLLM
+from serving.private_process import forbid_inspection
 
 _GRACE_S = 10.0
 """Time for the engine process to exit after SIGTERM once the service has gone, before SIGKILL."""
@@ -41,6 +42,7 @@ class InProcessExecutor(_StopsWithService, UniProcExecutor):  # type: ignore[mis
     """
 
     def _init_executor(self) -> None:
+        forbid_inspection()
         super()._init_executor()
         if current_platform.is_cpu() and self.vllm_config.additional_config.get("cpu_kernels"):
             from serving.engine.vllm.cpu_kernels import patch_decoder_layers  # noqa: PLC0415 - only a CPU has them
@@ -49,7 +51,11 @@ class InProcessExecutor(_StopsWithService, UniProcExecutor):  # type: ignore[mis
 
 
 class MultiGpuExecutor(_StopsWithService, MultiprocExecutor):  # type: ignore[misc]
-    """One process per GPU; they end with the engine process. Never Ray's workers, also under Ray."""
+    """One process per GPU; they end with the engine process. Never Ray's workers, also under Ray.
+
+    They share memory of the GPUs by calls that hidden processes refuse each other (`private_process.py`), so they are
+    not hidden; the sandbox of audio workers keeps these from reading them.
+    """
 
 
 def _stop_with_service() -> None:

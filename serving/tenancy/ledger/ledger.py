@@ -191,7 +191,7 @@ class Ledger:
             await asyncio.to_thread(self._finish)
 
     def log_unstored(self) -> None:
-        """Log each closed record that is in memory alone, for whoever bills it by hand. Idempotent."""
+        """Log each closed record that is in memory alone, for billing by hand. Idempotent."""
         rows = self._unrecorded.rows()
         self._unrecorded.stored(rows)
         self.unstored += len(rows)
