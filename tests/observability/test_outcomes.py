@@ -58,6 +58,7 @@ REJECTED = {
     "policy_invalid",
     "policy_expired",
     "key_not_allowed",
+    "upload_empty",
     "upload_too_large",
     "upload_exists",
     "audio_error",
