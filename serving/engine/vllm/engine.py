@@ -127,7 +127,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
     """Set the variables that vLLM and its libraries read on import, here and in the processes that vLLM starts.
 
     Variables that the operator has set stay, except for the directory of vLLM's sockets and temporary files, which vLLM
-    does not delete.
+    does not delete, and for the way in which processes start.
     """
     logging_config = scratch / "logging.json"
     logging_config.write_text(json.dumps(_logging(settings)))
@@ -135,6 +135,9 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
+        # On CUDA vLLM forks by default. A forked engine keeps our listener and the connections of clients: a peer never
+        # sees them close, a stopped service seems to accept, and the port cannot be bound again.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     defaults = {
         "DO_NOT_TRACK": "1",
