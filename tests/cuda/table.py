@@ -1,4 +1,4 @@
-"""What vLLM makes of each profile and number of GPUs, as literals, and their table in deploy/cuda.md."""
+"""Table: what vLLM makes of each profile and number of GPUs, as literals, and their table in deploy/cuda.md."""
 
 from __future__ import annotations
 

@@ -207,7 +207,6 @@ def test_headers_say_when_to_retry(codec: DashScopeCodec | OpenAICodec) -> None:
         (errors.PolicyExpired(), 403, "AccessDenied"),
         (errors.KeyNotAllowed(), 403, "AccessDenied"),
         (errors.UploadEmpty(), 400, "EntityTooSmall"),
-        (errors.UploadEmpty(), 400, "EntityTooSmall"),
         (errors.UploadTooLarge(), 400, "EntityTooLarge"),
         (errors.RequestsLimited(limit="requests_per_minute", retry_after_s=7), 429, "QpsLimitExceeded"),
         (errors.InvalidApiKey(), 401, "AccessDenied"),
