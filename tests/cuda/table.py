@@ -1,4 +1,4 @@
-"""Table: what vLLM makes of each profile and number of GPUs, as literals, and their table in deploy/cuda.md."""
+"""Results of vLLM for each profile and number of GPUs, as literals, and their table in deploy/cuda.md."""
 
 from __future__ import annotations
 
