@@ -59,7 +59,7 @@ def test_a_service_without_database_answers_and_obeys(tmp_path: Path, number: si
         metrics = service.get("/metrics").text
         assert "\ncaptioner_ready 0.0" in metrics
         assert "\ncaptioner_database_up 0.0" in metrics
-        assert "\ncaptioner_ledger_writable 0.0" in metrics
+        assert "\ncaptioner_ledger_writable 1.0" in metrics
         [line] = service.lines(WAITING)
         assert line["database"] == f"127.0.0.1:{port}/captioner"
         assert line["reason"] == "connection refused: no server listens there"
@@ -82,7 +82,7 @@ def test_a_host_that_does_not_answer_does_not_hold_up_a_signal(tmp_path: Path) -
 
 
 def test_a_wrong_password_is_named_and_can_be_corrected(tmp_path: Path, secured: str) -> None:
-    """The log distinguishes a wrong password from a server that is away, and the service goes on once it is right."""
+    """The log distinguishes a wrong password from a server that is away; once it is right the service goes on."""
     address = secured.format("a-wrong-one")
     with Command(tmp_path, "serve", CAPTIONER_DATABASE_URL=address, CAPTIONER_API_KEYS="sk-of-the-settings") as service:
         service.wait(lambda: service.lines(WAITING))
