@@ -60,6 +60,7 @@ REJECTED = {
     "key_not_allowed",
     "upload_too_large",
     "upload_exists",
+    "upload_empty",
     "audio_error",
     "invalid_audio_url",
     "download_failed",
