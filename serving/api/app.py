@@ -105,7 +105,7 @@ def create_app(
                 await tenancy.started()
             stack.push_async_callback(engine.stop)
             if targets is None and settings.metrics_port is not None:
-                listener = MetricsListener(partial(metrics.expose, engine.check_health), settings.metrics_token)
+                listener = MetricsListener(partial(metrics.expose, components.check_ready), settings.metrics_token)
                 stack.push_async_callback(listener.stop)
                 await listener.start(settings.metrics_host, settings.metrics_port)
             loading = asyncio.create_task(_load(engine, tenancy, on_engine))

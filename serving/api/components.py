@@ -45,3 +45,9 @@ class Components:
     scrape_access: ScrapeAccess
     targets: Callable[[], list[Target]] | None = None
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""
+
+    async def check_ready(self) -> None:
+        """Raise `ServerError` if no caption can be made now: by the engine, or since nobody can be identified or billed."""
+        self.keys.check_ready()
+        self.usage_sessions.ledger.check_writable()
+        await self.engine.check_health()

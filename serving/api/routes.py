@@ -76,7 +76,7 @@ class _Endpoints:
         self._uploads = components.uploads
         self._keys = components.keys
         self._requests = RequestCounter(components.usage_sessions)
-        self._ledger = components.usage_sessions.ledger
+        self._check_ready = components.check_ready
         self._metrics = components.metrics
         self._targets = components.targets
         self._origins = Origins(components.settings)
@@ -190,11 +190,6 @@ class _Endpoints:
         caller = self._keys.authenticate(request.headers)
         await self._requests.count(caller)
         return caller
-
-    async def _check_ready(self) -> None:
-        self._keys.check_ready()
-        self._ledger.check_writable()
-        await self._engine.check_health()
 
     async def _admit_upload(self, grant: UploadGrant) -> None:
         """Count the file as a request of its owner, whose key must still be valid."""

@@ -164,7 +164,7 @@ class Frontend:
         )
         metrics: Metrics = self._service.state.components.metrics
         metrics.bind("captioner_replicas_lost_total", lambda: self._member.view.lost)
-        expose = partial(metrics.expose, engine.check_health)
+        expose = partial(metrics.expose, self._service.state.components.check_ready)
         self._metrics = MetricsListener(expose, settings.metrics_token, self._targets)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._member.start(await self._metrics.start(host, settings.metrics_port or 0))

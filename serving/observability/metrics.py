@@ -179,9 +179,9 @@ class Metrics(Gauges):
         self._requests_shed = self._counter(
             "captioner_requests_shed",
             "Caption requests refused because a bound of the service was reached, by reason: concurrent_requests, "
-            "bodies, downloads, audio_queue, engine_queue (full), engine_wait (too long), journal (full: the "
-            "database is away), ledger (the disk is full or failing), budget (the caller's spending cannot be read), "
-            "capacity (any other).",
+            "bodies, downloads, audio_queue, engine_queue (full), engine_wait (too long), journal (full), ledger (the "
+            "disk of the journal is full or failing), budget (the caller's spending cannot be read), capacity (any "
+            "other).",
             "reason",
         )
         self._requests_rate_limited = self._counter(

@@ -105,7 +105,8 @@ def test_each_request_is_one_line(media: MediaServer) -> None:
 async def test_the_line_of_a_dead_worker_names_its_request() -> None:
     """The line about a worker that died with a clip has the id of its request, which another worker finishes."""
     with RunningService("--engine=fake", "--audio-workers=1") as service:
-        (worker,) = psutil.Process(service.process.pid).children()
+        children = psutil.Process(service.process.pid).children()
+        (worker,) = (child for child in children if "serving.audio.worker" in child.cmdline())
         worker.suspend()
         async with httpx.AsyncClient(timeout=60) as client:
             asking = asyncio.create_task(client.post(service.url + NATIVE, json=native_body(data_url(wav(1)))))
