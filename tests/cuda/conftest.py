@@ -21,7 +21,7 @@ def cuda_build(tmp_path_factory: pytest.TempPathFactory) -> CudaBuild:
 
 @pytest.fixture(scope="session")
 def facts_of(cuda_build: CudaBuild) -> Callable[[Case], dict[str, Any]]:
-    """Return what vLLM makes of a profile and a number of GPUs; all cases of a kind of GPU are asked at once."""
+    """Facts of a profile on a number of GPUs; all cases of a kind of GPU are asked at once."""
     found: dict[str, dict[str, Any]] = {}
 
     def facts_of(case: Case) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Results of vLLM for each profile and number of GPUs, as literals, and their table in deploy/cuda.md."""
+"""Expected facts of each profile on 1, 2, 4 and 8 GPUs, as literals, and their table in deploy/cuda.md."""
 
 from __future__ import annotations
 

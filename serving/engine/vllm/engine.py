@@ -151,9 +151,12 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         defaults["HF_HUB_OFFLINE"] = "1"
     before = dict(os.environ)
     os.environ.update(defaults | before | ours)
+    # The engine gets its settings by value. The service's variables, secrets among them, stay out of its processes.
+    own = {name: os.environ.pop(name) for name in before if name.startswith("CAPTIONER_")}
     try:
         yield
     finally:
+        os.environ.update(own)
         for name in {*ours, *defaults} - before.keys():
             del os.environ[name]
         os.environ.update({name: before[name] for name in ours.keys() & before.keys()})
