@@ -157,13 +157,13 @@ class Ledger:
             # A closed record needs no more space than an open one: on a full disk new requests are refused first.
             log.exception("journal write failed, record not closed", extra={"record": record.row()})
 
-    async def spent(self, caller: Caller) -> Spent:
-        """Return what a caller was billed before.
+    async def spent(self, caller: Caller, at_ms: int, currency: str) -> Spent:
+        """Return what a caller was billed before, on the day and in the month of `at_ms`, and in that currency.
 
         Raises `Overloaded` if the database cannot be read: without the sums a budget could be exceeded.
         """
         try:
-            return await asyncio.to_thread(usage_table.spent, self._database, caller, now_ms())
+            return await asyncio.to_thread(usage_table.spent, self._database, caller, at_ms, currency)
         except SQLAlchemyError as error:
             log.warning("cannot read what a caller was billed", extra={"error": type(error).__name__})
             raise Overloaded(reason="budget") from None
