@@ -16,12 +16,12 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.base import Tally
+from serving.engine.base import Tally, ignore_start
 from serving.errors import EngineFailed, NotReady
 from serving.types import NO_TENANT, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from serving.config import Settings
     from serving.engine.base import EngineDelta, Load
@@ -93,12 +93,18 @@ class VllmEngine:
             raise EngineFailed
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         del scheduling_class  # admission control has chosen the order
         if self._model is None:
             raise NotReady
+        on_started()
         with self._tally.count(features):
             async with aclosing(self._model.generate(request_id, features, sampling)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once sent

@@ -246,13 +246,13 @@ class Ledger:
             # With the row, in case that the process is killed before the disk works again.
             log.error("usage record kept in memory", extra={"usage_record": row})  # noqa: TRY400 - logged as a fault
 
-    async def spent(self, caller: Caller) -> Spent:
-        """Return what a caller was billed before.
+    async def spent(self, caller: Caller, at_ms: int, currency: str) -> Spent:
+        """Return what a caller was billed before, on the day and in the month of `at_ms`, and in that currency.
 
         Raises `Overloaded` if the database cannot be read: without the sums a budget could be exceeded.
         """
         try:
-            return await asyncio.to_thread(usage_table.spent, self._database, caller, now_ms())
+            return await asyncio.to_thread(usage_table.spent, self._database, caller, at_ms, currency)
         except SQLAlchemyError as error:
             log.warning("cannot read what a caller was billed", extra={"error": type(error).__name__})
             raise Overloaded(reason="budget") from None
