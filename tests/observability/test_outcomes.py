@@ -61,7 +61,6 @@ REJECTED = {
     "upload_empty",
     "upload_too_large",
     "upload_exists",
-    "upload_empty",
     "audio_error",
     "invalid_audio_url",
     "download_failed",

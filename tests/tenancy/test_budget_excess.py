@@ -108,7 +108,7 @@ def test_no_budget_is_exceeded_in_redis(redis_server: Redis, seed: int) -> None:
 
 
 async def test_a_request_that_runs_alone_may_use_all_that_is_left(store: CounterStore) -> None:
-    """Of 1,000 tokens a request with 21 input tokens may write 979; of 1,000,000 nano-units 52."""
+    """A request with 21 input tokens may write 979 of 1,000 tokens; 52 of 1,000,000 nano-units."""
     async with limiter(store) as limits:
         amounts = Amounts(1000, 21, 450, 32_768, 21 * 15_800, 12_700, 12_700)
         reservation = await limits.admit(caller(Limits(tokens_per_day=1000)))
@@ -121,7 +121,7 @@ async def test_a_request_that_runs_alone_may_use_all_that_is_left(store: Counter
 
 
 async def test_requests_in_parallel_share_what_is_left(store: CounterStore) -> None:
-    """Beside running requests a request may write an eighth of what is left, but not less than 2,048 tokens."""
+    """With others running, a request may write an eighth of what is left, but not less than 2,048 tokens."""
     async with limiter(store) as limits:
         who = caller(Limits(tokens_per_day=40_000))
         one, two, three = [await limits.admit(who) for _ in range(3)]

@@ -48,7 +48,7 @@ class Reason(enum.IntEnum):
 
 
 class Period(NamedTuple):
-    """What a request's bill counts in: the day and the month (UTC) of its admission, and the currency of its price."""
+    """Periods and currency of one bill: the day and the month (UTC) of its admission, and the currency of its price."""
 
     day: str = ""
     """As in `2026-11-28`."""

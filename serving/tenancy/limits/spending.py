@@ -27,7 +27,7 @@ RESERVED_RETRY_S = 2
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """What a request is expected to use, and the most that it can use. Prices are in nano-units of the currency."""
+    """Expected and largest use of a request. Prices are in nano-units of the currency."""
 
     audio_ms: int = 0
     input_tokens: int = 0

@@ -30,7 +30,7 @@ _WATCH_S = 5.0
 
 
 def run(fault: str = "") -> dict[str, Any]:
-    """Start an engine beside a listener and an accepted connection; return what the children held of them."""
+    """Start an engine while a listener is open and an accepted connection; return what the children held of them."""
     with patch.object(engine_module, "_environment", _forking if fault == "fork" else engine_module._environment):
         return asyncio.run(_started())
 
