@@ -19,7 +19,6 @@ from serving.config import Settings
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine, Faults
 from serving.observability.request_record import STAGES
-from serving.tenancy.ledger.ledger import Ledger
 from tests.support.service import RunningService
 from tests.support.wire import (
     COMPATIBLE,
@@ -36,24 +35,41 @@ if TYPE_CHECKING:
     from tests.support.media import MediaServer
 
 
-async def test_probes_follow_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_probes_follow_the_engine() -> None:
     """Loading: alive, not ready, captions refused with the time of a retry. Loaded: ready. Dead: neither."""
-    engine = FakeEngine(Settings(auth=False, audio_workers=1))
-    app = create_app(Settings(auth=False, audio_workers=1), engine)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        # The lifespan, which would load the engine, is not run: the test loads the engine. Keys and ledger are ready.
-        app.state.components.keys.waiting_for = None
-        monkeypatch.setattr(Ledger, "writable", True)
+    settings = Settings(auth=False, audio_workers=1)
+    engine = _SlowToLoad(settings)
+    app = create_app(settings, engine)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        while app.state.components.keys.waiting_for is not None:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 503]
         refused = await client.post(NATIVE, json=native_body(data_url(wav(1))))
         assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")
         assert 1 <= int(refused.headers["retry-after"]) <= 60
-        await engine.start()
-        assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+        engine.may_load.set()
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110 - there is no event for it
+            await asyncio.sleep(0.01)
+        assert (await client.get("/healthz")).status_code == 200
         engine.die()
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [503, 503]
         failed = await client.post(COMPATIBLE, json=compatible_body(data_url(wav(1))))
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal_error")
+
+
+class _SlowToLoad(FakeEngine):
+    """An engine that loads when the test lets it."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.may_load = asyncio.Event()
+
+    async def start(self) -> None:
+        await self.may_load.wait()
+        await super().start()
 
 
 async def test_a_stalled_engine_is_reported() -> None:
