@@ -46,10 +46,10 @@ test: check .venv/dev.stamp ## Install if needed, then all checks and tests (20 
 	$(BIN)/pytest -n $(JOBS) --durations=25
 
 # Tests of which none starts a process, a server, an engine or a cluster (tests/needs.py).
-FAST := not ($(subst $(eval) , or ,process store engine cluster sdk chart))
+FAST := not ($(subst $(eval) , or ,process store engine cluster sdk chart cuda))
 
 .PHONY: test-fast
-test-fast: .venv/dev.stamp ## Lint, types, and every test that needs no process, server, engine, cluster, client or Helm
+test-fast: .venv/dev.stamp ## Lint, types, and every test that needs no process, server, engine, cluster, client, Helm or CUDA build
 	@$(MAKE) --no-print-directory --output-sync=target -j 3 check fast-tests
 
 .PHONY: fast-tests

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serving.engine.base import context_tokens
@@ -83,9 +84,10 @@ class CaptionPipeline:
         """Yield the caption in deltas; the last delta carries the finish reason.
 
         Fills in `record`. `session` is admitted, and the caller leaves it: opens its usage record once a slot is
-        acquired, and charges it once the length of the audio is known. `deadline_s` counts from the request's
-        arrival: when it passes, the caption ends as `length` and `partial` with the text generated so far.
-        `on_prepared` is called once the encoded audio is no longer needed. Raises `CaptionerError`.
+        acquired, charges it once the length of the audio is known, and starts it when the engine does. A budget that
+        leaves less than the request's `max_tokens` reduces them: the caption ends as `length`. `deadline_s` counts from
+        the request's arrival: when it passes, the caption ends as `length` and `partial` with the text generated so
+        far. `on_prepared` is called once the encoded audio is no longer needed. Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
         sampling, request_id, scheduling_class = request.sampling, request.request_id, session.caller.scheduling_class
@@ -110,10 +112,11 @@ class CaptionPipeline:
             usage = Usage(audio_tokens=billed_audio_tokens(features.samples))
             record.usage, record.samples = usage, features.samples
             record.engine_input_tokens = context_tokens(features)
-            await session.charge()
+            if (max_tokens := await session.charge()) is not None and max_tokens < sampling.max_tokens:
+                sampling = replace(sampling, max_tokens=max_tokens)
             queued = time.perf_counter()
             deltas = await stack.enter_async_context(
-                aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)),
+                aclosing(self._engine.generate(request_id, features, sampling, scheduling_class, session.start)),
             )
             del features
             while True:
@@ -129,6 +132,7 @@ class CaptionPipeline:
                 if delta is None:
                     raise EngineFailed
                 if record.first_token is None:
+                    session.start()  # an engine replica of the version before does not report its start
                     record.first_token = time.perf_counter()
                     queue_s = min(delta.queue_s, record.first_token - queued)
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)

@@ -135,6 +135,11 @@ class Sampling:
     ignore_eos: bool = False
     """Benchmarks only: run to `max_tokens`. The codecs accept it only when the settings allow it."""
 
+    @property
+    def has_stops(self) -> bool:
+        """True if strings or tokens of the client may end the caption."""
+        return bool(self.stop or self.stop_token_ids or self.stop_token_sequences)
+
 
 @dataclass(frozen=True, slots=True)
 class CaptionRequest:

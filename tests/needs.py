@@ -22,6 +22,7 @@ NEEDS = {
     "cluster": "runs real Ray Serve",
     "sdk": "needs a client library in an environment of its own",
     "chart": "needs Helm",
+    "cuda": "needs the CUDA build of vLLM in an environment of its own (no GPU)",
 }
 
 _OF_NAME = {
@@ -38,6 +39,7 @@ _OF_NAME = {
     "RunningCluster": "cluster",
     "Driver": "sdk",
     "helm_program": "chart",
+    "CudaBuild": "cuda",
 }
 """Names of code and the need that follows from using one."""
 

@@ -16,9 +16,13 @@ PROFILES = sorted((Path(__file__).parents[1] / "deploy" / "profiles").glob("*.to
 GIB = 1 << 30
 KIB = 1 << 10
 
-PARAMETERS = 31.7e9
-QUANTIZED = 29.9e9
-"""Parameters in linear layers of the language model; embeddings, routers and towers stay in BF16."""
+WEIGHT_BYTES = {
+    (None, 1): 62.361e9,
+    (None, 2): 31.212e9,
+    (None, 4): 15.637e9,
+    ("fp8_per_channel", 1): 32.464e9,
+}
+"""Weights on each GPU, by quantization and number of GPUs; tests/cuda/test_profiles.py builds the model."""
 KV_BYTES = 48 * 2 * 4 * 128 * 2
 """KV cache per token of the captioner: layers, keys and values, KV heads, head width, bytes of BF16."""
 CAPTION_TOKENS = 1000
@@ -61,8 +65,7 @@ def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_profiles_memory_adds_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comment's figures follow from the settings; the longest context and `max_num_seqs` captions fit."""
     settings, text = load(path, monkeypatch), path.read_text()
-    parameter_bytes = QUANTIZED + 2 * (PARAMETERS - QUANTIZED) if settings.quantization else 2 * PARAMETERS
-    weights_gib = parameter_bytes / settings.tensor_parallel / GIB
+    weights_gib = WEIGHT_BYTES[settings.quantization, settings.tensor_parallel] / GIB
     taken_gib = stated(text, r"of ([\d.]+) on the GPU") * settings.gpu_memory_utilization
     kv_gib = taken_gib - weights_gib - stated(text, r"working memory ([\d.]+)")
     kv_bytes = KV_BYTES / settings.tensor_parallel

@@ -24,6 +24,7 @@ from serving.tenancy.limits.counter_store import Spent
 from serving.tenancy.limits.limiter import Limiter
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
+from serving.tenancy.limits.spending import Amounts
 from serving.types import Caller, Limits, SchedulingClass
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LIMITS = Limits(requests_per_minute=10**9, tokens_per_minute=10**12)
+AMOUNTS = Amounts(30_000, input_tokens=383, expected_output_tokens=450, max_output_tokens=32_768)
 CALLER = Caller("acme", "k1", tenant_limits=LIMITS, key_limits=LIMITS)
 KEY = "sk-0123456789abcdef0123456789abcdef"
 
@@ -47,13 +49,13 @@ def test_limits(benchmark: Callable[..., Any], kind: str, request: pytest.Fixtur
     """One request is admitted, charged and settled, under limits of its tenant and of its key."""
     numbers = itertools.count()
 
-    async def spent(_: Caller) -> Spent:
+    async def spent(_: Caller, __: int, ___: str) -> Spent:
         return Spent()
 
     async def one(limiter: Limiter) -> None:
         next(numbers)
         reservation = await limiter.admit(CALLER)
-        await limiter.charge(reservation, audio_s=30.0, tokens=833, nanos=0)
+        await limiter.charge(reservation, AMOUNTS)
         await limiter.settle(reservation, tokens=700, nanos=0)
 
     with asyncio.Runner() as runner:

@@ -243,6 +243,10 @@ TENANTS = Board(
             Panel("Ledger lag", "s", {"{{instance}}": "captioner_ledger_lag_seconds"}),
             Panel("Ledger entries not in the database", "none", {"{{instance}}": "captioner_ledger_pending"}),
             Panel("Ledger journal", "bytes", {"{{instance}}": "captioner_ledger_journal_bytes"}),
+            Panel("Ledger on its disk", "none", {
+                "{{instance}} writable": "captioner_ledger_writable",
+                "{{instance}} records in memory alone": "captioner_ledger_unrecorded",
+            }),
         ],
     },
 )  # fmt: skip

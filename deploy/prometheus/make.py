@@ -227,6 +227,13 @@ def _causes(made: _Alerts) -> None:
         severity="page",
         lasting=5 * MINUTE,
     )
+    made.add(
+        "CaptionerLedgerNotWritable",
+        "captioner_ledger_writable == 0 or captioner_ledger_unrecorded > 0",
+        "{{ $labels.instance }} cannot record usage, its disk is full or failing: new requests are refused.",
+        severity="page",
+        lasting=30,
+    )
 
 
 def _tickets(made: _Alerts) -> None:

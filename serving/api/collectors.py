@@ -72,6 +72,8 @@ def bind_service_metrics(components: Components) -> None:
     watch("captioner_ledger_pending", lambda: ledger.pending)
     watch("captioner_ledger_journal_bytes", lambda: ledger.journal_bytes)
     watch("captioner_ledger_journal_limit_bytes", lambda: settings.max_journal_bytes)
+    watch("captioner_ledger_writable", lambda: float(ledger.writable))
+    watch("captioner_ledger_unrecorded", lambda: ledger.unrecorded)
     watch("captioner_ledger_records_total", lambda: dict(ledger.closed))
     watch("captioner_ledger_write_failures_total", lambda: ledger.write_failures)
     saturation["journal"] = lambda: ledger.journal_bytes / settings.max_journal_bytes

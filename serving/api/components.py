@@ -47,7 +47,7 @@ class Components:
     """Metrics addresses of all processes of a cluster; `None` on one machine, which has this process alone."""
 
     async def check_ready(self) -> None:
-        """Raise `ServerError` if no caption can be made now: by the engine, or for want of keys or of the ledger."""
+        """Raise `ServerError` if no caption can be made now: the engine fails or nobody can be identified or billed."""
         self.keys.check_ready()
         self.usage_sessions.ledger.check_writable()
         await self.engine.check_health()

@@ -71,7 +71,7 @@ class BoundedProtocol(ResponseHandler):
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes in slices, and count them. No bytes: go on with those that the parser kept when it paused."""
-        if self._parser is None:  # the request is not sent yet; they come again when it is
+        if self._parser is None:  # before the request is sent; aiohttp passes the bytes in again afterwards
             super().data_received(data)
             return
         start = 0
@@ -122,9 +122,9 @@ class BoundedProtocol(ResponseHandler):
         elif self._is_chunked and self._wire_bytes > MAX_FRAMING_BYTES + 2 * self._body.total_bytes:
             self._fail("The server sends more framing than file.")
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, cause: str) -> None:
         self._failed = True
-        error = DownloadFailed(f"{DownloadFailed.message} {reason}")
+        error = DownloadFailed(f"{DownloadFailed.message} {cause}")
         if self._body is not None:
             self._body.set_exception(error)
         self.set_exception(error)

@@ -29,9 +29,9 @@ _OUTPUT_BYTES = 256 * 1024
 """Most bytes that are inflated at once: the bound of memory for one download."""
 
 _RATIO, _RATIO_FREE_BYTES = 100, 16 * 1024 * 1024
-"""An inflated body may be this many times as large as the compressed one, and so much more.
+"""Bound of an inflated body: `_RATIO` times the compressed bytes, and `_RATIO_FREE_BYTES` in addition.
 
-Speech and music shrink to about a half, digital silence to a thousandth: the second number leaves 8 minutes of it.
+Speech and music shrink to about a half, digital silence to a thousandth: the addition admits 8 minutes of silence.
 """
 
 _MEMBER_BYTES, _FREE_MEMBERS = 1024, 16
@@ -100,5 +100,5 @@ class Inflater:
         has_header = self._name in _GZIP or (data[0] & 15 == 8 and int.from_bytes(data[:2], "big") % 31 == 0)  # noqa: PLR2004 - RFC 1950
         return zlib.decompressobj(_AUTO if has_header else _RAW)
 
-    def _failed(self, reason: str) -> DownloadFailed:
-        return DownloadFailed(f"{DownloadFailed.message} The server's {self._name} body {reason}.")
+    def _failed(self, fault: str) -> DownloadFailed:
+        return DownloadFailed(f"{DownloadFailed.message} The server's {self._name} body {fault}.")

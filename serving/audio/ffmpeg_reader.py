@@ -48,6 +48,12 @@ _LEAST_REST_BYTES = 16_384
 _MAX_FAILURES = 64
 """Consecutive undecodable packets after which a resumable file is opened again from there: its codec has changed."""
 
+_UNFRAMED = ("aiff", "au", "caf", "w64", "wav")
+"""Demuxers that cut the data anywhere, also within the 2 to 5 bits of a sample of G.726."""
+
+_G726_BYTES = 15 * 256
+"""Multiple of 120 bits, so of samples of each size."""
+
 _MAX_INTERRUPTIONS = 100
 """Exceptions of PyAV's demuxer that are passed over. One is raised at each stream that appears after opening."""
 
@@ -197,7 +203,7 @@ class _Part:
         decoder = av.CodecContext.create(better, "r") if better else stream.codec_context
         decoder.thread_count = 1  # an audio worker may start no thread (`sandbox.py`)
         failures = 0
-        for packet in self._demuxed(container, stream):
+        for packet in self._packets_of(container, stream):
             self._packets += 1
             try:
                 frames = decoder.decode(packet)
@@ -225,6 +231,11 @@ class _Part:
             self._decoded = max(self._decoded, bool(frames))
             yield from frames
 
+    def _packets_of(self, container: Any, stream: Any) -> Iterator[Any]:
+        packets = self._demuxed(container, stream)
+        is_cut_anywhere = stream.codec_context.name.startswith("g726") and self._form.demuxer in _UNFRAMED
+        return _realigned(packets) if is_cut_anywhere else packets
+
     def _demuxed(self, container: Any, stream: Any) -> Iterator[Any]:
         """Yield the packets of the stream.
 
@@ -244,6 +255,18 @@ class _Part:
             except Exception:  # noqa: BLE001, S112 - see above
                 continue
             return
+
+
+def _realigned(packets: Iterator[Any]) -> Iterator[Any]:
+    """Yield the same bytes in packets that end between two samples."""
+    rest = b""
+    for packet in packets:
+        rest += bytes(packet)
+        while len(rest) >= _G726_BYTES:
+            yield av.Packet(rest[:_G726_BYTES])
+            rest = rest[_G726_BYTES:]
+    if rest:
+        yield av.Packet(rest)
 
 
 def mono(frame: Any) -> Samples:

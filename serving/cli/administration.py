@@ -22,11 +22,14 @@ from serving.tenancy.admin import kinds
 from serving.tenancy.admin.service import Administration, NotFoundError
 from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.admin.verbs import GROUPS, VERBS
-from serving.tenancy.database import UnusableDatabase, migrate, open_database
+from serving.tenancy.database import UnusableDatabase, address, failure, migrate, open_database
+from serving.tenancy.database_wait import until_migrated
 from serving.tenancy.key_hashing import Pepper
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Engine
 
     from serving.tenancy.admin.verbs import Parameter, Verb
 
@@ -51,7 +54,11 @@ def main(argv: Sequence[str]) -> int:
     except UnusableDatabase as error:
         return fail(str(error), 3)
     except OperationalError as error:
-        return fail(f"the database does not answer: {type(error.orig).__name__}", 3)
+        return fail(f"the database does not answer: {address(database)}: {failure(error)}", 3)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of SQLite's lock, or of the pepper
+        return fail(f"data_dir cannot be used: {failure(error)}", 3)
     database.dispose()
     return 0
 
@@ -66,14 +73,31 @@ def serve_api(argv: Sequence[str]) -> int:
         return report(error)
     logs.configure(settings.log_level, settings.log_format)
     try:
-        migrate(open_database(settings))
+        database = open_database(settings)
         server = AdminServer(settings, alone=True)
     except ValueError as error:  # UnusableDatabase too
         return fail(str(error))
-    except OperationalError as error:
-        return fail(f"the database does not answer: {type(error.orig).__name__}", 3)
-    asyncio.run(server.serve())
+    except OSError as error:  # of the pepper
+        return fail(f"data_dir cannot be used: {failure(error)}", 3)
+    try:
+        asyncio.run(_serve(server, database))
+    except UnusableDatabase as error:
+        return fail(str(error))
     return 0 if server.started else 1
+
+
+async def _serve(server: AdminServer, database: Engine) -> None:
+    """Serve until a signal. While the database is away, requests get 503. Raises `UnusableDatabase`."""
+
+    def stop_if_unusable(task: asyncio.Task[None]) -> None:
+        server.should_exit = server.should_exit or (not task.cancelled() and task.exception() is not None)
+
+    migrating = asyncio.create_task(until_migrated(database))
+    migrating.add_done_callback(stop_if_unusable)
+    await server.serve()
+    if migrating.done():
+        migrating.result()
+    migrating.cancel()
 
 
 def _parser() -> argparse.ArgumentParser:

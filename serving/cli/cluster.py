@@ -19,7 +19,7 @@ from serving.cluster.ray_env import RAY_ENVIRONMENT
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
-from serving.tenancy.database import UnusableDatabase
+from serving.tenancy.database import UnusableDatabase, failure
 from serving.tenancy.key_hashing import Pepper
 
 if TYPE_CHECKING:
@@ -38,9 +38,11 @@ def cluster(argv: Sequence[str]) -> int:
         return report(error)
     try:
         settings = with_development_key(settings)
+        os.environ.update(_environment(settings))
     except UnusableDatabase as error:
         return fail(str(error))
-    os.environ.update(_environment(settings))
+    except OSError as error:  # of the pepper, which is made at the first start
+        return fail(f"data_dir cannot be used: {failure(error)}", 3)
     logs.configure(settings.log_level, settings.log_format)
     forbid_inspection()
     hidden = {"config", "host", "port", *settings.secrets}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from serving.tenancy.database import migrate, open_database
 from serving.tenancy.keys import development_key
@@ -30,8 +30,8 @@ def with_development_key(settings: Settings) -> Settings:
     try:
         migrate(database)
         key = development_key(settings, database)
-    except OperationalError:
-        return settings  # the database is away; the service waits for it
+    except (SQLAlchemyError, OSError):
+        return settings  # the database is away; the service waits for it and logs the reason
     finally:
         database.dispose()
     return settings.model_copy(update={"development_key": SecretStr(key)}) if key else settings

@@ -24,7 +24,7 @@ from serving.config import Settings
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
 from serving.storage.uploads import make_uploads_directory
-from serving.tenancy.database import UnusableDatabase
+from serving.tenancy.database import UnusableDatabase, failure
 
 if TYPE_CHECKING:
     import socket
@@ -59,7 +59,7 @@ def serve(argv: Sequence[str]) -> int:
     except UnusableDatabase as error:
         return fail(str(error))
     except OSError as error:  # of the pepper, which is made at the first start
-        return fail(f"data_dir cannot be used: {error.strerror}: {error.filename}", 3)
+        return fail(f"data_dir cannot be used: {failure(error)}", 3)
     return uvloop.run(run.run())
 
 

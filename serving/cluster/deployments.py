@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -317,25 +317,37 @@ def _connect(address: str, process: subprocess.Popen[bytes]) -> bool:
     return False
 
 
+class _StartStopped(KeyboardInterrupt):
+    """A signal during the start, which waits for frontends, and they for engines and the database."""
+
+
 def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -> None:
     """Run the whole cluster on this machine until SIGINT or SIGTERM.
 
     `ready` is called with the origin once the cluster serves. Captions that run at the signal are finished, for at most
-    `shutdown_grace_s`; a second signal ends them at once.
+    `shutdown_grace_s`; a second signal ends them at once. A signal before the cluster serves ends the start.
     """
-    stop = threading.Event()
-    with _local_ray():
+    stop, started = threading.Event(), threading.Event()
+
+    def on_signal(*_: object) -> None:
+        stop.set()
+        if not started.is_set():
+            raise _StartStopped
+
+    with suppress(_StartStopped), _local_ray():
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, on_signal)
         serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
         try:
             serve.run(build(overrides), name="captioner", route_prefix="/")
+            started.set()
             ready(f"http://{settings.host}:{settings.port}")
             stop.wait()
             stop.clear()
             _drain(settings.shutdown_grace_s, stop)
         finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
+            if started.is_set() or not stop.is_set():  # else it would wait 30 s for processes that are starting
+                serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _drain(within_s: float, hurry: threading.Event) -> None:

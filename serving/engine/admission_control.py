@@ -22,7 +22,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from serving.engine.base import Load, context_tokens
+from serving.engine.base import Load, context_tokens, ignore_start
 from serving.errors import AudioTooLong, CaptionerError, EngineStalled, NotReady, Overloaded
 from serving.scheduling.drain_rate import DrainRate
 from serving.scheduling.fair_queue import FairQueue, shortest_first
@@ -30,7 +30,7 @@ from serving.scheduling.output_estimate import OutputEstimate
 from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable
 
     from serving.config import Settings
     from serving.engine.base import Engine, EngineDelta
@@ -69,6 +69,8 @@ class _Caption:
     cost: float
     max_output_tokens: int
     fixed_length: bool
+    stops: bool
+    """The client's own stop strings or tokens may end the caption: its length teaches nothing if it is short."""
     long: bool
     admitted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     output_tokens: int = 0
@@ -162,13 +164,19 @@ class AdmissionControl:
         await self._engine.stop()
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`. Also raises `Overloaded`, and `AudioTooLong` for a clip that does not fit even alone."""
         await self.check_health()
         caption = self._caption(features, sampling, scheduling_class)
         try:
             await self._wait_for_admission(caption)
+            on_started()
             queue_s = _now_s() - caption.arrived_s
             async with aclosing(self._engine.generate(request_id, features, sampling, scheduling_class)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once sent
@@ -193,6 +201,7 @@ class AdmissionControl:
             cost=0,
             max_output_tokens=min(sampling.max_tokens, max(1, self._settings.max_model_len - input_tokens)),
             fixed_length=sampling.ignore_eos,
+            stops=sampling.has_stops,
             long=input_tokens > _VERY_LONG_TOKENS,
         )
         caption.cost = _cost(caption, self._expected_tokens(caption) - input_tokens)
@@ -283,7 +292,8 @@ class AdmissionControl:
         caption.output_tokens += delta.tokens
         if delta.finish_reason is not None:
             if not caption.fixed_length:
-                self._outputs.update(caption.output_tokens, cut=delta.finish_reason is not FinishReason.STOP)
+                cut = caption.stops or delta.finish_reason is not FinishReason.STOP
+                self._outputs.update(caption.output_tokens, cut=cut)
             self._release(caption)
             return
         used_tokens = caption.input_tokens + caption.output_tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from serving.types import NO_TENANT, SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from serving.types import Features, FinishReason, Sampling, SchedulingClass
 
@@ -93,6 +93,10 @@ def context_tokens(features: Features) -> int:
     return audio_tokens(features.log_mel.shape[1]) + PROMPT_TOKENS
 
 
+def ignore_start() -> None:
+    """Do nothing when the engine starts on a caption."""
+
+
 class Engine(Protocol):
     """One captioning model behind an asynchronous interface."""
 
@@ -111,10 +115,16 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """Yield deltas until one has a finish reason. `scheduling_class` orders the caption where captions wait.
 
+        `on_started` is called when the engine starts on the caption, which waits no longer: from then on it costs work.
         Closing the generator aborts the request in the engine at once. Raises `EngineFailed` when the engine dies and
         `InvalidRequest` when the parameters cannot be honoured.
         """

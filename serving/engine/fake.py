@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.base import EngineDelta, Tally
+from serving.engine.base import EngineDelta, Tally, ignore_start
 from serving.errors import EngineFailed, NotReady
 from serving.types import NO_TENANT, FinishReason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from serving.config import Settings
@@ -100,7 +100,12 @@ class FakeEngine:
         self._dead.set()
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         del scheduling_class  # admission control has chosen the order
@@ -109,6 +114,7 @@ class FakeEngine:
             await self.check_health()
             with self._tally.count(features):
                 async with self._slots:
+                    on_started()
                     loop = asyncio.get_running_loop()
                     due, held = loop.time() + self._ttft_s, EngineDelta("", 0)
                     faults = self._faults_of(request_id)

@@ -106,6 +106,9 @@ CALLBACK_METRICS = {
     "captioner_ledger_pending": "Entries that are not in the database yet.",
     "captioner_ledger_journal_bytes": "Disk used by the local journal.",
     "captioner_ledger_journal_limit_bytes": "Disk that the local journal may use; above it new requests are refused.",
+    "captioner_ledger_writable": "1 if usage can be recorded; 0 while the disk of data_dir is full or failing, and new "
+    "requests are refused.",
+    "captioner_ledger_unrecorded": "Ended requests whose records are in memory alone, because disk and database fail.",
     "captioner_ledger_records_total": "Requests that the ledger has closed, by outcome; `lost` counts those of killed "
     "processes and lost machines, closed by this process.",
     "captioner_ledger_write_failures_total": "Batches that the database rejected; each is retried.",

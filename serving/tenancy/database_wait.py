@@ -7,11 +7,12 @@ import logging
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from serving.tenancy.database import address, failure
+from serving.tenancy.database import address, failure, migrate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -24,8 +25,17 @@ _MIN_RETRY_S, _MAX_RETRY_S = 0.5, 5.0
 _LOG_EVERY_S = 30.0
 
 
+def _ignore(_: Exception) -> None:
+    pass
+
+
+async def until_migrated(database: Engine, *, on_failure: Callable[[Exception], None] = _ignore) -> None:
+    """Repeat `migrate` until it succeeds, as `until_done` does."""
+    await until_done(partial(in_daemon_thread, partial(migrate, database)), database, on_failure=on_failure)
+
+
 async def until_done(
-    step: Callable[[], Awaitable[None]], database: Engine, *, on_failure: Callable[[Exception], None]
+    step: Callable[[], Awaitable[None]], database: Engine, *, on_failure: Callable[[Exception], None] = _ignore
 ) -> None:
     """Repeat `step` until it succeeds; log the host and the reason at first, when the reason changes, and each 30 s.
 
@@ -40,7 +50,7 @@ async def until_done(
             now_s, reason = time.monotonic(), failure(error)
             if reason != logged_reason or now_s - logged_s >= _LOG_EVERY_S:
                 log.error(  # noqa: TRY400 - the reason says it all
-                    "database cannot be used, captions are refused until it can",
+                    "database cannot be used, waiting for it",
                     extra={
                         "database": address(database),
                         "reason": reason,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
-from serving.tenancy.database import migrate, open_database
-from serving.tenancy.database_wait import in_daemon_thread, until_done
+from serving.tenancy.database import open_database
+from serving.tenancy.database_wait import until_done, until_migrated
 from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.limits.limiter import Limiter
@@ -17,7 +16,7 @@ from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.usage_session import UsageSessions
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from serving.config import Settings
     from serving.tenancy.limits.counter_store import CounterStore
@@ -73,23 +72,23 @@ class Tenancy:
         await asyncio.to_thread(self.database.dispose)
 
     async def _start(self) -> None:
-        await self._until_done(partial(in_daemon_thread, partial(migrate, self.database)), _DATABASE)
-        await self._until_done(self.ledger.start, "the disk of data_dir")
+        await until_migrated(self.database, on_failure=self._waits_for(_DATABASE))
+        await until_done(self.ledger.start, self.database, on_failure=self._waits_for("the disk of data_dir"))
         await self.limiter.start()
         if not self._shares_limits and (others := await asyncio.to_thread(self.ledger.neighbours)):
             log.warning(
                 "other processes use this data_dir; without redis_url each process counts limits alone",
                 extra={"processes": others},
             )
-        await self._until_done(self.keys.start, _DATABASE)
+        await until_done(self.keys.start, self.database, on_failure=self._waits_for(_DATABASE))
         self.keys.waiting_for, self.keys.failing = None, False
 
-    async def _until_done(self, step: Callable[[], Awaitable[None]], waiting_for: str) -> None:
+    def _waits_for(self, resource: str) -> Callable[[Exception], None]:
         def failed(_: Exception) -> None:
-            self.keys.waiting_for, self.keys.failing = waiting_for, waiting_for == _DATABASE
+            self.keys.waiting_for, self.keys.failing = resource, resource == _DATABASE
             self._failed_once.set()
 
-        await until_done(step, self.database, on_failure=failed)
+        return failed
 
 
 def _counter_store(settings: Settings) -> CounterStore:

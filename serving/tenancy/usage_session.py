@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Self
 from serving.scheduling.output_estimate import TenantOutputEstimates
 from serving.tenancy.ledger.usage_record import UsageRecord, is_billed, now_ms
 from serving.tenancy.limits.counter_store import nanos_to_pay
-from serving.types import FinishReason, Outcome
+from serving.tenancy.limits.spending import Amounts
+from serving.types import FinishReason, Outcome, Usage, billed_audio_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from serving.tenancy.limits.counter_store import Reservation
     from serving.tenancy.limits.limiter import Limiter
     from serving.types import Caller, CaptionRequest, Region
+
+
+_SMALLEST_INPUT_TOKENS = Usage(billed_audio_tokens(0)).input_tokens
+"""Billed input of the shortest clip: budgets that do not leave it and one output token refuse every request."""
 
 
 class UsageSessions:
@@ -66,6 +71,8 @@ class UsageSession:
         self._sessions = sessions
         self._request = request
         self._max_tokens = 0
+        self._has_stops = False
+        self._admitted_at = 0
         self._reservation: Reservation | None = None
         self._record: UsageRecord | None = None
         self._settlement: asyncio.Task[None] | None = None
@@ -84,9 +91,17 @@ class UsageSession:
         await self.settle(error)
 
     async def admit(self) -> None:
-        """Count the request. Raises `RateLimited`, `AccessDenied`; `Overloaded` if the spending cannot be read."""
-        if self._sessions.metering:
-            self._reservation = await self._sessions.limiter.admit(self.caller)
+        """Count the request. Raises `RateLimited`, `AccessDenied`; `Overloaded` if the spending cannot be read.
+
+        This moment decides the price, and the day and the month in which the request counts.
+        """
+        if not self._sessions.metering:
+            return
+        self._admitted_at = at = now_ms()
+        self._price = price = self._sessions.prices(self.caller.region, at)
+        self._reservation = await self._sessions.limiter.admit(
+            self.caller, at_ms=at, currency=price.currency, smallest=_amounts(price, _SMALLEST_INPUT_TOKENS, 1)
+        )
 
     def open(self, caption: CaptionRequest) -> None:
         """Open the record of the decoded request. Raises `Overloaded` if the ledger is full."""
@@ -94,31 +109,38 @@ class UsageSession:
             return
         if self._reservation is None:
             raise RuntimeError("UsageSession.open was called before admit")
-        self._max_tokens = caption.sampling.max_tokens
+        self._max_tokens, self._has_stops = caption.sampling.max_tokens, caption.sampling.has_stops
         record = self._new_record(caption.model)
         self._sessions.ledger.open(record, self._request)
         self._record = record
 
-    async def charge(self) -> None:
-        """Reserve what the decoded audio is expected to use. Raises `RateLimited`, `AccessDenied`."""
-        request, record, sessions = self._request, self._record, self._sessions
+    async def charge(self) -> int | None:
+        """Reserve what the decoded audio may use. Raises `RateLimited`, `AccessDenied`.
+
+        Returns the most output tokens that the caption may have, at most its `max_tokens`: budgets reserve what can be
+        written, not what is expected. `None`: nothing is metered.
+        """
+        request, sessions = self._request, self._sessions
         if not sessions.metering:
-            return
-        if self._reservation is None or record is None or request.usage is None:
+            return None
+        if self._reservation is None or self._record is None or request.usage is None:
             raise RuntimeError("UsageSession.charge was called before open, or before the audio was decoded")
-        input_tokens = request.usage.input_tokens
-        output_tokens = min(self._max_tokens, sessions.outputs.tokens(self.caller.tenant_id))
-        await sessions.limiter.charge(
-            self._reservation,
-            audio_s=request.audio_s,
-            tokens=input_tokens + output_tokens,
-            nanos=self._price.amount_nanos(input_tokens, output_tokens),
+        amounts = _amounts(
+            self._price,
+            request.usage.input_tokens,
+            self._max_tokens,
+            audio_ms=round(1000 * request.audio_s),
+            expected_output_tokens=min(self._max_tokens, sessions.outputs.tokens(self.caller.tenant_id)),
         )
-        record.prepared_at = now_ms()
+        return await sessions.limiter.charge(self._reservation, amounts)
+
+    def start(self) -> None:
+        """Note that the engine has started on the caption: from now on a caller that leaves pays. Idempotent."""
+        if self._record is not None and self._record.prepared_at is None:
+            self._record.prepared_at = now_ms()
 
     def _new_record(self, model: str) -> UsageRecord:
-        caller, request, at = self.caller, self._request, now_ms()
-        self._price = price = self._sessions.prices(caller.region, at)
+        caller, request, price = self.caller, self._request, self._price
         return UsageRecord(
             request_id=request.request_id,
             tenant_id=caller.tenant_id,
@@ -132,8 +154,8 @@ class UsageSession:
             currency=price.currency,
             input_price=str(price.input_price),
             output_price=str(price.output_price),
-            opened_at=at,
-            reported_at=at,
+            opened_at=self._admitted_at,
+            reported_at=now_ms(),
         )
 
     async def settle(self, error: BaseException | None) -> None:
@@ -157,7 +179,8 @@ class UsageSession:
         if outcome in {Outcome.FINISHED, Outcome.PARTIAL}:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
-            cut = record.finish_reason != FinishReason.STOP
+            # Nor is it known how long a caption would have been that the client's own stop strings may have ended.
+            cut = self._has_stops or record.finish_reason != FinishReason.STOP
             sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
         record.billed = is_billed(outcome, given_to_engine=record.prepared_at is not None)
         try:
@@ -169,3 +192,17 @@ class UsageSession:
                 request.billed_nanos, request.currency = record.amount_nanos, record.currency
         finally:
             sessions.ledger.close(record, outcome)
+
+
+def _amounts(
+    price: Price, input_tokens: int, max_output_tokens: int, *, audio_ms: int = 0, expected_output_tokens: int = 0
+) -> Amounts:
+    return Amounts(
+        audio_ms=audio_ms,
+        input_tokens=input_tokens,
+        expected_output_tokens=expected_output_tokens,
+        max_output_tokens=max_output_tokens,
+        input_nanos=input_tokens * price.input_nanos,
+        output_token_nanos=price.output_nanos,
+        min_token_nanos=min(price.input_nanos, price.output_nanos),
+    )

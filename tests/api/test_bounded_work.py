@@ -171,7 +171,7 @@ HEADS = {
     "a query": (431, b"GET /api/v1/models?" + b"a=1&" * 2100 + b" HTTP/1.1\r\nhost: x\r\n\r\n"),
     "single bytes": (400, CHUNKED + chunked(200_000, 1)),
     "small chunks": (400, CHUNKED + chunked(5000, 16)),
-    "extensions": (400, CHUNKED + chunked(1000, 16, b";" + b"e" * 1000)),
+    "chunks' extensions": (400, CHUNKED + chunked(1000, 16, b";" + b"e" * 1000)),
     "one extension": (431, CHUNKED + b"1;" + b"e" * 400_000),
     "trailers": (400, CHUNKED + b"1\r\n{\r\n0\r\n" + b"x: y\r\n" * 60_000),
     "requests in a row": (200, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n" * 20_000),
@@ -188,6 +188,8 @@ def test_heads_and_framing_are_bounded(service: TickingService, name: str) -> No
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()), answer[:500]
     assert b"\r\nx-request-id: " in answer
     assert answer.count(b"HTTP/1.1 ") == (33 if status == 200 else 1)
+    if status == 400:
+        assert b"The chunks of the body" in answer
 
 
 @pytest.mark.parametrize("size", [1000, 20_000], ids=["small", "large"])

@@ -143,7 +143,7 @@ def test_a_policy_of_a_key_that_was_revoked_stores_nothing(
 
 
 def test_an_uploaded_file_is_captioned(service: RunningService) -> None:
-    """The whole way still works: policy, file, caption."""
+    """The complete path works: policy, file, caption."""
     terms = policy(service, OTHER)
     assert send(terms, "clip.wav", wav(1)).status_code == 200
     headers = OTHER | {"x-dashscope-ossresourceresolve": "enable"}

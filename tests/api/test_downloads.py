@@ -1,4 +1,4 @@
-"""Audio behind URLs, through the whole service: what servers and callers send, in both dialects."""
+"""Audio behind URLs, through the complete service, in both dialects."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_data_urls_as_people_write_them(service: RunningService) -> None:
 
 
 def test_a_server_that_is_away_is_503_in_both_dialects(service: RunningService, media: MediaServer) -> None:
-    """Clients retry a source that is not available, and are told when; it is no fault of ours in the metrics."""
+    """A source that is not available is answered 503 with `retry-after`, and counts as no failure of the service."""
     media.answers["away"] = 503, {"content-length": "0", "retry-after": "1"}, b""
     with socket.create_server(("127.0.0.1", 0)) as free:
         refused = f"http://127.0.0.1:{free.getsockname()[1]}/clip"
@@ -98,7 +98,7 @@ def test_a_server_that_is_away_is_503_in_both_dialects(service: RunningService, 
             message,
         )
         assert (native.headers["retry-after"], compatible.headers["retry-after"]) == ("5", "5")
-    assert service.metric("captioner_requests_total", outcome="server_error") == 0
+    assert service.metric("captioner_requests_total", outcome="failed") == 0
 
 
 def test_a_server_that_is_away_once_costs_the_caller_nothing(service: RunningService) -> None:
@@ -174,7 +174,7 @@ def test_a_flood_of_tiny_chunks_delays_no_other_caller(service: RunningService, 
 
 
 def test_a_download_process_that_is_killed_is_replaced(service: RunningService, media: MediaServer) -> None:
-    """The service goes on, says so in its metrics, and the next download works."""
+    """The service continues, counts the death, and the next download works."""
     before = service.metric("captioner_download_process_deaths_total")
     children = psutil.Process(service.process.pid).children()
     (downloader,) = (child for child in children if "serving.audio.downloader" in child.cmdline())

@@ -19,6 +19,7 @@ from serving.config import Settings
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine, Faults
 from serving.observability.request_record import STAGES
+from serving.tenancy.ledger.ledger import Ledger
 from tests.support.service import RunningService
 from tests.support.wire import (
     COMPATIBLE,
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
     from tests.support.media import MediaServer
 
 
-async def test_probes_follow_the_engine() -> None:
+async def test_probes_follow_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading: alive, not ready, captions refused with the time of a retry. Loaded: ready. Dead: neither."""
     engine = FakeEngine(Settings(auth=False, audio_workers=1))
     app = create_app(Settings(auth=False, audio_workers=1), engine)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        # The lifespan, which would load the engine, is not run: the test loads the engine.
+        # The lifespan, which would load the engine, is not run: the test loads the engine. Keys and ledger are ready.
+        app.state.components.keys.waiting_for = None
+        monkeypatch.setattr(Ledger, "writable", True)
         assert [(await client.get(path)).status_code for path in ("/healthz", "/readyz")] == [200, 503]
         refused = await client.post(NATIVE, json=native_body(data_url(wav(1))))
         assert (refused.status_code, refused.json()["code"]) == (503, "ModelUnavailable")

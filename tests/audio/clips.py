@@ -21,7 +21,7 @@ import av
 import numpy as np
 import soundfile
 
-from tests.audio.containers import bw64, ts_of, wav
+from tests.audio.containers import aifc, bw64, ts_of, wav
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -264,6 +264,14 @@ _MAKERS: dict[str, tuple[Callable[[], bytes], float]] = {
     "WAV G.723.1": (_av("wav", "g723_1", 8000, bit_rate=6300), _ABOUT_S),
     "WAV G.726": (_av("wav", "g726", 8000, bit_rate=32_000), _ABOUT_S),
     "WAV G.726 at 24 kbit/s": (_av("wav", "g726", 8000, bit_rate=24_000), _ABOUT_S),
+    "WAV G.726 at 40 kbit/s": (
+        lambda: wav(0x45, 8000, with_av("g726", "g726", 8000, bit_rate=40_000), bits=5),
+        _ABOUT_S,
+    ),
+    "AIFF-C G.726 little-endian": (
+        lambda: aifc(b"G726", 8000, with_av("g726le", "g726le", 8000, bit_rate=40_000), bits=5),
+        _ABOUT_S,
+    ),
     "GSM": (_fixture("gsm.gsm"), _ABOUT_S),
     "DTS": (_fixture("dts.dts"), _ABOUT_S),
     "WAV DTS": (lambda: wav(0x2001, 48_000, clip("DTS").data, channels=2), _ABOUT_S),

@@ -14,7 +14,6 @@ import argparse
 import signal
 import sys
 import time
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +21,7 @@ import numpy as np
 
 from serving.audio.decode import decode
 from serving.errors import AudioError
-from tests.audio.clips import FIXTURES, clip, with_av
-from tests.audio.containers import aifc
+from tests.audio.clips import FIXTURES, clip
 from tests.audio.isolation import isolated
 
 if TYPE_CHECKING:
@@ -34,12 +32,6 @@ def _clips(*names: str) -> Callable[[], list[bytes]]:
     return lambda: [clip(name).data for name in names]
 
 
-@cache
-def _g726le() -> list[bytes]:
-    """Return the one kind of file of which FFmpeg, not libsndfile, reads G.726 with its first bits last."""
-    return [aifc(b"G726", 8000, with_av("g726le", "g726le", 8000, bit_rate=40_000), bits=5)]
-
-
 DECODERS: dict[str, Callable[[], list[bytes]]] = {
     "dca": _clips("DTS", "MKA DTS", "MPEG-TS DTS (M2TS)", "WAV DTS called PCM"),
     "truehd": _clips("TrueHD", "MKA TrueHD", "MPEG-TS TrueHD (M2TS)"),
@@ -47,7 +39,7 @@ DECODERS: dict[str, Callable[[], list[bytes]]] = {
     "g722": _clips("WAV G.722", "AU G.722"),
     "g723_1": _clips("WAV G.723.1"),
     "g726": _clips("WAV G.726", "WAV G.726 at 24 kbit/s"),
-    "g726le": _g726le,
+    "g726le": _clips("AIFF-C G.726 little-endian"),
     "gsm": _clips("GSM"),
 }
 """Maker of the intact files, by decoder."""

@@ -211,7 +211,7 @@ async def test_a_tenant_runs_its_share_of_downloads(tmp_path: Path, outside: Sit
 
 
 async def test_a_finished_download_is_not_a_running_one(tmp_path: Path, outside: Site) -> None:
-    """A file that waits for an audio worker holds disk, and no place among the running downloads."""
+    """A file that waits for an audio worker holds disk, and no slot of the running downloads."""
     async with fetching(tmp_path, max_downloads=2) as fetcher, contextlib.AsyncExitStack() as used:
         for _ in range(5):
             await used.enter_async_context(fetcher.fetch(outside.url(), SchedulingClass("one")))

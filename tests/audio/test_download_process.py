@@ -1,4 +1,4 @@
-"""The download process: what it downloads for us, what happens when it dies, and what it cannot disturb."""
+"""The download process: its downloads, its replacement when it dies, and the event loop that it spares."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def test_errors_are_those_of_the_fetcher(tmp_path: Path, outside: Site, in
 
 
 async def test_a_cancelled_download_is_cancelled_there(tmp_path: Path, outside: Site) -> None:
-    """A caller that leaves ends its download: the file is removed, and the place is free again."""
+    """A caller that leaves ends its download: the file is removed, and the slot is free again."""
     outside.answers["/silent"] = silent
     async with running(tmp_path) as process:
         tasks = [asyncio.create_task(get(process, outside.url("/silent"))) for _ in range(20)]
@@ -285,7 +285,7 @@ def test_messages_survive_the_socket(message: object) -> None:
 
 
 def test_what_is_no_message_is_refused() -> None:
-    """Other lines raise one of three exceptions."""
+    """A line that is no message raises one of three exceptions."""
     for line in itertools.chain((b"", b"\n", b"[]", b"{}", b'{"kind":"Other"}'), (b'{"kind":"End"}', b'{"kind":[]}')):
         with pytest.raises((ValueError, LookupError, TypeError)):
             decode(line)

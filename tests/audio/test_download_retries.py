@@ -64,7 +64,7 @@ async def test_a_server_that_is_not_available_is_asked_once_more(tmp_path: Path,
     assert str(caught.value) == f"Failed to download multimodal content.{status}"
 
 
-async def test_a_reset_in_the_body_starts_the_file_anew(tmp_path: Path, outside: Site) -> None:
+async def test_a_reset_in_the_body_restarts_the_file(tmp_path: Path, outside: Site) -> None:
     """The bytes of the first attempt are discarded, from the file and from the count."""
     attempts = 0
 

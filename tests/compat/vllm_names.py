@@ -38,7 +38,8 @@ AREAS = (
         (
             Name(
                 "vllm.engine.arg_utils.AsyncEngineArgs",
-                "__init__(*, model, dtype, quantization, tensor_parallel_size, distributed_executor_backend,"
+                "__init__(*, model, dtype, quantization, quantization_config, tensor_parallel_size,"
+                " distributed_executor_backend,"
                 " max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, kv_cache_memory_bytes,"
                 " enforce_eager, async_scheduling, additional_config, limit_mm_per_prompt, enable_prefix_caching,"
                 " mm_processor_cache_gb, disable_log_stats, otlp_traces_endpoint, use_tqdm_on_load),"
@@ -47,6 +48,9 @@ AREAS = (
             ),
             Name("vllm.config.VllmConfig", "scheduler_config, cache_config", "scheduler class, size of the KV cache"),
             Name("vllm.config.SchedulerConfig", "scheduler_cls, async_scheduling", "choice of our scheduler"),
+            Name(
+                "vllm.config.SchedulerConfig", "max_num_encoder_input_tokens", "audio in a step: no more than profiled"
+            ),
             Name("vllm.config.CacheConfig", "num_gpu_blocks, block_size", "KV capacity that admission control divides"),
             Name(
                 "vllm.config.ModelConfig", "dtype, max_model_len, get_vocab_size()", "input dtype, limits of token ids"
@@ -218,6 +222,26 @@ AREAS = (
                 "base of `Thinker`: several audios without text between them",
             ),
             Name("vllm.multimodal.inputs.MultiModalFeatureSpec", "modality", "audio alone"),
+            Name(
+                "vllm.multimodal.MULTIMODAL_REGISTRY",
+                "register_processor(processor, *, info, dummy_inputs)",
+                "our facts about the model, for the measurement of memory at start",
+            ),
+            Name(
+                "vllm.model_executor.models.qwen3_omni_moe_thinker.Qwen3OmniMoeThinkerProcessingInfo",
+                "get_mm_max_tokens_per_item(seq_len, mm_counts)",
+                "base of `ProcessingInfo`: tokens of 30 s of audio",
+            ),
+            Name(
+                "vllm.model_executor.models.qwen3_omni_moe_thinker.Qwen3OmniMoeThinkerMultiModalProcessor",
+                "",
+                "vLLM's own",
+            ),
+            Name(
+                "vllm.model_executor.models.qwen3_omni_moe_thinker.Qwen3OmniMoeThinkerDummyInputsBuilder",
+                "",
+                "vLLM's own: the audio that is encoded at start",
+            ),
         ),
     ),
     Area(
@@ -333,8 +357,8 @@ AREAS = (
         (
             Name(
                 "vllm.envs.environment_variables",
-                "VLLM_RPC_BASE_PATH, VLLM_LOGGING_CONFIG_PATH, VLLM_NO_USAGE_STATS",
-                "sockets in our directory, logs in our format, no usage report",
+                "VLLM_RPC_BASE_PATH, VLLM_LOGGING_CONFIG_PATH, VLLM_NO_USAGE_STATS, VLLM_WORKER_MULTIPROC_METHOD",
+                "sockets in our directory, logs in our format, no usage report, processes that inherit nothing",
             ),
         ),
     ),

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from serving.config import Settings
 from serving.engine.admission_control import AdmissionControl
-from serving.engine.base import EngineDelta, Load, context_tokens
+from serving.engine.base import EngineDelta, Load, context_tokens, ignore_start
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import AudioTooLong, EngineFailed, EngineStalled, NotReady, Overloaded
 from serving.scheduling.output_estimate import OutputEstimate
 from serving.types import NO_TENANT, Features, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Coroutine, Iterator
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 
     from serving.types import SchedulingClass
 
@@ -74,9 +74,15 @@ class Watched(FakeEngine):
         self.seen = Seen([])
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
+        del on_started  # admission control is the one that knows
         self.seen.order.append(request_id)
         async with aclosing(super().generate(request_id, features, sampling, scheduling_class)) as deltas:
             async for delta in deltas:
@@ -115,6 +121,36 @@ def assert_empty(control: AdmissionControl) -> None:
     assert (control.load.running, control.load.waiting, control.load.kv_tokens, control.load.audio_s) == (0, 0, 0, 0)
     assert not control._awaited
     assert control._long_prefill is None
+
+
+async def test_a_clients_stops_teach_no_length() -> None:
+    """A caption that the client's stop strings or tokens may have ended moves the estimate only if it is long."""
+    async with admission(fake_tokens=20, fake_tpot_s=0.0, fake_ttft_s=0.0) as (control, _):
+        before = control._outputs.tokens
+        for _ in range(5):
+            assert await run(control, stop=(" ",)) <= 2
+            await run(control, stop_token_ids=(1,))
+            await run(control, stop_token_sequences=((1, 2),))
+        assert control._outputs.tokens == before
+        await run(control)
+        assert control._outputs.tokens != before
+
+
+async def test_the_start_of_a_caption_is_reported_when_it_is_admitted() -> None:
+    """A caption that waits for a slot has not started; one that is admitted has, before its first token."""
+    async with admission(max_num_seqs=1, fake_ttft_s=0.2) as (control, _):
+        started: list[str] = []
+
+        async def one(name: str) -> None:
+            async for _ in control.generate(name, clip(5), Sampling(), NO_TENANT, lambda: started.append(name)):
+                pass
+
+        tasks = [asyncio.create_task(one(name)) for name in ("a", "b", "c")]
+        await asyncio.sleep(0.05)
+        assert started == ["a", "b"], "one slot, and one caption more"
+        tasks[2].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert started == ["a", "b"]
 
 
 # ---- accounting

@@ -412,6 +412,15 @@ async def test_stop_ends_a_start_under_way(engine: VllmEngine) -> None:
     await engine.check_health()
 
 
+async def test_an_engine_process_has_none_of_the_services_variables(engine: VllmEngine) -> None:
+    """Variables of the service, which may be secrets, are kept out of the engine's process and not lost here."""
+    assert "CAPTIONER_DATA_DIR" in os.environ
+    (process,) = model_of(engine)._llm.engine_core.resources.engine_manager.processes
+    variables = psutil.Process(process.pid).environ()
+    assert variables["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert not [name for name in variables if name.startswith("CAPTIONER_")]
+
+
 async def test_the_death_of_the_engine_is_noticed() -> None:
     """Ctrl-C does not reach the engine process; once it is dead, captions and the health check raise `EngineFailed`.
 

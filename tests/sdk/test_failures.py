@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.config import Settings
+from serving.engine.base import ignore_start
 from serving.engine.fake import FakeEngine, Faults
 from serving.errors import Overloaded
 from serving.types import NO_TENANT
@@ -20,7 +21,7 @@ from tests.support.service import RunningService
 from tests.support.wire import ask_native, data_url, wav
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
     from pathlib import Path
 
     from serving.engine.base import EngineDelta
@@ -153,11 +154,16 @@ class Crowded(FakeEngine):
     """An engine that is overloaded after three tokens of each caption."""
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         said = 0
-        async for delta in super().generate(request_id, features, sampling, scheduling_class):
+        async for delta in super().generate(request_id, features, sampling, scheduling_class, on_started):
             if said == 3:
                 raise Overloaded
             said += 1

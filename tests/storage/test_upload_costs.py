@@ -1,4 +1,4 @@
-"""What an upload costs its owner: no file is free, and no owner has files without end."""
+"""Costs of an upload: no file is free, and the files of one owner are bounded in bytes and in number."""
 
 from __future__ import annotations
 

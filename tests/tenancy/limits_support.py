@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from serving.tenancy.limits.counter_store import Reservation, Spent
 from serving.tenancy.limits.limiter import Limiter
+from serving.tenancy.limits.spending import Amounts
 from serving.types import Caller, FreeQuota, Limits
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 async def limiter(store: CounterStore, spent: Spent | None = None) -> AsyncIterator[Limiter]:
     """Run a limiter whose ledger has billed `spent` to every caller before."""
 
-    async def read(_: Caller) -> Spent:
+    async def read(_: Caller, __: int, ___: str) -> Spent:
         return spent or Spent()
 
     limits = Limiter(store, read)
@@ -40,5 +41,6 @@ def caller(limits: Limits | None = None, key: Limits | None = None, quota: FreeQ
 async def charge(
     limits: Limiter, reservation: Reservation, audio_s: float = 1, tokens: int = 100, nanos: int = 0
 ) -> None:
-    """Charge amounts, of which most tests name only one."""
-    await limits.charge(reservation, audio_s=audio_s, tokens=tokens, nanos=nanos)
+    """Charge amounts that are known exactly, of which most tests name only one."""
+    amounts = Amounts(round(1000 * audio_s), input_tokens=tokens, max_output_tokens=0, input_nanos=nanos)
+    await limits.charge(reservation, amounts)

@@ -291,9 +291,9 @@ async def test_spent_is_what_was_billed(database: sa.Engine, tmp_path: Path) -> 
     }
     for request_id, changes in changes_of.items():
         usage_table.write(database, [usage(request_id, **paid | changes).row()])
-    spent = usage_table.spent(database, Caller("acme", "k1"), today + 1000)
+    spent = usage_table.spent(database, Caller("acme", "k1"), today + 1000, "CNY")
     assert spent == Spent(Sums(30, 45, 200, 200), Sums(15, 30, 100, 100), 22)
-    assert await ledger.spent(Caller("nobody", "k0")) == Spent()
+    assert await ledger.spent(Caller("nobody", "k0"), today, "CNY") == Spent()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from serving.engine.base import EngineDelta, Load, context_tokens
+from serving.engine.base import EngineDelta, Load, context_tokens, ignore_start
 from serving.engine.remote.wire import (
     PIECE_BYTES,
     SILENCE_S,
@@ -100,7 +100,12 @@ class RemoteEngine:
             raise NotReady
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         refused: set[_Replica] = set()
@@ -112,7 +117,9 @@ class RemoteEngine:
             begun = False
             self.retries += bool(refused)
             try:
-                async with aclosing(replica.generate(request_id, features, sampling, scheduling_class)) as deltas:
+                async with aclosing(
+                    replica.generate(request_id, features, sampling, scheduling_class, on_started)
+                ) as deltas:
                     async for delta in deltas:
                         if not begun:
                             begun = True
@@ -190,10 +197,15 @@ class _Replica:
         await asyncio.wait((self._running,))
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass,
+        on_started: Callable[[], None],
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
-        number, mailbox, writer = next(self._numbers), _Mailbox(), self._writer
+        number, mailbox, writer = next(self._numbers), _Mailbox(on_started), self._writer
         if writer is None:
             raise NotReady
         self._mailboxes[number] = mailbox
@@ -278,7 +290,9 @@ class _Replica:
                 self._state = message
                 for number in [number for number in self._unseen_s if number <= message.seen]:
                     del self._unseen_s[number]
-            case Deltas(deltas=deltas):
+            case Deltas(deltas=deltas, started=started):
+                for number in self._mailboxes.keys() & started:
+                    self._mailboxes[number].on_started()
                 for number, delta in deltas.items():
                     if mailbox := self._mailboxes.get(number):
                         mailbox.put(delta)
@@ -292,7 +306,8 @@ class _Replica:
 class _Mailbox:
     """Deltas of one caption that have arrived and were not consumed yet, merged."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_started: Callable[[], None]) -> None:
+        self.on_started = on_started
         self._delta: EngineDelta | None = None
         self._error: CaptionerError | None = None
         self._arrived = asyncio.Event()

@@ -146,6 +146,7 @@ class _Connection:
         self._writer = writer
         self._incoming: dict[int, _Incoming] = {}
         self._outbox: dict[int, EngineDelta] = {}
+        self._started: list[int] = []
         self._flushing = False
         self._seen = -1
         self._state_due = asyncio.Event()
@@ -258,7 +259,13 @@ class _Connection:
             REQUEST_ID.set(request.request_id)
             TRACE.set(request.trace)
             async with aclosing(
-                self._server.engine.generate(request.request_id, features, request.sampling, request.scheduling_class)
+                self._server.engine.generate(
+                    request.request_id,
+                    features,
+                    request.sampling,
+                    request.scheduling_class,
+                    lambda: self._report_start(number),
+                )
             ) as deltas:
                 del features
                 async for delta in deltas:
@@ -280,6 +287,10 @@ class _Connection:
         finally:
             permit.release()
             self.generations.pop(number, None)
+
+    def _report_start(self, number: int) -> None:
+        self._started.append(number)
+        self._flush_soon()
 
     def _abort(self, number: int) -> None:
         self._outbox.pop(number, None)
@@ -307,14 +318,15 @@ class _Connection:
 
     def _flush(self, *, now: bool = False) -> None:
         self._flushing = False
-        if not self._outbox or self._writer.is_closing():
+        if not (self._outbox or self._started) or self._writer.is_closing():
             return
         if not now and self._writer.transport.get_write_buffer_size() > _WRITE_BUFFER_BYTES:
             self._flushing = True
             asyncio.get_running_loop().call_later(0.05, self._flush)
             return
-        self._write(Deltas(self._outbox))
+        self._write(Deltas(self._outbox, self._started))
         self._outbox.clear()
+        self._started.clear()
 
     def _write(self, message: Message) -> None:
         if not self._writer.is_closing():

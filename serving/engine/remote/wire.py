@@ -12,7 +12,7 @@ writer and the only parser of frames. The frontend sends first:
     engine replica ► frontend
     State          state {ready, failed, draining, load, seen}, every `STATE_INTERVAL_S`
     Deltas         deltas {deltas: [[id, text, tokens, finish_reason], …], queue_s: [[id, seconds], …],
-                           own: [[id, input tokens, tokens not counted], …]}
+                           own: [[id, input tokens, tokens not counted], …], started: [id, …]}
     Failure        error {id, error, message, retry_after_s, reason}: an exception of `serving.errors`
 
 Names in frames are fixed, whatever the Python classes are called: during a rolling update the version before reads
@@ -38,7 +38,7 @@ from serving.types import FinishReason, Sampling, SchedulingClass
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -108,9 +108,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Deltas:
-    """Deltas by generation, one of each at most."""
+    """Deltas by generation, one of each at most, and the generations that the engine has `started` on."""
 
     deltas: Mapping[int, EngineDelta]
+    started: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ def _header(message: Message) -> dict[str, Any]:
         case State():
             state = {"seen": message.seen, "ready": message.ready, "failed": message.failed}
             return {"op": "state", **state, "draining": message.draining, "load": asdict(message.load)}
-        case Deltas(deltas=deltas):
+        case Deltas(deltas=deltas, started=started):
             return {
                 "op": "deltas",
                 "deltas": [[number, each.text, each.tokens, each.finish_reason] for number, each in deltas.items()],
@@ -228,7 +229,7 @@ def _header(message: Message) -> dict[str, Any]:
                     for number, each in deltas.items()
                     if each.input_tokens or each.uncounted_tokens
                 ],
-            }
+            } | ({"started": [*started]} if started else {})
         case Failure(number=number):
             failure = {"op": "error", "id": number, "error": message.error, "message": message.message}
             overloaded = {"retry_after_s": message.retry_after_s, "reason": message.reason}
@@ -275,7 +276,8 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
                         *counts.get(number, (0, 0)),
                     )
                     for number, text, tokens, finish_reason, *_ in header["deltas"]
-                }
+                },
+                tuple(int(number) for number in header.get("started", ())),
             )
         case "error":
             return Failure(

@@ -16,12 +16,12 @@ from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serving.engine.base import Tally
+from serving.engine.base import Tally, ignore_start
 from serving.errors import EngineFailed, NotReady
 from serving.types import NO_TENANT, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import AsyncGenerator, Callable, Iterator
 
     from serving.config import Settings
     from serving.engine.base import EngineDelta, Load
@@ -93,12 +93,18 @@ class VllmEngine:
             raise EngineFailed
 
     async def generate(
-        self, request_id: str, features: Features, sampling: Sampling, scheduling_class: SchedulingClass = NO_TENANT
+        self,
+        request_id: str,
+        features: Features,
+        sampling: Sampling,
+        scheduling_class: SchedulingClass = NO_TENANT,
+        on_started: Callable[[], None] = ignore_start,
     ) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""
         del scheduling_class  # admission control has chosen the order
         if self._model is None:
             raise NotReady
+        on_started()
         with self._tally.count(features):
             async with aclosing(self._model.generate(request_id, features, sampling)) as deltas:
                 del features  # 123 MB for the longest clip, not needed once sent
@@ -127,7 +133,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
     """Set the variables that vLLM and its libraries read on import, here and in the processes that vLLM starts.
 
     Variables that the operator has set stay, except for the directory of vLLM's sockets and temporary files, which vLLM
-    does not delete.
+    does not delete, and for the way in which processes start.
     """
     logging_config = scratch / "logging.json"
     logging_config.write_text(json.dumps(_logging(settings)))
@@ -135,6 +141,9 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         "TMPDIR": str(scratch),
         "VLLM_RPC_BASE_PATH": str(scratch),
         "VLLM_LOGGING_CONFIG_PATH": str(logging_config),
+        # On CUDA vLLM forks by default. A forked engine keeps our listener and the connections of clients: a peer never
+        # sees them close, a stopped service seems to accept, and the port cannot be bound again.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     defaults = {
         "DO_NOT_TRACK": "1",
@@ -148,9 +157,12 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         defaults["HF_HUB_OFFLINE"] = "1"
     before = dict(os.environ)
     os.environ.update(defaults | before | ours)
+    # The engine gets its settings by value. The service's variables, secrets among them, stay out of its processes.
+    own = {name: os.environ.pop(name) for name in before if name.startswith("CAPTIONER_")}
     try:
         yield
     finally:
+        os.environ.update(own)
         for name in {*ours, *defaults} - before.keys():
             del os.environ[name]
         os.environ.update({name: before[name] for name in ours.keys() & before.keys()})

@@ -11,12 +11,53 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm import ModelRegistry
-from vllm.model_executor.models.qwen3_omni_moe_thinker import Qwen3OmniMoeThinkerForConditionalGeneration
+from vllm.model_executor.models.qwen3_omni_moe_thinker import (
+    Qwen3OmniMoeThinkerDummyInputsBuilder,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3OmniMoeThinkerMultiModalProcessor,
+    Qwen3OmniMoeThinkerProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from serving.engine.base import audio_tokens
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.multimodal.inputs import MultiModalFeatureSpec
 
 
+_PROFILED_FRAMES = 3000
+"""Length of each audio that vLLM encodes at start to measure memory: 30 s, the feature extractor's longest."""
+
+
+def profiled_audio_tokens(step_tokens: int) -> int:
+    """Return the audio tokens that vLLM encodes at once when it measures memory at start.
+
+    A step may encode no more, or it could need memory that the KV cache has taken.
+    """
+    item = audio_tokens(_PROFILED_FRAMES)
+    return max(1, step_tokens // item) * item
+
+
+class ProcessingInfo(Qwen3OmniMoeThinkerProcessingInfo):  # type: ignore[misc]
+    """vLLM's facts about the model, with the true number of tokens of the longest profiled audio.
+
+    vLLM says 750 tokens for 30 s (another model's rate), and so measures memory with half of the audio that it later
+    lets a step encode: 300 s instead of 630 s for steps of 8192 tokens.
+    """
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int] | None = None) -> Mapping[str, int]:
+        """Return the tokens of the longest item of each modality."""
+        most: Mapping[str, int] = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return {**most, "audio": audio_tokens(_PROFILED_FRAMES)} if "audio" in most else most
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3OmniMoeThinkerMultiModalProcessor,
+    info=ProcessingInfo,
+    dummy_inputs=Qwen3OmniMoeThinkerDummyInputsBuilder,
+)
 class Thinker(Qwen3OmniMoeThinkerForConditionalGeneration):  # type: ignore[misc]
     """vLLM's model with other positions of the tokens."""
 

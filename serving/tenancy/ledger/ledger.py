@@ -114,6 +114,7 @@ class Ledger:
         self._fault: _Fault | None = None
         self._sync_error: OSError | None = None
         self._disk_error: OSError | None = None
+        self._start_error: OSError | None = None
         self._stopping = threading.Event()
         self._syncing = threading.Thread(target=self._sync_forever, name="ledger-sync", daemon=True)
         self._started = False
@@ -126,8 +127,8 @@ class Ledger:
 
     @property
     def writable(self) -> bool:
-        """True if the journal can record new requests, after its start."""
-        return self._reporting is not None and self._disk_failure() is None
+        """True unless the disk is full or failing: then new requests cannot be recorded."""
+        return self._disk_failure() is None
 
     @property
     def unrecorded(self) -> int:
@@ -170,7 +171,12 @@ class Ledger:
             self._writer.start()
             self._syncing.start()
             await asyncio.to_thread(self._writer.swept.wait, _FIRST_SWEEP_TIMEOUT_S)
-        await asyncio.to_thread(self._journal.open)
+        try:
+            await asyncio.to_thread(self._journal.open)
+        except OSError as error:
+            self._start_error = error
+            raise
+        self._start_error = None
         self._reporting = asyncio.create_task(self._report_forever())
 
     async def stop(self) -> None:
@@ -191,7 +197,7 @@ class Ledger:
             await asyncio.to_thread(self._finish)
 
     def log_unstored(self) -> None:
-        """Log each closed record that is in memory alone, for billing by hand. Idempotent."""
+        """Log each closed record that is in memory alone, so that it can be billed by hand. Idempotent."""
         rows = self._unrecorded.rows()
         self._unrecorded.stored(rows)
         self.unstored += len(rows)
@@ -240,13 +246,13 @@ class Ledger:
             # With the row, in case that the process is killed before the disk works again.
             log.error("usage record kept in memory", extra={"usage_record": row})  # noqa: TRY400 - logged as a fault
 
-    async def spent(self, caller: Caller) -> Spent:
-        """Return what a caller was billed before.
+    async def spent(self, caller: Caller, at_ms: int, currency: str) -> Spent:
+        """Return what a caller was billed before, on the day and in the month of `at_ms`, and in that currency.
 
         Raises `Overloaded` if the database cannot be read: without the sums a budget could be exceeded.
         """
         try:
-            return await asyncio.to_thread(usage_table.spent, self._database, caller, now_ms())
+            return await asyncio.to_thread(usage_table.spent, self._database, caller, at_ms, currency)
         except SQLAlchemyError as error:
             log.warning("cannot read what a caller was billed", extra={"error": type(error).__name__})
             raise Overloaded(reason="budget") from None
@@ -287,7 +293,7 @@ class Ledger:
             self._append_closed(row)
 
     def _disk_failure(self) -> OSError | None:
-        return self._fault.error if self._fault else self._sync_error or self._disk_error
+        return self._fault.error if self._fault else self._sync_error or self._disk_error or self._start_error
 
     def _begin_fault(self, error: OSError) -> _Fault:
         if self._fault is None:

@@ -58,18 +58,28 @@ def close_unreported(database: sa.Engine, *, before_ms: int) -> int:
     return _close(database, _USAGE.reported_at < before_ms)
 
 
-def spent(database: sa.Engine, caller: Caller, at_ms: int) -> Spent:
-    """Return what a tenant and its key were billed on this day and in this month (UTC), and the tenant's free tokens.
+def spent(database: sa.Engine, caller: Caller, at_ms: int, currency: str) -> Spent:
+    """Return what a tenant and its key were billed on that day and in that month (UTC), and the tenant's free tokens.
 
-    A request belongs to the day on which it was admitted.
+    A request belongs to the day on which it was admitted. Money is what was billed in `currency`: amounts of different
+    currencies are never added.
     """
     day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    day_ms, month_ms = (round(1000 * since.timestamp()) for since in (day, day.replace(day=1)))
+    month = day.replace(day=1)
+    day_ms, month_ms = (round(1000 * since.timestamp()) for since in (day, month))
+    next_day_ms = day_ms + 24 * 3600 * 1000
+    next_month_ms = round(1000 * (month + dt.timedelta(days=32)).replace(day=1).timestamp())
+    amounts = (_USAGE.input_tokens + _USAGE.output_tokens, sa.case((_USAGE.currency == currency, _USAGE.amount_nanos)))
+    sums = [
+        _sum(amount, since, until)
+        for since, until in ((day_ms, next_day_ms), (month_ms, next_month_ms))
+        for amount in amounts
+    ]
     with database.connect() as connection:
         of_tenant, of_key = (
             connection.execute(
-                sa.select(*(_sum(each, day_ms) for each in _BILLED), *(_sum(each, month_ms) for each in _BILLED)).where(
-                    column == name, _USAGE.billed, _USAGE.opened_at >= month_ms
+                sa.select(*sums).where(
+                    column == name, _USAGE.billed, _USAGE.opened_at >= month_ms, _USAGE.opened_at < next_month_ms
                 )
             ).one()
             for column, name in ((_USAGE.tenant_id, caller.tenant_id), (_USAGE.key_id, caller.key_id))
@@ -79,11 +89,9 @@ def spent(database: sa.Engine, caller: Caller, at_ms: int) -> Spent:
     return Spent(_sums(of_tenant), _sums(of_key), int(free_tokens or 0))
 
 
-_BILLED = (_USAGE.input_tokens + _USAGE.output_tokens, _USAGE.amount_nanos)
-
-
-def _sum(amount: sa.ColumnElement[int], since_ms: int) -> sa.ColumnElement[int]:
-    return sa.func.coalesce(sa.func.sum(sa.case((_USAGE.opened_at >= since_ms, amount), else_=0)), 0)
+def _sum(amount: sa.ColumnElement[int], since_ms: int, until_ms: int) -> sa.ColumnElement[int]:
+    within = (_USAGE.opened_at >= since_ms) & (_USAGE.opened_at < until_ms)
+    return sa.func.coalesce(sa.func.sum(sa.case((within, amount), else_=0)), 0)
 
 
 def _sums(row: Iterable[Any]) -> Sums:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Mapping, Sequence
 
+    from serving.tenancy.limits.spending import Amounts
     from serving.types import Caller, Limits
-
-    Periods = tuple[str, str]  # the current day and month (UTC): ("2026-11-28", "2026-11")
 
 WINDOW_S = 61
 """Whole seconds, the current one included, that count as the last minute: any 60 s lie within 61 of them."""
@@ -48,9 +47,19 @@ class Reason(enum.IntEnum):
     """The counters do not know what was billed before: `CounterStore.seed` them and repeat the step."""
 
 
+class Period(NamedTuple):
+    """Periods and currency of one bill: the day and the month (UTC) of its admission, and the currency of its price."""
+
+    day: str = ""
+    """As in `2026-11-28`."""
+    month: str = ""
+    """As in `2026-11`."""
+    currency: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Tokens and money billed on the current day and in the current month (UTC)."""
+    """Tokens, and money in one currency, billed to requests that were admitted on one day and in its month (UTC)."""
 
     tokens_per_day: int = 0
     tokens_per_month: int = 0
@@ -93,14 +102,20 @@ class Reservation:
 
     caller: Caller
     scopes: Sequence[Scope]
+    period: Period = field(default_factory=Period)
+    """Fixed at the admission: a request that runs over midnight counts in the period in which it was admitted."""
+    at_ms: int = 0
+    """Time of the admission."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """`x-ratelimit-…` headers of the last step."""
     admitted: bool = False
     audio_ms: int = 0
-    tokens: int = 0
-    nanos: int = 0
-    free_tokens: int = 0
-    """Free tokens reserved for the expected length of the caption."""
+    expected_tokens: int = 0
+    """Input and expected output, counted in the limit of tokens per minute."""
+    max_tokens: int = 0
+    """Input and the most output that the request may write, reserved in budgets and the free quota."""
+    max_nanos: int = 0
+    """List price of `max_tokens`, reserved in budgets."""
     free_left: int = 0
     """Unused free tokens when the request was charged: the most that are free if the counters are lost."""
     charged_s: int = 0
@@ -108,14 +123,27 @@ class Reservation:
     pending: asyncio.Future[Answer | None] | None = None
     """A step that has no answer yet."""
 
+    def reserve(self, amounts: Amounts, output_tokens: int) -> None:
+        """Fill in the amounts of a charged request that may write `output_tokens`."""
+        self.audio_ms, self.expected_tokens = amounts.audio_ms, amounts.expected_tokens
+        self.max_tokens = amounts.input_tokens + output_tokens
+        self.max_nanos = amounts.input_nanos + output_tokens * amounts.output_token_nanos
 
-@dataclass(frozen=True, slots=True)
-class Use:
-    """Amounts that count in one scope's last minute."""
+
+class Use(NamedTuple):
+    """Amounts that count in one scope: in its last minute, at this moment, and billed in the request's period."""
 
     requests: int
     tokens: int
     audio_ms: int
+    running: int
+    running_audio_ms: int
+    tokens_per_day: int
+    tokens_per_month: int
+    nanos_per_day: int
+    nanos_per_month: int
+    free_tokens: int
+    """Free tokens that ended requests have used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +155,14 @@ class Answer:
     uses: Sequence[Use] = ()
     free_tokens: int = 0
     """Free tokens of a settled request."""
-
-
-@dataclass(frozen=True, slots=True)
-class Amounts:
-    """Expected amounts of a request; `nanos` is the price of all tokens."""
-
-    audio_ms: int
-    tokens: int
-    nanos: int
+    output_tokens: int = 0
+    """Output tokens that a charged request may write."""
 
 
 class CounterStore(Protocol):
     """The counters. Each step is atomic over all scopes: it is taken in all of them or in none.
 
-    A cancelled step is either taken or not; `settle` releases what was reserved. `periods`: the current day and month.
+    A cancelled step is either taken or not; `settle` releases what was reserved.
     """
 
     @property
@@ -162,15 +183,15 @@ class CounterStore(Protocol):
         """Send what is not sent yet. Idempotent."""
         ...
 
-    async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
-        """Count one request, and one running request until it is settled."""
+    async def admit(self, reservation: Reservation, smallest: Amounts) -> Answer:
+        """Count one request, and one running request until it is settled; budgets must leave the smallest request."""
         ...
 
-    async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
-        """Count and reserve a request's expected amounts."""
+    async def charge(self, reservation: Reservation, amounts: Amounts) -> Answer:
+        """Count a request's expected amounts, and reserve the most that it may use."""
         ...
 
-    async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
+    async def settle(self, reservation: Reservation, tokens: int, nanos: int) -> int:
         """Release a reservation, count what was billed, and return how many of the tokens are free.
 
         `nanos` is the price of all tokens. A token is free as long as settled requests have not used up the quota,
@@ -179,7 +200,7 @@ class CounterStore(Protocol):
         """
         ...
 
-    async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
+    async def seed(self, scope: Scope, period: Period, sums: Sums, free_tokens: int) -> None:
         """Set what was billed before, where the counters do not know it."""
         ...
 

@@ -23,14 +23,15 @@ from serving.errors import (
     RequestsLimited,
     TokensLimited,
 )
-from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Amounts, Reason, Reservation, Scope
+from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Period, Reason, Reservation, Scope
+from serving.tenancy.limits.spending import SMALLEST, Amounts
 from serving.types import FreeQuota, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from serving.errors import CaptionerError
-    from serving.tenancy.limits.counter_store import Answer, CounterStore, Periods, Spent, Use
+    from serving.tenancy.limits.counter_store import Answer, CounterStore, Spent, Use
     from serving.types import Caller
 
 _MAX_RETRY_AFTER_S = 60
@@ -46,9 +47,12 @@ _UNLIMITED = Limits()
 
 
 class Limiter:
-    """Holds callers to their limits. `spent` reads what a caller was billed before, from the ledger."""
+    """Holds callers to their limits.
 
-    def __init__(self, store: CounterStore, spent: Callable[[Caller], Awaitable[Spent]]) -> None:
+    `spent` reads what a caller was billed before, in the period of a time in ms and in a currency, from the ledger.
+    """
+
+    def __init__(self, store: CounterStore, spent: Callable[[Caller, int, str], Awaitable[Spent]]) -> None:
         self.store = store
         self._spent = spent
 
@@ -60,50 +64,58 @@ class Limiter:
         """Stop the store. Idempotent."""
         await self.store.stop()
 
-    async def admit(self, caller: Caller) -> Reservation:
-        """Count a request; `settle` its reservation however it ends. Raises `RateLimited`, `FreeTierExhausted`."""
-        reservation = Reservation(caller, _scopes(caller))
+    async def admit(
+        self, caller: Caller, *, at_ms: int | None = None, currency: str = "", smallest: Amounts = SMALLEST
+    ) -> Reservation:
+        """Count a request; `settle` its reservation however it ends. Raises `RateLimited`, `FreeTierExhausted`.
+
+        The request counts in the day and month (UTC) of `at_ms`, by default now, and in the money budgets of
+        `currency`. Budgets that do not leave the `smallest` request refuse it.
+        """
+        at_ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
+        reservation = Reservation(caller, _scopes(caller), _period(at_ms, currency), at_ms=at_ms)
         try:
-            await self._take(reservation, lambda periods: self.store.admit(reservation, periods))
+            await self._take(reservation, lambda: self.store.admit(reservation, smallest))
         except BaseException:
             await self.settle(reservation, tokens=0, nanos=0)
             raise
         return reservation
 
-    async def charge(self, reservation: Reservation, *, audio_s: float, tokens: int, nanos: int) -> None:
-        """Reserve what the request is expected to use. Raises `RateLimited` and `FreeTierExhausted`.
+    async def charge(self, reservation: Reservation, amounts: Amounts) -> int:
+        """Reserve what the request may use; return how many output tokens it may write.
 
-        `tokens` has the input and an estimate of the output, not its upper bound; `nanos` is the price of all tokens.
+        Raises `RateLimited` and `FreeTierExhausted`.
         """
-        amounts = Amounts(round(audio_s * 1000), tokens, nanos)
-        await self._take(reservation, lambda periods: self.store.charge(reservation, periods, amounts))
+        answer = await self._take(reservation, lambda: self.store.charge(reservation, amounts))
+        return answer.output_tokens if answer else amounts.max_output_tokens
 
     async def settle(self, reservation: Reservation, *, tokens: int, nanos: int) -> int:
         """Release what was reserved, count what is billed, and return how many of the tokens are free.
 
         `nanos` is the price of all tokens. Idempotent.
         """
-        return await self.store.settle(reservation, _periods(), tokens, nanos) if reservation.scopes else 0
+        return await self.store.settle(reservation, tokens, nanos) if reservation.scopes else 0
 
-    async def _take(self, reservation: Reservation, step: Callable[[Periods], Awaitable[Answer]]) -> None:
+    async def _take(self, reservation: Reservation, step: Callable[[], Awaitable[Answer]]) -> Answer | None:
         """Take a step; where the counters do not know what was billed before, seed them from the ledger first."""
         if not reservation.scopes:
-            return
-        caller, periods = reservation.caller, _periods()
-        answer = await step(periods)
+            return None
+        caller, period = reservation.caller, reservation.period
+        answer = await step()
         for _ in range(_MAX_SEEDINGS):
             if answer.reason is not Reason.UNSEEDED:
                 break
-            spent = await self._spent(caller)
+            spent = await self._spent(caller, reservation.at_ms, period.currency)
             for scope in reservation.scopes:
                 is_tenant = scope.name == _tenant(caller)
                 sums, free_tokens = (spent.tenant, spent.free_tokens) if is_tenant else (spent.key, 0)
-                await self.store.seed(scope, periods, sums, free_tokens)
-            answer = await step(periods)
+                await self.store.seed(scope, period, sums, free_tokens)
+            answer = await step()
         headers = _headers(reservation.scopes, answer.uses)
         if answer.reason is not Reason.NONE:
             raise _refusal(answer, headers)
         reservation.headers = headers
+        return answer
 
 
 def _tenant(caller: Caller) -> str:
@@ -133,9 +145,9 @@ def _scope(name: str, limits: Limits, quota: FreeQuota | None) -> Scope:
     )
 
 
-def _periods() -> Periods:
-    today = dt.datetime.now(dt.UTC).date()
-    return today.isoformat(), today.isoformat()[:7]
+def _period(at_ms: int, currency: str) -> Period:
+    day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).date().isoformat()
+    return Period(day, day[: len("2026-11")], currency)
 
 
 def _headers(scopes: Sequence[Scope], uses: Sequence[Use]) -> Mapping[str, str]:
@@ -165,7 +177,7 @@ def _refusal(answer: Answer, headers: Mapping[str, str]) -> CaptionerError:
         return FreeTierExhausted()
     retry_after_s = min(answer.retry_after_s, _MAX_RETRY_AFTER_S)
     limit = reason.name.lower()
-    if limit in BUDGETS:
+    if limit in BUDGETS and not retry_after_s:
         retry_after_s = _until_next(month=limit.endswith("month"))
     error = _ERRORS.get(reason, BudgetExhausted)(limit=limit, retry_after_s=max(1, retry_after_s))
     error.headers = headers

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from serving.tenancy.limits.counter_store import (
     BUDGETS,
     BURST_S,
     WINDOW_S,
-    Amounts,
     Answer,
+    Period,
     Reason,
     Reservation,
     Scope,
@@ -20,13 +21,18 @@ from serving.tenancy.limits.counter_store import (
     free_of,
     nanos_to_pay,
 )
+from serving.tenancy.limits.spending import NO_BUDGET, RESERVED_RETRY_S, Amounts, output_left_by_money, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from serving.tenancy.limits.counter_store import Periods
-
     Refusal = tuple[Reason, int]  # the limit, and seconds until a retry may succeed
+
+_TOKENS = "tokens"
+"""Key of the sum of tokens, next to the currencies of sums of money."""
+
+_MAX_PERIODS = 4
+"""Periods whose sums are kept: two days and two months, since requests run over midnight."""
 
 _MAX_SCOPES = 10_000
 """Number of scopes above which idle ones are dropped. The ledger has what was billed to them."""
@@ -47,46 +53,49 @@ class MemoryStore:
     async def stop(self) -> None:
         """See `CounterStore`."""
 
-    async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
+    async def admit(self, reservation: Reservation, smallest: Amounts) -> Answer:
         now_s = int(self._now_s())
         self._drop_idle(reservation.scopes, now_s)
-        pairs = self._of(reservation.scopes, periods)
+        pairs = self._of(reservation.scopes)
+        quota = _Quota.of(pairs)
         for scope, counters in pairs:
-            if refusal := next(counters.refuse_request(scope, now_s), None):
-                return _answer(refusal, pairs, now_s)
+            spending = _Spending(scope, counters, reservation.period, smallest, quota)
+            if refusal := next(counters.refuse_request(scope, now_s), None) or next(spending.refuse(), None):
+                return _answer(refusal, pairs, now_s, reservation.period)
         for _, counters in pairs:
             counters.running += 1
             counters.requests.add(now_s, 1)
         reservation.admitted = True
-        return _answer((Reason.NONE, 0), pairs, now_s)
+        return _answer((Reason.NONE, 0), pairs, now_s, reservation.period)
 
-    async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
+    async def charge(self, reservation: Reservation, amounts: Amounts) -> Answer:
         now_s = int(self._now_s())
-        pairs = self._of(reservation.scopes, periods)
-        free_tokens = max((counters.grant(scope, amounts.tokens) for scope, counters in pairs), default=0)
-        nanos = nanos_to_pay(amounts.nanos, free_tokens, amounts.tokens)
+        pairs = self._of(reservation.scopes)
+        quota, output_tokens = _Quota.of(pairs), amounts.max_output_tokens
         for scope, counters in pairs:
-            if refusal := next(counters.refuse_amounts(scope, amounts, nanos, now_s), None):
-                return _answer(refusal, pairs, now_s)
-        reservation.audio_ms, reservation.tokens, reservation.nanos = amounts.audio_ms, amounts.tokens, nanos
-        reservation.free_tokens, reservation.charged_s = free_tokens, now_s
-        for scope, counters in pairs:
-            counters.tokens.add(now_s, amounts.tokens)
+            spending = _Spending(scope, counters, reservation.period, amounts, quota)
+            if refusal := next(counters.refuse_amounts(scope, amounts, now_s), None) or next(spending.refuse(), None):
+                return _answer(refusal, pairs, now_s, reservation.period)
+            output_tokens = min(output_tokens, share_of(spending.output_left, running=counters.running))
+        reservation.reserve(amounts, output_tokens)
+        reservation.charged_s = now_s
+        reservation.free_left = quota.left if quota else 0
+        for _, counters in pairs:
+            counters.tokens.add(now_s, amounts.expected_tokens)
             counters.audio_ms.add(now_s, amounts.audio_ms)
-            counters.reserve(scope, reservation)
-        reservation.free_left = max((counters.free_left(scope) for scope, counters in pairs), default=0)
-        return _answer((Reason.NONE, 0), pairs, now_s)
+            counters.reserve(reservation)
+        return _answer((Reason.NONE, 0), pairs, now_s, reservation.period, output_tokens)
 
-    async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
-        return self.settle_now(reservation, periods, tokens, nanos)
+    async def settle(self, reservation: Reservation, tokens: int, nanos: int) -> int:
+        return self.settle_now(reservation, tokens, nanos)
 
-    def settle_now(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
+    def settle_now(self, reservation: Reservation, tokens: int, nanos: int) -> int:
         """Settle as `settle` does, which never waits here."""
         if not reservation.admitted:
             return 0
         reservation.admitted = False
         now_s = int(self._now_s())
-        pairs = self._of(reservation.scopes, periods)
+        pairs = self._of(reservation.scopes)
         free_tokens = max(
             (
                 min(reservation.free_left, tokens)
@@ -98,37 +107,30 @@ class MemoryStore:
             default=0,
         )
         nanos = nanos_to_pay(nanos, free_tokens, tokens)
-        more = tokens - reservation.tokens
+        more = tokens - reservation.expected_tokens
         for scope, counters in pairs:
             counters.running -= 1
-            counters.reserve(scope, reservation, sign=-1)
+            counters.reserve(reservation, sign=-1)
             counters.tokens.add(reservation.charged_s if more < 0 else now_s, more)
-            counters.bill(tokens, nanos)
+            counters.bill(reservation.period, tokens, nanos)
             if counters.free_used is not None and scope.free_tokens is not None:
                 counters.free_used += free_tokens
         return free_tokens
 
     def adopt(self, reservation: Reservation) -> None:
         """Take over a reservation that was made in another store."""
-        for scope, counters in self._of(reservation.scopes, ("", "")):
+        for _, counters in self._of(reservation.scopes):
             counters.running += 1
-            counters.reserve(scope, reservation)
+            counters.reserve(reservation)
 
-    async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
-        [(_, counters)] = self._of([scope], periods)
-        if counters.sums is None:
-            counters.periods, counters.sums = periods, sums
+    async def seed(self, scope: Scope, period: Period, sums: Sums, free_tokens: int) -> None:
+        [(_, counters)] = self._of([scope])
+        counters.seed(period, sums)
         if counters.free_used is None:
             counters.free_used = free_tokens
 
-    def _of(self, scopes: Sequence[Scope], periods: Periods) -> list[tuple[Scope, _Counters]]:
-        pairs = []
-        for scope in scopes:
-            if (counters := self._counters.get(scope.name)) is None:
-                counters = self._counters[scope.name] = _Counters()
-            counters.turn(periods)
-            pairs.append((scope, counters))
-        return pairs
+    def _of(self, scopes: Sequence[Scope]) -> list[tuple[Scope, _Counters]]:
+        return [(scope, self._counters.setdefault(scope.name, _Counters())) for scope in scopes]
 
     def _drop_idle(self, scopes: Sequence[Scope], now_s: int) -> None:
         """Make room for new scopes. Called before they are counted: later, one just made or seeded would be dropped."""
@@ -141,8 +143,10 @@ class MemoryStore:
             }
 
 
-def _answer(refusal: Refusal, pairs: Sequence[tuple[Scope, _Counters]], now_s: int) -> Answer:
-    return Answer(*refusal, [counters.use(now_s) for _, counters in pairs])
+def _answer(
+    refusal: Refusal, pairs: Sequence[tuple[Scope, _Counters]], now_s: int, period: Period, output_tokens: int = 0
+) -> Answer:
+    return Answer(*refusal, [counters.use(now_s, period) for _, counters in pairs], output_tokens=output_tokens)
 
 
 class _Window:
@@ -191,60 +195,59 @@ class _Counters:
     def __init__(self) -> None:
         self.requests, self.tokens, self.audio_ms = _Window(), _Window(), _Window()
         self.running = 0
-        self.periods: Periods = ("", "")
-        self.sums: Sums | None = None
-        """Sums billed in `periods`, `None` if unknown."""
         self.free_used: int | None = None
-        self._reserved_audio_ms = self._reserved_tokens = self._reserved_nanos = self._reserved_free = 0
+        self.reserved_audio_ms = self.reserved_tokens = 0
+        self.reserved_nanos: dict[str, int] = {}
+        """By currency."""
+        self._billed: dict[str, dict[str, int]] = {}
+        """By day and by month: tokens and, by currency, nanos, of those that are known."""
 
-    def use(self, now_s: int) -> Use:
-        return Use(self.requests.sum(now_s), self.tokens.sum(now_s), self.audio_ms.sum(now_s))
-
-    def is_idle(self, now_s: int) -> bool:
-        use = self.use(now_s)
-        return not (self.running or use.requests or use.tokens or use.audio_ms)
-
-    def turn(self, periods: Periods) -> None:
-        """Set the sums of a day, or a month, that has ended to 0."""
-        if (sums := self.sums) is None or periods == self.periods:
-            return
-        same_day, same_month = (now == before for now, before in zip(periods, self.periods, strict=True))
-        self.periods = periods
-        self.sums = Sums(
-            sums.tokens_per_day * same_day,
-            sums.tokens_per_month * same_month,
-            sums.nanos_per_day * same_day,
-            sums.nanos_per_month * same_month,
+    def use(self, now_s: int, period: Period) -> Use:
+        return Use(
+            self.requests.sum(now_s),
+            self.tokens.sum(now_s),
+            self.audio_ms.sum(now_s),
+            self.running,
+            self.reserved_audio_ms,
+            **asdict(self.billed(period) or Sums()),
+            free_tokens=self.free_used or 0,
         )
 
-    def bill(self, tokens: int, nanos: int) -> None:
-        """Add what was billed to the sums, if they are known."""
-        if (sums := self.sums) is not None:
-            self.sums = Sums(
-                sums.tokens_per_day + tokens,
-                sums.tokens_per_month + tokens,
-                sums.nanos_per_day + nanos,
-                sums.nanos_per_month + nanos,
-            )
+    def is_idle(self, now_s: int) -> bool:
+        return not (self.running or self.requests.sum(now_s) or self.tokens.sum(now_s) or self.audio_ms.sum(now_s))
 
-    def reserve(self, scope: Scope, reservation: Reservation, *, sign: int = 1) -> None:
+    def billed(self, period: Period) -> Sums | None:
+        """Return the sums of a period, `None` if they are not known."""
+        day, month = self._billed.get(period.day, {}), self._billed.get(period.month, {})
+        known = [sums.get(unit) for unit in (_TOKENS, period.currency) for sums in (day, month)]
+        return None if None in known else Sums(*known)  # type: ignore[arg-type]
+
+    def seed(self, period: Period, sums: Sums) -> None:
+        """Set the sums of a period where they are not known."""
+        for name, tokens, nanos in (
+            (period.day, sums.tokens_per_day, sums.nanos_per_day),
+            (period.month, sums.tokens_per_month, sums.nanos_per_month),
+        ):
+            known = self._billed.setdefault(name, {})
+            known.setdefault(_TOKENS, tokens)
+            known.setdefault(period.currency, nanos)
+        while len(self._billed) > _MAX_PERIODS:
+            del self._billed[next(iter(self._billed))]
+
+    def bill(self, period: Period, tokens: int, nanos: int) -> None:
+        """Add what was billed to the sums of the request's period that are known."""
+        for name in (period.day, period.month):
+            known = self._billed.get(name, {})
+            for unit, amount in ((_TOKENS, tokens), (period.currency, nanos)):
+                if unit in known:
+                    known[unit] += amount
+
+    def reserve(self, reservation: Reservation, *, sign: int = 1) -> None:
         """Add the reservation's amounts to what is reserved; with `sign` -1 subtract them."""
-        self._reserved_audio_ms += sign * reservation.audio_ms
-        self._reserved_tokens += sign * reservation.tokens
-        self._reserved_nanos += sign * reservation.nanos
-        if scope.free_tokens is not None:
-            self._reserved_free += sign * reservation.free_tokens
-
-    def free_left(self, scope: Scope) -> int:
-        """Return how many tokens of the free quota no settled request has used."""
-        return 0 if scope.free_tokens is None else max(0, scope.free_tokens - (self.free_used or 0))
-
-    def grant(self, scope: Scope, tokens: int) -> int:
-        """Return how many of the tokens are expected to be free; with "free tier only" all, while any is left."""
-        if scope.free_tokens is None or self.free_used is None:
-            return 0
-        left = max(0, scope.free_tokens - self.free_used - self._reserved_free)
-        return tokens if left and scope.only_free else min(left, tokens)
+        self.reserved_audio_ms += sign * reservation.audio_ms
+        self.reserved_tokens += sign * reservation.max_tokens
+        currency = reservation.period.currency
+        self.reserved_nanos[currency] = self.reserved_nanos.get(currency, 0) + sign * reservation.max_nanos
 
     def refuse_request(self, scope: Scope, now_s: int) -> Iterator[Refusal]:
         """Yield the limits that one more request would exceed."""
@@ -256,35 +259,93 @@ class _Counters:
                 yield Reason.REQUESTS_PER_MINUTE, requests.retry_after_s(1, limit, now_s)
             if requests.sum(now_s, seconds=BURST_S) + 1 > scope.burst:
                 yield Reason.BURST, BURST_S
-        yield from self._refuse_spending(scope, 1, 0)
 
-    def refuse_amounts(self, scope: Scope, amounts: Amounts, nanos: int, now_s: int) -> Iterator[Refusal]:
-        """Yield the limits that these amounts would exceed; `nanos` is the price of the tokens that are not free."""
-        limits = scope.limits
-        if (limit := limits.tokens_per_minute) is not None and self.tokens.sum(now_s) + amounts.tokens > limit:
-            yield Reason.TOKENS_PER_MINUTE, self.tokens.retry_after_s(amounts.tokens, limit, now_s)
+    def refuse_amounts(self, scope: Scope, amounts: Amounts, now_s: int) -> Iterator[Refusal]:
+        """Yield the limits per minute and of running audio that these amounts would exceed."""
+        limits, tokens = scope.limits, amounts.expected_tokens
+        if (limit := limits.tokens_per_minute) is not None and self.tokens.sum(now_s) + tokens > limit:
+            yield Reason.TOKENS_PER_MINUTE, self.tokens.retry_after_s(tokens, limit, now_s)
         if (limit := limits.audio_seconds_per_minute) is not None:
             limit_ms = 1000 * limit
             if self.audio_ms.sum(now_s) + amounts.audio_ms > limit_ms:
                 yield Reason.AUDIO_SECONDS_PER_MINUTE, self.audio_ms.retry_after_s(amounts.audio_ms, limit_ms, now_s)
         limit = limits.concurrent_audio_seconds
-        if limit is not None and self._reserved_audio_ms + amounts.audio_ms > 1000 * limit:
+        if limit is not None and self.reserved_audio_ms + amounts.audio_ms > 1000 * limit:
             yield Reason.CONCURRENT_AUDIO_SECONDS, 1
-        yield from self._refuse_spending(scope, amounts.tokens, nanos)
 
-    def _refuse_spending(self, scope: Scope, tokens: int, nanos: int) -> Iterator[Refusal]:
-        limits, sums = scope.limits, self.sums
-        if scope.has_budget:
-            if sums is None:
+
+@dataclass(frozen=True, slots=True)
+class _Quota:
+    """The tenant's free quota."""
+
+    left: int
+    """Tokens that no settled request has used."""
+    only: bool
+    reserved_tokens: int
+    """The most that running requests of the tenant can use."""
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Scope, _Counters]]) -> _Quota | None:
+        for scope, counters in pairs:
+            if scope.free_tokens is not None:
+                left = max(0, scope.free_tokens - (counters.free_used or 0))
+                return cls(left, scope.only_free, counters.reserved_tokens)
+        return None
+
+
+class _Spending:
+    """The budgets and the free quota of one scope, for one request."""
+
+    def __init__(
+        self, scope: Scope, counters: _Counters, period: Period, amounts: Amounts, quota: _Quota | None
+    ) -> None:
+        self._scope, self._counters, self._period = scope, counters, period
+        self._amounts, self._quota = amounts, quota
+        self.output_left = NO_BUDGET
+        """Output tokens that are left, once `refuse` has yielded nothing."""
+
+    def refuse(self) -> Iterator[Refusal]:
+        """Yield the limits that leave no output token, with seconds to retry; 0 until the next period."""
+        if self._scope.has_budget:
+            if (sums := self._counters.billed(self._period)) is None:
                 yield Reason.UNSEEDED, 0
                 return
-            tokens, nanos = tokens + self._reserved_tokens, nanos + self._reserved_nanos
             for name in BUDGETS:
-                limit, more = getattr(limits, name), tokens if name.startswith("tokens") else nanos
-                if limit is not None and getattr(sums, name) + more > limit:
-                    yield Reason[name.upper()], 0
-        if scope.free_tokens is not None:
-            if self.free_used is None:
+                if (limit := getattr(self._scope.limits, name)) is not None:
+                    left_by = self._left_by_tokens if name.startswith("tokens") else self._left_by_money
+                    if not self._leaves(left_by(limit, getattr(sums, name), reserved=True)):
+                        unreserved = left_by(limit, getattr(sums, name), reserved=False)
+                        held = unreserved >= self._amounts.needed_output_tokens
+                        yield Reason[name.upper()], RESERVED_RETRY_S if held else 0
+        if self._scope.free_tokens is not None and self._quota:
+            if self._counters.free_used is None:
                 yield Reason.UNSEEDED, 0
-            elif scope.only_free and self.free_used + self._reserved_free >= scope.free_tokens:
+            elif self._scope.only_free and not self._leaves(self._left_by_quota(self._quota)):
                 yield Reason.FREE_TIER, 0
+
+    def _leaves(self, output_tokens: int) -> bool:
+        self.output_left = min(self.output_left, output_tokens)
+        return output_tokens >= self._amounts.needed_output_tokens
+
+    def _left_by_tokens(self, limit: int, billed: int, *, reserved: bool) -> int:
+        return limit - billed - reserved * self._counters.reserved_tokens - self._amounts.input_tokens
+
+    def _left_by_money(self, limit: int, billed: int, *, reserved: bool) -> int:
+        quota = self._quota
+        if quota and quota.only:
+            return NO_BUDGET  # never billed
+        return output_left_by_money(
+            self._amounts,
+            limit=limit,
+            billed=billed,
+            reserved_nanos=reserved * self._counters.reserved_nanos.get(self._period.currency, 0),
+            reserved_tokens=reserved * self._counters.reserved_tokens,
+            # A key has no free tokens for certain: the tenant's other keys may use them first.
+            free_left=quota.left if quota and self._scope.free_tokens is not None else 0,
+        )
+
+    def _left_by_quota(self, quota: _Quota) -> int:
+        """Return what "free tier only" leaves: while no other request runs, any; the last one may exceed the quota."""
+        if quota.left and not quota.reserved_tokens:
+            return NO_BUDGET
+        return quota.left - quota.reserved_tokens - self._amounts.input_tokens

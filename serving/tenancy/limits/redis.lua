@@ -5,14 +5,16 @@
 -- One Redis (or Valkey) keeps all keys: Redis Cluster would not know those that the script derives from KEYS.
 --
 --   <scope>:r|t|a         requests, tokens and audio_ms of the last minute: second -> amount
---   <scope>:held          reserved: "<holder> r|a|t|n|f" -> requests, audio_ms, tokens, nanos, free tokens
---   <scope>:d:<day>, <scope>:m:<month>   billed: t, n (tokens, nanos)
+--   <scope>:held          reserved: "<holder> r|a|t|n:<currency>" -> requests, audio_ms, tokens, nanos
+--   <scope>:d:<day>, <scope>:m:<month>   billed: t, n:<currency> (tokens, nanos)
 --   <scope>:free          free tokens used
 --   captioner:holder:<holder>            exists as long as that process is alive
 
---@constants: redis_script.py puts WINDOW_S, BURST_S, UNSET, Reason, TEXTS, NUMBERS, LIMITS and REPLY here.
+--@constants: redis_script.py puts WINDOW_S, BURST_S, UNSET, those of spending.py, Reason, TEXTS, NUMBERS, LIMITS, REPLY, USE here.
 
 local DAY_S = 86400
+local TOKEN_BUDGETS = {{'tokens_per_day', Reason.TOKENS_PER_DAY}, {'tokens_per_month', Reason.TOKENS_PER_MONTH}}
+local MONEY_BUDGETS = {{'nanos_per_day', Reason.NANOS_PER_DAY}, {'nanos_per_month', Reason.NANOS_PER_MONTH}}
 local now_s = tonumber(redis.call('TIME')[1])
 
 local given, at = {}, 0
@@ -38,7 +40,7 @@ for index, scope in ipairs(KEYS) do
     or limits.free_tokens
   states[index] = {scope = scope, limits = limits}
 end
-local day_key, month_key = ':d:' .. given.day, ':m:' .. given.month
+local day_key, month_key, money = ':d:' .. given.day, ':m:' .. given.month, 'n:' .. given.currency
 
 local function reply(values)
   local fields = {}
@@ -84,18 +86,19 @@ end
 
 -- Sums of what living processes have reserved in a scope; reservations of dead ones are removed.
 local function reserved_in(key, limits)
-  local sums, alive, dead = {r = 0, a = 0, t = 0, n = 0, f = 0}, {}, {}
+  local sums, alive, dead = {r = 0, a = 0, t = 0}, {}, {}
   local all = limits.needs_reserved and redis.call('HGETALL', key) or {}
   for index = 1, #all, 2 do
-    local holder, kind = string.match(all[index], '^(%S+) (%a)$')
+    local holder, kind = string.match(all[index], '^(%S+) (%S+)$')
     if alive[holder] == nil then alive[holder] = redis.call('EXISTS', 'captioner:holder:' .. holder) == 1 end
     if alive[holder] then
-      sums[kind] = sums[kind] + tonumber(all[index + 1])
+      sums[kind] = (sums[kind] or 0) + tonumber(all[index + 1])
     else
       dead[#dead + 1] = all[index]
     end
   end
   if #dead > 0 then redis.call('HDEL', key, unpack(dead)) end
+  sums.n = sums[money] or 0
   return sums
 end
 
@@ -107,36 +110,88 @@ local function reserve(state, kind, amount)
   redis.call('EXPIRE', key, DAY_S)
 end
 
-local function reserve_amounts(state, sign, tokens, nanos, free_tokens)
+local function reserve_amounts(state, sign, tokens, nanos)
   reserve(state, 'a', sign * given.audio_ms)
   reserve(state, 't', sign * tokens)
-  reserve(state, 'n', sign * nanos)
-  if state.limits.free_tokens then reserve(state, 'f', sign * free_tokens) end
+  reserve(state, money, sign * nanos)
 end
 
--- Tokens and nanos billed in a period; nil if unknown.
-local function billed(key)
-  local sums = redis.call('HMGET', key, 't', 'n')
-  if not sums[1] then return nil end
-  return {t = tonumber(sums[1]), n = tonumber(sums[2])}
+-- Tokens and nanos billed in the request's period; nil if unknown.
+local function billed(scope)
+  local of_day = redis.call('HMGET', scope .. day_key, 't', money)
+  local of_month = redis.call('HMGET', scope .. month_key, 't', money)
+  if not (of_day[1] and of_day[2] and of_month[1] and of_month[2]) then return nil end
+  return {
+    tokens_per_day = tonumber(of_day[1]), nanos_per_day = tonumber(of_day[2]),
+    tokens_per_month = tonumber(of_month[1]), nanos_per_month = tonumber(of_month[2]),
+  }
 end
 
--- The reason to refuse more tokens and nanos, if there is one.
-local function spending_refusal(state, tokens, nanos)
-  local scope, limits, reserved = state.scope, state.limits, state.reserved
+-- The quotient of two whole numbers, rounded down.
+local function quotient(dividend, divisor) return (dividend - math.fmod(dividend, divisor)) / divisor end
+
+-- The functions of spending.py, where each is explained.
+local function left_by_tokens(limit, sum, held_tokens) return limit - sum - held_tokens - given.input_tokens end
+
+local function left_by_money(limit, sum, held_tokens, held_nanos, free_left)
+  if sum > limit then return -1 end
+  local free_output = free_left - held_tokens - given.input_tokens
+  if free_output >= given.max_output_tokens then return free_output end
+  local nanos = limit - sum - held_nanos - given.input_nanos + given.min_token_nanos * free_left
+  if nanos < 0 then return math.max(-1, free_output) end
+  if given.output_token_nanos == 0 then return NO_BUDGET end
+  return math.max(free_output, quotient(nanos, given.output_token_nanos))
+end
+
+local function share_of(left, running)
+  if running <= 1 then return left end
+  return math.max(math.min(left, MIN_SHARE_TOKENS), (left - left % SHARE) / SHARE)
+end
+
+-- The tenant's free quota: what settled requests have left of it, and what running ones can use.
+local function quota_of()
+  for _, state in ipairs(states) do
+    if state.limits.free_tokens then
+      local left = math.max(0, state.limits.free_tokens - (state.free_used or 0))
+      return {left = left, only = state.limits.only_free, held_tokens = state.reserved.t}
+    end
+  end
+end
+
+-- The reason to refuse a request to which spending leaves no output token, if there is one; sets state.output_left.
+local function spending_refusal(state, quota)
+  local limits, sums, held = state.limits, state.billed, state.reserved
+  local needed = math.min(1, given.max_output_tokens)
+  state.output_left = NO_BUDGET
+  local function leaves(output_tokens)
+    state.output_left = math.min(state.output_left, output_tokens)
+    return output_tokens >= needed
+  end
+  local function retry_s(unreserved) return unreserved >= needed and RESERVED_RETRY_S or 0 end
   if limits.has_budget then
-    local of_day, of_month = billed(scope .. day_key), billed(scope .. month_key)
-    if not (of_day and of_month) then return Reason.UNSEEDED end
-    local t, n = reserved.t + tokens, reserved.n + nanos
-    if limits.tokens_per_day and of_day.t + t > limits.tokens_per_day then return Reason.TOKENS_PER_DAY end
-    if limits.tokens_per_month and of_month.t + t > limits.tokens_per_month then return Reason.TOKENS_PER_MONTH end
-    if limits.nanos_per_day and of_day.n + n > limits.nanos_per_day then return Reason.NANOS_PER_DAY end
-    if limits.nanos_per_month and of_month.n + n > limits.nanos_per_month then return Reason.NANOS_PER_MONTH end
+    if not sums then return Reason.UNSEEDED, 0 end
+    for _, budget in ipairs(TOKEN_BUDGETS) do
+      local name, reason, limit = budget[1], budget[2], limits[budget[1]]
+      if limit and not leaves(left_by_tokens(limit, sums[name], held.t)) then
+        return reason, retry_s(left_by_tokens(limit, sums[name], 0))
+      end
+    end
+    -- A key has no free tokens for certain: the tenant's other keys may use them first.
+    local free_left = quota and limits.free_tokens and quota.left or 0
+    for _, budget in ipairs(MONEY_BUDGETS) do
+      local name, reason, limit = budget[1], budget[2], limits[budget[1]]
+      local pays = limit and not (quota and quota.only)
+      if pays and not leaves(left_by_money(limit, sums[name], held.t, held.n, free_left)) then
+        return reason, retry_s(left_by_money(limit, sums[name], 0, 0, free_left))
+      end
+    end
   end
   if limits.free_tokens then
-    local used = redis.call('GET', scope .. ':free')
-    if not used then return Reason.UNSEEDED end
-    if limits.only_free and tonumber(used) + reserved.f >= limits.free_tokens then return Reason.FREE_TIER end
+    if not state.free_used then return Reason.UNSEEDED, 0 end
+    local alone = quota.left > 0 and quota.held_tokens == 0
+    if limits.only_free and not alone and not leaves(quota.left - quota.held_tokens - given.input_tokens) then
+      return Reason.FREE_TIER, 0
+    end
   end
 end
 
@@ -144,17 +199,17 @@ end
 local function nanos_to_pay(free_tokens)
   if free_tokens == 0 then return given.nanos end
   local product = given.nanos * (given.tokens - free_tokens)
-  local rest = math.fmod(product, given.tokens)
-  return (product - rest) / given.tokens + (rest > 0 and 1 or 0)
+  return quotient(product, given.tokens) + (math.fmod(product, given.tokens) > 0 and 1 or 0)
 end
 
 -- Count what was billed, where it is known what was billed before.
 local function bill(state, nanos, free_tokens)
   local scope = state.scope
   for _, key in ipairs({scope .. day_key, scope .. month_key}) do
-    if redis.call('EXISTS', key) == 1 then
-      redis.call('HINCRBY', key, 't', string.format('%.0f', given.tokens))
-      redis.call('HINCRBY', key, 'n', string.format('%.0f', nanos))
+    for field, amount in pairs({t = given.tokens, [money] = nanos}) do
+      if redis.call('HEXISTS', key, field) == 1 then
+        redis.call('HINCRBY', key, field, string.format('%.0f', amount))
+      end
     end
   end
   if state.limits.free_tokens and redis.call('EXISTS', scope .. ':free') == 1 then
@@ -176,11 +231,11 @@ if given.step == 'settle' then -- tokens: billed; nanos: the price of all of the
       end
     end
   end
-  local nanos, more = nanos_to_pay(free_tokens), given.tokens - given.reserved_tokens
+  local nanos, more = nanos_to_pay(free_tokens), given.tokens - given.expected_tokens
   for _, state in ipairs(states) do
     local key, limit = state.scope .. ':t', state.limits.tokens_per_minute
     reserve(state, 'r', -1)
-    reserve_amounts(state, -1, given.reserved_tokens, given.reserved_nanos, given.free_tokens)
+    reserve_amounts(state, -1, given.max_tokens, given.max_nanos)
     if more > 0 then
       count(key, limit, now_s, more)
     elseif given.charged_s > now_s - WINDOW_S and redis.call('HEXISTS', key, given.charged_s) == 1 then
@@ -194,7 +249,7 @@ end
 if given.step == 'adopt' then -- reserved by this process before Redis was lost
   for _, state in ipairs(states) do
     reserve(state, 'r', 1)
-    reserve_amounts(state, 1, given.tokens, given.nanos, given.free_tokens)
+    reserve_amounts(state, 1, given.max_tokens, given.max_nanos)
   end
   return reply({})
 end
@@ -214,15 +269,22 @@ for _, state in ipairs(states) do
   state.tokens = window(scope .. ':t', limits.tokens_per_minute)
   state.audio = window(scope .. ':a', limits.audio_ms_per_minute)
   state.reserved = reserved_in(scope .. ':held', limits)
+  state.billed = limits.has_budget and billed(scope)
+  state.free_used = limits.free_tokens and tonumber(redis.call('GET', scope .. ':free') or nil)
 end
+local quota = quota_of()
 
 local function answer(values)
   values.now_s = now_s
   local fields = reply(values)
   for _, state in ipairs(states) do
-    fields[#fields + 1] = state.requests.sum
-    fields[#fields + 1] = state.tokens.sum
-    fields[#fields + 1] = state.audio.sum
+    local use = {
+      requests = state.requests.sum, tokens = state.tokens.sum, audio_ms = state.audio.sum,
+      running = state.reserved.r, running_audio_ms = state.reserved.a, free_tokens = state.free_used or 0,
+    }
+    for _, name in ipairs(USE) do
+      fields[#fields + 1] = use[name] or state.billed and state.billed[name] or 0
+    end
   end
   return fields
 end
@@ -245,33 +307,23 @@ if given.step == 'admit' then
       end
       if lately + 1 > limits.burst then return refuse(Reason.BURST, BURST_S) end
     end
-    local reason = spending_refusal(state, 1, 0)
-    if reason then return refuse(reason, 0) end
+    local reason, seconds = spending_refusal(state, quota)
+    if reason then return refuse(reason, seconds) end
   end
   for _, state in ipairs(states) do
     count(state.scope .. ':r', state.limits.requests_per_minute, now_s, 1)
     reserve(state, 'r', 1)
-    state.requests.sum = state.requests.sum + 1
+    state.requests.sum, state.reserved.r = state.requests.sum + 1, state.reserved.r + 1
   end
   return answer({})
 end
 
 -- charge
-local grant, free_left = 0, 0
-for _, state in ipairs(states) do
-  local limits = state.limits
-  local used = limits.free_tokens and redis.call('GET', state.scope .. ':free')
-  if used then
-    free_left = math.max(0, limits.free_tokens - tonumber(used))
-    local left = math.max(0, free_left - state.reserved.f)
-    grant = (left > 0 and limits.only_free) and given.tokens or math.min(left, given.tokens)
-  end
-end
-local nanos = nanos_to_pay(grant)
+local output_tokens, expected_tokens = given.max_output_tokens, given.input_tokens + given.expected_output_tokens
 for _, state in ipairs(states) do
   local limits, tokens, audio = state.limits, state.tokens, state.audio
-  if limits.tokens_per_minute and tokens.sum + given.tokens > limits.tokens_per_minute then
-    return refuse(Reason.TOKENS_PER_MINUTE, retry_after_s(tokens, given.tokens, limits.tokens_per_minute))
+  if limits.tokens_per_minute and tokens.sum + expected_tokens > limits.tokens_per_minute then
+    return refuse(Reason.TOKENS_PER_MINUTE, retry_after_s(tokens, expected_tokens, limits.tokens_per_minute))
   end
   if limits.audio_ms_per_minute and audio.sum + given.audio_ms > limits.audio_ms_per_minute then
     return refuse(Reason.AUDIO_SECONDS_PER_MINUTE, retry_after_s(audio, given.audio_ms, limits.audio_ms_per_minute))
@@ -279,14 +331,17 @@ for _, state in ipairs(states) do
   if limits.concurrent_audio_ms and state.reserved.a + given.audio_ms > limits.concurrent_audio_ms then
     return refuse(Reason.CONCURRENT_AUDIO_SECONDS, 1)
   end
-  local reason = spending_refusal(state, given.tokens, nanos)
-  if reason then return refuse(reason, 0) end
+  local reason, seconds = spending_refusal(state, quota)
+  if reason then return refuse(reason, seconds) end
+  output_tokens = math.min(output_tokens, share_of(state.output_left, state.reserved.r))
 end
+local max_tokens = given.input_tokens + output_tokens
+local max_nanos = given.input_nanos + output_tokens * given.output_token_nanos
 for _, state in ipairs(states) do
-  count(state.scope .. ':t', state.limits.tokens_per_minute, now_s, given.tokens)
+  count(state.scope .. ':t', state.limits.tokens_per_minute, now_s, expected_tokens)
   count(state.scope .. ':a', state.limits.audio_ms_per_minute, now_s, given.audio_ms)
-  reserve_amounts(state, 1, given.tokens, nanos, grant)
-  state.tokens.sum = state.tokens.sum + given.tokens
-  state.audio.sum = state.audio.sum + given.audio_ms
+  reserve_amounts(state, 1, max_tokens, max_nanos)
+  state.tokens.sum = state.tokens.sum + expected_tokens
+  state.audio.sum, state.reserved.a = state.audio.sum + given.audio_ms, state.reserved.a + given.audio_ms
 end
-return answer({free_tokens = grant, free_left = free_left})
+return answer({free_left = quota and quota.left or 0, output_tokens = output_tokens})

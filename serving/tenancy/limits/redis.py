@@ -15,7 +15,7 @@ import logging
 import uuid
 from collections import defaultdict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import redis.asyncio
@@ -28,7 +28,8 @@ from serving.tenancy.limits.redis_script import SCRIPT, Numbers, Reply, limit_va
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from serving.tenancy.limits.counter_store import Amounts, Periods, Reservation, Scope, Sums
+    from serving.tenancy.limits.counter_store import Period, Reservation, Scope, Sums
+    from serving.tenancy.limits.spending import Amounts
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,6 @@ _BATCH = 128
 
 _BILLED_S = 40 * 86_400
 """Life of the sums of what was billed; later, or if they are lost, they are read from the ledger again."""
-
-_NO_PERIODS = ("", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,7 @@ class RedisStore:
         self._redis = redis.asyncio.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
         self._memory = MemoryStore()
         self._live: set[Reservation] = set()
-        self._unsent: defaultdict[tuple[Scope, Periods], list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._unsent: defaultdict[tuple[Scope, Period], list[int]] = defaultdict(lambda: [0, 0, 0])
         self._holder = ""
         self._script = ""
         self._up = False
@@ -95,7 +94,7 @@ class RedisStore:
                 await self._redis.delete(_holder_key(self._holder))
         await self._redis.aclose()
 
-    async def admit(self, reservation: Reservation, periods: Periods) -> Answer:
+    async def admit(self, reservation: Reservation, smallest: Amounts) -> Answer:
 
         def on_reply(fields: Sequence[int]) -> Answer:
             answer = _answer(fields)
@@ -104,33 +103,30 @@ class RedisStore:
                 self._live.add(reservation)
             return answer
 
-        answer = await self._call("admit", reservation, periods, Numbers(), on_reply)
+        answer = await self._call("admit", reservation, smallest, on_reply)
         if answer is None:
-            answer = await self._memory.admit(reservation, periods)
+            answer = await self._memory.admit(reservation, smallest)
             if reservation.admitted:
                 self._live.add(reservation)
         return answer
 
-    async def charge(self, reservation: Reservation, periods: Periods, amounts: Amounts) -> Answer:
+    async def charge(self, reservation: Reservation, amounts: Amounts) -> Answer:
 
         def on_reply(fields: Sequence[int]) -> Answer:
             answer, reply = _answer(fields), Reply(*fields[: len(Reply._fields)])
             if answer.reason is Reason.NONE:
-                reservation.audio_ms, reservation.tokens = amounts.audio_ms, amounts.tokens
-                reservation.nanos = nanos_to_pay(amounts.nanos, reply.free_tokens, amounts.tokens)
-                reservation.free_tokens, reservation.free_left = reply.free_tokens, reply.free_left
-                reservation.charged_s = reply.now_s
+                reservation.reserve(amounts, answer.output_tokens)
+                reservation.free_left, reservation.charged_s = reply.free_left, reply.now_s
             return answer
 
-        numbers = Numbers(amounts.audio_ms, amounts.tokens, amounts.nanos)
-        answer = await self._call("charge", reservation, periods, numbers, on_reply)
-        return answer if answer is not None else await self._memory.charge(reservation, periods, amounts)
+        answer = await self._call("charge", reservation, amounts, on_reply)
+        return answer if answer is not None else await self._memory.charge(reservation, amounts)
 
-    async def settle(self, reservation: Reservation, periods: Periods, tokens: int, nanos: int) -> int:
+    async def settle(self, reservation: Reservation, tokens: int, nanos: int) -> int:
         has_quota = any(scope.free_tokens is not None for scope in reservation.scopes)
         # If the counters do not answer: what was left of the quota when the audio was known.
         fallback = min(reservation.free_left, tokens) if has_quota else 0
-        sent = self._settle(reservation, periods, tokens, nanos, fallback)
+        sent = self._settle(reservation, tokens, nanos, fallback)
         if isinstance(sent, int):
             return sent
         if not (has_quota and tokens):
@@ -139,11 +135,11 @@ class RedisStore:
         return fallback if settled is None else settled.free_tokens
 
     def _settle(
-        self, reservation: Reservation, periods: Periods, tokens: int, nanos: int, fallback: int
+        self, reservation: Reservation, tokens: int, nanos: int, fallback: int
     ) -> asyncio.Future[Answer | None] | int:
         """Send the settlement without waiting; if Redis is lost, settle here and return the free tokens."""
         if (pending := reservation.pending) and not pending.done():  # cancelled within a step: nothing is billed
-            pending.add_done_callback(lambda _: self._settle(reservation, periods, tokens, nanos, fallback))
+            pending.add_done_callback(lambda _: self._settle(reservation, tokens, nanos, fallback))
             return 0
         if not reservation.admitted:
             return 0
@@ -152,62 +148,48 @@ class RedisStore:
         def keep_unsent(free_tokens: int) -> None:
             for scope in reservation.scopes:
                 for index, amount in enumerate((tokens, nanos_to_pay(nanos, free_tokens, tokens), free_tokens)):
-                    self._unsent[scope, periods][index] += amount
+                    self._unsent[scope, reservation.period][index] += amount
 
         if not self._up:
-            free_tokens = self._memory.settle_now(reservation, periods, tokens, nanos)
+            free_tokens = self._memory.settle_now(reservation, tokens, nanos)
             keep_unsent(free_tokens)
             return free_tokens
         reservation.admitted = False
         return self._send(
             "settle",
             reservation.scopes,
-            periods,
-            Numbers(
-                reservation.audio_ms,
-                tokens,
-                nanos,
-                reservation.free_tokens,
-                reservation.charged_s,
-                reservation.tokens,
-                reservation.nanos,
-                reservation.free_left,
-            ),
+            reservation.period,
+            Numbers.of(reservation)._replace(tokens=tokens, nanos=nanos),
             on_lost=lambda: keep_unsent(fallback),
         )
 
-    async def seed(self, scope: Scope, periods: Periods, sums: Sums, free_tokens: int) -> None:
+    async def seed(self, scope: Scope, period: Period, sums: Sums, free_tokens: int) -> None:
         if not self._up:
-            await self._memory.seed(scope, periods, sums, free_tokens)
+            await self._memory.seed(scope, period, sums, free_tokens)
             return
-        day, month = periods
         pipeline = self._redis.pipeline(transaction=True)
         for key, tokens, nanos in (
-            (f"{_key(scope)}:d:{day}", sums.tokens_per_day, sums.nanos_per_day),
-            (f"{_key(scope)}:m:{month}", sums.tokens_per_month, sums.nanos_per_month),
+            (f"{_key(scope)}:d:{period.day}", sums.tokens_per_day, sums.nanos_per_day),
+            (f"{_key(scope)}:m:{period.month}", sums.tokens_per_month, sums.nanos_per_month),
         ):
             pipeline.hsetnx(key, "t", str(tokens))
-            pipeline.hsetnx(key, "n", str(nanos))
+            pipeline.hsetnx(key, f"n:{period.currency}", str(nanos))
             pipeline.expire(key, _BILLED_S)
         pipeline.set(f"{_key(scope)}:free", free_tokens, nx=True, ex=_BILLED_S)
         try:
             await pipeline.execute()
         except (RedisError, OSError) as error:
             self._lose(error)
-            await self._memory.seed(scope, periods, sums, free_tokens)
+            await self._memory.seed(scope, period, sums, free_tokens)
 
     async def _call(
-        self,
-        step: str,
-        reservation: Reservation,
-        periods: Periods,
-        numbers: Numbers,
-        on_reply: Callable[[Sequence[int]], Answer],
+        self, step: str, reservation: Reservation, amounts: Amounts, on_reply: Callable[[Sequence[int]], Answer]
     ) -> Answer | None:
         """Take a step in Redis. Cancelled, it continues, and is `pending` in the reservation until it is done."""
         answer = None
         if self._up:
-            reservation.pending = self._send(step, reservation.scopes, periods, numbers, on_reply)
+            numbers = Numbers(**asdict(amounts))
+            reservation.pending = self._send(step, reservation.scopes, reservation.period, numbers, on_reply)
             answer = await asyncio.shield(reservation.pending)
         self.fallbacks += answer is None
         return answer
@@ -216,12 +198,12 @@ class RedisStore:
         self,
         step: str,
         scopes: Sequence[Scope],
-        periods: Periods,
+        period: Period,
         numbers: Numbers,
         on_reply: Callable[[Sequence[int]], Answer] | None = None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> asyncio.Future[Answer | None]:
-        arguments = [len(scopes), *map(_key, scopes), step, self._holder, *periods, *numbers]
+        arguments = [len(scopes), *map(_key, scopes), step, self._holder, *period, *numbers]
         for scope in scopes:
             arguments += limit_values(scope)
         call = _Call(arguments, on_reply or _answer, on_lost, asyncio.get_running_loop().create_future())
@@ -276,11 +258,10 @@ class RedisStore:
         log.info("Redis connected, limits hold for all replicas")
         self._holder, self._up = holder, True
         for reservation in self._live:
-            numbers = Numbers(reservation.audio_ms, reservation.tokens, reservation.nanos, reservation.free_tokens)
-            self._send("adopt", reservation.scopes, _NO_PERIODS, numbers)
+            self._send("adopt", reservation.scopes, reservation.period, Numbers.of(reservation))
         unsent, self._unsent = self._unsent, defaultdict(self._unsent.default_factory)
-        for (scope, periods), (tokens, nanos, free_tokens) in unsent.items():
-            self._send("bill", [scope], periods, Numbers(0, tokens, nanos, free_tokens))
+        for (scope, period), (tokens, nanos, free_tokens) in unsent.items():
+            self._send("bill", [scope], period, Numbers(tokens=tokens, nanos=nanos, free_tokens=free_tokens))
 
     def _lose(self, error: Exception) -> None:
         if self._up or not self._holder:
@@ -303,5 +284,5 @@ def _holder_key(holder: str) -> str:
 
 def _answer(fields: Sequence[int]) -> Answer:
     reply, sums = Reply(*fields[: len(Reply._fields)]), fields[len(Reply._fields) :]
-    uses = [Use(*sums[index : index + 3]) for index in range(0, len(sums), 3)]
-    return Answer(Reason(reply.reason), reply.retry_after_s, uses, reply.free_tokens)
+    uses = [Use(*sums[index : index + len(Use._fields)]) for index in range(0, len(sums), len(Use._fields))]
+    return Answer(Reason(reply.reason), reply.retry_after_s, uses, reply.free_tokens, reply.output_tokens)

@@ -10,13 +10,16 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from serving.tenancy.limits.counter_store import BURST_S, WINDOW_S, Reason, Scope
+from serving.tenancy.limits import spending
+from serving.tenancy.limits.counter_store import BURST_S, WINDOW_S, Reason, Scope, Use
 from serving.types import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_TEXTS = ("step", "holder", "day", "month")
+    from serving.tenancy.limits.counter_store import Reservation
+
+_TEXTS = ("step", "holder", "day", "month", "currency")
 _UNSET = -1
 
 
@@ -24,13 +27,35 @@ class Numbers(NamedTuple):
     """Numbers of a step, in the order of the script's arguments."""
 
     audio_ms: int = 0
+    # Of a request that begins: see `spending.Amounts`.
+    input_tokens: int = 0
+    expected_output_tokens: int = 0
+    max_output_tokens: int = 0
+    input_nanos: int = 0
+    output_token_nanos: int = 0
+    min_token_nanos: int = 0
+    # Billed.
     tokens: int = 0
     nanos: int = 0
     free_tokens: int = 0
-    charged_s: int = 0
-    reserved_tokens: int = 0
-    reserved_nanos: int = 0
+    # Of a reservation: see `counter_store.Reservation`.
+    expected_tokens: int = 0
+    max_tokens: int = 0
+    max_nanos: int = 0
     free_left: int = 0
+    charged_s: int = 0
+
+    @classmethod
+    def of(cls, reservation: Reservation) -> Numbers:
+        """Return the numbers of a reservation."""
+        return cls(
+            audio_ms=reservation.audio_ms,
+            expected_tokens=reservation.expected_tokens,
+            max_tokens=reservation.max_tokens,
+            max_nanos=reservation.max_nanos,
+            free_left=reservation.free_left,
+            charged_s=reservation.charged_s,
+        )
 
 
 class Reply(NamedTuple):
@@ -41,6 +66,7 @@ class Reply(NamedTuple):
     free_tokens: int
     free_left: int
     now_s: int
+    output_tokens: int
 
 
 def _limits_of(scope: Scope) -> Mapping[str, int | None]:
@@ -69,9 +95,12 @@ def _render(template: str) -> str:
         "NUMBERS": Numbers._fields,
         "LIMITS": _limits_of(Scope("", Limits(), 0)),
         "REPLY": Reply._fields,
+        "USE": Use._fields,
     }
+    shared = ("SHARE", "MIN_SHARE_TOKENS", "RESERVED_RETRY_S", "NO_BUDGET")
     constants = [
         f"local WINDOW_S, BURST_S, UNSET = {WINDOW_S}, {BURST_S}, {_UNSET}",
+        *(f"local {name} = {getattr(spending, name)}" for name in shared),
         f"local Reason = {{{reasons}}}",
         *(f"local {name} = {{{', '.join(map(repr, values))}}}" for name, values in names.items()),
     ]

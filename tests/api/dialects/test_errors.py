@@ -72,6 +72,8 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.PolicyInvalid: REFUSED,
     errors.PolicyExpired: REFUSED,
     errors.KeyNotAllowed: REFUSED,
+    errors.UploadEmpty: BAD,
+    errors.UploadEmpty: BAD,
     errors.UploadTooLarge: BAD,
     errors.UploadExists: (409, *REFUSED[1:2], 409, *REFUSED[3:]),
     errors.AudioError: BAD,
@@ -188,6 +190,9 @@ def test_headers_say_when_to_retry(codec: DashScopeCodec | OpenAICodec) -> None:
     assert codec.error(errors.AudioEmpty(), "1").headers == {"x-request-id": "1"}
     assert codec.error(errors.Overloaded(retry_after_s=7), "1").headers == {"x-request-id": "1", "retry-after": "7"}
     assert 0 < int(codec.error(errors.NotReady(), "1").headers["retry-after"]) <= 60
+    for wish_s, header in ((0, "5"), (12.5, "13"), (9999, "60")):
+        unavailable = errors.SourceUnavailable(retry_after_s=wish_s)
+        assert codec.error(unavailable, "1").headers == {"x-request-id": "1", "retry-after": header}
     limited = errors.TokensLimited(limit="tokens_per_minute", retry_after_s=7)
     assert codec.error(limited, "1").headers == {"x-request-id": "1", "retry-after": "7"}
     spent = errors.BudgetExhausted(limit="tokens_per_day", retry_after_s=3600)
@@ -201,7 +206,11 @@ def test_headers_say_when_to_retry(codec: DashScopeCodec | OpenAICodec) -> None:
     [
         (errors.PolicyExpired(), 403, "AccessDenied"),
         (errors.KeyNotAllowed(), 403, "AccessDenied"),
+        (errors.UploadEmpty(), 400, "EntityTooSmall"),
         (errors.UploadTooLarge(), 400, "EntityTooLarge"),
+        (errors.RequestsLimited(limit="requests_per_minute", retry_after_s=7), 429, "QpsLimitExceeded"),
+        (errors.InvalidApiKey(), 401, "AccessDenied"),
+        (errors.AccessDenied(), 403, "AccessDenied"),
         (errors.BodyTooLarge(), 413, "EntityTooLarge"),
         (errors.UploadExists(), 409, "FileAlreadyExists"),
         (errors.InvalidRequest("<&> 声\N{GRINNING FACE}"), 400, "InvalidArgument"),
