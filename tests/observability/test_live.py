@@ -262,7 +262,9 @@ def test_dying_workers_make_a_ticket(live: Live) -> None:
     with only(live, "tickets", "CaptionerAudioWorkersDying"):
         for _ in range(4):
             before = live.service.metric("captioner_audio_worker_deaths_total")
-            os.kill(psutil.Process(live.service.process.pid).children()[0].pid, signal.SIGKILL)
+            children = psutil.Process(live.service.process.pid).children()
+            worker = next(child for child in children if "serving.audio.worker" in child.cmdline())
+            os.kill(worker.pid, signal.SIGKILL)
             live.chain.until(lambda: live.service.metric("captioner_audio_worker_deaths_total") > before)  # noqa: B023
             time.sleep(1)
         live.chain.until(lambda: ("tickets", "CaptionerAudioWorkersDying", "firing") in live.chain.notifications)
