@@ -37,7 +37,7 @@ EMBEDDED = ModelCard(
     title="Embedded stand-in for Qwen3-Omni-30B-A3B-Captioner",
     owner="captioner-embedded",
     description="A small stand-in in the architecture of Qwen3-Omni-30B-A3B-Captioner, which makes this service run "
-    "without a GPU. It is not the 30B captioner: in set phrases it tells which of "
+    "without a GPU. It is not the 30B captioner: in set phrases it says which of "
     f"{EMBEDDED_SOUNDS} kinds of sound, eight families of instruments and six languages it takes a clip for, and it is "
     "often wrong.",
 )
