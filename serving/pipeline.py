@@ -4,18 +4,23 @@
 
 Everything acquired on the way (a slot, a download, a worker's features, a generation) is released on every way out:
 finished, failed, cancelled, or the consumer closing the generator.
+
+A caption whose engine is lost has failed where the caller has a part of it. The caption of a full response is generated
+once more where there is another engine: its features are kept for that, within a bound.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serving.engine.base import context_tokens
-from serving.errors import DeadlineExceeded, EngineFailed, NotReady
+from serving.engine.remote.client import RemoteEngine
+from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
@@ -28,7 +33,7 @@ from serving.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable
+    from collections.abc import AsyncGenerator, Awaitable, Callable
     from pathlib import Path
 
     from serving.audio.download_process import DownloadProcess
@@ -38,7 +43,12 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
     from serving.storage.uploads import UploadStore
     from serving.tenancy.usage_session import UsageSession
-    from serving.types import CaptionRequest, Features, SchedulingClass
+    from serving.types import CaptionRequest, Features, Sampling, SchedulingClass
+
+log = logging.getLogger(__name__)
+
+_KEPT_SHARE = 4
+"""Features of full responses are kept in a quarter of `max_features_bytes`; the rest is for clips that wait."""
 
 
 class CaptionPipeline:
@@ -66,6 +76,9 @@ class CaptionPipeline:
         self._uploads = uploads
         self._on_not_ready = on_not_ready
         self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
+        self._replicas = engine if isinstance(engine, RemoteEngine) else None
+        """The engine if it is several, of which another can make a caption that one has lost."""
+        self._kept = SharedCapacity(settings.max_features_bytes // _KEPT_SHARE)
 
     @property
     def in_flight(self) -> int:
@@ -81,16 +94,17 @@ class CaptionPipeline:
         deadline_s: float,
         on_prepared: Callable[[], None],
     ) -> AsyncGenerator[CaptionDelta]:
-        """Yield the caption in deltas; the last delta carries the finish reason.
+        """Yield the caption in deltas, or all of it in one if the response is not streamed.
 
-        Fills in `record`. `session` is admitted, and the caller leaves it: opens its usage record once a slot is
-        acquired, charges it once the length of the audio is known, and starts it when the engine does. A budget that
-        leaves less than the request's `max_tokens` reduces them: the caption ends as `length`. `deadline_s` counts from
-        the request's arrival: when it passes, the caption ends as `length` and `partial` with the text generated so
-        far. `on_prepared` is called once the encoded audio is no longer needed. Raises `CaptionerError`.
+        The last delta carries the finish reason. Fills in `record`. `session` is admitted, and the caller leaves it:
+        opens its usage record once a slot is acquired, charges it once the length of the audio is known, and starts it
+        when the engine does. A budget that leaves less than the request's `max_tokens` reduces them: the caption ends
+        as `length`. `deadline_s` counts from the request's arrival: when it passes, the caption ends as `length` and
+        `partial` with the text generated so far. `on_prepared` is called once the encoded audio is no longer needed.
+        Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        sampling, request_id, scheduling_class = request.sampling, request.request_id, session.caller.scheduling_class
+        sampling, scheduling_class = request.sampling, session.caller.scheduling_class
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
             try:
@@ -101,9 +115,11 @@ class CaptionPipeline:
             session.open(request)
             features_held = await stack.enter_async_context(AsyncExitStack())
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(deadline) as timeout:
                     features = await self._prepare(request, record, features_held, scheduling_class)
             except TimeoutError:
+                if not timeout.expired():
+                    raise
                 raise DeadlineExceeded from None
             # From here on neither this function nor its caller needs the encoded audio (up to 10 MiB each).
             del request
@@ -114,16 +130,84 @@ class CaptionPipeline:
             record.engine_input_tokens = context_tokens(features)
             if (max_tokens := await session.charge()) is not None and max_tokens < sampling.max_tokens:
                 sampling = replace(sampling, max_tokens=max_tokens)
-            queued = time.perf_counter()
+            generate = self._stream if record.stream else self._full
             deltas = await stack.enter_async_context(
-                aclosing(self._engine.generate(request_id, features, sampling, scheduling_class, session.start)),
+                aclosing(generate(features, sampling, session, record, deadline, features_held.aclose))
             )
             del features
+            async for caption_delta in deltas:
+                yield caption_delta
+
+    async def _full(  # noqa: PLR0917 - as `_stream`
+        self,
+        features: Features,
+        sampling: Sampling,
+        session: UsageSession,
+        record: RequestRecord,
+        deadline: float,
+        release_features: Callable[[], Awaitable[None]],
+    ) -> AsyncGenerator[CaptionDelta]:
+        """Yield the complete caption. An engine that is lost in the middle of it is replaced by another one, once.
+
+        Nothing of the first try is delivered, billed or recorded.
+        """
+        kept: Features | None = features
+        with self._kept.permit(session.caller.scheduling_class) as permit:
+
+            async def keep_or_release() -> None:
+                nonlocal kept
+                if self._replicas is not None and kept is not None and not permit.amount:
+                    with suppress(Overloaded):
+                        permit.grow(kept.log_mel.nbytes)
+                        return
+                kept = None
+                await release_features()
+
+            while True:
+                pieces: list[str] = []
+                deltas = self._stream(features, sampling, session, record, deadline, keep_or_release)
+                del features
+                try:
+                    async with aclosing(deltas):
+                        async for delta in deltas:
+                            pieces.append(delta.text)
+                except EngineFailed:
+                    if self._replicas is None or kept is None or record.first_token is None:
+                        raise
+                else:
+                    break
+                del deltas
+                features = kept
+                self._replicas.retries += 1
+                record.discard_output()
+                log.warning(
+                    "engine lost in a full response; asking another one", extra={"request_id": record.request_id}
+                )
+            yield replace(delta, text="".join(pieces))
+
+    async def _stream(  # noqa: PLR0917 - two callers
+        self,
+        features: Features,
+        sampling: Sampling,
+        session: UsageSession,
+        record: RequestRecord,
+        deadline: float,
+        on_first_delta: Callable[[], Awaitable[None]],
+    ) -> AsyncGenerator[CaptionDelta]:
+        """Yield the deltas of one generation. `on_first_delta` is called once the engine has consumed the features."""
+        queued, usage = time.perf_counter(), record.usage or Usage(0)
+        deltas = self._engine.generate(
+            record.request_id, features, sampling, session.caller.scheduling_class, session.start
+        )
+        del features
+        async with aclosing(deltas):
             while True:
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout_at(deadline) as timeout:
                         delta = await anext(deltas, None)
                 except TimeoutError:
+                    if not timeout.expired():
+                        raise  # a fault of the engine
                     if record.first_token is None:
                         raise DeadlineExceeded from None
                     record.partial, record.finish_reason = True, FinishReason.LENGTH
@@ -137,7 +221,7 @@ class CaptionPipeline:
                     queue_s = min(delta.queue_s, record.first_token - queued)
                     record.stage("engine_queue", queue_s, ended=queued + queue_s)
                     record.stage("prefill", record.first_token - queued - queue_s, ended=record.first_token)
-                    await features_held.aclose()  # the engine has consumed the features
+                    await on_first_delta()
                 usage = record.add_output(
                     delta.text, delta.tokens, delta.finish_reason, uncounted_tokens=delta.uncounted_tokens
                 )

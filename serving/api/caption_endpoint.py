@@ -161,13 +161,15 @@ class CaptionEndpoint:
             )
             if response.ended:
                 await asyncio.wait((response_task,))  # a client that has the complete response may disconnect
+            client_left = not response_task.done()
         finally:
             disconnect_task.cancel()
             if not response.ended:  # what is billed is also sent, even if the service stops now
                 response_task.cancel()
             await asyncio.wait((response_task, disconnect_task))
         if response_task.cancelled():
-            raise Disconnected
+            # Cancelled by something else, such as a task of the engine: the client still waits for an answer.
+            raise Disconnected if client_left else Internal
         response_task.result()
 
     async def _respond(
@@ -256,17 +258,17 @@ class _Response:
 
     async def _write(self, event: bytes, *, more: bool = True) -> None:
         async with self._writing:
-            if not self._started:
-                await self._start(200, "text/event-stream", _STREAM_HEADERS)
             if not more:
                 await self._end()
+            if not self._started:
+                await self._start(200, "text/event-stream", _STREAM_HEADERS)
             await self._send({"type": "http.response.body", "body": event, "more_body": more})
             self._written_at = asyncio.get_running_loop().time()
 
     async def _send_plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
-        await self._start(status, content_type, {**headers, "content-length": str(len(body))})
         if status == _OK:
-            await self._end()
+            await self._end()  # before the status line, which a failure of the ledger still changes
+        await self._start(status, content_type, {**headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _end(self) -> None:

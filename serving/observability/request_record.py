@@ -109,6 +109,14 @@ class RequestRecord:
             self.caption.append(text)
         return self.usage
 
+    def discard_output(self) -> None:
+        """Remove everything that was generated, before another engine generates the caption."""
+        self.usage = Usage(self.usage.audio_tokens) if self.usage else None
+        self.first_token = self.finish_reason = None
+        self.engine_output_tokens = 0
+        if self.caption is not None:
+            self.caption.clear()
+
     def stage(self, name: str, seconds: float, *, ended: float | None = None) -> None:
         """Record a stage that took `seconds` and ended at `ended`, by default now."""
         self.stages_s[name] = seconds

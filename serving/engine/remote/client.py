@@ -52,7 +52,7 @@ _NO_STATE = State(seen=-1, ready=False, failed=False, draining=False, load=_NO_L
 class RemoteEngine:
     """An `Engine` over the replicas at the addresses that `update` names.
 
-    `retries` counts clips that were sent a second time.
+    `retries` counts clips that were sent a second time, here or by the pipeline.
     """
 
     def __init__(self) -> None:
@@ -214,6 +214,7 @@ class _Replica:
         try:
             # A refusal may arrive while the features are still being sent.
             sending = asyncio.create_task(_send(writer, number, request_id, features, sampling, scheduling_class))
+            sending.add_done_callback(mailbox.fail_with)
             del features
             try:
                 while not ended:
@@ -243,6 +244,8 @@ class _Replica:
                         log.warning(
                             "engine replica broke the protocol", extra={"address": self._address, "error": str(error)}
                         )
+                except Exception:
+                    log.exception("conversation with an engine replica failed", extra={"address": self._address})
                 await asyncio.sleep(_RECONNECT_INTERVAL_S)
         finally:
             if self._on_left:
@@ -319,6 +322,12 @@ class _Mailbox:
     def fail(self, error: CaptionerError) -> None:
         self._error = error
         self._arrived.set()
+
+    def fail_with(self, sending: asyncio.Task[None]) -> None:
+        """Fail if the request could not be sent."""
+        if not sending.cancelled() and (error := sending.exception()) is not None:
+            log.error("request to an engine replica could not be sent", exc_info=error)
+            self.fail(Internal())
 
     async def get(self) -> EngineDelta:
         """Wait for deltas, and return them as one. Raise a failure after the deltas that arrived before it."""

@@ -111,6 +111,9 @@ class EngineServer:
             await self.engine.check_health()
         except CaptionerError as error:
             ready, failed = False, isinstance(error, EngineFailed)
+        except Exception:
+            log.exception("check of the engine failed unexpectedly")  # without a state the frontends would wait on
+            ready, failed = False, True
         load = self.engine.load
         arriving_s = sum(connection.arriving_s for connection in self._connections)
         return State(seen, ready, failed, self.draining, replace(load, audio_s=load.audio_s + arriving_s))
@@ -284,6 +287,10 @@ class _Connection:
         except Exception:
             log.exception("generation failed unexpectedly")
             self._fail(number, Internal())
+        except BaseException:
+            # Cancelled, by an abort or by a fault of the engine. Without an end the frontend would wait on.
+            self._fail(number, Internal())
+            raise
         finally:
             permit.release()
             self.generations.pop(number, None)

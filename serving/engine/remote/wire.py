@@ -174,7 +174,7 @@ async def read_message(reader: asyncio.StreamReader) -> Message:
     payload = await reader.readexactly(payload_bytes) if payload_bytes else b""
     try:
         return _message(header, payload)
-    except (LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ProtocolError(f"malformed frame: {error!r}") from error
 
 
