@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ for name in [name for name in os.environ if name.startswith("CAPTIONER_")]:
     del os.environ[name]  # what this shell would serve is not what is tested
 _DATA = tempfile.TemporaryDirectory(prefix="captioner-test-data-")
 os.environ["CAPTIONER_DATA_DIR"] = _DATA.name  # nor does what is tested touch what this user serves
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell ignores it for jobs in the background, and all their children inherit that: nothing would stop on Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
