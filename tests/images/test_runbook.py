@@ -20,6 +20,7 @@ TASKS = (
     "Rotate keys",
     "Back up the ledger",
     "Restore the ledger",
+    "Repair the disk of the ledger",
     "Lose a node",
     "Lose the head",
     "Change the model",
