@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -24,7 +25,7 @@ from transformers import AutoProcessor
 
 from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.engine.base import PROMPT_TOKENS, audio_tokens, context_tokens
-from serving.engine.vllm.engine import VllmEngine
+from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest, NotReady
 from serving.types import Features, FinishReason, Sampling
 from tests.engine.conftest import Caption, caption, sound, start, token_ids, waveform
@@ -412,13 +413,20 @@ async def test_stop_ends_a_start_under_way(engine: VllmEngine) -> None:
     await engine.check_health()
 
 
-async def test_an_engine_process_has_none_of_the_services_variables(engine: VllmEngine) -> None:
-    """Variables of the service, which may be secrets, are kept out of the engine's process and not lost here."""
+async def test_an_engine_process_gets_none_of_the_services_variables(tmp_path: Path) -> None:
+    """Variables of the service, which may be secrets, are kept out of processes started meanwhile and not lost here.
+
+    vLLM's own processes overwrite the memory from which `/proc` shows their variables, so another process is started.
+    """
     assert "CAPTIONER_DATA_DIR" in os.environ
-    (process,) = model_of(engine)._llm.engine_core.resources.engine_manager.processes
-    variables = psutil.Process(process.pid).environ()
+    before = dict(os.environ)
+    with _environment(Settings(), tmp_path):
+        process = await asyncio.create_subprocess_exec("env", "-0", stdout=subprocess.PIPE)
+        printed, _ = await process.communicate()
+    variables = dict(line.split("=", 1) for line in printed.decode().split("\0") if line)
     assert variables["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
     assert not [name for name in variables if name.startswith("CAPTIONER_")]
+    assert dict(os.environ) == before
 
 
 async def test_the_death_of_the_engine_is_noticed() -> None:
@@ -472,7 +480,7 @@ async def test_the_engine_ends_with_the_service() -> None:
     program = """
 import asyncio
 from serving.config import Settings
-from serving.engine.vllm.engine import VllmEngine
+from serving.engine.vllm.engine import VllmEngine, _environment
 
 async def main():
     engine = VllmEngine(Settings())
