@@ -42,7 +42,7 @@ settings: $(SERVE)/serve.stamp ## List every setting
 	@$(SERVE)/bin/captioner serve --help
 
 .PHONY: test
-test: check .venv/dev.stamp ## Install if needed, then all checks and tests (20 minutes on two cores)
+test: check .venv/dev.stamp ## Install if needed, then all checks and tests
 	$(BIN)/pytest -n $(JOBS) --durations=25
 
 # Tests of which none starts a process, a server, an engine or a cluster (tests/needs.py).
