@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import gevent
 from locust import User, events, task
 from locust.argument_parser import get_parser
+from locust.runners import WorkerRunner
 
 from benchmarks.load.checks import FAILED, WRONG, BadAnswerError
 from benchmarks.load.clips import CODECS, LENGTHS_S
@@ -193,7 +194,9 @@ def _report(data: dict[str, Any], **_: Any) -> None:
 
 @events.worker_report.add_listener  # type: ignore[untyped-decorator]
 def _compare(data: dict[str, Any], **_: Any) -> None:
-    run = _running()
+    if _run is None:
+        return  # from a worker of an earlier run, which is ending
+    run = _run
     for caption, clip, id_ in data.get("captioned", ()):
         try:
             run.seen.check(caption, clip, id_)
@@ -206,6 +209,9 @@ def _compare(data: dict[str, Any], **_: Any) -> None:
 
 @events.quitting.add_listener  # type: ignore[untyped-decorator]
 def _set_exit_status(environment: Any, **_: Any) -> None:
+    if isinstance(environment.runner, WorkerRunner):
+        environment.process_exit_code = 0  # it has only what it has not reported yet; the master decides
+        return
     kinds = [str(entry.error) for entry in environment.stats.errors.values()]
     total = environment.stats.total
     if any(kind in error for error in kinds for kind in (*WRONG, FAILED)):

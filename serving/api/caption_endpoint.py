@@ -167,6 +167,10 @@ class CaptionEndpoint:
             if not response.ended:  # what is billed is also sent, even if the service stops now
                 response_task.cancel()
             await asyncio.wait((response_task, disconnect_task))
+            if response_task.cancelled():
+                # Take its exception: the traceback would keep the features, in a cycle with the task.
+                with suppress(asyncio.CancelledError):
+                    response_task.result()
         if response_task.cancelled():
             # Cancelled by something else, such as a task of the engine: the client still waits for an answer.
             raise Disconnected if client_left else Internal

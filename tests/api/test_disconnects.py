@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
+from serving.api.app import create_app
+from serving.config import Settings
+from serving.engine.fake import FakeEngine
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, NATIVE, ask_compatible, compatible_body, data_url, native_body, wav
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from starlette.types import Message
 
     from tests.support.media import MediaServer
 
@@ -92,6 +100,63 @@ async def test_fake_engine_is_left_clean(endless_service: RunningService, media:
     await _assert_holds_no_more_than(service, held)
     assert psutil.Process(service.process.pid).memory_info().rss < memory + 32 * 2**20
     assert service.metric("captioner_requests_total", outcome="disconnected") == 2 * CLIENTS
+
+
+async def test_features_are_freed_at_once(tmp_path: Path) -> None:
+    """The features of captions whose clients have left are freed at once, not when garbage is next collected."""
+    given: dict[str, object] = {
+        "engine": "fake",
+        "auth": False,
+        "audio_workers": 1,
+        "fake_tpot_s": 0.02,
+        "fake_tokens": 30_000,
+    }
+    given["stream_flush_interval_s"] = 0  # cancelled while it waits for the engine, not for the next tick
+    own = Settings(data_dir=tmp_path, uploads_dir=tmp_path / "uploads", **given)  # type: ignore[arg-type]
+    app = create_app(own, FakeEngine(own))
+
+    async def leave_mid_stream() -> None:
+        content = json.dumps(compatible_body(data_url(wav(1)), stream=True)).encode()
+        messages: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+        streaming = asyncio.Event()
+
+        async def receive() -> Message:
+            if messages:
+                return messages.pop()
+            await streaming.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message.get("body"):
+                streaming.set()
+
+        await app(_scope(COMPATIBLE), receive, send)
+
+    async with app.router.lifespan_context(app):
+        await leave_mid_stream()
+        gc.collect()
+        gc.disable()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(40):
+                    group.create_task(leave_mid_stream())
+            assert not [name for name in _open_files() if "log-mel" in name]
+        finally:
+            gc.enable()
+
+
+def _scope(path: str) -> dict[str, object]:
+    asgi = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http"}
+    peers = {"server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "state": {}}
+    return asgi | peers | {"path": path, "raw_path": path.encode(), "query_string": b"", "headers": [(b"host", b"x")]}
+
+
+def _open_files() -> list[str]:
+    names = []
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor that lists the directory
+            names.append(str(path.readlink()))
+    return names
 
 
 async def test_disconnect_during_the_download(endless_service: RunningService) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.load.command import locust_command
 from benchmarks.program import module_environment
+from benchmarks.servers import free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,9 @@ CLIP_S = 2
 
 def command(host: str, clips: Path, journal: Path, *flags: str) -> list[str]:
     """Return the command of a short run with two callers."""
-    own = ("--load=2", "--seconds=1.5", "--warm-up=0", f"--mix={CLIP_S}", f"--clips-dir={clips}")
+    port = free_port()  # of a master, which runs in other tests at the same time have too
+    ports = (f"--master-bind-port={port}", f"--master-port={port}")
+    own = (*ports, "--load=2", "--seconds=1.5", "--warm-up=0", f"--mix={CLIP_S}", f"--clips-dir={clips}")
     return locust_command(host, journal, *own, *flags)
 
 

@@ -185,8 +185,11 @@ def test_a_trained_tenant_does_not_exceed_its_budget(limits: dict[str, int]) -> 
         def one(_: int) -> httpx.Response:
             return httpx.post(service.url + COMPATIBLE, json=body, headers=KEY, timeout=60)
 
+        answers: list[httpx.Response] = []
         with ThreadPoolExecutor(50) as pool:
-            answers = [*pool.map(one, range(200))]
+            # A caption that runs alone holds all that is left, so that one round may end with more to spend.
+            while not answers or 200 in {answer.status_code for answer in answers[-200:]}:
+                answers += pool.map(one, range(200))
         records: list[Any] = ledger()
     assert {answer.status_code for answer in answers} == {200, 429}
     billed = [record for record in records if record.billed]

