@@ -277,6 +277,19 @@ class Cluster(BaseModel):
     scale_down_after_s: float = Field(
         300, ge=0, description="Time in seconds for which fewer replicas must suffice before replicas are removed"
     )
+    haproxy_metrics_port: int = Field(
+        9101, ge=1, le=65535, description="TCP port of HAProxy's metrics on `host` (`captioner cluster`)"
+    )
+    haproxy_stats_port: int = Field(
+        8404, ge=1, le=65535, description="TCP port of HAProxy's statistics on `host` (`captioner cluster`)"
+    )
+    ray_first_port: Annotated[int | None, Example(20000)] = Field(
+        None,
+        ge=1024,
+        le=64536,
+        description="First of 1000 consecutive TCP ports for Ray's processes (`captioner cluster`); they are on "
+        "loopback unless `host` is every address. Unset: free ports",
+    )
 
 
 class Callers(BaseModel):

@@ -8,14 +8,17 @@ import importlib
 import logging
 import os
 import secrets
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
-from serving.cluster.ray_env import RAY_ENVIRONMENT
+from serving.cluster.local_ray import serve_ports
+from serving.cluster.ray_env import RAY_ENVIRONMENT, host_variables
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
@@ -27,6 +30,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_HAPROXY_FILES = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "SERVER_STATE_BASE": "",
+    "SERVER_STATE_FILE": "server-state",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+}
+"""Files of HAProxy by the variable of their path, which Ray puts into a directory for the node. Its default is in /tmp,
+where another user may have been first."""
+
 
 def cluster(argv: Sequence[str]) -> int:
     """Run `cluster SETTINGS…` until a signal; return the exit status."""
@@ -36,9 +49,11 @@ def cluster(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
+    # HAProxy's files and its admin socket, whose path is short: at most 107 bytes.
+    directory = tempfile.TemporaryDirectory(prefix="captioner-", ignore_cleanup_errors=True)
     try:
         settings = with_development_key(settings)
-        os.environ.update(_environment(settings))
+        os.environ.update(_environment(settings, Path(directory.name)))
     except UnusableDatabase as error:
         return fail(str(error))
     except OSError as error:  # of the pepper, which is made at the first start
@@ -53,11 +68,12 @@ def cluster(argv: Sequence[str]) -> int:
         print_first_request(origin, settings)
 
     deployments = importlib.import_module("serving.cluster.deployments")  # takes seconds, and reads the environment
-    deployments.up(settings, overrides, ready)
+    with directory:
+        deployments.up(settings, overrides, ready)
     return 0
 
 
-def _environment(settings: Settings) -> dict[str, str]:
+def _environment(settings: Settings, directory: Path) -> dict[str, str]:
     """Return variables that Ray reads on import and its processes inherit, secrets among them: not for Ray's store."""
     private = {
         "CAPTIONER_UPLOAD_SECRET": secrets.token_hex(),
@@ -65,11 +81,26 @@ def _environment(settings: Settings) -> dict[str, str]:
     } | {f"CAPTIONER_{name.upper()}": value for name, value in settings.secrets.items()}
     # Ray's parts authenticate to each other by a token. The one that Ray keeps in the home directory is made too late.
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex()}
-    # The wrapper needs the Python that has Ray. An installer may have made it a file that cannot be run.
-    program = Path(__file__).parents[1] / "cluster" / "haproxy_wrapper.py"
-    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(program)} if os.access(program, os.X_OK) else {}
+    haproxy = {"RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy_program(directory))}
+    haproxy |= {f"RAY_SERVE_HAPROXY_{name}": str(directory / file) for name, file in _HAPROXY_FILES.items()}
+    ports = serve_ports(settings.haproxy_metrics_port, settings.haproxy_stats_port, settings.ray_first_port)
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return RAY_ENVIRONMENT | haproxy | dict(os.environ) | private | token | path
+    inherited = RAY_ENVIRONMENT | haproxy | ports | dict(os.environ)
+    return inherited | host_variables(settings.host) | private | token | path
+
+
+def _haproxy_program(directory: Path) -> Path:
+    """Return the program that Ray starts in the place of HAProxy.
+
+    An installer may have made the wrapper a file that cannot be run: then a script in `directory` starts it.
+    """
+    program = Path(__file__).parents[1] / "cluster" / "haproxy_wrapper.py"
+    if os.access(program, os.X_OK):
+        return program
+    script = directory / "haproxy"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P {shlex.quote(str(program))} "$@"\n')
+    script.chmod(0o700)
+    return script
 
 
 def leave(argv: Sequence[str]) -> int:

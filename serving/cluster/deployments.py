@@ -33,6 +33,7 @@ from serving.cluster import autoscaling
 from serving.cluster.cluster_engine import ClusterEngine
 from serving.cluster.local_ray import start_local_ray
 from serving.cluster.membership import HEARTBEAT_S, Member, Membership
+from serving.cluster.ray_env import own_host, serve_host
 from serving.config import Settings
 from serving.engine.remote.server import EngineServer
 from serving.observability import logging as logs
@@ -69,7 +70,7 @@ def _ray_targets() -> list[Target]:
         if node["Alive"] and node["MetricsExportPort"]
     ]
     haproxy_port = os.environ.get("RAY_SERVE_HAPROXY_METRICS_PORT", "9101")
-    roles = {"ray": addresses, "haproxy": [(host, haproxy_port) for host, _ in addresses]}
+    roles = {"ray": addresses, "haproxy": [(own_host() or host, haproxy_port) for host, _ in addresses]}
     return [
         {"targets": [f"{host}:{port}"], "labels": {"role": role}}
         for role, addresses in roles.items()
@@ -102,7 +103,7 @@ class EngineReplica:
             settings.metrics_token,
             lambda: self._member.view.targets,
         )
-        metrics_address = await self._metrics.start(host, settings.metrics_port or 0)
+        metrics_address = await self._metrics.start(own_host() or host, settings.metrics_port or 0)
         serving_address = f"{host}:{self._server.port}"
         self._member.start(metrics_address, serving_address)
         await self._wait_until_listed(serving_address)
@@ -166,7 +167,7 @@ class Frontend:
         metrics.bind("captioner_replicas_lost_total", lambda: self._member.view.lost)
         expose = partial(metrics.expose, self._service.state.components.check_ready)
         self._metrics = MetricsListener(expose, settings.metrics_token, self._targets)
-        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        host = own_host() or ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._member.start(await self._metrics.start(host, settings.metrics_port or 0))
         await engine.start()
 
@@ -288,11 +289,11 @@ def _configure_logs(settings: Settings) -> None:
 
 
 @contextmanager
-def _local_ray() -> Iterator[None]:
+def _local_ray(first_port: int | None) -> Iterator[None]:
     """Run Ray on this machine, connected to."""
     with ExitStack() as stack:
         for attempts_left in reversed(range(_RAY_START_ATTEMPTS)):
-            process, address = start_local_ray(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+            process, address = start_local_ray(ray.util.get_node_ip_address(), first_port)  # type: ignore[no-untyped-call]
             stack.callback(process.terminate)
             if _connect(address, process):
                 break
@@ -334,10 +335,11 @@ def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -
         if not started.is_set():
             raise _StartStopped
 
-    with suppress(_StartStopped), _local_ray():
+    with suppress(_StartStopped), _local_ray(settings.ray_first_port):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        serve.start(http_options={"host": settings.host, "port": settings.port, "request_timeout_s": None})
+        options = {"host": serve_host(settings.host), "port": settings.port, "request_timeout_s": None}
+        serve.start(http_options=options)
         try:
             serve.run(build(overrides), name="captioner", route_prefix="/")
             started.set()

@@ -164,6 +164,8 @@ class Supervisor:
         `configuration` is what `haproxy_wrapper` has made of Ray's file at `path`. Raises `OSError`.
         """
         self._parent, self._pid = os.getppid(), os.getpid()
+        with suppress(OSError):  # it leads its session already
+            os.setpgid(0, 0)  # Ray kills the process group of a lost process; this one waits for a successor
         self._program = program
         others, self._replaced = split(arguments)
         self._others = others
@@ -176,7 +178,7 @@ class Supervisor:
         if previous is not None and str(previous) not in self._replaced:
             self._replaced.append(str(previous))  # its parent was lost, and Ray does not know it
         self._listeners = {
-            address: sockets.pop(address, None) or listen(address)
+            address: sockets.pop(address) if address in sockets else listen(address)
             for address in (match[2] for match in _BIND.finditer(configuration))
         }
         for unused in sockets.values():

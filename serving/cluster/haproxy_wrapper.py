@@ -18,6 +18,9 @@ import shutil
 import sys
 from pathlib import Path
 
+HOST_VARIABLE = "CAPTIONER_CLUSTER_HOST"
+"""Environment variable of `captioner cluster` with its `host`; `ray_env` has the same name."""
+
 MESSAGE = "Model is unavailable, please try again later."
 OPENAI_PATHS = "/v1/ /compatible-mode/"
 HEADERS = "content-type application/json hdr retry-after 10 hdr x-request-id %[var(txn.id)]"
@@ -92,11 +95,12 @@ def with_own_responses(configuration: str) -> str:
     return text
 
 
-def restricted(configuration: str) -> str:
-    """Return the configuration with metrics and statistics on the host of the clients' port, and no open admin socket.
+def restricted(configuration: str, host: str | None = None) -> str:
+    """Return the configuration with every port on one host, and no open admin socket.
 
-    One that is restricted already is returned unchanged. Raises `UnrecognizedConfigurationError` unless each port and
-    the admin socket are found.
+    The host is that of Ray's clients' port unless `host` is given: Ray's `http_options.host` is the frontends' host,
+    too, which HAProxy reaches by loopback. A configuration that is restricted already is returned unchanged. Raises
+    `UnrecognizedConfigurationError` unless each port and the admin socket are found.
     """
     if _RESTRICTED_SOCKET in configuration:
         return configuration
@@ -118,8 +122,8 @@ def restricted(configuration: str) -> str:
         )
     if problems:
         raise UnrecognizedConfigurationError("; ".join(problems))
-    host = binds[_CLIENTS][0][1]
-    for name in _OPERATORS:
+    host = binds[_CLIENTS][0][1] if host is None else host
+    for name in (_CLIENTS, *_OPERATORS):
         section = sections[name]
         configuration = configuration.replace(section, _BIND.sub(rf"\g<1>{host}:\g<3>\g<4>", section))
     return _STATS_SOCKET.sub(rf"\g<1>{_RESTRICTED_SOCKET}", configuration)
@@ -146,7 +150,7 @@ def main() -> None:
         os.execv(program, [program, *arguments])  # noqa: S606 - Ray's arguments, no shell
     path = Path(arguments[arguments.index("-f") + 1])
     try:
-        text = restricted(with_own_responses(path.read_text()))
+        text = restricted(with_own_responses(path.read_text()), os.environ.get(HOST_VARIABLE))
     except UnrecognizedConfigurationError as error:
         sys.exit(
             f"captioner: HAProxy is not started: Ray's configuration {path} is not recognized: {error}. "

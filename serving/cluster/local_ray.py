@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -19,19 +20,45 @@ _PORTS = (
     "dashboard-agent-listen-port",
     "runtime-env-agent-port",
     "metrics-export-port",
+    "node-manager-port",
+    "object-manager-port",
 )
+_VARIABLES = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
+"""Environment variables of ports for which `ray start` has no option. Ray's defaults are fixed: 44217 and 44227."""
+_DAEMONS = len(_PORTS) + len(_VARIABLES)
+_FIRST_FRONTEND, _FIRST_WORKER, PORTS = 100, 200, 1000
+"""Offsets in the range of `ray_first_port`: of frontends, of Ray's workers, and its end."""
 
 
-def start_local_ray(host: str) -> tuple[subprocess.Popen[bytes], str]:
+def start_local_ray(host: str, first_port: int | None = None) -> tuple[subprocess.Popen[bytes], str]:
     """Start Ray's processes; return the process that ends with them, and the address where they will be.
 
-    Fixed ports save most of the time that Ray's processes wait for each other's, 15 s at most.
+    Their ports are those from `first_port`. Fixed ports save most of the time that Ray's processes wait for each
+    other's, 15 s at most, so without `first_port` free ones are chosen.
     """
-    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+    numbers = free_ports(_DAEMONS) if first_port is None else range(first_port, first_port + _DAEMONS)
+    ports = dict(zip(_PORTS, numbers, strict=False))
+    variables = dict(zip(_VARIABLES, map(str, numbers[len(_PORTS) :]), strict=True))
+    if first_port is not None:
+        ports |= {"min-worker-port": first_port + _FIRST_WORKER, "max-worker-port": first_port + PORTS - 1}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--include-dashboard=false"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - our own
+    command += [f"--node-ip-address={host}", *(f"--{name}={port}" for name, port in ports.items())]
+    process = subprocess.Popen(  # noqa: S603 - our own
+        command, env=os.environ | variables, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     return process, f"{host}:{ports['port']}"
+
+
+def serve_ports(metrics_port: int, stats_port: int, first_port: int | None) -> dict[str, str]:
+    """Return the variables with ports of Ray Serve: of HAProxy, of frontends and of the proxy behind HAProxy."""
+    ports = {"HAPROXY_METRICS_PORT": metrics_port, "HAPROXY_STATS_PORT": stats_port}
+    if first_port is not None:
+        ports |= {
+            "FALLBACK_PROXY_HTTP_PORT": first_port + _DAEMONS,
+            "DIRECT_INGRESS_MIN_HTTP_PORT": first_port + _FIRST_FRONTEND,
+            "DIRECT_INGRESS_MAX_HTTP_PORT": first_port + _FIRST_WORKER - 1,
+        }
+    return {f"RAY_SERVE_{name}": str(port) for name, port in ports.items()}
 
 
 def free_ports(count: int) -> list[int]:

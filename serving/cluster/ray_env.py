@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+HOST_VARIABLE = "CAPTIONER_CLUSTER_HOST"
+"""Environment variable with the `host` of `captioner cluster`, for its HAProxy and for its metrics ports."""
+_EVERY_ADDRESS = ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not listened on
+
 RAY_ENVIRONMENT = {
     # HAProxy in front of the frontends, and no thread or process between HAProxy and the application.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -30,3 +36,27 @@ RAY_ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
 }
 """Variables that Ray's processes need, by name. `deploy/serve/ray.env` has the same for clusters."""
+
+
+def serve_host(host: str) -> str:
+    """Return the address of Serve's own listeners for `host`: loopback, unless `host` is every address.
+
+    HAProxy reaches the frontends of its machine by 127.0.0.1, on which they must listen.
+    """
+    return host if host in _EVERY_ADDRESS else "127.0.0.1"
+
+
+def host_variables(host: str) -> dict[str, str]:
+    """Return variables by which HAProxy listens on `host`, and Ray on loopback unless `host` is every address.
+
+    Ray listens on every address where the node's address is not loopback. It makes any other address of loopback,
+    except where it supports no clusters of several machines, which is what its variable says.
+    """
+    loopback = {} if host in _EVERY_ADDRESS else {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    return {HOST_VARIABLE: host} | loopback
+
+
+def own_host() -> str | None:
+    """Return the one address on which `captioner cluster` listens. None: the node's."""
+    host = os.environ.get(HOST_VARIABLE, "")
+    return None if host in _EVERY_ADDRESS else host
