@@ -91,7 +91,7 @@ class RunningCluster:
         self.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=30)
-        for process in self._members():
+        for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
         self.process.wait()
@@ -124,7 +124,7 @@ class RunningCluster:
     def pids(self, text: str) -> set[int]:
         """Return the living processes of this cluster with `text` in their command line."""
         found = set()
-        for process in self._members():
+        for process in self.processes():
             with suppress(psutil.Error):
                 if text in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                     found.add(process.pid)
@@ -157,7 +157,8 @@ class RunningCluster:
             )
         return False
 
-    def _members(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes of this cluster, by a mark in their environment."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
