@@ -132,7 +132,7 @@ def proxy(tmp_path: Path) -> Iterator[Proxy]:
 
 
 class _Requests:
-    """Context of steady requests, each on a connection of its own; collects what failed and when."""
+    """Context of steady requests, each on a new connection; collects what failed and when."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy, self._stop = proxy, threading.Event()
@@ -335,7 +335,7 @@ def test_signals_end_both(proxy: Proxy, number: signal.Signals) -> None:
 
 
 def test_a_start_that_fails_ends_with_haproxys_status(proxy: Proxy) -> None:
-    """What HAProxy refuses at its start is reported at once: Ray reads status and standard error."""
+    """A configuration that HAProxy refuses ends the start at once: Ray reads status and standard error."""
     path = render(proxy.directory, port=proxy.port, metrics=proxy.ports[1], stats=proxy.ports[2])
     path.write_text(path.read_text().replace("    maxconn 4096\n", "    maxconn none\n"))
     done = subprocess.run(
