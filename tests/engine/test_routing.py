@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CLIP_S, CLIP_TOKENS = 30.0, 1000
 KV_CAPACITY_TOKENS = 867_000
-"""Of deploy/profiles/2xa100-80g.toml."""
+"""KV cache of deploy/profiles/2xa100-80g.toml."""
 
 
 @dataclass
