@@ -89,7 +89,7 @@ async def test_the_sum_of_a_month_is_kept_to_its_end(store: CounterStore) -> Non
 
 
 async def test_money_budgets_do_not_add_currencies(store: CounterStore) -> None:
-    """What was billed in yuan leaves the whole budget in dollars, and the reverse."""
+    """A bill in yuan leaves the whole budget in dollars, and the reverse."""
     async with limiter(store) as limits:
         who = caller(Limits(nanos_per_day=1000))
         yuan = await limits.admit(who, currency="CNY")
@@ -117,7 +117,6 @@ def test_the_ledger_sums_one_currency_within_one_period(database: sa.Engine) -> 
             ("CNY", NEW_YEAR_MS + DAY_MS),
         ]
     ):
-        names = ("tenant_id", "key_id", "region", "dialect", "model", "audio_form", "replica")
         record = UsageRecord(
             f"r{number}",
             stream=False,
@@ -127,7 +126,13 @@ def test_the_ledger_sums_one_currency_within_one_period(database: sa.Engine) -> 
             opened_at=opened_at,
             billed=True,
             ending="finished",
-            **dict(zip(names, ("acme", "k1", "beijing", "openai", "m", "url", "p"), strict=True)),
+            tenant_id="acme",
+            key_id="k1",
+            region="beijing",
+            dialect="openai",
+            model="m",
+            audio_form="url",
+            replica="p",
         )
         record.input_tokens = record.amount_nanos = 10**number
         usage_table.write(database, [record.row()])
