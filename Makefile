@@ -85,6 +85,13 @@ embedded-checkpoint: .venv/dev.stamp ## Make the embedded stand-in's corpus and 
 image-test: ## Build the CPU image and try it (as root, on Debian; writes some 20 GB; not part of `make test`)
 	deploy/docker/try.sh
 
+.PHONY: harden
+harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at length (hours; no GPU)
+	$(BIN)/python -m tests.hardening
+	$(BIN)/python -m benchmarks.tenancy.ledger_chaos --requests 100000
+	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
+	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
+
 .PHONY: chart
 chart: .venv/dev.stamp ## Regenerate what the chart takes from elsewhere: README table, schema, rules, dashboards
 	$(BIN)/python helm/generate.py

@@ -2,7 +2,7 @@
 
 A value comes from, first to last: a command-line flag, the variable `CAPTIONER_<NAME>`, a file `captioner_<name>` in
 the directory `CAPTIONER_SECRETS_DIR` (as containers get secrets), the TOML file named by `CAPTIONER_CONFIG` (or
-`--config`), the default in `setting_groups` and `operator_setting_groups`. `captioner serve --help` prints the list.
+`--config`), the default in `serving.settings`. `captioner serve --help` prints the list.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from serving import operator_setting_groups as operator_groups
-from serving import setting_groups as groups
-from serving.setting_groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
-from serving.setting_types import METRICS_PORTS, MIB
+from serving.settings import groups, operator_groups
+from serving.settings.groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
+from serving.settings.types import METRICS_PORTS, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from benchmarks.load.command import locust_command
@@ -99,7 +100,11 @@ class Callers:
 
     def __exit__(self, *exc_info: object) -> None:
         self.process.send_signal(signal.SIGINT)  # with a load shape, Locust has no handler of SIGTERM
-        self.process.wait(2 * TIMEOUT_S)
+        try:
+            self.process.wait(2 * TIMEOUT_S)
+        finally:
+            with suppress(ProcessLookupError):  # nothing of a run that hangs goes on
+                os.killpg(self.process.pid, signal.SIGKILL)
 
     def ended(self) -> list[dict[str, Any]]:
         """Return the journal entries of the requests that have ended, each with `result`, one of `OUTCOMES`."""

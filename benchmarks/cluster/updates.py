@@ -62,6 +62,17 @@ def configuration(port: int, **changes: Any) -> dict[str, Any]:
     return config
 
 
+def head_command(port: int) -> tuple[list[str], int]:
+    """Return the command that starts Ray's head on ports after `port`, and the port of its dashboard."""
+    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port + 10}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port + 11}"]
+    command += [f"--ray-client-server-port={port + 12}", f"--dashboard-agent-listen-port={port + 13}"]
+    command += [f"--metrics-export-port={port + 14}", "--disable-usage-stats"]
+    # Ray waits 15 s for the next two processes to choose a port, too little on a busy machine.
+    command += [f"--dashboard-agent-grpc-port={port + 15}", f"--runtime-env-agent-port={port + 16}"]
+    return command, port + 11
+
+
 def is_deployed(client: ServeSubmissionClient) -> bool:
     """Return whether the last deployment is complete. Raises `RuntimeError` if it has failed."""
     application = client.get_serve_details()["applications"].get("captioner", {})
@@ -93,13 +104,7 @@ def main() -> None:
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="updates-"))
     print(f"logs in {directory}", flush=True)
-    gcs, dashboard = options.port + 10, options.port + 11
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={options.port + 12}", f"--dashboard-agent-listen-port={options.port + 13}"]
-    command += [f"--metrics-export-port={options.port + 14}", "--disable-usage-stats"]
-    # Ray waits 15 s for the next two processes to choose a port, too little on a busy machine.
-    command += [f"--dashboard-agent-grpc-port={options.port + 15}", f"--runtime-env-agent-port={options.port + 16}"]
+    command, dashboard = head_command(options.port)
     draining = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S)}
     result: dict[str, Any] = {
         "users": USERS,

@@ -2,25 +2,31 @@
 
 `make` encodes complete files and keeps them; that takes about a CPU-second per half minute of sound. `Bank` splices
 packets of a few such files in an order drawn from a seed; that takes milliseconds for a clip of any length, as load
-generators need. No two clips have the same bytes, samples or features: no cache of audio, features or prefixes helps.
+generators need. `python -m benchmarks.load.clips DIRECTORY KIND` encodes the files of a `Bank`. No two clips have the
+same bytes, samples or features: no cache of audio, features or prefixes helps.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import math
 import os
+import subprocess
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft, rfftfreq
 
+from benchmarks.program import module_environment
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
 
@@ -135,6 +141,19 @@ def sound(seed: int, count: int) -> npt.NDArray[np.float32]:
     return bounded
 
 
+def bank_clips(directory: Path, kind: str) -> list[Clip]:
+    """Return the files of a `Bank` for this kind of clip."""
+    return [Clip(directory / f"bank-{seed}.{kind}", BANK_S) for seed in range(BANK_FILES)]
+
+
+def make_bank(directory: Path, kind: str) -> None:
+    """Write the missing files of a `Bank`; of several processes, one writes them and the others wait."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / f"bank-{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make(bank_clips(directory, kind))
+
+
 class Bank:
     """Encoded sounds of each kind, from which any number of clips is spliced."""
 
@@ -159,8 +178,11 @@ class Bank:
     def _load(self, kind: str) -> tuple[Any, float, list[list[bytes]]]:
         """Return a file's stream, the length of a packet in seconds, and the packets of each file."""
         if kind not in self._loaded:
-            clips = [Clip(self._directory / f"bank-{seed}.{kind}", BANK_S) for seed in range(BANK_FILES)]
-            make(clips)
+            clips = bank_clips(self._directory, kind)
+            if not all(clip.path.exists() for clip in clips):
+                # In a new program: a fork of a Locust process continues Locust's greenlets, on its parent's sockets.
+                program = [sys.executable, "-m", "benchmarks.load.clips", str(self._directory), kind]
+                subprocess.run(program, check=True, env=os.environ | module_environment())
             found: list[list[bytes]] = []
             for clip in clips:
                 file = av.open(clip.path)
@@ -185,3 +207,7 @@ def _mux(like: Any, container: str, packets: Sequence[bytes], packet_s: float) -
             packet.duration = round(ticks)
             file.mux(packet)
     return target.getvalue()
+
+
+if __name__ == "__main__":
+    make_bank(Path(sys.argv[1]), sys.argv[2])

@@ -142,6 +142,8 @@ class _Form:
         self._parts += 1
         if self._parts > _PARTS:
             raise InvalidRequest("The form has too many parts.")
+        self._flush()
+        self._found.append(("-", b""))  # until it has a name: its data does not continue the part before
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 USAGE = """usage: captioner serve [--config FILE] [settings …]   start the service; --help lists every setting
        captioner cluster [--config FILE] [settings …] start it on Ray Serve, on this machine
+       captioner doctor [--json] [--config FILE] [settings …]
+                                                      check this machine before anything is loaded
        captioner leave --instance NAME --within-s SECONDS
                                                       take this node out of its Ray cluster, losing no request
        captioner admin [settings …]                   the administration's HTTP API alone, for a cluster
@@ -24,6 +26,7 @@ USAGE = """usage: captioner serve [--config FILE] [settings …]   start the ser
 _COMMANDS = {
     "serve": ("serving.cli.serve", "serve"),
     "cluster": ("serving.cli.cluster", "cluster"),
+    "doctor": ("serving.cli.doctor.command", "doctor"),
     "leave": ("serving.cli.cluster", "leave"),
     "admin": ("serving.cli.administration", "serve_api"),
     "settings": ("serving.cli.settings_help", "main"),

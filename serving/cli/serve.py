@@ -186,4 +186,5 @@ class ServiceRun:
             self._loaded.set()
         else:
             log.error("stopping: the service could not be started; the cause is logged above")
+            log.error("run `captioner doctor` with the same settings: it checks GPUs, memory, disks and services")
             self._failed = self._server.should_exit = True

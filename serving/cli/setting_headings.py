@@ -1,11 +1,10 @@
-"""Headings of `captioner serve --help` and of the example file: one per class of `setting_groups`, with an example."""
+"""Headings of `captioner serve --help` and of the example file: one per class of `settings.groups`, with an example."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from serving import operator_setting_groups as operator_groups
-from serving import setting_groups as groups
+from serving.settings import groups, operator_groups
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

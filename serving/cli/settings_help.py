@@ -1,4 +1,4 @@
-"""The list of settings for `--help`, and the example TOML file, from the declarations in `setting_groups`."""
+"""The list of settings for `--help`, and the example TOML file, from the declarations in `settings.groups`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import SecretStr
 
 from serving.cli.setting_headings import GROUPS
-from serving.setting_types import Example, Size, size_text
+from serving.settings.types import Example, Size, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -60,3 +60,4 @@ def configure(level: str, log_format: Literal["json", "text"]) -> None:
     # Their lines repeat ours, or report a request before it is finished.
     for name in ("uvicorn.access", "uvicorn.error", "httpx", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a warning for each malformed form of a stranger

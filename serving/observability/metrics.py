@@ -200,7 +200,8 @@ class Metrics(Gauges):
         )
         self._tokens = self._counter(
             "captioner_tokens",
-            "Tokens as billed, of every request that reached the engine, by kind: audio, text (the scaffold), output.",
+            "Tokens of billed requests, as in the ledger (free ones included), by kind: audio, text (the scaffold), "
+            "output.",
             "kind",
         )
         self._stages = self._histogram(
@@ -244,7 +245,10 @@ class Metrics(Gauges):
             "captioner_tenant_audio_seconds", "Seconds of audio of answered captions, by tenant.", "tenant"
         )
         self._tenant_tokens = self._counter(
-            "captioner_tenant_tokens", "Tokens as billed, by tenant and kind.", "tenant", "kind"
+            "captioner_tenant_tokens",
+            "Tokens of billed requests, as in the ledger (free ones included), by tenant and kind.",
+            "tenant",
+            "kind",
         )
         self._tenant_wait = self._counter(
             "captioner_tenant_wait_seconds", "Time that requests spent in queues, summed, by tenant.", "tenant"
@@ -321,13 +325,13 @@ class Metrics(Gauges):
         if record.samples:
             self._durations.observe(audio_s)
             self._audio_decoded.labels(record.dialect).inc(audio_s)
-        if usage := record.usage:
+        if billed := record.billed:
             for kind in ("audio", "text", "output"):
-                tokens = getattr(usage, f"{kind}_tokens")
+                tokens = getattr(billed, f"{kind}_tokens")
                 self._tokens.labels(kind).inc(tokens)
                 self._tenant_tokens.labels(tenant, kind).inc(tokens)
-            if record.first_token is not None and usage.output_tokens > 1:
-                self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
+        if record.first_token is not None and (usage := record.usage) and usage.output_tokens > 1:
+            self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
         if outcome in ANSWERED:
             self._audio.labels(record.dialect).inc(audio_s)
             self._tenant_audio.labels(tenant).inc(audio_s)

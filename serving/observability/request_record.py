@@ -72,6 +72,8 @@ class RequestRecord:
     ended: float = 0.0
     conclusion: tuple[Outcome, str] | None = None
     """Outcome and code, once `conclude` has decided them."""
+    billed: Usage | None = None
+    """Usage that the settled record bills; `None` if it bills nothing."""
     billed_nanos: int = 0
     currency: str = ""
     span: Any = None

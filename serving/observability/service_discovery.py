@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 from aiohttp import web
 
 from serving.observability.scrape_access import has_token
-from serving.setting_types import METRICS_PORTS
+from serving.settings.types import METRICS_PORTS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any
 
+from serving.tenancy.billing.prices import has_free_quota
 from serving.types import Caller, FreeQuota, Limits, Region, SchedulingClass
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ def limits(of_plan: Mapping[str, int | None], own: Mapping[str, int | None]) -> 
 
 
 def free_quota(plan: Row, tenant: Row) -> FreeQuota | None:
-    """Return the tenant's free quota; `None` if it has none and pays."""
-    tokens = plan["free_tokens"] if tenant["free_tokens"] is None else tenant["free_tokens"]
+    """Return the tenant's free quota; `None` if it has none and pays.
+
+    The plan's free tokens apply only in regions that have a free quota, the tenant's own ones in all.
+    """
+    of_plan = plan["free_tokens"] if has_free_quota(Region(tenant["region"])) else 0
+    tokens = of_plan if tenant["free_tokens"] is None else tenant["free_tokens"]
     days = plan["free_days"] if tenant["free_days"] is None else tenant["free_days"]
     if not tokens and not tenant["free_only"]:
         return None

@@ -73,6 +73,7 @@ class UsageSession:
         self._max_tokens = 0
         self._has_stops = False
         self._admitted_at = 0
+        self._started = False
         self._reservation: Reservation | None = None
         self._record: UsageRecord | None = None
         self._settlement: asyncio.Task[None] | None = None
@@ -136,6 +137,7 @@ class UsageSession:
 
     def start(self) -> None:
         """Note that the engine has started on the caption: from now on a caller that leaves pays. Idempotent."""
+        self._started = True
         if self._record is not None and self._record.prepared_at is None:
             self._record.prepared_at = now_ms()
 
@@ -164,6 +166,10 @@ class UsageSession:
         `error` is the exception that ended the request. If the caller is cancelled meanwhile, the settlement goes on.
         """
         if self._reservation is None:
+            if not self._sessions.metering:  # metrics count what would be billed
+                outcome, _ = self._request.conclude(error)
+                billed = is_billed(outcome, given_to_engine=self._started)
+                self._request.billed = self._request.usage if billed else None
             return
         if self._settlement is None:
             outcome, _ = self._request.conclude(error)
@@ -182,13 +188,14 @@ class UsageSession:
             # Nor is it known how long a caption would have been that the client's own stop strings may have ended.
             cut = self._has_stops or record.finish_reason != FinishReason.STOP
             sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
-        record.billed = is_billed(outcome, given_to_engine=record.prepared_at is not None)
+        record.billed = is_billed(outcome, given_to_engine=self._started)
         try:
             tokens = record.total_tokens if record.billed else 0
             nanos = self._price.amount_nanos(record.input_tokens, record.output_tokens) if record.billed else 0
             record.free_tokens = await sessions.limiter.settle(reservation, tokens=tokens, nanos=nanos)
             if record.billed:
                 record.amount_nanos = nanos_to_pay(nanos, record.free_tokens, tokens)
+                request.billed = request.usage
                 request.billed_nanos, request.currency = record.amount_nanos, record.currency
         finally:
             sessions.ledger.close(record, outcome)

@@ -135,6 +135,16 @@ def test_a_lost_byte_in_a_float_file_does_not_silence_the_part_before() -> None:
     assert np.abs(samples[:20_000] - intact[:20_000]).max() < 1e-6
 
 
+def test_a_file_that_is_mostly_garbage_keeps_the_loudness_of_the_rest() -> None:
+    """Floats of any exponent in two thirds of a file are no scale of the sound in the last third."""
+    samples = stereo(44_100)
+    garbage = 10 ** np.random.default_rng(0).uniform(0.1, 38, (60_000, 1))
+    samples[:60_000] = garbage.astype(np.float32)
+    intact = _decode(with_soundfile("WAV", "FLOAT"))
+    damaged = _decode(with_soundfile("WAV", "FLOAT", samples=samples))
+    assert np.abs(damaged[23_000:] - intact[23_000:]).max() < 1e-5
+
+
 def test_files_within_full_scale_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """No gain is applied, and no second pass is made, for any clip whose sound is within full scale."""
     passes: list[float] = []

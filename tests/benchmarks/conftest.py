@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.load.clips import Bank
 from tests.benchmarks.faulty_server import FaultyServer
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ def url(faulty: FaultyServer) -> str:
     return f"http://127.0.0.1:{faulty.server_port}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of the sounds of clips, and of clips behind URLs."""
-    return tmp_path_factory.mktemp("clips")
+    """Directory of the sounds of MP3 clips, encoded once for all runs, and of clips behind URLs."""
+    directory = tmp_path_factory.mktemp("clips")
+    Bank(directory).clip("mp3", 1, 0)
+    return directory

@@ -1,10 +1,12 @@
-"""Short Locust runs, and their journals."""
+"""Short Locust runs, of which no process remains, and their journals."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.load.command import locust_command
@@ -12,9 +14,11 @@ from benchmarks.program import module_environment
 from benchmarks.servers import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 CLIP_S = 2
+TIMEOUT_S = 100
 
 
 def command(host: str, clips: Path, journal: Path, *flags: str) -> list[str]:
@@ -30,18 +34,31 @@ def environment(keys: str = "") -> dict[str, str]:
     return os.environ | module_environment() | {"BENCHMARK_KEYS": keys}
 
 
+@contextmanager
+def running(command: list[str], clips: Path, log: Path, keys: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run in a new process group, and kill what remains of the group in the end."""
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=clips, env=environment(keys), start_new_session=True
+        ) as process,
+    ):
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):  # the group is empty
+                os.killpg(process.pid, signal.SIGKILL)
+
+
 def run(host: str, clips: Path, journal: Path, *flags: str, keys: str = "") -> tuple[int, list[dict[str, Any]], str]:
     """Return the exit status, the journal, and the output."""
-    ended = subprocess.run(
-        command(host, clips, journal, *flags),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        cwd=clips,
-        env=environment(keys),
-    )
-    return ended.returncode, read(journal), ended.stdout + ended.stderr
+    log = journal.with_suffix(".log")
+    with running(command(host, clips, journal, *flags), clips, log, keys) as process:
+        try:
+            status = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired as expired:
+            raise AssertionError(f"no end within {TIMEOUT_S} s:\n{log.read_text()}") from expired
+    return status, read(journal), log.read_text()
 
 
 def read(journal: Path) -> list[dict[str, Any]]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from benchmarks.cluster.callers import account, outcome_of
-from tests.benchmarks.locust_runs import command, environment, read, run
+from tests.benchmarks.locust_runs import command, read, run, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,15 +61,12 @@ def test_a_stopped_run_accounts_for_requests_in_flight(clips: Path, tmp_path: Pa
         host = f"http://127.0.0.1:{silent.getsockname()[1]}"
         flags = ("--journal-sent", "--seconds=60", "--timeout-s=1")
         journal = tmp_path / "journal"
-        process = subprocess.Popen(command(host, clips, journal, *flags), cwd=clips, env=environment())
-        try:
+        with running(command(host, clips, journal, *flags), clips, tmp_path / "log") as process:
             deadline = time.monotonic() + 60
             while not any("outcome" in entry for entry in read(journal)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             process.send_signal(signal.SIGINT)
             assert process.wait(100) in (3, 4)
-        finally:
-            process.kill()
     entries = read(journal)
     sent = {entry["number"] for entry in entries if "outcome" not in entry}
     assert sent == {entry["number"] for entry in entries if "outcome" in entry} != set()

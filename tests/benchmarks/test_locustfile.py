@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
+import time
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
-from tests.benchmarks.locust_runs import command, environment, read, run
+from benchmarks.load.clips import BANK_FILES
+from tests.benchmarks.locust_runs import TIMEOUT_S, command, read, run, running
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,12 +105,34 @@ def test_latency_counts_from_when_a_request_was_due(url: str, clips: Path, tmp_p
 
 def test_workers_share_no_clip(faulty: FaultyServer, url: str, clips: Path, tmp_path: Path) -> None:
     """Each worker process has its own clips; all workers are one run with one journal."""
-    flags = ("--processes=2", "--probe-share=0", "--load=4")  # on a busy machine one starts late
+    flags = ("--processes=2", "--probe-share=0", "--load=4")
     status, entries, printed = run(f"{url}/honest", clips, tmp_path / "journal", *flags)
     assert status == 0, printed
     sent = [str(body["messages"]) for _, _, body in faulty.requests]
     assert len(sent) == len(set(sent)) == len(entries) == len({one["clip"] for one in entries})
     assert len({one["clip"] // 1_000_000 for one in entries}) == 2
+
+
+def test_worker_processes_encode_their_sounds(url: str, tmp_path: Path) -> None:
+    """The first run in a directory ends, too: a fork of a Locust process, with its sockets, would encode for ever."""
+    status, entries, printed = run(f"{url}/honest", tmp_path, tmp_path / "journal", "--processes=2", "--codecs=amr")
+    assert status == 0, printed
+    assert len({one["clip"] // 1_000_000 for one in entries}) == 2
+    assert len(list(tmp_path.glob("*.amr"))) == BANK_FILES
+
+
+def test_no_process_outlives_a_run(url: str, clips: Path, tmp_path: Path) -> None:
+    """A run that is given up ends with its worker processes, even if its master was killed."""
+    own = command(f"{url}/honest", clips, tmp_path / "journal", "--processes=2", "--seconds=60")
+    with running(own, clips, tmp_path / "log") as process:
+        deadline = time.monotonic() + 60
+        while not read(tmp_path / "journal") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        group = {one.pid: one for one in psutil.Process(process.pid).children(recursive=True)}
+        process.kill()
+    assert len(group) == 2
+    _, alive = psutil.wait_procs(group.values(), timeout=10)
+    assert not alive
 
 
 def test_repeats_over_workers_are_noticed(url: str, clips: Path, tmp_path: Path) -> None:
@@ -156,14 +181,14 @@ def test_load_follows_its_curve(url: str, clips: Path, tmp_path: Path) -> None:
     """Requests are due at the rate of the curve, with even and with random arrivals."""
     flags = ("--load=12", "--user-rate=2", f"--seconds={CURVE_S}", "--levels=4,16", "--burst-s=2")
     began = {}
-    for curve, (arrivals, *_) in BEFORE_AND_AFTER.items():
-        with (tmp_path / f"{curve}.log").open("w") as log:
-            own = command(
-                f"{url}/honest", clips, tmp_path / curve, *flags, f"--curve={curve}", f"--arrivals={arrivals}"
-            )
-            began[curve] = subprocess.Popen(own, stdout=log, stderr=log, cwd=clips, env=environment())
+    with ExitStack() as stack:
+        for curve, (arrivals, *_) in BEFORE_AND_AFTER.items():
+            shape = (f"--curve={curve}", f"--arrivals={arrivals}")
+            own = command(f"{url}/honest", clips, tmp_path / curve, *flags, *shape)
+            began[curve] = stack.enter_context(running(own, clips, tmp_path / f"{curve}.log"))
+        for curve, process in began.items():
+            assert process.wait(TIMEOUT_S) == 0, (tmp_path / f"{curve}.log").read_text()
     for curve, (_, first, second, low, high) in BEFORE_AND_AFTER.items():
-        assert began[curve].wait(300) == 0, (tmp_path / f"{curve}.log").read_text()
         due = [one["due"] for one in read(tmp_path / curve)]
         at = [(moment - min(due)) / CURVE_S for moment in due]
         rates = [sum(start <= of < end for of in at) / (end - start) for start, end in (first, second)]

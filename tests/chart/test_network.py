@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.setting_types import METRICS_PORTS
+from serving.settings.types import METRICS_PORTS
 from tests.chart.combinations import COMBINATIONS
 from tests.chart.network import End, Network
 from tests.chart.rendering import PROFILES, pod_templates, serve_config, template

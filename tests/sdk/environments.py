@@ -6,14 +6,20 @@ created again when its lock has changed, and not otherwise.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -26,14 +32,15 @@ def python_environment(name: str) -> Path:
     """Return the directory of the Python environment, created if necessary."""
     lock = HERE / "requirements" / f"{name}.txt"
     home = CACHE / name
-    if _is_current(home, lock):
-        return home
-    shutil.rmtree(home, ignore_errors=True)
-    uv = [sys.executable, "-m", "uv"]
-    _run(*uv, "venv", "--quiet", "--python", sys.executable, str(home))
-    install = ("pip", "install", "--quiet", "--require-hashes", "--no-deps", "--compile-bytecode")
-    _run(*uv, *install, "--python", str(home / "bin" / "python"), "-r", str(lock))
-    return _stamped(home, lock)
+    with _alone(name):
+        if _is_current(home, lock):
+            return home
+        shutil.rmtree(home, ignore_errors=True)
+        uv = [sys.executable, "-m", "uv"]
+        _run(*uv, "venv", "--quiet", "--python", sys.executable, str(home))
+        install = ("pip", "install", "--quiet", "--require-hashes", "--no-deps", "--compile-bytecode")
+        _run(*uv, *install, "--python", str(home / "bin" / "python"), "-r", str(lock))
+        return _stamped(home, lock)
 
 
 def node_environment(name: str) -> Path:
@@ -43,17 +50,27 @@ def node_environment(name: str) -> Path:
             pytest.skip(f"{program} is not installed")
     lock = HERE / "node" / name / "package-lock.json"
     home = CACHE / name
-    if _is_current(home, lock):
-        return home
-    shutil.rmtree(home, ignore_errors=True)
-    shutil.copytree(lock.parent, home)
-    _run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", cwd=home)
-    return _stamped(home, lock)
+    with _alone(name):
+        if _is_current(home, lock):
+            return home
+        shutil.rmtree(home, ignore_errors=True)
+        shutil.copytree(lock.parent, home)
+        _run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", cwd=home)
+        return _stamped(home, lock)
 
 
 def bare_variables(home: Path) -> dict[str, str]:
     """Return a client process's variables: none of those that configure clients, and `home` for their files."""
     return {"PATH": os.environ["PATH"], "HOME": str(home), "LANG": "C.UTF-8"}
+
+
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """Create the environment in one test process only: the others wait, and find it complete."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _digest(lock: Path) -> str:

@@ -59,6 +59,7 @@ def invalid(message: str) -> Failure:
 
 
 LATE, LOADING = "Request timed out, please try again later.", "Model is unavailable, please try again later."
+NO_SERVER = "Failed to download multimodal content."
 NO_MODEL = "The model `qwen-omni-none` does not exist or you do not have access to it."
 
 FAILURES: dict[str, tuple[dict[str, Any], Failure]] = {
@@ -78,8 +79,12 @@ FAILURES: dict[str, tuple[dict[str, Any], Failure]] = {
         invalid("The audio format is illegal and cannot be opened"),
     ),
     "no such file": (
-        {"audio": "http://127.0.0.1:9/clip.wav"},
+        {"audio": "{service}/clip.wav"},
         invalid("Failed to download multimodal content."),
+    ),
+    "no server": (
+        {"audio": "http://127.0.0.1:9/clip.wav"},
+        Failure((503, "ServiceUnavailable", NO_SERVER), (503, "service_unavailable", NO_SERVER)),
     ),
     "no such model": (
         {"model": "qwen-omni-none"},
@@ -127,6 +132,7 @@ def test_before_the_answer(client: Client, stream: str, name: str, tap: Tap, str
     """A failure before the first byte has its status."""
     special, failure = FAILURES[name]
     call = {"audio": CLIP, "api_key": "sk-right", "stream": stream} | special
+    call["audio"] = call["audio"].replace("{service}", strict.url)
     assert_failed(tap.perform(client, strict, **call), client, failure)
 
 

@@ -1,8 +1,8 @@
 """Engine replicas behind sockets, used as one engine by each frontend of a cluster (`server.py` is the other end).
 
-Each clip goes to the replica with the least work in audio-seconds that still has room in its KV cache. A replica that
-is lost (its process, its node, its network) or unhealthy gets no further clips from that moment on. A clip for which
-the lost replica had sent nothing yet is sent once more, to another replica; a caption that had begun fails.
+Each clip goes to the less loaded of two random replicas with room in their KV cache (`routing.py`). A replica that is
+lost (its process, its node, its network) or unhealthy gets no further clips from that moment on. A clip for which the
+lost replica had sent nothing yet is sent once more, to another replica; a caption that had begun fails.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import random
 from contextlib import aclosing, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from serving.engine.base import EngineDelta, Load, context_tokens, ignore_start
+from serving.engine.remote.routing import NO_LOAD, KnownLoad, choose
 from serving.engine.remote.wire import (
     PIECE_BYTES,
     SILENCE_S,
@@ -45,8 +47,7 @@ log = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S = 5.0
 _RECONNECT_INTERVAL_S = 0.5
-_NO_LOAD = Load(running=0, waiting=0, audio_s=0.0, kv_tokens=0, kv_capacity_tokens=0)
-_NO_STATE = State(seen=-1, ready=False, failed=False, draining=False, load=_NO_LOAD)
+_NO_STATE = State(seen=-1, ready=False, failed=False, draining=False, load=NO_LOAD)
 
 
 class RemoteEngine:
@@ -55,8 +56,9 @@ class RemoteEngine:
     `retries` counts clips that were sent a second time, here or by the pipeline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, randomness: random.Random | None = None) -> None:
         self.retries = 0
+        self._random = randomness or random.Random()  # noqa: S311 - a choice of replicas, no secret
         self._replicas: dict[str, _Replica] = {}
         self._leaving: set[_Replica] = set()
 
@@ -65,7 +67,7 @@ class RemoteEngine:
         """Sum of the loads that the replicas reported last."""
         loads = [replica.load for replica in self._replicas.values()]
         return Load(
-            *(sum(values) for values in zip(*(asdict(load).values() for load in (*loads, _NO_LOAD)), strict=True))
+            *(sum(values) for values in zip(*(asdict(load).values() for load in (*loads, NO_LOAD)), strict=True))
         )
 
     @property
@@ -112,7 +114,7 @@ class RemoteEngine:
         tokens = context_tokens(features)
         error: CaptionerError = NotReady()
         while len(refused) < 2:  # noqa: PLR2004 - one try and one more
-            if (replica := self._least_loaded(refused, tokens)) is None:
+            if (replica := self._choose(refused, tokens)) is None:
                 break
             begun = False
             self.retries += bool(refused)
@@ -145,9 +147,9 @@ class RemoteEngine:
         replicas, self._replicas = [*self._replicas.values(), *self._leaving], {}
         await asyncio.gather(*(replica.stop() for replica in replicas))
 
-    def _least_loaded(self, excluded: set[_Replica], tokens: int) -> _Replica | None:
+    def _choose(self, excluded: set[_Replica], tokens: int) -> _Replica | None:
         able = [replica for replica in self._replicas.values() if replica.ready and replica not in excluded]
-        return min(able, key=lambda replica: replica.burden(tokens), default=None)
+        return choose(able, tokens, self._random)
 
 
 class _Replica:
@@ -155,11 +157,11 @@ class _Replica:
 
     def __init__(self, address: str) -> None:
         self.secret = ""
+        self.known = KnownLoad()
         self._address = address
         self._state = _NO_STATE
         self._numbers = itertools.count()
         self._mailboxes: dict[int, _Mailbox] = {}
-        self._unseen_s: dict[int, float] = {}
         self._heard = False
         self._writer: asyncio.StreamWriter | None = None
         self._on_left: Callable[[_Replica], None] | None = None
@@ -168,22 +170,13 @@ class _Replica:
     @property
     def load(self) -> Load:
         """Load that the replica reported last."""
-        return self._state.load
+        return self.known.reported
 
     @property
     def ready(self) -> bool:
         """True while the replica accepts clips."""
         state = self._state
         return self._writer is not None and self._on_left is None and state.ready and not state.draining
-
-    def burden(self, tokens: int) -> tuple[bool, float, float]:
-        """Return the sort key for a clip of `tokens` tokens: replicas without room for it last, then by audio-seconds.
-
-        Clips that the reported load cannot include yet are added, so that a burst is spread over the replicas.
-        """
-        full = self.load.kv_tokens + tokens > self.load.kv_capacity_tokens
-        used = self.load.kv_tokens / max(1, self.load.kv_capacity_tokens)
-        return full, self.load.audio_s + sum(self._unseen_s.values()), used
 
     def leave(self, on_left: Callable[[_Replica], None]) -> None:
         """Accept no further clips, and disconnect when what runs has finished."""
@@ -209,7 +202,7 @@ class _Replica:
         if writer is None:
             raise NotReady
         self._mailboxes[number] = mailbox
-        self._unseen_s[number] = features.duration_s
+        self.known.sent(number, features.duration_s, context_tokens(features))
         ended = False
         try:
             # A refusal may arrive while the features are still being sent.
@@ -228,7 +221,7 @@ class _Replica:
                 sending.cancel()
         finally:
             del self._mailboxes[number]
-            self._unseen_s.pop(number, None)
+            self.known.ended(number)
             if not ended and not writer.is_closing():
                 writer.writelines(encode(Abort(number)))
             if self._on_left and not self._mailboxes:
@@ -270,6 +263,7 @@ class _Replica:
                     watching.cancel()
         finally:
             self._writer, self._state = None, _NO_STATE
+            self.known.report(NO_LOAD, seen=-1)
             writer.close()
             for mailbox in self._mailboxes.values():
                 mailbox.fail(EngineFailed())
@@ -291,8 +285,7 @@ class _Replica:
                 if message.failed and not self._state.failed:
                     log.error("engine replica has failed", extra={"address": self._address})
                 self._state = message
-                for number in [number for number in self._unseen_s if number <= message.seen]:
-                    del self._unseen_s[number]
+                self.known.report(message.load, message.seen)
             case Deltas(deltas=deltas, started=started):
                 for number in self._mailboxes.keys() & started:
                     self._mailboxes[number].on_started()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -75,10 +76,21 @@ def read(connection: sa.Connection) -> PriceList:
     return PriceList(_entry(row) for row in connection.execute(sa.select(prices)).mappings())
 
 
+@functools.cache
+def _shipped() -> dict[str, Any]:
+    return tomllib.loads((files("serving.tenancy.billing") / "prices.toml").read_text())
+
+
+def has_free_quota(region: Region) -> bool:
+    """Return whether a plan's free tokens apply to tenants of the region."""
+    free_quota: bool = _shipped()["region"][region]["free_quota"]
+    return free_quota
+
+
 def shipped() -> list[dict[str, Any]]:
     """Return the rows of the price list that is part of the package."""
     rows = []
-    for entry in tomllib.loads((files("serving.tenancy.billing") / "prices.toml").read_text())["price"]:
+    for entry in _shipped()["price"]:
         price = Price.of(entry["currency"], Decimal(entry["input"]), Decimal(entry["output"]))
         valid_from = datetime.combine(entry["valid_from"], time(), UTC)
         rows.append(row(Region(entry["region"]), int(valid_from.timestamp() * 1000), price))

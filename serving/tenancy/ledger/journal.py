@@ -89,16 +89,22 @@ class JournalReader:
         with path.open("rb") as segment:
             segment.seek(self._offset)
             data = segment.read(nbytes)
+            if b"\n" not in data and end is None:  # lost sectors, behind which there may be more lines
+                data += segment.read(SEGMENT_BYTES)
         return data[: data.rfind(b"\n") + 1]
 
     def _entries(self, lines: bytes) -> Iterator[Any]:
         self._torn = 0
-        for line in lines.splitlines():
+        for line in lines[:-1].split(b"\n"):
             checksum, _, payload = line.partition(b" ")
+            entry = None
             if checksum == b"%08x" % zlib.crc32(payload):
-                yield orjson.loads(payload)
-            else:
+                with suppress(orjson.JSONDecodeError):  # damage with the right checksum: rare, but no reason to stop
+                    entry = orjson.loads(payload)
+            if entry is None:
                 self._torn += 1
+            else:
+                yield entry
 
 
 class Journal:

@@ -98,6 +98,6 @@ def is_billed(outcome: Outcome, *, given_to_engine: bool) -> bool:
     """Return whether the request is billed: its input, and the output that was generated for the caller.
 
     Nobody pays for what the service failed to deliver. A caller that leaves pays for what was done until then, from the
-    moment when the audio was given to the engine. The table in tenancy/README.md has all outcomes.
+    moment when the audio was given to the engine. The table in tenancy/BILLS.md has all endings.
     """
     return outcome in {Outcome.FINISHED, Outcome.PARTIAL} or (outcome is Outcome.DISCONNECTED and given_to_engine)

@@ -23,6 +23,7 @@ from serving.errors import (
     RequestsLimited,
     TokensLimited,
 )
+from serving.tenancy.billing.prices import money
 from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Period, Reason, Reservation, Scope
 from serving.tenancy.limits.spending import SMALLEST, Amounts
 from serving.types import FreeQuota, Limits
@@ -151,24 +152,64 @@ def _period(at_ms: int, currency: str) -> Period:
 
 
 def _headers(scopes: Sequence[Scope], uses: Sequence[Use]) -> Mapping[str, str]:
-    """Return headers for the limits per minute: of the tenant's and the key's limit, the one with less left."""
+    """Return headers for each limit that is set: of the tenant's and the key's limit, the one with less left."""
     headers: dict[str, str] = {}
-    for name, limit_of, used_of in _PER_MINUTE:
-        pairs = [(limit_of(scope.limits), used_of(use)) for scope, use in zip(scopes, uses, strict=False)]
-        left = [(limit - used, limit) for limit, used in pairs if limit is not None]
-        if left:
-            remaining, limit = min(left)
-            headers[f"x-ratelimit-limit-{name}"] = str(limit)
-            headers[f"x-ratelimit-remaining-{name}"] = str(max(0, math.floor(remaining)))
-            headers[f"x-ratelimit-reset-{name}"] = f"{0 if remaining == limit else WINDOW_S}s"
+    pairs = [*zip(scopes, uses, strict=False)]
+    for name, limit_of, used_of, text, reset in _HEADERS:
+        limits = [(limit, used_of(use)) for scope, use in pairs if (limit := limit_of(scope)) is not None]
+        if limits:
+            remaining, limit = min((limit - used, limit) for limit, used in limits)
+            headers[f"x-ratelimit-limit-{name}"] = text(limit)
+            headers[f"x-ratelimit-remaining-{name}"] = text(max(0, math.floor(remaining)))
+            if reset is not None:
+                headers[f"x-ratelimit-reset-{name}"] = f"{0 if remaining == limit else reset()}s"
     return headers
 
 
-_PER_MINUTE: Sequence[tuple[str, Callable[[Limits], int | None], Callable[[Use], float]]] = (
-    ("requests", lambda limits: limits.requests_per_minute, lambda use: use.requests),
-    ("tokens", lambda limits: limits.tokens_per_minute, lambda use: use.tokens),
-    ("audio-seconds", lambda limits: limits.audio_seconds_per_minute, lambda use: use.audio_ms / 1000),
+def _limit(name: str) -> Callable[[Scope], int | None]:
+    return lambda scope: getattr(scope.limits, name)
+
+
+def _free_tokens(scope: Scope) -> int | None:
+    return scope.free_tokens
+
+
+def _window() -> int:
+    return WINDOW_S
+
+
+def _until_next_day() -> int:
+    return _until_next(month=False)
+
+
+def _until_next_month() -> int:
+    return _until_next(month=True)
+
+
+_HEADERS: Sequence[
+    tuple[str, Callable[[Scope], int | None], Callable[[Use], float], Callable[[int], str], Callable[[], int] | None]
+] = (
+    ("requests", _limit("requests_per_minute"), lambda use: use.requests, str, _window),
+    ("tokens", _limit("tokens_per_minute"), lambda use: use.tokens, str, _window),
+    ("audio-seconds", _limit("audio_seconds_per_minute"), lambda use: use.audio_ms / 1000, str, _window),
+    ("concurrent-requests", _limit("concurrent_requests"), lambda use: use.running, str, None),
+    (
+        "concurrent-audio-seconds",
+        _limit("concurrent_audio_seconds"),
+        lambda use: use.running_audio_ms / 1000,
+        str,
+        None,
+    ),
+    ("tokens-day", _limit("tokens_per_day"), lambda use: use.tokens_per_day, str, _until_next_day),
+    ("tokens-month", _limit("tokens_per_month"), lambda use: use.tokens_per_month, str, _until_next_month),
+    ("money-day", _limit("nanos_per_day"), lambda use: use.nanos_per_day, money, _until_next_day),
+    ("money-month", _limit("nanos_per_month"), lambda use: use.nanos_per_month, money, _until_next_month),
+    ("free-tokens", _free_tokens, lambda use: use.free_tokens, str, None),
 )
+"""Name, limit, use, format of the value and time to the reset of each limit.
+
+Budgets and the free quota count what requests that have ended were billed; all others include this request.
+"""
 
 
 def _refusal(answer: Answer, headers: Mapping[str, str]) -> CaptionerError:

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 _TOKENS = "tokens"
 """Key of the sum of tokens, next to the currencies of sums of money."""
 
-_MAX_PERIODS = 4
-"""Periods whose sums are kept: two days and two months, since requests run over midnight."""
+_MAX_PERIODS = 80
+"""Periods whose sums are kept: forty days, as in Redis, and their months. The current month is never dropped: its sum
+would be read from the ledger again, where the last requests may still be missing."""
 
 _MAX_SCOPES = 10_000
 """Number of scopes above which idle ones are dropped. The ledger has what was billed to them."""

@@ -1,4 +1,4 @@
-"""Declarations of the operator's settings: logs, administration, metrics and traces; as in `setting_groups`."""
+"""Declarations of the operator's settings: logs, administration, metrics and traces; as in `groups`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.setting_types import Example
+from serving.settings.types import Example
 
 
 class Logs(BaseModel):

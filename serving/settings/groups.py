@@ -1,6 +1,6 @@
 """Declarations of settings, one class per group of `captioner serve --help`; units are in the names.
 
-Settings of the operator (logs, administration, metrics, traces) are in `operator_setting_groups`.
+Settings of the operator (logs, administration, metrics, traces) are in `operator_groups`.
 
 A description is a noun phrase with its unit, then what `Default`, `Unset`, `Higher` or `Lower` mean where that is not
 plain from the value. A setting without a default carries an `Example`, for the example file of `captioner settings`.
@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.setting_types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.settings.types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
 
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "embedded" / "checkpoint"
+EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
 
 CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"

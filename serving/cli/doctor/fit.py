@@ -1,0 +1,173 @@
+"""Arithmetic of GPU memory: the tokens of KV cache that a choice of GPUs leaves, and the profile that fits.
+
+Weights and KV cache are those of the captioner as `tests/cuda` builds it (the table in deploy/cuda.md); working memory
+is the profiles' estimate. tests/cli/test_doctor_fit.py compares these figures with the page and with deploy/profiles.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from serving.cli.doctor.findings import Finding, error, ok, warning
+from serving.cli.doctor.gpu import Gpu, NoGpuError, visible_gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serving.config import Settings
+
+GIB = 1 << 30
+KIB = 1 << 10
+
+WEIGHTS_GIB = {
+    "BF16": {1: 58.1, 2: 29.1, 4: 14.6, 8: 8.4},
+    "FP8": {1: 30.2, 2: 15.1, 4: 7.6, 8: 4.9},
+}
+"""Weights on each GPU, by number format and GPUs per engine."""
+
+KV_KIB = {1: 96, 2: 48, 4: 24, 8: 24}
+"""KV cache per token on each GPU; each of the four KV heads is copied from the eighth GPU on."""
+
+CHECKPOINT_GIB = 59.1
+"""The captioner's files at the hub: 31.7 B parameters in BF16."""
+
+_WORKING_GIB = 4.0
+_LAYERS, _HIDDEN = 48, 2048
+
+
+class Profile(NamedTuple):
+    """A file of deploy/profiles. Memory of each GPU and working memory in GiB."""
+
+    name: str
+    gpus: int
+    tensor_parallel: int
+    gpu_gib: float
+    utilization: float
+    number_format: str = "BF16"
+    working_gib: float = _WORKING_GIB
+
+
+PROFILES = (
+    Profile("8xh100-80g", 8, 2, 79.1, 0.92),
+    Profile("4xl40s", 4, 4, 44.4, 0.9, working_gib=3.0),
+    Profile("2xa100-80g", 2, 2, 79.1, 0.92),
+    Profile("1xh100-80g", 1, 1, 79.1, 0.92),
+    Profile("1xh100-80g-fp8", 1, 1, 79.1, 0.92, number_format="FP8"),
+)
+"""In the order in which they are tried."""
+
+
+class Fit(NamedTuple):
+    """Memory of one GPU of an engine, in GiB, and the tokens of KV cache that the engine holds."""
+
+    taken_gib: float
+    weights_gib: float
+    working_gib: float
+    kv_gib: float
+    tokens: int
+
+    def __str__(self) -> str:
+        rest = "KV cache" if self.kv_gib >= 0 else "missing"
+        text = (
+            f"{self.taken_gib:.1f} GiB of each GPU - weights {self.weights_gib:.1f} - working memory "
+            f"{self.working_gib:.1f} (estimate) = {rest} {abs(self.kv_gib):.1f} GiB"
+        )
+        return f"{text} = {self.tokens:,} tokens" if self.tokens else text
+
+
+def fit(gpu_gib: float, utilization: float, weights_gib: float, tensor_parallel: int, working_gib: float) -> Fit:
+    """Return the division of a GPU's memory."""
+    taken = gpu_gib * utilization
+    kv_gib = taken - weights_gib - working_gib
+    tokens = int(kv_gib * GIB / (KV_KIB[tensor_parallel] * KIB) / 1000) * 1000
+    return Fit(taken, weights_gib, working_gib, kv_gib, max(0, tokens))
+
+
+def is_captioner(model: str) -> bool:
+    """Return whether `model`, a directory or a name at a hub, has the sizes of the captioner."""
+    if not Path(model).is_dir():
+        return "qwen3-omni-30b-a3b" in model.lower()
+    try:
+        text = json.loads(Path(model, "config.json").read_text())["thinker_config"]["text_config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return bool(text.get("hidden_size") == _HIDDEN and text.get("num_hidden_layers") == _LAYERS)
+
+
+def fitting_profile(gpus: list[Gpu]) -> Profile | None:
+    """Return the first profile for which there are enough GPUs with enough memory."""
+    for profile in PROFILES:
+        large = [gpu for gpu in gpus if gpu.total_gib >= profile.gpu_gib]
+        if len(large) >= profile.gpus and (profile.number_format == "BF16" or all(gpu.has_fp8 for gpu in large)):
+            return profile
+    return None
+
+
+def probe(settings: Settings) -> Iterator[Finding]:
+    """Yield whether the model and its context fit the GPUs, and which profile does."""
+    try:
+        gpus = visible_gpus()
+    except NoGpuError:
+        return
+    if (known := fitting_profile(gpus)) is not None:
+        weights = WEIGHTS_GIB[known.number_format][known.tensor_parallel]
+        sizes = min(gpu.total_gib for gpu in gpus)
+        shown = fit(sizes, known.utilization, weights, known.tensor_parallel, known.working_gib)
+        yield ok("profile", f"deploy/profiles/{known.name}.toml fits: {shown}")
+    elif any(gpu.total_gib for gpu in gpus):
+        least = {profile.gpus: profile.gpu_gib for profile in PROFILES}
+        yield warning(
+            "profile",
+            f"no profile of deploy/profiles fits {len(gpus)} x {min(gpu.total_gib for gpu in gpus):.1f} GiB",
+            "use "
+            + ", or ".join(f"{count} GPUs of {size:g} GiB" for count, size in sorted(least.items()))
+            + ", or set tensor_parallel, quantization and max_model_len by the arithmetic of `memory`",
+        )
+    yield from _memory(settings, gpus)
+
+
+def _memory(settings: Settings, gpus: list[Gpu]) -> Iterator[Finding]:
+    count, gib = settings.tensor_parallel, min(gpu.total_gib for gpu in gpus[: settings.tensor_parallel])
+    if settings.is_embedded:
+        yield ok("memory", "the embedded stand-in needs less than 1 GiB for its weights")
+        return
+    if not is_captioner(settings.model) or count not in KV_KIB or not gib:
+        message = f"memory was not calculated: {settings.model} is not known, or the GPUs do not report their memory"
+        yield warning("memory", message, "compare the checkpoint's size with the GPUs' memory")
+        return
+    number_format = "FP8" if settings.quantization else "BF16"
+    shown = fit(gib, settings.gpu_memory_utilization, WEIGHTS_GIB[number_format][count], count, _WORKING_GIB)
+    context_gib = settings.max_model_len * KV_KIB[count] * KIB / GIB
+    text = f"{count} x {gib:.1f} GiB, {number_format}: {shown}"
+    if shown.kv_gib + shown.working_gib < context_gib:
+        yield error(
+            "memory",
+            f"{text}; one context of max_model_len {settings.max_model_len:,} needs {context_gib:.1f}",
+            _larger(settings, gpus),
+        )
+    elif shown.kv_gib < context_gib:
+        message = f"{text}; one context of max_model_len {settings.max_model_len:,} needs {context_gib:.1f}: tight"
+        yield warning("memory", message, _larger(settings, gpus))
+    else:
+        yield ok("memory", text)
+
+
+def _larger(settings: Settings, gpus: list[Gpu]) -> str:
+    """Return the choices that would fit, of those that this machine allows first."""
+    gib = min(gpu.total_gib for gpu in gpus)
+    choices = []
+    for number_format, weights in WEIGHTS_GIB.items():
+        for count, each in weights.items():
+            if number_format == "FP8" and not all(gpu.has_fp8 for gpu in gpus):
+                continue
+            found = fit(gib, settings.gpu_memory_utilization, each, count, _WORKING_GIB)
+            if found.tokens >= settings.max_model_len:
+                choices.append((count > len(gpus), count, number_format))
+    if not choices:
+        return "use GPUs with 48 GiB or more, or lower max_model_len"
+    lacking, count, number_format = min(choices)
+    quantization = "" if number_format == "BF16" else " and quantization fp8_per_channel"
+    where = f"use {count} such GPUs" if lacking else "this machine can"
+    return f"{where}: set tensor_parallel to {count}{quantization}"
