@@ -355,15 +355,26 @@ def up(settings: Settings, overrides: Overrides, ready: Callable[[str], None]) -
         options = {"host": serve_host(settings.host), "port": settings.port, "request_timeout_s": None}
         serve.start(http_options=options)
         try:
-            serve.run(build(overrides), name="captioner", route_prefix="/")
+            with suppress(_StartStopped):
+                serve.run(build(overrides), name="captioner", route_prefix="/")
+                started.set()
+                ready(f"http://{settings.host}:{settings.port}")
+                stop.wait()
+            if not started.is_set() and not _is_serving():
+                raise _StartStopped
             started.set()
-            ready(f"http://{settings.host}:{settings.port}")
-            stop.wait()
             stop.clear()
             _drain(settings.shutdown_grace_s, stop)
         finally:
             if started.is_set() or not stop.is_set():  # else it would wait 30 s for processes that are starting
                 serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _is_serving() -> bool:
+    """Return whether a frontend serves: it does a moment before Serve says that the application runs."""
+    application = serve.status().applications.get("captioner")
+    frontend = application.deployments.get("frontend") if application else None
+    return frontend is not None and any(state == "RUNNING" for state in frontend.replica_states)
 
 
 def _drain(within_s: float, hurry: threading.Event) -> None:
