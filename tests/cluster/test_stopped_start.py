@@ -10,6 +10,7 @@ import pytest
 PROGRAM = """
 import os, signal, sys, time
 from contextlib import nullcontext
+from types import SimpleNamespace
 from ray import serve
 from serving.cluster import deployments
 from serving.config import Settings
@@ -22,6 +23,7 @@ def run(*_, **__):
 
 deployments._local_ray = nullcontext
 deployments.build = lambda _: None
+serve.status = lambda: SimpleNamespace(applications={})
 serve.start, serve.run, serve.shutdown = lambda **_: None, run, lambda: print("shut down", flush=True)
 began_s = time.monotonic()
 deployments.up(Settings(), {}, print)

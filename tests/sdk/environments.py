@@ -1,7 +1,8 @@
 """Environments of client versions: created once from committed locks, separate from the service's own.
 
 Python: `requirements/<name>.txt`, installed with its hashes. Node: `node/<name>/package-lock.json`. An environment is
-created again when its lock has changed, and not otherwise.
+created again when its lock has changed, and not otherwise. Its directory has its lock's digest in its name: uv keeps
+what it learnt about an interpreter by path, and once took a new environment for the system at the path of an old one.
 """
 
 from __future__ import annotations
@@ -25,22 +26,27 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / ".cache" / "sdk"
 
-STAMP = "lock.blake2b"
+STAMP = "complete"
+
+# Raises `PackageNotFoundError` if the environment's own interpreter does not find the client.
+FIND = "import importlib.metadata, sys; importlib.metadata.distribution(sys.argv[1])"
 
 
 def python_environment(name: str) -> Path:
     """Return the directory of the Python environment, created if necessary."""
     lock = HERE / "requirements" / f"{name}.txt"
-    home = CACHE / name
     with _alone(name):
-        if _is_current(home, lock):
+        home = _home(name, lock)
+        if (home / STAMP).exists():
             return home
-        shutil.rmtree(home, ignore_errors=True)
+        _clear(name)
         uv = [sys.executable, "-m", "uv"]
         _run(*uv, "venv", "--quiet", "--python", sys.executable, str(home))
         install = ("pip", "install", "--quiet", "--require-hashes", "--no-deps", "--compile-bytecode")
         _run(*uv, *install, "--python", str(home / "bin" / "python"), "-r", str(lock))
-        return _stamped(home, lock)
+        _run(str(home / "bin" / "python"), "-c", FIND, name.rpartition("-")[0])
+        (home / STAMP).touch()
+        return home
 
 
 def node_environment(name: str) -> Path:
@@ -49,14 +55,15 @@ def node_environment(name: str) -> Path:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     lock = HERE / "node" / name / "package-lock.json"
-    home = CACHE / name
     with _alone(name):
-        if _is_current(home, lock):
+        home = _home(name, lock)
+        if (home / STAMP).exists():
             return home
-        shutil.rmtree(home, ignore_errors=True)
+        _clear(name)
         shutil.copytree(lock.parent, home)
         _run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", cwd=home)
-        return _stamped(home, lock)
+        (home / STAMP).touch()
+        return home
 
 
 def bare_variables(home: Path) -> dict[str, str]:
@@ -73,18 +80,15 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
-def _digest(lock: Path) -> str:
-    return hashlib.blake2b(lock.read_bytes() + sys.version.encode()).hexdigest()
+def _home(name: str, lock: Path) -> Path:
+    digest = hashlib.blake2b(lock.read_bytes() + sys.version.encode(), digest_size=8).hexdigest()
+    return CACHE / f"{name}-{digest}"
 
 
-def _is_current(home: Path, lock: Path) -> bool:
-    stamp = home / STAMP
-    return stamp.is_file() and stamp.read_text() == _digest(lock)
-
-
-def _stamped(home: Path, lock: Path) -> Path:
-    (home / STAMP).write_text(_digest(lock))
-    return home
+def _clear(name: str) -> None:
+    """Remove the environments of earlier locks, and one whose creation was cut."""
+    for old in CACHE.glob(f"{name}-*"):
+        shutil.rmtree(old)
 
 
 def _run(*command: str, cwd: Path | None = None) -> None:
