@@ -110,7 +110,7 @@ def test_another_track_that_goes_on_after_the_chosen_one_is_not_appended() -> No
 
 @pytest.mark.parametrize(("outer", "inner"), [("aac", "ac3"), ("aac", "mp2"), ("mp2", "aac")])
 def test_a_codec_that_changes_and_changes_back_is_followed(outer: str, inner: str) -> None:
-    """Of three joined streams under one packet ID the middle one, of another codec, is decoded too."""
+    """The middle one of three joined streams under one packet ID is decoded too, though its codec is another one."""
     first, middle = (with_av("mpegts", codec, 48_000, samples=stereo(48_000, 4)) for codec in (outer, inner))
     assert _seconds(first + middle + first) == pytest.approx(12, abs=0.2)
 
