@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected, error_code
 from serving.observability.context import Untraced
+from serving.observability.money_counter import MoneyCounter
 from serving.observability.request_record import ANSWERED, OUTCOMES, STAGES, RequestRecord
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ OTHER_TENANTS, UNKNOWN_TENANT = "other", "none"
 """Label of all tenants beyond the bound together, and label of requests whose tenant is unknown."""
 
 DIALECTS = ("openai", "dashscope")
-
 ANY_OTHER = "capacity"
 REASONS = (
     *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait"),
@@ -259,11 +259,11 @@ class Metrics(Gauges):
             "tenant",
             "limit",
         )
-        self._tenant_cost = self._counter(
+        self._tenant_cost = MoneyCounter(
             "captioner_tenant_cost",
-            "Money billed, in whole units of the currency, by tenant and currency; the ledger has the exact sums.",
-            "tenant",
-            "currency",
+            "Money billed, as in the ledger, in units of the currency, by tenant and currency.",
+            ("tenant", "currency"),
+            self.registry,
         )
         self._initialise_series()
 
@@ -321,7 +321,7 @@ class Metrics(Gauges):
             self._stages.labels(stage).observe(seconds, exemplar)
         self._tenant_wait.labels(tenant).inc(record.queued_s)
         if record.billed_nanos:
-            self._tenant_cost.labels(tenant, record.currency).inc(record.billed_nanos / 1e9)
+            self._tenant_cost.add(record.billed_nanos, tenant, record.currency)
         if record.samples:
             self._durations.observe(audio_s)
             self._audio_decoded.labels(record.dialect).inc(audio_s)
