@@ -14,7 +14,7 @@ from benchmarks.program import CHECKPOINT, ROOT, option_parser
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 LENGTHS_S = (5, 30, 2400)
 """Lengths of the clips of the parity step, in seconds."""
@@ -67,20 +67,25 @@ class Plan:
             if name not in {"model", "dtype", "max_num_seqs", "max_num_batched_tokens", "engine_args"}
         }
         own |= {"tensor_parallel": tensor_parallel or self.tensor_parallel, "fetch_allow": "127.0.0.0/8", **settings}
-        return [f"--{name.replace('_', '-')}={_text(value)}" for name, value in own.items()] + list(self.service_flags)
+        return [*_flags(own), *self.service_flags]
 
     def vllm_flags(self, tensor_parallel: int = 0, **arguments: Any) -> list[str]:
         """Return further flags of `vllm serve`, which correspond to the profile's settings."""
         own: dict[str, Any] = {"tensor_parallel_size": tensor_parallel or self.tensor_parallel}
         own |= {name: self.profile[name] for name in ("gpu_memory_utilization", "quantization") if name in self.profile}
         own |= self.engine_args | arguments
-        return [f"--{name.replace('_', '-')}={_text(value)}" for name, value in own.items() if value is not None]
+        return _flags(own)
 
     @property
     def engine_args(self) -> dict[str, Any]:
         """Arguments of vLLM that the service gets as `engine_args`."""
         given = dict(self.profile.get("engine_args", {}))
         return given | ({"load_format": self.load_format} if self.load_format != "auto" else {})
+
+
+def _flags(values: Mapping[str, Any]) -> list[str]:
+    """Return flags of these values; None leaves one out."""
+    return [f"--{name.replace('_', '-')}={_text(value)}" for name, value in values.items() if value is not None]
 
 
 def _text(value: Any) -> str:

@@ -148,7 +148,7 @@ def start(plan: Plan) -> dict[str, Any]:
 
         def started() -> dict[str, Any]:
             with Service(plan, {"VLLM_CACHE_ROOT": cache}) as service:
-                ready = service.events("engine ready")
+                ready = service.events("engine start times")
                 captions = [greedy(service.url, f"{address}/{clip.path.name}", 2).e2e_s for _ in range(3)]
                 return {
                     "ready_s": round(service.start_s, 1),

@@ -61,8 +61,9 @@ class Reference(VllmServe):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        # The parent's looks for the CPU build.
-        return Server.environment.fget(self) if self._on_gpu else super().environment  # type: ignore[attr-defined]
+        # The parent's looks for the CPU build. A WAV file of 40 minutes has 77 MB; vLLM admits 25 by default.
+        own = Server.environment.fget(self) if self._on_gpu else super().environment  # type: ignore[attr-defined]
+        return {**own, "VLLM_MAX_AUDIO_CLIP_FILESIZE_MB": "100"}
 
 
 class Omni(Server):
