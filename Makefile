@@ -29,13 +29,29 @@ LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
+# Runs the service; if it fails, `captioner doctor` checks the machine, and the service's exit status is kept. A service
+# that somebody stops has not failed. `set -m` puts it into a separate process group, where it gets each signal once, from the trap.
+define RUN
+@set -m; stopped=; service=; status=0; \
+pass() { stopped=yes; [ -z "$$service" ] || kill -$$1 $$service 2>/dev/null || true; }; \
+for signal in INT TERM HUP; do trap "pass $$signal" $$signal; done; \
+$(SERVE)/bin/captioner $(1) & service=$$!; [ -z "$$stopped" ] || pass TERM; \
+while kill -0 $$service 2>/dev/null; do wait $$service 2>/dev/null || true; done; \
+wait $$service 2>/dev/null || status=$$?; \
+if [ $$status -ne 0 ] && [ -z "$$stopped" ]; then \
+  echo; echo "captioner $(1) failed with status $$status. What captioner doctor says about this machine:"; echo; \
+  $(SERVE)/bin/captioner doctor || true; \
+fi >&2; \
+exit $$status
+endef
+
 .PHONY: serve
 serve: $(SERVE)/serve.stamp ## Install if needed, then serve on 127.0.0.1:8000
-	@exec $(SERVE)/bin/captioner serve
+	$(call RUN,serve)
 
 .PHONY: serve-cluster
 serve-cluster: $(SERVE)/serve.stamp ## The same on Ray Serve (one machine), behind HAProxy
-	@exec $(SERVE)/bin/captioner cluster
+	$(call RUN,cluster)
 
 .PHONY: settings
 settings: $(SERVE)/serve.stamp ## List every setting

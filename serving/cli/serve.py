@@ -21,6 +21,7 @@ from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
 from serving.config import Settings
+from serving.errors import NotReady, ServerError
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
 from serving.storage.uploads import make_uploads_directory
@@ -29,6 +30,8 @@ from serving.tenancy.database import UnusableDatabase, failure
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Sequence
+
+    from serving.api.components import Components
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,8 @@ class ServiceRun:
         raise_descriptor_limit()
         connections = Connections(settings)
         app = create_app(settings, on_engine=self._on_engine, connections=connections)
-        self._ledger = app.state.components.usage_sessions.ledger
+        self._components: Components = app.state.components
+        self._ledger = self._components.usage_sessions.ledger
         self._server = _Listener(
             uvicorn.Config(
                 app,
@@ -175,11 +179,22 @@ class ServiceRun:
                 async with asyncio.timeout(10):
                     await self._loaded.wait()
                     break
-            log.info("still loading after %d s; requests get 503 until then", time.monotonic() - self._began)
+            waited_s = time.monotonic() - self._began
+            log.info("still loading after %d s; requests get 503 until then", waited_s, extra=await self._progress())
         host, port = self._server.servers[0].sockets[0].getsockname()[:2]
         origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("ready after %.0f s on %s", time.monotonic() - self._began, origin)
         print_first_request(origin, self._settings)
+
+    async def _progress(self) -> dict[str, str]:
+        """Return what the service waits for, as fields of a log line."""
+        try:
+            await self._components.check_ready()
+        except NotReady as error:
+            return {"waits_for": error.progress or str(error)}
+        except ServerError as error:
+            return {"waits_for": str(error)}
+        return {}
 
     def _on_engine(self, failure: BaseException | None) -> None:
         if failure is None:

@@ -27,9 +27,9 @@ def test_an_engine_starts_with_a_complete_checkpoint(helm: Path, name: str, firs
     """It waits for the download, or verifies the sums, before vLLM reads from the path in the settings."""
     manifests = template(helm, COMBINATIONS[name])
     spec = group(manifests, "engine")["template"]["spec"]
-    assert [each["name"] for each in spec["initContainers"]] == [*first, "check-model"]
+    assert [each["name"] for each in spec["initContainers"]] == [*first, "check-model", "doctor-engine"]
     model = serve_config(manifests)["applications"][0]["args"]["model"]
-    assert spec["initContainers"][-1]["command"] == ["python", "/etc/captioner/model.py", verb, model]
+    assert spec["initContainers"][-2]["command"] == ["python", "/etc/captioner/model.py", verb, model]
     mounts = {each["name"]: each for each in spec["containers"][0]["volumeMounts"]}
     assert model.startswith(mounts["model"]["mountPath"] + "/")
     assert mounts["model"]["readOnly"]

@@ -141,6 +141,38 @@ def test_a_driver_that_does_not_answer(
     assert found["gpu"][0][1] == f"no GPU: {reason}; the CUDA build of vLLM needs one"
 
 
+def test_a_gpu_without_nvidia_smi(doctor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A container with a GPU's device and without the program is a warning: vLLM does not need the program."""
+    monkeypatch.setattr(gpu, "has_cuda_build", lambda: True)
+    monkeypatch.setattr(gpu, "DEVICES", tmp_path)
+    monkeypatch.setattr("serving.cli.doctor.gpu.shutil.which", lambda _: None)
+    status, found = doctor("--part=engine")
+    assert (status, found["gpu"][0][0]) == (1, "error")
+    (tmp_path / "nvidia0").touch()
+    status, found = doctor("--part=engine")
+    assert status == 0
+    assert found["gpu"][0][:2] == ("warning", "a GPU is here, but cannot be checked: nvidia-smi is not installed")
+
+
+@pytest.mark.parametrize("name", ["someone/Qwen3-Omni-30B-A3B-Captioner-AWQ-4bit", "someone/qwen3-omni-30b-a3b-fp8"])
+def test_a_quantized_checkpoint_is_not_calculated(doctor: Any, nvidia_smi: Any, name: str) -> None:
+    """The arithmetic is of BF16: for smaller weights it would refuse a GPU that is large enough."""
+    nvidia_smi(listing(L4))
+    _, found = doctor("--part=engine", f"--model={name}")
+    assert found["memory"][0][0] == "warning"
+    assert found["memory"][0][1].startswith(f"memory was not calculated: {name} is not known")
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 1), (["--exit-zero"], 0)])
+def test_exit_statuses(machine: None, flags: list[str], expected: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """An error is status 1, or 0 with `--exit-zero`; it is reported in both cases. A wrong option is 2."""
+    assert main(["doctor", "--json", "--port=http", *flags]) == expected
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+    with pytest.raises(SystemExit) as stopped:
+        main(["doctor", "--part=nothing"])
+    assert stopped.value.code == 2
+
+
 def test_hidden_gpus_do_not_count(doctor: Any, nvidia_smi: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the GPUs of CUDA_VISIBLE_DEVICES count."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-0")

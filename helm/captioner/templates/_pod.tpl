@@ -195,6 +195,71 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
 {{- end }}
 {{- end -}}
 
+{{/*
+Init container that checks the machine before anything is loaded (`doctor.mode`). dict: root, part (`engine` or
+`frontend`), role, gpus. Its resources and volumes are those of the container that follows, so that it sees the same GPUs
+and limits. A frontend's never fails the pod: the service starts without its database, and goes on when that comes.
+*/}}
+{{- define "captioner.doctorInit" -}}
+{{- $root := .root -}}
+{{- if ne $root.Values.doctor.mode "off" }}
+- name: doctor-{{ .part }}
+  image: {{ include "captioner.image" $root | quote }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
+  command:
+    - captioner
+    - doctor
+    - --part={{ .part }}
+    - --config=/etc/captioner-settings/captioner.toml
+    {{- if or (eq .part "frontend") (eq $root.Values.doctor.mode "report") }}
+    - --exit-zero
+    {{- end }}
+  env:
+    {{- include "captioner.baseEnv" $root | nindent 4 }}
+    {{- if eq .part "frontend" }}
+    {{- include "captioner.callersEnv" $root | nindent 4 }}
+    {{- end }}
+    {{- if and (eq .part "engine") (ne $root.Values.model.source "embedded") }}
+    - {name: HF_HUB_OFFLINE, value: "1"}
+    {{- end }}
+    {{- with .role.env }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with .role.envFrom }}
+  envFrom: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  securityContext: {{- include "captioner.containerSecurity" $root | nindent 4 }}
+  resources: {{- include "captioner.resources" . | nindent 4 }}
+  volumeMounts:
+    - {name: scratch, mountPath: /tmp}
+    - {name: settings, mountPath: /etc/captioner-settings, readOnly: true}
+    {{- if eq .part "engine" }}
+    {{- include "captioner.engineMounts" $root | nindent 4 }}
+    {{- else }}
+    {{- include "captioner.frontendMounts" $root | nindent 4 }}
+    {{- end }}
+    {{- with .role.volumeMounts }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Resources of a container with its GPUs. dict: root, role, gpus. */}}
+{{- define "captioner.resources" -}}
+{{- $resources := deepCopy .role.resources -}}
+{{- if gt (int .gpus) 0 -}}
+{{- $gpus := dict .root.Values.engine.gpuResource (int .gpus) -}}
+{{- $resources = dict "requests" (merge (default dict $resources.requests) $gpus) "limits" (merge (default dict $resources.limits) $gpus) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
+{{/* Volume with the settings as a file. */}}
+{{- define "captioner.settingsVolume" -}}
+- name: settings
+  configMap: {name: {{ include "captioner.fullname" . }}-settings}
+{{- end -}}
+
 {{- define "captioner.engineVolumes" -}}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize | quote }}}

@@ -21,10 +21,15 @@ spec:
   {{- with include "captioner.scheduling" . | trim }}
   {{- . | nindent 2 }}
   {{- end }}
+  {{- $init := "" }}
+  {{- $check := dict "root" $root "role" .role "part" .component "gpus" (default 0 .role.gpus) }}
   {{- if $engine }}
-  {{- with include "captioner.modelInit" $root | trim }}
-  initContainers: {{- . | nindent 4 }}
+  {{- $init = printf "%s\n%s" (include "captioner.modelInit" $root) (include "captioner.doctorInit" $check) }}
+  {{- else if $frontend }}
+  {{- $init = include "captioner.doctorInit" $check }}
   {{- end }}
+  {{- with $init | trim }}
+  initContainers: {{- . | nindent 4 }}
   {{- end }}
   containers:
     - name: ray-{{ .component }}
@@ -86,13 +91,7 @@ spec:
             command: [/bin/bash, -c, 'captioner leave --instance "$RAY_CLOUD_INSTANCE_ID" --within-s {{ . }}; true']
       {{- end }}
       securityContext: {{- include "captioner.containerSecurity" $root | nindent 8 }}
-      resources:
-        {{- $resources := deepCopy .role.resources }}
-        {{- if and $engine (gt (int .role.gpus) 0) }}
-        {{- $gpus := dict $root.Values.engine.gpuResource (int .role.gpus) }}
-        {{- $resources = dict "requests" (merge (default dict $resources.requests) $gpus) "limits" (merge (default dict $resources.limits) $gpus) }}
-        {{- end }}
-        {{- toYaml $resources | nindent 8 }}
+      resources: {{- include "captioner.resources" $check | nindent 8 }}
       volumeMounts:
         - {name: scratch, mountPath: /tmp}
         {{- if $engine }}
@@ -117,6 +116,9 @@ spec:
     {{- end }}
     {{- if $frontend }}
     {{- include "captioner.frontendVolumes" $root | nindent 4 }}
+    {{- end }}
+    {{- if and (or $engine $frontend) (ne $root.Values.doctor.mode "off") }}
+    {{- include "captioner.settingsVolume" $root | nindent 4 }}
     {{- end }}
     {{- if and (eq .component "head") $root.Values.ray.autoscaler.enabled }}
     - name: kubernetes

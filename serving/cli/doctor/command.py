@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 _DEADLINE_S = 15.0
 _HIDDEN = "[redacted]"
 
-USAGE = """usage: captioner doctor [--json] [--part all|engine|frontend] [--config FILE] [settings …]
+USAGE = """usage: captioner doctor [--json] [--part all|engine|frontend] [--exit-zero] [--config FILE] [settings …]
 
 Check this machine before anything is loaded: GPUs, driver, memory, disks, weights, services, clock, limits. Takes the
 settings of `captioner serve` (`captioner serve --help` lists them). Changes nothing and prints no secret.
 
-  --json   print {"ok": …, "findings": [{"probe", "level", "message", "remedy"}, …]}
-  --part   `engine` or `frontend`: the checks of that part of a cluster. Default: all
+  --json       print {"ok": …, "findings": [{"probe", "level", "message", "remedy"}, …]}
+  --part       `engine` or `frontend`: the checks of that part of a cluster. Default: all
+  --exit-zero  report errors, but exit with 0: for a check that must not keep a pod from starting
 
-Exit status: 0 without errors (warnings are allowed), 1 with an error, also in the settings."""
+Exit status: 0 without errors (warnings are allowed), 1 with an error, also in the settings, 2 for a wrong use of these
+options."""
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -40,6 +42,7 @@ def doctor(argv: Sequence[str]) -> int:
         return 0
     flags = argparse.ArgumentParser("captioner doctor", allow_abbrev=False, add_help=False)
     flags.add_argument("--json", action="store_true")
+    flags.add_argument("--exit-zero", action="store_true")
     flags.add_argument("--part", choices=("all", "engine", "frontend"), default="all")
     own, rest = flags.parse_known_args(argv[1:])
     try:
@@ -52,7 +55,7 @@ def doctor(argv: Sequence[str]) -> int:
         found = run_all(_probes(settings, own.part), _DEADLINE_S)
     found = [replace(each, message=_without(secrets, each.message)) for each in found]
     print(_as_json(found) if own.json else _as_text(found), flush=True)  # noqa: T201
-    return int(any(finding.level is Level.ERROR for finding in found))
+    return int(not own.exit_zero and any(finding.level is Level.ERROR for finding in found))
 
 
 def _probes(settings: Settings, part: str) -> list[Probe]:

@@ -85,15 +85,23 @@ def fit(gpu_gib: float, utilization: float, weights_gib: float, tensor_parallel:
     return Fit(taken, weights_gib, working_gib, kv_gib, max(0, tokens))
 
 
+_QUANTIZED = ("awq", "gptq", "int4", "int8", "w4a16", "w8a8", "fp8", "nvfp4", "gguf")
+"""Words in names of checkpoints whose weights are quantized already, and so smaller than `WEIGHTS_GIB`."""
+
+
 def is_captioner(model: str) -> bool:
-    """Return whether `model`, a directory or a name at a hub, has the sizes of the captioner."""
+    """Return whether `model`, a directory or a name at a hub, has the sizes of the captioner in BF16."""
     if not Path(model).is_dir():
-        return "qwen3-omni-30b-a3b" in model.lower()
+        name = model.lower()
+        return "qwen3-omni-30b-a3b" in name and not any(word in name for word in _QUANTIZED)
     try:
-        text = json.loads(Path(model, "config.json").read_text())["thinker_config"]["text_config"]
+        config = json.loads(Path(model, "config.json").read_text())
+        text = config["thinker_config"]["text_config"]
+        quantized = "quantization_config" in {*config, *config["thinker_config"], *text}
     except (OSError, ValueError, LookupError, TypeError):
         return False
-    return bool(text.get("hidden_size") == _HIDDEN and text.get("num_hidden_layers") == _LAYERS)
+    sizes = text.get("hidden_size") == _HIDDEN and text.get("num_hidden_layers") == _LAYERS
+    return bool(sizes and not quantized)
 
 
 def fitting_profile(gpus: list[Gpu]) -> Profile | None:

@@ -122,8 +122,15 @@ def probe(settings: Settings) -> Iterator[Finding]:
     yield from _suitability(settings, gpus)
 
 
+DEVICES = Path("/dev")
+
+
 def _without_gpu(settings: Settings, build: bool | None, reason: str) -> Iterator[Finding]:  # noqa: FBT001
-    if build:
+    if build and shutil.which("nvidia-smi") is None and any(DEVICES.glob("nvidia[0-9]*")):
+        # A container may get a GPU without this program, and vLLM does not need it.
+        remedy = "set NVIDIA_DRIVER_CAPABILITIES=compute,utility in the container to have it checked"
+        yield warning("gpu", "a GPU is here, but cannot be checked: nvidia-smi is not installed", remedy)
+    elif build:
         yield error(
             "gpu",
             f"no GPU: {reason}; the CUDA build of vLLM needs one",

@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError, VLLMServerError
@@ -67,7 +66,6 @@ PROMPT = "<|im_start|>user\n<|audio_start|><|audio_pad|><|audio_end|><|im_end|>\
 _AUDIO_PAD = "<|audio_pad|>"
 """Placeholder in the prompt, once per audio token."""
 
-_MEL_BINS = 128
 _FRAMES_PER_S = 100
 _WINDOW_FRAMES = 800
 """Window of 8 s within which the audio tower attends: a piece that ends with one is encoded as in the whole audio."""
@@ -153,10 +151,6 @@ class LoadedModel:
         for process in resources.engine_manager.processes:
             process.join()
         resources.ctx.term()
-
-    def silence(self) -> Features:
-        """Return features of half a second of silence."""
-        return Features(np.full((_MEL_BINS, 50), -1.5, np.float32), samples=8000)
 
     async def generate(self, request_id: str, features: Features, sampling: Sampling) -> AsyncGenerator[EngineDelta]:
         """See `Engine`."""

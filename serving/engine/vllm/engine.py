@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import logging
 import logging.config
 import multiprocessing
 import os
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import Tally, ignore_start
+from serving.engine.vllm.start_progress import PHASES, StartProgress, cache_root
+from serving.engine.vllm.warm_up import warm_up
 from serving.errors import EngineFailed, NotReady
-from serving.types import NO_TENANT, Sampling
+from serving.types import NO_TENANT
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -26,7 +29,12 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import EngineDelta, Load
     from serving.engine.vllm.async_llm import LoadedModel
-    from serving.types import Features, SchedulingClass
+    from serving.types import Features, Sampling, SchedulingClass
+
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.5
 
 
 class VllmEngine:
@@ -40,6 +48,7 @@ class VllmEngine:
         self._tally = Tally()
         self._model: LoadedModel | None = None
         self._loading: asyncio.Future[LoadedModel] | None = None
+        self._progress: StartProgress | None = None
         self._stopped = False
         self.pids: tuple[int, ...] = ()
 
@@ -52,16 +61,20 @@ class VllmEngine:
         """See `Engine`."""
         self._scratch = tempfile.TemporaryDirectory(prefix="captioner-engine-")
         self._siblings = multiprocessing.active_children()
+        self._progress = progress = StartProgress(self._settings, Path(self._scratch.name))
+        reporting = asyncio.create_task(_report_phases(progress))
         self._loading = asyncio.ensure_future(asyncio.to_thread(self._load))
         try:
             # Cancelling would not stop the thread; `stop` does.
             model = await asyncio.shield(self._loading)
-            # The first request includes PyTorch's one-time work; and a model that cannot generate is not ready.
-            async with aclosing(model.generate("start", model.silence(), Sampling(max_tokens=2))) as deltas:
-                async for _ in deltas:
-                    pass
+            progress.mark("captions")
+            await warm_up(model, self._settings)
         except Exception as error:
             raise EngineFailed from error
+        finally:
+            reporting.cancel()
+        seconds = progress.keep()
+        log.info("engine start times", extra={f"{phase}_s": seconds.get(phase, 0.0) for phase in PHASES})
         self._model = model
         started = (process for process in multiprocessing.active_children() if process not in self._siblings)
         self.pids = tuple(process.pid for process in started if process.pid)
@@ -88,7 +101,7 @@ class VllmEngine:
     async def check_health(self) -> None:
         """See `Engine`."""
         if self._model is None:
-            raise NotReady
+            raise NotReady(progress=self._progress.describe() if self._progress and not self._stopped else "")
         if self._model.dead:
             raise EngineFailed
 
@@ -128,6 +141,24 @@ class VllmEngine:
         self._scratch.cleanup()
 
 
+async def _report_phases(progress: StartProgress) -> None:
+    """Log each phase of the start as it begins."""
+    seen = ""
+    while True:
+        if (phase := progress.phase) != seen:
+            seen = phase
+            log.info("engine start", extra={"phase": phase, "progress": progress.describe()})
+        await asyncio.sleep(_POLL_S)
+
+
+_CACHES = {
+    "TRITON_CACHE_DIR": "triton",
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "FLASHINFER_WORKSPACE_BASE": "flashinfer",
+    "CUDA_CACHE_PATH": "cuda",
+}
+
+
 @contextmanager
 def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
     """Set the variables that vLLM and its libraries read on import, here and in the processes that vLLM starts.
@@ -153,6 +184,10 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
+    # Kernels that vLLM, PyTorch, Triton, FlashInfer and the driver compile, below one directory, so that one volume
+    # keeps them. By default some go to the directory for temporary files, which is removed when the engine stops.
+    caches = cache_root(dict(os.environ))
+    defaults |= {name: str(caches / place) for name, place in _CACHES.items()}
     if Path(settings.model).is_dir():
         defaults["HF_HUB_OFFLINE"] = "1"
     before = dict(os.environ)

@@ -13,24 +13,46 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 from vllm.platforms import current_platform
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 import serving.engine.vllm.model  # noqa: F401 - registers the model in every process of vLLM
+from serving.engine.vllm.start_progress import mark
 from serving.private_process import forbid_inspection
 
 _GRACE_S = 10.0
 """Time for the engine process to exit after SIGTERM once the service has gone, before SIGKILL."""
 
 
-class _StopsWithService:
+class _ReportsStart:
+    """Note each phase of the start as it begins, in the order in which vLLM's engine calls these methods."""
+
+    def _init_executor(self) -> None:
+        mark("weights")
+        super()._init_executor()  # type: ignore[misc]
+
+    def determine_available_memory(self) -> Any:
+        mark("compile")
+        return super().determine_available_memory()  # type: ignore[misc]
+
+    def initialize_from_config(self, *arguments: Any) -> Any:
+        mark("cache")
+        return super().initialize_from_config(*arguments)  # type: ignore[misc]
+
+    def compile_or_warm_up_model(self) -> Any:
+        mark("graphs")
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
+
+
+class _StopsWithService(_ReportsStart):
     def _init_executor(self) -> None:
         # The interpreter would spend seconds on a garbage collection of objects that are freed with the process anyway.
         atexit.register(gc.freeze)
         threading.Thread(target=_stop_with_service, name="StopWithService", daemon=True).start()
-        super()._init_executor()  # type: ignore[misc]
+        super()._init_executor()
 
 
 class InProcessExecutor(_StopsWithService, UniProcExecutor):  # type: ignore[misc]
