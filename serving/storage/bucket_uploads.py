@@ -61,6 +61,10 @@ class BucketUploads(DirectoryUploads):
         self._bucket = Bucket(settings)
         self._copies = SharedCapacity(settings.max_downloads_bytes, reason="downloads")
         self._swept = asyncio.Event()
+        self._storing = Counter[str]()
+        """Names of the objects that are being created."""
+        self._counted = set[str]()
+        """Names that the current sweep must not count: of objects that have been in `_storing` since its start."""
 
     async def start(self) -> None:
         """Create the local directory and count the files of the bucket, for at most `object_store_timeout_s`.
@@ -81,7 +85,13 @@ class BucketUploads(DirectoryUploads):
         path = self._directory / f"{owner_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
         with _BucketFile(self, grant, path) as partial:
             yield partial
-            await partial.store(self._bucket, name)
+            self._storing[name] += 1
+            self._counted.add(name)
+            try:
+                await partial.store(self._bucket, name)
+            finally:
+                self._storing[name] -= 1
+                self._storing += Counter()  # drops names without a writer
 
     @asynccontextmanager
     async def reading(self, key: str, *, owner: str, model: str) -> AsyncIterator[Path]:
@@ -106,7 +116,7 @@ class BucketUploads(DirectoryUploads):
 
     async def _sweep_all(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Delete expired objects; count the rest, and the files that are being received."""
-        started_s = time.time()
+        started_s, self._counted = time.time(), set(self._storing)
         used_here, files_here = await asyncio.to_thread(self._sweep)
         used, files, expired = Counter(used_here), Counter(files_here), list[str]()
         async for found in self._bucket.list(_FOLDER):
@@ -114,9 +124,10 @@ class BucketUploads(DirectoryUploads):
                 continue
             if started_s >= found.modified_s + self._settings.upload_ttl_s + GRACE_S:
                 expired.append(found.name)
-            elif found.modified_s < started_s:  # one of ours that is younger is counted already
+            elif found.name not in self._counted:
                 used[match[1]] += max(found.size, MIN_FILE_BYTES)
                 files[match[1]] += 1
+        self._counted.clear()
         await self._bucket.delete(expired)
         return used, files
 

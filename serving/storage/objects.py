@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import uuid
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -277,5 +278,7 @@ def _value(secret: SecretStr | None) -> str | None:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error: obstore appends its own structures to it."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:_REASON_CHARS]
+    """Return an error's first line and the code in the store's XML; the rest of it may hold the access key id."""
+    text = str(error)
+    code = re.search(r"<Code>(\w{1,64})</Code>", text)
+    return f"{type(error).__name__}: {text.partition(chr(10))[0][:_REASON_CHARS]} {code[1] if code else ''}".rstrip()
