@@ -34,7 +34,7 @@ class ObjectStore(BaseModel):
         "requires",
     )
     object_store_access_key_id: SecretStr | None = Field(
-        None, description="Access key id of S3. Unset: as object_store_secret_key"
+        None, description="Access key id of S3. Unset: what is said of object_store_secret_key"
     )
     object_store_secret_key: SecretStr | None = Field(
         None,
@@ -74,9 +74,11 @@ class ObjectStore(BaseModel):
 
     @model_validator(mode="after")
     def _keys_come_in_pairs(self) -> Self:
-        if (self.object_store_url or "").startswith("s3:") and (self.object_store_access_key_id is None) != (
-            self.object_store_secret_key is None
-        ):
+        key_id, secret = (
+            bool(each and each.get_secret_value())  # a file without text is no key
+            for each in (self.object_store_access_key_id, self.object_store_secret_key)
+        )
+        if (self.object_store_url or "").startswith("s3:") and key_id != secret:
             raise ValueError(
                 "object_store_secret_key: is of use only with object_store_access_key_id; set both, or neither"
             )
