@@ -50,6 +50,8 @@ _PAGE = 1000
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 """Texts in errors by which S3, Azure and GCS tell a missing bucket from a missing object."""
 _REASON_CHARS = 300
+_FAULTS = (BaseError, FileNotFoundError, TimeoutError, ValueError)
+"""Exceptions of obstore, and that of a deadline."""
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +147,15 @@ class Bucket:
                 with suppress(FileNotFoundError):  # the rest of this page is deleted by a later call
                     await obstore.delete_async(self._store, names[start : start + _PAGE])
 
+    async def problem(self, timeout_s: float) -> str | None:
+        """Return the reason why the bucket cannot be listed now, `None` if it can be. Changes nothing."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await anext(obstore.list(self._store), None)
+        except _FAULTS as error:
+            return _reason(error)
+        return None
+
     async def _create(self, name: str, data: bytes, attributes: dict[str, str]) -> None:
         if self._conditional:
             try:
@@ -196,7 +207,7 @@ class Bucket:
         try:
             async with asyncio.timeout_at(self._deadline(size)) as timeout:
                 yield timeout
-        except (BaseError, FileNotFoundError, TimeoutError, ValueError) as error:
+        except _FAULTS as error:
             log.warning("object store failed", extra={"operation": name, "reason": _reason(error)})
             raise StorageUnavailable from None
 

@@ -47,7 +47,7 @@ def on_disk(directory: Path) -> list[Path]:
 async def test_frontends_share_files_without_a_disk(
     uploads: BucketUploads, s3_server: S3Server, bucket: str, tmp_path: Path
 ) -> None:
-    """A file that one frontend has received is read by another with a disk of its own, and neither disk keeps it."""
+    """A file that one frontend has received is read by another with a separate disk, and neither disk keeps it."""
     other = BucketUploads(settings(tmp_path / "two", **bucket_settings(s3_server.url, bucket)))
     await other.start()
     key = await put(uploads, "t ö+n%e.wav", b"abc" * 300)
@@ -61,7 +61,7 @@ async def test_frontends_share_files_without_a_disk(
 
 
 async def test_names_are_by_tenant_and_reveal_nothing(uploads: BucketUploads, s3_server: S3Server, bucket: str) -> None:
-    """Each tenant's files are below a prefix of its own; no name of a tenant or a file is in the bucket."""
+    """Each tenant's files are below one prefix; no name of a tenant or a file is in the bucket."""
     for owner in ("tenant-one", "tenant-two"):
         await put(uploads, "secret-name.wav", b"abc", uploads.issue(owner, MODEL))
     names = s3_server.objects(bucket)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from serving import errors
+from serving.cli.doctor import services
+from serving.cli.doctor.findings import Level
 from serving.storage.bucket_uploads import BucketUploads
 from tests.storage.client import MODEL, OWNER, fetch, put, settings
 from tests.storage.s3 import SECRET, FaultProxy, S3Server, bucket_settings, stall
@@ -130,10 +132,10 @@ async def test_a_checksum_mismatch_is_never_served(
 ) -> None:
     """Bytes that differ from those that were uploaded are read again, and refused if they differ again."""
     key = await put(uploads, "a", b"abc" * 100)
-    answers = [b"abd" * 100, b"abc" * 100]
+    answers = [b"xyz" * 100, b"abc" * 100]
     proxy.alter = lambda _: answers.pop(0)
     assert await fetch(uploads, key) == b"abc" * 100
-    proxy.alter = lambda _: b"abd" * 100
+    proxy.alter = lambda _: b"xyz" * 100
     with pytest.raises(errors.StorageUnavailable):
         await fetch(uploads, key)
     assert caplog.text.count("object checksum mismatch") == 3
@@ -154,7 +156,7 @@ async def test_a_store_without_conditional_writes(uploads: BucketUploads, proxy:
 
 
 async def test_a_store_without_deletion_of_several_objects(uploads: BucketUploads, proxy: FaultProxy) -> None:
-    """Behind an endpoint of its own, objects are deleted one by one, as Alibaba OSS requires."""
+    """With `object_store_endpoint`, objects are deleted one by one, as Alibaba OSS requires."""
     policy = uploads.issue(OWNER, MODEL)
     for name in "abc":
         await put(uploads, name, b"abc", policy)
@@ -240,3 +242,18 @@ async def test_a_killed_server(tmp_path: Path) -> None:
 def _close(handler: Handler) -> bool:
     handler.close_connection = True
     return True
+
+
+def test_the_doctor_names_what_is_wrong_with_a_bucket(s3_server: S3Server, tmp_path: Path) -> None:
+    """`captioner doctor` lists the bucket: a missing one is an error with the store's code; nothing is written."""
+    name = s3_server.bucket()
+    good, missing = (settings(tmp_path, **bucket_settings(s3_server.url, each)) for each in (name, "no-such-bucket"))
+    (found,) = services.bucket(good)
+    assert (found.level, found.message) == (Level.OK, f"s3://{name}/some/prefix can be listed")
+    (found,) = services.bucket(missing)
+    assert found.level is Level.ERROR
+    assert found.message.startswith("s3://no-such-bucket/some/prefix cannot be used: ")
+    assert found.message.endswith("NoSuchBucket")
+    assert SECRET not in found.message
+    assert s3_server.objects(name) == []
+    assert list(services.bucket(settings(tmp_path))) == []
