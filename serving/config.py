@@ -25,7 +25,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from serving.settings import groups, operator_groups
+from serving.settings import groups, object_store, operator_groups
 from serving.settings.groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.settings.types import METRICS_PORTS, MIB
 
@@ -65,6 +65,7 @@ class Settings(
     operator_groups.MetricsAndTraces,
     operator_groups.AdministrationApi,
     operator_groups.Logs,
+    object_store.ObjectStore,
     groups.Storage,
     groups.Callers,
     groups.Cluster,

@@ -245,7 +245,11 @@ class CaptionPipeline:
                 case InlineAudio(base64):
                     clip = base64
                 case UploadedAudio(key):
-                    clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
+                    model = self._settings.served_model_name
+                    reading = self._uploads.reading(key, owner=record.caller, model=model)
+                    clip = await download.enter_async_context(reading)
+                    if self._settings.object_store_url is not None:
+                        record.stage("fetch", time.perf_counter() - started)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "process": "starts processes of the service, of audio workers or of other programs",
-    "store": "needs a PostgreSQL or Redis server",
+    "store": "needs a PostgreSQL, Redis or S3 server",
     "engine": "needs the real vLLM engine with the embedded checkpoint",
     "cluster": "runs real Ray Serve",
     "sdk": "needs a client library in an environment of its own",
@@ -33,6 +33,7 @@ _OF_NAME = {
     "create_subprocess_exec": "process",
     "Postgres": "store",
     "Redis": "store",
+    "S3Server": "store",
     "VllmEngine": "engine",
     "LoadedModel": "engine",
     "import_module": "engine",
@@ -48,6 +49,7 @@ _OF_FIXTURE = {
     "engine": "engine",
     "postgres": "store",
     "redis_server": "store",
+    "s3_server": "store",
     "running_cluster": "cluster",
     "driver_of": "sdk",
     "helm": "chart",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine
     from serving.observability.context import Tracer
     from serving.observability.service_discovery import Target
+    from serving.storage.uploads import UploadStore
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def create_app(
     metrics = Metrics(tenants=tenants, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
     downloads = DownloadProcess(settings)
-    uploads = DirectoryUploads(settings)
+    uploads = _uploads(settings)
     tenancy = Tenancy(settings)
     components = Components(
         settings=settings,
@@ -120,6 +121,14 @@ def create_app(
     )
     app.state.components = components
     return app
+
+
+def _uploads(settings: Settings) -> UploadStore:
+    if settings.object_store_url is None:
+        return DirectoryUploads(settings)
+    # Import obstore only if it is used.
+    store: UploadStore = importlib.import_module("serving.storage.bucket_uploads").BucketUploads(settings)
+    return store
 
 
 def _tracer(settings: Settings) -> Tracer:

@@ -71,6 +71,13 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 {{- $_ := set $given "host" "0.0.0.0" -}}
 {{- $_ := set $given "port" 8000 -}}
 {{- end -}}
+{{- with .Values.objectStore.url -}}
+{{- $store := $.Values.objectStore -}}
+{{- $_ := set $given "object_store_url" . -}}
+{{- with $store.endpoint -}}{{- $_ := set $given "object_store_endpoint" . -}}{{- end -}}
+{{- with $store.region -}}{{- $_ := set $given "object_store_region" . -}}{{- end -}}
+{{- if $store.virtualHost -}}{{- $_ := set $given "object_store_virtual_host" true -}}{{- end -}}
+{{- end -}}
 {{- with include "captioner.modelPath" . -}}{{- $_ := set $given "model" . -}}{{- end -}}
 {{- with include "captioner.publicUrl" . -}}{{- $_ := set $given "public_url" . -}}{{- end -}}
 {{- $all := dict -}}

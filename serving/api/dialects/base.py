@@ -108,6 +108,7 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ServerError: 500,
     errors.NotReady: 503,
     errors.Overloaded: 503,
+    errors.StorageUnavailable: 503,
     errors.CaptionerError: 500,
 }
 """The single table of HTTP statuses: an error has the status of its nearest ancestor. A dialect may override it."""
@@ -129,7 +130,7 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
             headers["x-should-retry"] = "false"
     elif isinstance(error, errors.SourceUnavailable):
         headers["retry-after"] = str(min(MAX_RETRY_S, max(SOURCE_RETRY_S, math.ceil(error.retry_after_s))))
-    elif isinstance(error, errors.NotReady):
+    elif isinstance(error, (errors.NotReady, errors.StorageUnavailable)):
         headers["retry-after"] = "10"
     elif isinstance(error, (errors.DeadlineExceeded, errors.AccessDenied, errors.Arrearage)):
         headers["x-should-retry"] = "false"

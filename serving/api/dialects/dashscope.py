@@ -50,6 +50,7 @@ _CODE: dict[type[errors.CaptionerError], str] = {
     errors.EngineFailed: "InternalError.Algo",
     errors.NotReady: "ModelUnavailable",
     errors.Overloaded: "ModelServingError",
+    errors.StorageUnavailable: "ServiceUnavailable",
     errors.DeadlineExceeded: "RequestTimeOut",
 }
 

@@ -44,6 +44,7 @@ _TYPE_AND_CODE: dict[type[errors.CaptionerError], tuple[str, str | None]] = {
     errors.CaptionerError: ("internal_error", "internal_error"),
     errors.NotReady: ("service_unavailable", "model_unavailable"),
     errors.Overloaded: ("service_unavailable", "service_unavailable"),
+    errors.StorageUnavailable: ("service_unavailable", "service_unavailable"),
     errors.DeadlineExceeded: ("request_timeout", "request_timeout"),
 }
 

@@ -75,6 +75,7 @@ def _probes(settings: Settings, part: str) -> list[Probe]:
             Probe("disk", partial(host.directories, settings)),
             Probe("database", partial(services.database, settings)),
             Probe("redis", partial(services.counters, settings)),
+            Probe("bucket", partial(services.bucket, settings)),
             Probe("files", partial(host.descriptors, settings)),
         ]
     if part == "all":
