@@ -168,7 +168,12 @@ class LoadedModel:
         else:
             engine_input = self._input(own_id, features)
         input_tokens = len(engine_input["prompt_token_ids"])
-        stops = StopSequences(sampling.stop_token_sequences, self._decode)
+        stops = StopSequences(
+            sampling.stop_token_sequences,
+            self._decode,
+            include=sampling.include_stop,
+            min_tokens=sampling.min_tokens,
+        )
         finish_reason: FinishReason | None = None
         try:
             # Not `generate`: it would keep the features until the last token; and cancelled while it sends the request,
@@ -221,6 +226,13 @@ class LoadedModel:
                 frequency_penalty=sampling.frequency_penalty,
                 repetition_penalty=sampling.repetition_penalty,
                 ignore_eos=sampling.ignore_eos,
+                include_stop_str_in_output=sampling.include_stop,
+                min_p=sampling.min_p,
+                # A budget may have reduced `max_tokens` since.
+                min_tokens=min(sampling.min_tokens, sampling.max_tokens),
+                logit_bias=dict(sampling.logit_bias) or None,
+                allowed_token_ids=list(sampling.allowed_token_ids) or None,
+                bad_words=list(sampling.bad_words),
                 output_kind=RequestOutputKind.DELTA,
                 skip_clone=True,  # they are made for this request alone
             )
