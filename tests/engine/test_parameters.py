@@ -149,7 +149,6 @@ async def test_what_stops_a_caption_may_be_part_of_it(
         {"stop_token_ids": (VOCABULARY,)},
         {"allowed_token_ids": (-1,)},
         {"min_p": 1.5},
-        {"bad_words": ("",)},
     ],
     ids=str,
 )

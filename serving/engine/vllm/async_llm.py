@@ -107,6 +107,7 @@ class LoadedModel:
             )
         self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
         tokenizer = self._llm.renderer.get_tokenizer()
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
         self._vocabulary = self._llm.model_config.get_vocab_size()
@@ -232,12 +233,20 @@ class LoadedModel:
                 min_tokens=min(sampling.min_tokens, sampling.max_tokens),
                 logit_bias=dict(sampling.logit_bias) or None,
                 allowed_token_ids=list(sampling.allowed_token_ids) or None,
-                bad_words=list(sampling.bad_words),
+                _bad_words_token_ids=self._bad_words(sampling),
                 output_kind=RequestOutputKind.DELTA,
                 skip_clone=True,  # they are made for this request alone
             )
         except VLLMClientError as error:
             raise InvalidRequest(str(error)) from error
+
+    def _bad_words(self, sampling: Sampling) -> list[list[int]] | None:
+        """Return the tokens of each bad word, at the beginning of a text and after a blank.
+
+        vLLM's own `bad_words` has the second only if it has as many tokens as the first, so most words pass it.
+        """
+        forms = (form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}"))
+        return [self._encode(form) for form in forms] or None
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
         """Return the result of vLLM's own preprocessing for the clip. Raises `AudioTooLong`.
