@@ -118,7 +118,10 @@ class Caller:
 class Sampling:
     """Sampling parameters. Defaults are the model card's; the codecs check the ranges.
 
-    `top_k` 0 means off. `stop_token_ids` are single tokens; `stop` strings never appear in the output.
+    `top_k` 0 means off. `stop_token_ids` are single tokens. What stops a caption is not part of it, unless
+    `include_stop`. `min_p` is a share of the most likely token's probability; `min_tokens` is the number of tokens
+    before which no token ends the caption; `logit_bias` has pairs of token and bias. An empty `allowed_token_ids`
+    allows all.
     """
 
     temperature: float = 0.6
@@ -132,13 +135,20 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    include_stop: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
     ignore_eos: bool = False
     """Benchmarks only: run to `max_tokens`. The codecs accept it only when the settings allow it."""
 
     @property
-    def has_stops(self) -> bool:
-        """True if strings or tokens of the client may end the caption."""
-        return bool(self.stop or self.stop_token_ids or self.stop_token_sequences)
+    def steers_length(self) -> bool:
+        """True if the client's stops, or its choice of tokens, may decide on the length of the caption."""
+        stops = self.stop or self.stop_token_ids or self.stop_token_sequences
+        return bool(stops or self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens)
 
 
 @dataclass(frozen=True, slots=True)

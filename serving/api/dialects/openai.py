@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from serving import errors
 from serving.api.dialects.audio_reference import audio_source
 from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest
+from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import only_audio
 from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
+from serving.api.dialects.parameter_table import refuse
 from serving.api.dialects.parameters import boolean, integer, mapping, refuse_unsupported, sampling
 from serving.errors import InvalidRequest
 from serving.types import CaptionRequest
@@ -71,18 +73,16 @@ class OpenAICodec:
         values = parse_object(body)
         model = requested_model(values, self._settings)
         refuse_unsupported(values, model)
+        refuse(values)
         stream = boolean(values, "stream")
         include_usage = stream and boolean(mapping(values, "stream_options"), "include_usage")
+        lengths = ("max_completion_tokens", "max_tokens")
+        basic = sampling(values, self._settings, length_names=lengths, seed=_seed(values))
         request = CaptionRequest(
             request_id=request_id,
             model=model,
             audio=audio_source(only_audio(_messages(values)), headers, self._settings),
-            sampling=sampling(
-                values,
-                self._settings,
-                length_names=("max_completion_tokens", "max_tokens"),
-                seed=_seed(values),
-            ),
+            sampling=with_engine_parameters(basic, values),
         )
         return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
 

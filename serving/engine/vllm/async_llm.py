@@ -105,6 +105,7 @@ class LoadedModel:
             )
         self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
         tokenizer = self._llm.renderer.get_tokenizer()
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
         self._vocabulary = self._llm.model_config.get_vocab_size()
@@ -162,7 +163,12 @@ class LoadedModel:
         else:
             engine_input = self._input(own_id, features)
         input_tokens = len(engine_input["prompt_token_ids"])
-        stops = StopSequences(sampling.stop_token_sequences, self._decode)
+        stops = StopSequences(
+            sampling.stop_token_sequences,
+            self._decode,
+            include=sampling.include_stop,
+            min_tokens=sampling.min_tokens,
+        )
         finish_reason: FinishReason | None = None
         try:
             # Not `generate`: it would keep the features until the last token; and cancelled while it sends the request,
@@ -215,11 +221,26 @@ class LoadedModel:
                 frequency_penalty=sampling.frequency_penalty,
                 repetition_penalty=sampling.repetition_penalty,
                 ignore_eos=sampling.ignore_eos,
+                include_stop_str_in_output=sampling.include_stop,
+                min_p=sampling.min_p,
+                # A budget may have reduced `max_tokens` since.
+                min_tokens=min(sampling.min_tokens, sampling.max_tokens),
+                logit_bias=dict(sampling.logit_bias) or None,
+                allowed_token_ids=list(sampling.allowed_token_ids) or None,
+                _bad_words_token_ids=self._bad_words(sampling),
                 output_kind=RequestOutputKind.DELTA,
                 skip_clone=True,  # they are made for this request alone
             )
         except VLLMClientError as error:
             raise InvalidRequest(str(error)) from error
+
+    def _bad_words(self, sampling: Sampling) -> list[list[int]] | None:
+        """Return the tokens of each bad word, at the beginning of a text and after a blank.
+
+        vLLM's own `bad_words` has the second only if it has as many tokens as the first, so most words pass it.
+        """
+        forms = (form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}"))
+        return [self._encode(form) for form in forms] or None
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
         """Return the result of vLLM's own preprocessing for the clip. Raises `AudioTooLong`.
