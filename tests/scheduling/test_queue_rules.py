@@ -208,7 +208,7 @@ def test_clearing_forgets() -> None:
 
 def test_a_tenant_fills_eight_ninths_of_a_queue() -> None:
     """The table has at most 256 tenants and twice those that wait. A tenant that has had more than its share stays."""
-    for weight, slots, most in ((1, 9, 8), (0.5, 10, 8)):
+    for weight, slots, most in ((1, 9, 8), (0.5, 10, 8), (0.125, 10, 5)):
         server = Server()
         fits = [server.queue.fits(server.add(tenant("a", weight), 1), slots) for _ in range(most + 1)]
         assert fits == [True] * most + [False]
@@ -236,3 +236,15 @@ def test_idle_tenants_are_forgotten_beyond_256_and_those_that_are_ahead_kept() -
     assert "ahead" in server.queue._tenants
     server.add(tenant("ahead"), 1)
     assert "ahead" not in order(server, 50)
+
+
+def test_a_tenant_that_waits_is_not_forgotten() -> None:
+    """Items of a lower priority are still queued after hundreds of tenants have come and gone."""
+    server, low = Server(), tenant("low", priority=-1)
+    first = server.add(low, 1)
+    for number in range(600):
+        server.add(tenant(f"t{number}"), 0.01)
+        server.serve()
+    second = server.add(low, 1)
+    assert [*server.queue] == [first, second]
+    assert order(server, 2) == "lowlow"
