@@ -112,3 +112,16 @@ async def test_a_burst_does_not_end_with_the_second_on_the_clock() -> None:
             if now_s > 1001:
                 with pytest.raises(BurstLimited):
                     await limits.admit(who)
+
+
+async def test_a_limit_that_is_unused_resets_at_once() -> None:
+    """The header of a limit of which nothing is used says `0s`, else the time until the limit counts nothing."""
+    async with limiter(MemoryStore(lambda: 1000.0)) as limits:
+        who = caller(Limits(requests_per_minute=120, tokens_per_minute=100, audio_seconds_per_minute=60))
+        reservation = await limits.admit(who)
+        resets = {name: value for name, value in reservation.headers.items() if "reset" in name}
+        assert resets == {
+            "x-ratelimit-reset-requests": "61s",
+            "x-ratelimit-reset-tokens": "0s",
+            "x-ratelimit-reset-audio-seconds": "0s",
+        }
