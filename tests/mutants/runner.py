@@ -1,4 +1,4 @@
-"""Runs the tests of a module for each of its faults, each in a process of its own, in copies of the tree."""
+"""Runs the tests of a module for each of its faults: a process for each fault, in copies of the tree."""
 
 from __future__ import annotations
 

@@ -9,16 +9,9 @@ if TYPE_CHECKING:
 
 TARGETS: dict[str, Sequence[str]] = {
     "serving/tenancy/billing/prices.py": ("tests/tenancy/test_prices.py",),
-    "serving/tenancy/billing/reports.py": ("tests/tenancy/test_reports.py",),
-    "serving/tenancy/limits/spending.py": (
-        "tests/tenancy/test_spending.py",
-        "tests/tenancy/test_budget_excess.py",
-        "-k=not redis",
-    ),
-    "serving/tenancy/plans.py": ("tests/tenancy/test_plans.py", "tests/tenancy/test_bills.py", "-k=not redis"),
+    "serving/tenancy/limits/spending.py": ("tests/tenancy/test_spending.py",),
     "serving/api/request_head.py": ("tests/api/test_head_rules.py",),
-    "serving/scheduling/fair_queue.py": ("tests/scheduling",),
-    "serving/scheduling/shared_capacity.py": ("tests/scheduling",),
+    "serving/scheduling/fair_queue.py": ("tests/scheduling/test_queue_rules.py",),
 }
 """Path of the module, and arguments of pytest. Tests that start a server for each fault are left out where others hold
 the module: a run is as long as the number of faults times the time of these tests."""

@@ -82,7 +82,7 @@ def engine_of(service: BilledService) -> TurnByTurn:
 async def test_tenants_get_turns_by_the_weights_of_their_plans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, replicated: bool
 ) -> None:
-    """Of 40 captions that one engine slot makes, a tenant of weight 3 gets 30 and one of weight 1 gets 10."""
+    """A tenant of weight 3 gets 30 of 40 captions that one engine slot makes, and one of weight 1 gets 10."""
     url = f"sqlite:///{tmp_path / 'seams.db'}"
     chosen: dict[str, Any] = {**ROOMY, "plans": PLANS, "engine": TurnByTurn, "replicated": replicated}
     async with billed_service(tmp_path, url, monkeypatch, TENANTS, **chosen) as service:
