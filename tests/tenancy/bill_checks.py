@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from serving.errors import RateLimited
 from serving.tenancy import database as databases
 from serving.tenancy.billing import reports
 from serving.tenancy.limits.memory import MemoryStore
@@ -205,8 +206,13 @@ async def budgets(made: World, rows: Rows) -> int:
         if not caller.tenant_limits.tokens_per_day:
             continue
         currency = made.sessions.prices(caller.region, made.now_ms).currency
-        reservation = await made.sessions.limiter.admit(caller, at_ms=made.now_ms, currency=currency)
-        await made.sessions.limiter.settle(reservation, tokens=0, nanos=0)
+        try:
+            reservation = await made.sessions.limiter.admit(caller, at_ms=made.now_ms, currency=currency)
+        except RateLimited as refused:  # an exhausted budget
+            headers = refused.headers
+        else:
+            headers = reservation.headers
+            await made.sessions.limiter.settle(reservation, tokens=0, nanos=0)
         for unit, period in itertools.product(("tokens", "money"), ("day", "month")):
             limit = f"{'nanos' if unit == 'money' else 'tokens'}_per_{period}"
             lefts = []
@@ -223,7 +229,7 @@ async def budgets(made: World, rows: Rows) -> int:
                     assert used <= most, (caller.key_id, limit)
                     lefts.append(most - used)
             if lefts:
-                text = reservation.headers[f"x-ratelimit-remaining-{unit}-{period}"]
+                text = headers[f"x-ratelimit-remaining-{unit}-{period}"]
                 assert (amount(text) if unit == "money" else int(text)) == min(lefts), (caller.key_id, limit)
                 checked += 1
     return checked

@@ -84,7 +84,7 @@ WEIGHTS = (40, 8, 5, 5, 12, 5, 5, 5, 10, 5)
 
 @dataclass
 class Expected:
-    """What one admitted request must leave."""
+    """Record that one admitted request must leave."""
 
     tenant: str
     key: str
@@ -132,7 +132,7 @@ class World:
     """Requests by tenant and outcome, those without a record included."""
 
     def callers(self) -> list[Caller]:
-        """Return every key of every tenant; the second key of a tenant has a budget of its own."""
+        """Return every key of every tenant; the second key of a tenant has another budget."""
         return [
             Caller(
                 f"{region}-{kind}",
@@ -223,7 +223,7 @@ class World:
             await asyncio.sleep(0)
 
     async def run(self, requests: int, *, concurrency: int = 24) -> None:
-        """Make the requests, so many at a time, while the clock goes on."""
+        """Make the requests, `concurrency` at a time, while the clock goes on."""
         callers, numbers = self.callers(), iter(range(requests))
         first = len(self.expected)
 

@@ -25,7 +25,7 @@ ENDINGS = {"cancelled", "disconnected", "failed", "failed_midstream", "finished"
 
 @pytest.mark.parametrize(("seed", "named"), [(1, 100), (2, 3)])
 async def test_random_requests_in_memory(tmp_path: Path, seed: int, named: int) -> None:
-    """Of 600 requests over two months every sum is right, also where most tenants share the label `other`."""
+    """Every sum of 600 requests over two months is right, also where most tenants share the label `other`."""
     database = databases.connect(f"sqlite:///{tmp_path}/bills.db")
     databases.migrate(database)
     found = await compare(tmp_path, database, MemoryStore(), 600, seed=seed, named=named)
