@@ -89,6 +89,7 @@ image-test: ## Build the CPU image and try it (as root, on Debian; writes some 2
 harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at length (hours; no GPU)
 	$(BIN)/python -m tests.hardening
 	$(BIN)/python -m benchmarks.tenancy.ledger_chaos --requests 100000
+	$(BIN)/python -m benchmarks.tenancy.cluster_chaos --requests 100000
 	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
 	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
 

@@ -22,9 +22,6 @@ REFUSALS = {
 """Statuses of requests that are wrong in themselves. Any request may get one of `UNAVAILABLE`."""
 UNAVAILABLE = {429, 500, 503}
 
-Downtimes = "Mapping[int, Sequence[tuple[float, float]]]"
-"""By frontend: from when to when its process was killed, stopped, or paused."""
-
 
 def audit(
     rows: list[dict[str, Any]],
@@ -35,7 +32,8 @@ def audit(
 ) -> dict[str, list[str]]:
     """Return what does not add up, by kind.
 
-    `generated` are the tokens that all engines sent, by request; `texts` are the endless captions of the clips.
+    `generated` are the tokens that all engines sent, by request; `texts` are the endless captions of the clips;
+    `downtimes` are, by frontend, from when to when its process was killed, stopped or paused.
     """
     wrong: dict[str, list[str]] = defaultdict(list)
     by_id = {row["request_id"]: row for row in rows}
@@ -82,35 +80,50 @@ def _answer_faults(each: Received, row: Mapping[str, Any] | None, text: str, *, 
         yield "no end within the client's time"
     if each.status != 200:
         yield from _refusal_faults(each, row, down=down)
-        return
-    if each.kind in REFUSALS:
-        yield "wrong request accepted"
-    if row is None:
+    elif row is None:
         yield "answered, no record"
-        return
-    words, ending, output = len(each.text.split()), row["ending"], row["output_tokens"]
-    if each.kind in LEAVES and not each.complete:
-        if output < words and ending != "lost":
-            yield "fewer tokens recorded than delivered"
+    elif each.kind in REFUSALS:
+        yield "wrong request accepted"
     elif not each.complete:
-        if not down:
-            yield "cut off"
+        yield from _cut_faults(each, row, down=down)
     elif each.terminal:
-        # A client gets its last byte a moment before the record is closed; a kill in between makes the record lost.
-        if ending not in {"finished", "partial", "lost"}:
-            yield "complete answer of a record that is not"
-        if each.usage != (row["input_tokens"], output) and ending != "lost":
-            yield "usage of the answer differs from the record"
-        if each.usage is None or each.usage[1] != words:
-            yield "usage differs from the text"
-        if each.kind == "deadline" and words >= ENDLESS:
-            yield "no deadline"
-    elif not each.code:
+        yield from _finished_faults(each, row)
+    else:
+        yield from _failed_stream_faults(each, row)
+
+
+def _cut_faults(each: Received, row: Mapping[str, Any], *, down: bool) -> Iterator[str]:
+    """Yield the faults of an answer of which its client, or a kill, left the end."""
+    if each.kind not in LEAVES and not down:
+        yield "cut off"
+    if row["output_tokens"] < _words(each) and row["ending"] != "lost":
+        yield "fewer tokens recorded than delivered"
+
+
+def _finished_faults(each: Received, row: Mapping[str, Any]) -> Iterator[str]:
+    # A client gets its last byte a moment before the record is closed; a kill in between makes the record lost.
+    if row["ending"] not in {"finished", "partial", "lost"}:
+        yield "complete answer of a record that is not"
+    if each.usage != (row["input_tokens"], row["output_tokens"]) and row["ending"] != "lost":
+        yield "usage of the answer differs from the record"
+    if each.usage is None or each.usage[1] != _words(each):
+        yield "usage differs from the text"
+    if each.kind == "deadline" and _words(each) >= ENDLESS:
+        yield "no deadline"
+
+
+def _failed_stream_faults(each: Received, row: Mapping[str, Any]) -> Iterator[str]:
+    if not each.code:
         yield "stream without end or error"
-    elif ending not in {"failed_midstream", "cancelled", "lost"}:
+    if row["ending"] not in {"failed_midstream", "cancelled", "lost"}:
         yield "error event of a record that is complete"
-    elif output != words and ending != "lost":
+    if row["output_tokens"] != _words(each) and row["ending"] != "lost":
         yield "tokens of a failed stream differ from its text"
+
+
+def _words(each: Received) -> int:
+    """Return the number of tokens that a client received; a token of the fake engine is a word."""
+    return len(each.text.split())
 
 
 def _refusal_faults(each: Received, row: Mapping[str, Any] | None, *, down: bool) -> Iterator[str]:

@@ -293,7 +293,7 @@ async def chaos(
             wrong["reservations open"] = reserved
         for frontend in cluster.frontends:
             await asyncio.to_thread(frontend.stop)
-        if left := [str(path) for disk in directory.glob("disk-*") for path in disk.glob("data/journal/*")]:
+        if left := journals(directory):
             wrong["journals left"] = left
     return {
         "requests": len(run.received),
@@ -376,10 +376,16 @@ async def open_reservations(cluster: Cluster) -> list[str]:
         await asyncio.sleep(1)
 
 
+def journals(directory: Path) -> list[str]:
+    """Return the journals that stopped frontends have left."""
+    return [str(path) for path in directory.glob("disk-*/data/journal/*")]
+
+
 async def settled(database: Postgres) -> None:
     """Wait until no record is open, for as long as a lost machine's records may be."""
-    deadline = time.monotonic() + SETTLED_S
-    while any(row["ending"] is None for row in all_records(database)) and time.monotonic() < deadline:
+    for _ in range(SETTLED_S):
+        if all(row["ending"] is not None for row in all_records(database)):
+            return
         await asyncio.sleep(1)
 
 
