@@ -44,7 +44,7 @@ def refusal(**changes: Any) -> Received:
 
 def row(**changes: Any) -> dict[str, Any]:
     """Make the record of the complete answer, its amount by its tokens unless given."""
-    made = {"request_id": "id", "ending": "finished", "closed_at": 1, "prepared_at": 1, "billed": True}
+    made: dict[str, Any] = {"request_id": "id", "ending": "finished", "closed_at": 1, "prepared_at": 1, "billed": True}
     made |= {"input_tokens": 21, "output_tokens": 3} | changes
     amount = made["billed"] * (15_800 * made["input_tokens"] + 12_700 * made["output_tokens"])
     return {"amount_nanos": amount} | made
