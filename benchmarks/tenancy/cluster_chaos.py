@@ -1,6 +1,6 @@
 """Two frontends and two engines while everything around them fails: each request has one record, one bill, one answer.
 
-    python -m benchmarks.tenancy.cluster_chaos --requests 100000 [--seed 1]
+    python -m benchmarks.tenancy.cluster_chaos --requests 100000 [--seed 1] [--minutes 60]
 
 Fake engines; frontends and engines are processes of `chaos_node.py`, with PostgreSQL, Redis, and a disk of 24 MiB for
 each frontend (as root; else no disk is filled). Clients end requests in 13 ways (`chaos_client.py`), in both dialects.
@@ -230,11 +230,16 @@ SURROUNDINGS = ("crash_database", "pause_database", "crash_redis", "pause_redis"
 class Chaos:
     """Clients and disturbances of one run."""
 
-    def __init__(self, cluster: Cluster, requests: int, concurrency: int) -> None:
+    def __init__(self, cluster: Cluster, requests: int, concurrency: int, most_s: float) -> None:
         self.received: list[Received] = []
         self.unsent = 0
         self._cluster, self._requests, self._concurrency = cluster, requests, concurrency
         self._left = requests
+        self._until = time.monotonic() + most_s
+
+    @property
+    def _over(self) -> bool:
+        return self._left <= 0 or time.monotonic() > self._until
 
     async def run(self, disturbances: int) -> None:
         """Send all requests; disturb processes, and what is around them, `disturbances` times each."""
@@ -246,7 +251,7 @@ class Chaos:
 
     async def _client(self) -> None:
         chance, frontends = self._cluster.chance, self._cluster.frontends
-        while self._left > 0:
+        while not self._over:
             self._left -= 1
             [kind] = chance.choices(list(ENDINGS), list(ENDINGS.values()))
             server = chance.randrange(len(frontends))
@@ -261,7 +266,9 @@ class Chaos:
         order: list[str] = []
         for number in range(times):
             at = self._requests * (number + 0.3 + 0.4 * self._cluster.chance.random()) / times
-            while len(self.received) < at:  # noqa: ASYNC110 - there is no event for it
+            while len(self.received) < at:
+                if time.monotonic() > self._until:
+                    return
                 await asyncio.sleep(0.01)
             order = order or self._cluster.chance.sample(acts, len(acts))
             name = order.pop()
@@ -271,15 +278,21 @@ class Chaos:
 
 
 async def chaos(
-    directory: Path, *, requests: int, concurrency: int = 24, disturbances: int, seed: int = 1
+    directory: Path,
+    *,
+    requests: int,
+    concurrency: int = 24,
+    disturbances: int,
+    seed: int = 1,
+    minutes: float = float("inf"),
 ) -> dict[str, Any]:
-    """Run everything; return the counts, and under `wrong` what does not add up."""
+    """Run everything, for `minutes` at most; return the counts, and under `wrong` what does not add up."""
     with Cluster(directory, seed) as cluster:
         for frontend in cluster.frontends:
             await frontend.wait_ready()
         set_limits(cluster.database)
         texts = await endless_texts(cluster)
-        run, began = Chaos(cluster, requests, concurrency), time.monotonic()
+        run, began = Chaos(cluster, requests, concurrency, 60 * minutes), time.monotonic()
         await run.run(disturbances)
         took_s = time.monotonic() - began
         for frontend in cluster.frontends:
@@ -424,6 +437,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=24)
     parser.add_argument("--disturbances", type=int, help="of each of two sorts; default: one for 100 requests")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="send no request after this time")
     options = vars(parser.parse_args())
     options["disturbances"] = options["disturbances"] or options["requests"] // 100
     with tempfile.TemporaryDirectory(prefix="cluster-chaos-") as directory:

@@ -105,7 +105,7 @@ def audited(received: Received, record: dict[str, Any] | None) -> dict[str, list
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_right_ending_is_no_fault(name: str) -> None:
-    """What may happen in a run is no fault."""
+    """Each ending that may happen in a run is accepted."""
     assert audited(*CLEAN[name]) == {}
 
 
