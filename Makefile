@@ -106,6 +106,7 @@ harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at 
 	$(BIN)/python -m tests.hardening
 	$(BIN)/python -m tests.tenancy.bill_checks --requests 100000
 	$(BIN)/python -m benchmarks.tenancy.ledger_chaos --requests 100000
+	$(BIN)/python -m benchmarks.tenancy.cluster_chaos --requests 100000
 	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
 	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
 

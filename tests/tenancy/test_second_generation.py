@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 KEY = "sk-second-second-second-second-second"
 INPUT_TOKENS = 21
-"""Of a clip of a second: 13 of audio, 8 of text."""
+"""Billed input of a clip of a second: 13 tokens of audio, 8 of text."""
 
 
 async def set_budget(running: Service, directory: Path, tokens: int) -> None:
