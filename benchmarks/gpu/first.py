@@ -12,7 +12,9 @@ OUT/report.json and OUT/report.md, which are meant to be sent back.
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from benchmarks.gpu.steps import STEPS
 from benchmarks.program import write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from benchmarks.gpu.plan import Plan
 
@@ -41,12 +43,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OTHER_PLAN
     write_json(kept, described)
     journal = Journal(plan.out, plan.step_timeout_s)
-    for name in options.only:
-        journal.run(name, partial(STEPS[name], plan), again=name in options.again)
-        write_report(plan, journal)
+    with stoppable():
+        for name in options.only:
+            journal.run(name, partial(STEPS[name], plan), again=name in options.again)
+            write_report(plan, journal)
     report = write_report(plan, journal)
     print(f"{plan.out}/report.json and {plan.out}/report.md")
     return int(any(record["status"] == FAILED for record in report["steps"].values()))
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM, and SIGINT also in the background, where shells switch it off, stop what was started and the run."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -22,7 +22,7 @@ LENGTHS_S = (5, 30, 2400)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is measured, with which settings."""
+    """Model, settings and amount of work of a run."""
 
     model: str
     out: Path

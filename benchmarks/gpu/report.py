@@ -19,7 +19,7 @@ UNKNOWN = (
     "time to load, compile and capture (start)",
     "every speed, and so every cost (throughput)",
 )
-"""What nobody knows before this has run on a GPU, and the step that answers it."""
+"""Facts that need a GPU, and the step that finds each."""
 
 
 def markdown(report: Mapping[str, Any]) -> str:

@@ -41,7 +41,7 @@ def raising(failure: Exception) -> Callable[[], dict[str, Any]]:
 
 
 def test_a_run_is_resumed(tmp_path: Path) -> None:
-    """What has succeeded is not repeated, unless it is asked for; what has failed is, and a cut file is, too."""
+    """A step that has succeeded is not repeated, unless asked for; a failed one is, and one whose file was cut."""
     calls: list[str] = []
 
     def step() -> dict[str, Any]:

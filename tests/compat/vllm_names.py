@@ -197,13 +197,15 @@ AREAS = (
         (
             Name(
                 "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-                "_init_executor(), driver_worker, vllm_config",
+                "_init_executor(), determine_available_memory(), initialize_from_config(kv_cache_configs),"
+                " compile_or_warm_up_model(), driver_worker, vllm_config",
                 "base of `InProcessExecutor`",
             ),
             Name(
                 "vllm.v1.executor.multiproc_executor.MultiprocExecutor",
-                "_init_executor()",
-                "base of `MultiGpuExecutor`",
+                "_init_executor(), determine_available_memory(), initialize_from_config(kv_cache_configs),"
+                " compile_or_warm_up_model()",
+                "base of `MultiGpuExecutor`; the methods are the phases of a start (`start_progress.py`)",
             ),
             Name("vllm.v1.worker.worker_base.WorkerWrapperBase", "worker", "way to the model"),
             Name("vllm.v1.worker.cpu_worker.CPUWorker", "model_runner", "way to the model"),

@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,6 @@ from serving.engine.vllm import start_progress
 from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.engine.vllm.start_progress import PHASES, StartProgress, cache_root, mark
 from serving.errors import EngineFailed, NotReady
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Clock:
@@ -116,7 +114,7 @@ def test_caches_that_cannot_be_written(clock: Clock, tmp_path: Path, monkeypatch
 
 
 def test_caches_are_below_one_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an engine compiles outlives its directory for temporary files; the operator's own variables win."""
+    """Kernels outlive the engine's directory for temporary files; the operator's own variables win."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "caches"))
     monkeypatch.setenv("CUDA_CACHE_PATH", "/elsewhere")
     for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE"):
@@ -176,7 +174,7 @@ async def test_a_start_reports_its_phases(
 
 def test_phases_are_named_by_the_executor() -> None:
     """Every phase that the executor marks has a description."""
-    source = (start_progress.Path(start_progress.__file__).parent / "executor.py").read_text()
+    source = (Path(start_progress.__file__).parent / "executor.py").read_text()
     marked = {line.split('"')[1] for line in source.splitlines() if line.strip().startswith("mark(")}
     assert marked == {"weights", "compile", "cache", "graphs"}
     assert marked | {"process", "captions"} == PHASES.keys()

@@ -273,8 +273,16 @@ and limits. A frontend's never fails the pod: the service starts without its dat
 {{- end -}}
 
 {{- define "captioner.engineVolumes" -}}
+{{- $cache := .Values.engine.compileCache -}}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize | quote }}}
+- name: compile-cache
+  {{- if eq $cache.storage "pvc" }}
+  persistentVolumeClaim:
+    claimName: {{ default (printf "%s-compile-cache" (include "captioner.fullname" .)) $cache.existingClaim | quote }}
+  {{- else }}
+  emptyDir: {sizeLimit: {{ $cache.size | quote }}}
+  {{- end }}
 {{- if ne .Values.model.source "embedded" }}
 - name: model
   {{- include "captioner.modelVolume" . | nindent 2 }}
@@ -283,8 +291,14 @@ and limits. A frontend's never fails the pod: the service starts without its dat
 {{- end }}
 {{- end -}}
 
+{{/* Everything that vLLM, PyTorch, Triton, FlashInfer and the driver compile is below this directory. */}}
+{{- define "captioner.cacheEnv" -}}
+- {name: VLLM_CACHE_ROOT, value: /var/cache/captioner/vllm}
+{{- end -}}
+
 {{- define "captioner.engineMounts" -}}
 - {name: shm, mountPath: /dev/shm}
+- {name: compile-cache, mountPath: /var/cache/captioner}
 {{- if ne .Values.model.source "embedded" }}
 - {name: model, mountPath: /models, readOnly: true}
 {{- end }}

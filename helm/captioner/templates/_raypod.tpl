@@ -51,6 +51,9 @@ spec:
         {{- . | nindent 8 }}
         {{- end }}
         {{- end }}
+        {{- if $engine }}
+        {{- include "captioner.cacheEnv" $root | nindent 8 }}
+        {{- end }}
         {{- if and $engine (ne $root.Values.model.source "embedded") }}
         - {name: HF_HUB_OFFLINE, value: "1"}
         {{- end }}

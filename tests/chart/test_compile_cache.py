@@ -1,0 +1,70 @@
+"""The volume of compiled kernels: shared by all engines, kept across pods, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.chart.combinations import SOLO
+from tests.chart.rendering import RefusedError, containers, only, pods, template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAME = "x-captioner-compile-cache"
+
+
+def engines(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the specs of pods that have the volume."""
+    specs = [spec for _, spec in pods(manifests)]
+    return [spec for spec in specs if any(each["name"] == "compile-cache" for each in spec.get("volumes", []))]
+
+
+@pytest.mark.parametrize("values", [{}, SOLO], ids=["rayservice", "deployment"])
+def test_engines_share_a_claim(helm: Path, values: dict[str, Any]) -> None:
+    """The engine's caches are in the claim, which outlives its pod; other pods do not have it."""
+    manifests = template(helm, values)
+    claim = only(manifests, "PersistentVolumeClaim", NAME)
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    (spec,) = engines(manifests)
+    (volume,) = [each for each in spec["volumes"] if each["name"] == "compile-cache"]
+    assert volume["persistentVolumeClaim"] == {"claimName": NAME}
+    engine = spec["containers"][0]
+    (mount,) = [each for each in engine["volumeMounts"] if each["name"] == "compile-cache"]
+    assert mount == {"name": "compile-cache", "mountPath": "/var/cache/captioner"}
+    (root,) = [each["value"] for each in engine["env"] if each["name"] == "VLLM_CACHE_ROOT"]
+    assert root.startswith("/var/cache/captioner/")
+    assert [each["name"] for each in containers(spec) if "VLLM_CACHE_ROOT" in str(each.get("env"))] == [engine["name"]]
+
+
+def test_another_storage(helm: Path) -> None:
+    """An existing claim is used as it is; `emptyDir` needs none; what is no storage is refused."""
+
+    def volume(**cache: Any) -> tuple[dict[str, Any], bool]:
+        manifests = template(helm, {"engine": {"compileCache": cache}})
+        (spec,) = engines(manifests)
+        (found,) = [each for each in spec["volumes"] if each["name"] == "compile-cache"]
+        return found, any(each["metadata"]["name"] == NAME for each in manifests)
+
+    named, claimed = volume(existingClaim="kernels")
+    assert (named["persistentVolumeClaim"]["claimName"], claimed) == ("kernels", False)
+    assert volume(storage="emptyDir", size="5Gi") == (
+        {"name": "compile-cache", "emptyDir": {"sizeLimit": "5Gi"}},
+        False,
+    )
+    refused: list[dict[str, Any]] = [
+        {"storage": "hostPath"},
+        {"size": "large"},
+        {"accessModes": []},
+        {"path": "/var"},
+    ]
+    for wrong in refused:
+        with pytest.raises(RefusedError):
+            template(helm, {"engine": {"compileCache": wrong}})
+
+
+def test_the_trial_needs_no_claim(helm: Path) -> None:
+    """The embedded stand-in on a CPU compiles nothing; its profile makes no claim."""
+    manifests = template(helm, {}, "cpu-embedded")
+    assert not [each for each in manifests if each["kind"] == "PersistentVolumeClaim"]
