@@ -23,7 +23,7 @@ from serving.cli.settings_help import printed_help
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
-from serving.storage.uploads import make_uploads_directory
+from serving.storage.uploads import UnusableBucket, make_uploads_directory
 from serving.tenancy.database import UnusableDatabase, failure
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def serve(argv: Sequence[str]) -> int:
         return fail(str(error))
     try:
         run = ServiceRun(with_development_key(settings))
-    except UnusableDatabase as error:
+    except (UnusableDatabase, UnusableBucket) as error:
         return fail(str(error))
     except OSError as error:  # of the pepper, which is made at the first start
         return fail(f"data_dir cannot be used: {failure(error)}", 3)
