@@ -24,7 +24,7 @@ from serving.config import Settings
 from serving.errors import NotReady, ServerError
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
-from serving.storage.uploads import make_uploads_directory
+from serving.storage.uploads import UnusableBucket, make_uploads_directory
 from serving.tenancy.database import UnusableDatabase, failure
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def serve(argv: Sequence[str]) -> int:
         return fail(str(error))
     try:
         run = ServiceRun(with_development_key(settings))
-    except UnusableDatabase as error:
+    except (UnusableDatabase, UnusableBucket) as error:
         return fail(str(error))
     except OSError as error:  # of the pepper, which is made at the first start
         return fail(f"data_dir cannot be used: {failure(error)}", 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import BaseModel, Field, SecretStr, model_validator
 
@@ -52,14 +52,16 @@ class ObjectStore(BaseModel):
     def _bucket_is_named(self) -> Self:
         if self.object_store_url is None:
             return self
-        parts = urlsplit(self.object_store_url)
+        parts = _split(self.object_store_url)
         form = _FORMS.get(parts.scheme)
         if form is None:
             raise ValueError(f"object_store_url: begins with none of s3://, gs://, az://; {_REMEDY} {_FORMS['s3']}")
-        container = parts.path.strip("/").partition("/")[0]
-        if not parts.hostname or parts.netloc != parts.hostname or parts.query or parts.fragment:
+        path = parts.path.strip("/")
+        folders = path.split("/") if path else []
+        named = parts.hostname and parts.netloc == parts.hostname and not {"", ".", ".."} & set(folders)
+        if not named or parts.query or parts.fragment:
             raise ValueError(f"object_store_url: is not of the form {form}; {_REMEDY} {form}")
-        if parts.scheme == "az" and not container:
+        if parts.scheme == "az" and not folders:
             raise ValueError(f"object_store_url: names no container; {_REMEDY} {form}")
         return self
 
@@ -67,7 +69,7 @@ class ObjectStore(BaseModel):
     def _endpoint_is_an_origin(self) -> Self:
         if self.object_store_endpoint is None:
             return self
-        parts = urlsplit(self.object_store_endpoint)
+        parts = _split(self.object_store_endpoint)
         if parts.scheme not in {"http", "https"} or not parts.hostname or "@" in parts.netloc or parts.query:
             raise ValueError("object_store_endpoint: is no origin; set it to https://host or https://host:port")
         return self
@@ -88,3 +90,11 @@ class ObjectStore(BaseModel):
 
 
 _REMEDY = "set it to"
+
+
+def _split(url: str) -> SplitResult:
+    """Split a URL; one that is none has no parts."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")

@@ -60,6 +60,10 @@ _SHARE_FULL = "Your uploaded files take all the space that one caller's may take
 log = logging.getLogger(__name__)
 
 
+class UnusableBucket(Exception):  # noqa: N818 - as `UnusableDatabase`
+    """The settings of the bucket cannot be used. The text says what to do."""
+
+
 class Upload(Protocol):
     """A file while it is received."""
 

@@ -39,7 +39,7 @@ def between(s3_server: S3Server) -> Iterator[FaultProxy]:
 
 @pytest.fixture(scope="module")
 def frontends(s3_server: S3Server, between: FaultProxy) -> Iterator[tuple[RunningService, RunningService]]:
-    """Two services, each with directories of its own."""
+    """Two services, each with separate directories."""
     flags = (
         "--engine=fake",
         "--audio-workers=1",

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,7 +21,6 @@ from tests.storage.s3 import SECRET, FaultProxy, S3Server, bucket_settings, stal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     from tests.storage.s3 import Handler
 
@@ -242,6 +244,22 @@ async def test_a_killed_server(tmp_path: Path) -> None:
 def _close(handler: Handler) -> bool:
     handler.close_connection = True
     return True
+
+
+def test_a_key_that_is_none_refuses_the_start(tmp_path: Path) -> None:
+    """`captioner serve` ends at once with one line that says what to do, and the doctor has a finding; no key in it."""
+    changes = {"object_store_url": "gs://captions", "object_store_secret_key": "{'hidden': 1}"}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in changes.items()]
+    command = [str(Path(sys.executable).with_name("captioner")), "serve", "--engine=fake", "--port=0", "--no-auth"]
+    ended = subprocess.run(
+        [*command, f"--data-dir={tmp_path}", *flags], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("captioner: gs://captions cannot be used: GenericError: Generic GCS error: ")
+    assert ended.stderr.endswith("; check object_store_url and object_store_secret_key\n")
+    (found,) = services.bucket(settings(tmp_path, **changes))
+    assert found.level is Level.ERROR
+    assert "hidden" not in ended.stderr + found.message
 
 
 def test_the_doctor_names_what_is_wrong_with_a_bucket(s3_server: S3Server, tmp_path: Path) -> None:
