@@ -114,6 +114,29 @@ class Caller:
     """Captions of this tenant may be logged, as the tenant requested."""
 
 
+class Guard(enum.StrEnum):
+    """Policy of the quality guard (`quality.py`)."""
+
+    OFF = "off"
+    STOP = "stop"
+    """Captions end where they loop."""
+    RETRY = "retry"
+    """As `STOP`; and a response that is not streamed is generated once more if it loops or is blank."""
+
+
+class Defect(enum.StrEnum):
+    """Defect of a caption, as the quality guard recognises it."""
+
+    LOOP = "loop"
+    """It repeats itself without end; the engine stopped it."""
+    BLANK = "blank"
+    """It has no text but white space."""
+    SHORT = "short"
+    """It has one token."""
+    CUT = "cut"
+    """It reached its `max_tokens`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters. Defaults are the model card's; the codecs check the ranges.
@@ -141,6 +164,8 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
+    stop_loops: bool = False
+    """End the caption where it repeats itself without end."""
     ignore_eos: bool = False
     """Benchmarks only: run to `max_tokens`. The codecs accept it only when the settings allow it."""
 
@@ -159,6 +184,8 @@ class CaptionRequest:
     model: str
     audio: AudioSource
     sampling: Sampling = field(default_factory=Sampling)
+    guard: Guard = Guard.RETRY
+    """The strongest policy of the quality guard that the client wants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,13 +259,16 @@ class CaptionDelta:
     """The next piece of a caption. `usage` counts everything up to and with this piece.
 
     The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut off by
-    the deadline of a non-streamed response (PROTOCOL 10.4).
+    the deadline of a non-streamed response (PROTOCOL 10.4). `stopped`: the caption ends early because of this defect.
+    `retried`: a second sample was generated because of this defect of the first.
     """
 
     text: str
     usage: Usage
     finish_reason: FinishReason | None = None
     partial: bool = False
+    stopped: Defect | None = None
+    retried: Defect | None = None
 
 
 def billed_audio_tokens(samples: int) -> int:

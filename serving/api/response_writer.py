@@ -52,6 +52,8 @@ class ResponseWriter:
         if last is None:
             raise Internal
         headers = {"x-dashscope-partialresponse": "true"} if last.partial else {}
+        if last.retried:
+            headers["x-captioner-retried"] = last.retried.value
         started = time.perf_counter()
         body = reply.full_body("".join(pieces), last)
         self.encode_s = time.perf_counter() - started

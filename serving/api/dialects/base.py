@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from serving import errors
+from serving.types import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -135,6 +136,19 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
     elif isinstance(error, (errors.DeadlineExceeded, errors.AccessDenied, errors.Arrearage)):
         headers["x-should-retry"] = "false"
     return headers
+
+
+def stopped_field(delta: CaptionDelta) -> str:
+    """Return the JSON member that says why a caption was stopped early; empty for any other caption."""
+    return f'"captioner":{{"stopped":"{delta.stopped}"}},' if delta.stopped else ""
+
+
+def requested_guard(headers: Mapping[str, str]) -> Guard:
+    """Return the policy of the quality guard that the request allows. Raises `InvalidRequest`."""
+    value = headers.get("x-captioner-guard", Guard.RETRY).lower()
+    if value not in [*Guard]:
+        raise errors.InvalidRequest("x-captioner-guard should be off, stop or retry", param="x-captioner-guard")
+    return Guard(value)
 
 
 def lines(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.api.dialects.audio_reference import audio_source
-from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest
+from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import only_audio
@@ -83,6 +83,7 @@ class OpenAICodec:
             model=model,
             audio=audio_source(only_audio(_messages(values)), headers, self._settings),
             sampling=with_engine_parameters(basic, values),
+            guard=requested_guard(headers),
         )
         return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
 
@@ -111,7 +112,7 @@ class OpenAIReply:
             f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"}},'
             f'"finish_reason":"{last.finish_reason}","index":0,"logprobs":null}}],"object":"chat.completion",'
             f'"created":{self._created},"model":{self._model},"system_fingerprint":null,"id":{self._id},'
-            f'"usage":{_usage(last.usage)}}}'
+            f'{stopped_field(last)}"usage":{_usage(last.usage)}}}'
         ).encode("ascii")
 
     def event(self, delta: CaptionDelta) -> bytes:
@@ -129,7 +130,7 @@ class OpenAIReply:
             self.ended = True
             chunks.append(
                 f'data: {{"choices":[{{"delta":{{"content":""}},"index":0,"logprobs":null,'
-                f'"finish_reason":"{delta.finish_reason}"}}],{self._rest("null")}'
+                f'"finish_reason":"{delta.finish_reason}"}}],{stopped_field(delta)}{self._rest("null")}'
             )
             if self._include_usage:
                 chunks.append(f'data: {{"choices":[],{self._rest(_usage(delta.usage))}')

@@ -12,7 +12,7 @@ writer and the only parser of frames. The frontend sends first:
     engine replica ► frontend
     State          state {ready, failed, draining, load, seen}, every `STATE_INTERVAL_S`
     Deltas         deltas {deltas: [[id, text, tokens, finish_reason], …], queue_s: [[id, seconds], …],
-                           own: [[id, input tokens, tokens not counted], …], started: [id, …]}
+                           own: [[id, input tokens, tokens not counted], …], started: [id, …], looped: [id, …]}
     Failure        error {id, error, message, retry_after_s, reason}: an exception of `serving.errors`
 
 Names in frames are fixed, whatever the Python classes are called: during a rolling update the version before reads
@@ -206,6 +206,7 @@ def merge(before: EngineDelta | None, delta: EngineDelta) -> EngineDelta:
         before.queue_s or delta.queue_s,
         before.input_tokens + delta.input_tokens,
         before.uncounted_tokens + delta.uncounted_tokens,
+        delta.looped,
     )
 
 
@@ -237,6 +238,8 @@ def _header(message: Message) -> dict[str, Any]:
             state = {"seen": message.seen, "ready": message.ready, "failed": message.failed}
             return {"op": "state", **state, "draining": message.draining, "load": asdict(message.load)}
         case Deltas(deltas=deltas, started=started):
+            looped = [number for number, each in deltas.items() if each.looped]
+            added = ({"started": [*started]} if started else {}) | ({"looped": looped} if looped else {})
             return {
                 "op": "deltas",
                 "deltas": [[number, each.text, each.tokens, each.finish_reason] for number, each in deltas.items()],
@@ -246,7 +249,7 @@ def _header(message: Message) -> dict[str, Any]:
                     for number, each in deltas.items()
                     if each.input_tokens or each.uncounted_tokens
                 ],
-            } | ({"started": [*started]} if started else {})
+            } | added
         case Failure(number=number):
             failure = {"op": "error", "id": number, "error": message.error, "message": message.message}
             overloaded = {"retry_after_s": message.retry_after_s, "reason": message.reason}
@@ -283,6 +286,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
         case "deltas":
             queue_s = {number: float(seconds) for number, seconds, *_ in header.get("queue_s", ())}
             counts = {each[0]: (int(each[1]), int(each[2])) for each in header.get("own", ())}
+            looped = frozenset(header.get("looped", ()))
             return Deltas(
                 {
                     int(number): EngineDelta(
@@ -291,6 +295,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
                         FinishReason(finish_reason) if finish_reason else None,
                         queue_s.get(number, 0.0),
                         *counts.get(number, (0, 0)),
+                        looped=number in looped,
                     )
                     for number, text, tokens, finish_reason, *_ in header["deltas"]
                 },

@@ -38,7 +38,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -82,7 +82,17 @@ tower and `lm_head` as they are today; here they are named so that an upgrade do
 _MIN_TEMPERATURE = 0.01
 """Lowest temperature above 0: vLLM raises a lower one to this, and logs a warning each time."""
 
-_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+_LOOPED = "repetition"
+_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH, _LOOPED: FinishReason.STOP}
+
+LOOP_PATTERN_TOKENS = 8
+"""Longest pattern of tokens whose repetition is a loop. vLLM compares once for each length, at each token."""
+
+LOOP_REPEATS = 20
+"""Repetitions of a pattern that are a loop."""
+
+
+_LOOPS = RepetitionDetectionParams(max_pattern_size=LOOP_PATTERN_TOKENS, min_count=LOOP_REPEATS)
 
 
 class LoadedModel:
@@ -192,6 +202,7 @@ class LoadedModel:
                     finish_reason,
                     input_tokens=input_tokens,
                     uncounted_tokens=int(uncounted),
+                    looped=output.finish_reason == _LOOPED,
                 )
                 input_tokens = 0
         except VLLMClientError as error:
@@ -228,6 +239,7 @@ class LoadedModel:
                 logit_bias=dict(sampling.logit_bias) or None,
                 allowed_token_ids=list(sampling.allowed_token_ids) or None,
                 _bad_words_token_ids=self._bad_words(sampling),
+                repetition_detection=_LOOPS if sampling.stop_loops else None,
                 output_kind=RequestOutputKind.DELTA,
                 skip_clone=True,  # they are made for this request alone
             )
