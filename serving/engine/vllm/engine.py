@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from serving.types import Features, SchedulingClass
 
 
+_ANOTHER_MODEL = {"speculative_config", "spec_model", "tokenizer", "hf_config_path"}
+"""Engine arguments that may name another model, which the hub has."""
+
+
 class VllmEngine:
     """An `Engine` on vLLM's `AsyncLLM`. The model runs in a separate process.
 
@@ -153,7 +157,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    if Path(settings.model).is_dir():
+    if Path(settings.model).is_dir() and not _ANOTHER_MODEL & settings.engine_args.keys():
         defaults["HF_HUB_OFFLINE"] = "1"
     before = dict(os.environ)
     os.environ.update(defaults | before | ours)
