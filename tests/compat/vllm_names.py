@@ -67,7 +67,11 @@ AREAS = (
             Name(
                 "vllm.engine.arg_utils.AsyncEngineArgs", "", "names and types of arguments: the fields of a dataclass"
             ),
-            Name("vllm.model_executor.model_loader._LOAD_FORMAT_TO_MODEL_LOADER", "auto, safetensors", "load formats"),
+            Name(
+                "vllm.model_executor.model_loader._LOAD_FORMAT_TO_MODEL_LOADER",
+                "auto, fastsafetensors, runai_streamer",
+                "load formats",
+            ),
         ),
     ),
     Area(
