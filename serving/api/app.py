@@ -33,6 +33,7 @@ from serving.observability.scrape_access import ScrapeAccess
 from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
+from serving.settings.engine_args import InvalidEngineArgs
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
@@ -168,6 +169,13 @@ async def _start_engine(engine: Engine) -> None:
     started = time.perf_counter()
     try:
         await engine.start()
+    except EngineFailed as failure:
+        if isinstance(failure.__cause__, InvalidEngineArgs):
+            reason = str(failure.__cause__)
+            log.error("engine arguments refused", extra={"reason": reason})  # noqa: TRY400 - the operator's mistake
+        else:
+            log.exception("engine start failed")
+        raise
     except Exception:
         log.exception("engine start failed")
         raise

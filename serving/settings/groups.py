@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.settings.types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, Words
 from serving.types import Guard
 
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
@@ -77,6 +77,12 @@ class Model(BaseModel):
         str(EMBEDDED_CHECKPOINT),
         description="Checkpoint: a directory, or a name on a model hub. Default: the embedded stand-in",
     )
+    revision: Annotated[str | None, Example("v1.0")] = Field(
+        None,
+        min_length=1,
+        description="Branch, tag or commit of the model at its hub; only a commit never changes. No effect on a "
+        "directory. Unset: the hub's default branch",
+    )
     served_model_name: str = Field(CAPTIONER_MODEL_ID, description="Name that requests carry in `model`")
     model_aliases: Words = Field((), description="Further names that requests may carry in `model`")
 
@@ -127,6 +133,12 @@ class Engine(BaseModel):
         None,
         description="Direct calls of vLLM's CPU kernels: fewer operations per step. They need float32 weights, "
         "tensor_parallel 1 and enforce_eager. Unset: on for the embedded checkpoint on a CPU, else off",
+    )
+    engine_args: Annotated[AnyTable, Example({"kv_cache_dtype": "fp8"})] = Field(
+        default_factory=dict,
+        description="Further arguments of vLLM's `AsyncEngineArgs` by name, as a table (`[engine_args]` at the end of "
+        "a file) or as JSON; vLLM checks them, and arguments that other settings set are refused. No secrets. "
+        "Default: none",
     )
     engine_stall_timeout_s: float = Field(
         120,

@@ -38,7 +38,8 @@ AREAS = (
         (
             Name(
                 "vllm.engine.arg_utils.AsyncEngineArgs",
-                "__init__(*, model, dtype, quantization, quantization_config, tensor_parallel_size,"
+                "__init__(*, model, revision, tokenizer_revision, dtype, quantization, quantization_config,"
+                " tensor_parallel_size,"
                 " distributed_executor_backend,"
                 " max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, kv_cache_memory_bytes,"
                 " enforce_eager, async_scheduling, additional_config, limit_mm_per_prompt, enable_prefix_caching,"
@@ -56,6 +57,21 @@ AREAS = (
                 "vllm.config.ModelConfig", "dtype, max_model_len, get_vocab_size()", "input dtype, limits of token ids"
             ),
             Name("vllm.platforms.current_platform", "is_cpu()", "defaults that differ between CPU and GPU"),
+        ),
+    ),
+    Area(
+        "Arguments that pass through",
+        "engine_args.py",
+        "Compare `checked` with vLLM's arguments; rename an argument in `serving/settings/engine_args.py`, too.",
+        (
+            Name(
+                "vllm.engine.arg_utils.AsyncEngineArgs", "", "names and types of arguments: the fields of a dataclass"
+            ),
+            Name(
+                "vllm.model_executor.model_loader._LOAD_FORMAT_TO_MODEL_LOADER",
+                "auto, fastsafetensors, runai_streamer",
+                "load formats",
+            ),
         ),
     ),
     Area(

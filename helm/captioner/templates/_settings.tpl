@@ -84,6 +84,8 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 {{- range $name, $value := merge (deepCopy .Values.settings) $given -}}
 {{- /* Helm reads 10485759 as a float and would write 1.0485759e+07. */ -}}
 {{- if and (kindIs "float64" $value) (eq (float64 (int64 $value)) (float64 $value)) -}}{{- $value = int64 $value -}}{{- end -}}
+{{- /* As JSON, for the same reason: a table may have numbers at any depth. */ -}}
+{{- if kindIs "map" $value -}}{{- $value = toJson $value -}}{{- end -}}
 {{- if not (kindIs "invalid" $value) -}}{{- $_ := set $all $name $value -}}{{- end -}}
 {{- end -}}
 {{- toYaml $all -}}

@@ -75,6 +75,9 @@
 {{- $errors = append $errors (printf "model.pvc.sizeGiB (%d) must be at least model.sizeGiB (%d), or the model does not fit" . (int64 $v.model.sizeGiB)) -}}
 {{- end -}}
 {{- end -}}
+{{- if and (eq $v.model.hub "modelscope") (eq $v.image.variant "cpu") (not $v.image.tag) (not $v.image.digest) (eq $v.model.source "pvc") $v.model.download.enabled -}}
+{{- $errors = append $errors "model.hub: modelscope requires the cuda image, which has its package; set image.variant to cuda, or model.download.enabled to false" -}}
+{{- end -}}
 {{- if and (eq $v.model.source "objectStore") (not $v.model.objectStore.path) -}}
 {{- $errors = append $errors "model.objectStore.path is required with model.source: objectStore, as bucket/prefix" -}}
 {{- end -}}

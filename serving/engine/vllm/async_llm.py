@@ -43,6 +43,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
+from serving.engine.vllm.engine_args import checked, refusals_named
 from serving.engine.vllm.executor import InProcessExecutor, MultiGpuExecutor
 from serving.engine.vllm.model import profiled_audio_tokens
 from serving.engine.vllm.scheduler import AsyncLongAudioScheduler, LongAudioScheduler
@@ -304,41 +305,49 @@ def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
 
 
 def engine_config(settings: Settings) -> VllmConfig:
-    """Return vLLM's configuration. On a CPU, also set the number of threads that compute."""
+    """Return vLLM's configuration. On a CPU, also set the number of threads that compute.
+
+    Raises `InvalidEngineArgs` if vLLM refuses the settings' `engine_args`.
+    """
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # Threads that wait for each other cost a small model more than they save, and on a busy machine tenfold.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    config = AsyncEngineArgs(
-        model=settings.model,
-        dtype=_dtype(settings),
-        quantization=settings.quantization,
-        quantization_config={"ignore": list(UNQUANTIZED)} if settings.quantization else None,
-        tensor_parallel_size=settings.tensor_parallel,
-        distributed_executor_backend=InProcessExecutor if settings.tensor_parallel == 1 else MultiGpuExecutor,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.step_tokens,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
-        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+    arguments = checked(settings.engine_args)
+    own = {
+        "model": settings.model,
+        "revision": settings.revision,
+        "tokenizer_revision": settings.revision,
+        "dtype": _dtype(settings),
+        "quantization": settings.quantization,
+        "quantization_config": {"ignore": list(UNQUANTIZED)} if settings.quantization else None,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "distributed_executor_backend": InProcessExecutor if settings.tensor_parallel == 1 else MultiGpuExecutor,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.step_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.cpu_kv_cache_gib << 30 if on_cpu else None,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         # In one process nothing runs during a step, so this would only delay each token until the next is computed.
-        async_scheduling=False if on_cpu and settings.tensor_parallel == 1 else None,
-        additional_config={
+        "async_scheduling": False if on_cpu and settings.tensor_parallel == 1 else None,
+        "additional_config": {
             "long_audio_tokens": audio_tokens(LONG_FRAMES) + PROMPT_TOKENS,
             "long_tokens_per_step": _long_tokens_per_step(settings),
             "long_tokens_halve": 1_000 if on_cpu else 8_192,
             "cpu_kernels": _cpu_kernels(settings),
         },
         # An "audio" of vLLM is a piece of an audio. vLLM counts them only in its own preprocessing.
-        limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
-        enable_prefix_caching=False,
-        mm_processor_cache_gb=0,
-        disable_log_stats=not settings.vllm_metrics,
-        otlp_traces_endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None,
-        use_tqdm_on_load=False,
-    ).create_engine_config()
+        "limit_mm_per_prompt": {"audio": 1, "image": 0, "video": 0},
+        "enable_prefix_caching": False,
+        "mm_processor_cache_gb": 0,
+        "disable_log_stats": not settings.vllm_metrics,
+        "otlp_traces_endpoint": f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None,
+        "use_tqdm_on_load": False,
+    }
+    with refusals_named(settings.engine_args):
+        config = AsyncEngineArgs(**own | arguments).create_engine_config()
     scheduler = config.scheduler_config
     scheduler.scheduler_cls = AsyncLongAudioScheduler if scheduler.async_scheduling else LongAudioScheduler
     scheduler.max_num_encoder_input_tokens = max(profiled_audio_tokens(settings.step_tokens), audio_tokens(LONG_FRAMES))
