@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests import needs
+from tests.support.in_process import AudioThreads, DownloadThreads
 from tests.support.media import MediaServer
 from tests.support.service import RunningService
 
@@ -51,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(need)
             group = next((need for need in ("engine", "cluster") if need in found), str(item.path))
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Applications of this test start no processes: see `tests.support.in_process`."""
+    monkeypatch.setattr("serving.api.app.AudioWorkerPool", AudioThreads)
+    monkeypatch.setattr("serving.api.app.DownloadProcess", DownloadThreads)
 
 
 @pytest.fixture(scope="session")
