@@ -103,9 +103,9 @@ def _used(function: Any) -> frozenset[str]:
             used |= {*code.co_names}
             modules = [value for value in map(scope.get, code.co_names) if isinstance(value, types.ModuleType)]
             scopes = (scope, *(vars(module) for module in modules if module.__name__.startswith(_HELPERS)))
-            for value in (_unwrapped(names[name]) for names in scopes for name in code.co_names if name in names):
-                if isinstance(value, types.FunctionType | type) and value.__module__.startswith(_HELPERS):
-                    pending.append(value)
+            values = (_unwrapped(names[name]) for names in scopes for name in code.co_names if name in names)
+            helpers = (value for value in values if isinstance(value, types.FunctionType | type))
+            pending += [value for value in helpers if value.__module__.startswith(_HELPERS)]
     return frozenset(used)
 
 
