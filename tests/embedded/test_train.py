@@ -16,6 +16,7 @@ from deploy.embedded.corpus.captions import Event, Facts, caption
 from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
@@ -25,6 +26,15 @@ train = Lazy("deploy.embedded.train")
 
 LENGTHS = (50, 130, 260, 390, 700)
 FACTS = Facts((Event("rain"), Event("man", "French", "slowly")), 2.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Train as `train` does, with one thread: threads that wait for each other took ten times the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
