@@ -73,12 +73,13 @@ fast-tests: .venv/dev.stamp
 	$(BIN)/pytest -q -n $(JOBS) -m "$(FAST)"
 
 .PHONY: check
-check: .venv/dev.stamp ## Lint, types, import contract, spelling
+check: .venv/dev.stamp ## Lint, types, import contract, spelling, words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python -m tests.support.language
 
 .PHONY: format
 format: .venv/dev.stamp ## Format the code

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine, EngineDelta
     from tests.engine.test_remote import Replica
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 CLIP = data_url(wav(1))
 TOKENS = 20
 DIALECTS = ("native", "compatible")
