@@ -101,8 +101,7 @@ class FaultProxy:
             def answer(self) -> None:
                 proxy.forward(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), OfThisProxy)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), OfThisProxy)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
@@ -137,6 +136,13 @@ class FaultProxy:
                 handler.send_header(name, value)
         handler.end_headers()
         handler.wfile.write(data)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments: object) -> None:
+        """Log nothing: the client or the server behind has gone, as tests want it."""
 
 
 class Handler(BaseHTTPRequestHandler):

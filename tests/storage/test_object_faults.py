@@ -105,7 +105,7 @@ async def test_a_server_that_keeps_failing(uploads: BucketUploads, proxy: FaultP
 
 
 async def test_a_slow_server_meets_a_deadline(s3_server: S3Server, proxy: FaultProxy, tmp_path: Path) -> None:
-    """A store that does not answer in `object_store_timeout_s` is given up, however many requests it would take."""
+    """A store that does not answer in `object_store_timeout_s` is given up, and so is the wait for other writers."""
     changes = bucket_settings(proxy.url, s3_server.bucket()) | {"object_store_timeout_s": 1}
     store = BucketUploads(settings(tmp_path, **changes))
     await store.start()
@@ -116,6 +116,15 @@ async def test_a_slow_server_meets_a_deadline(s3_server: S3Server, proxy: FaultP
         with pytest.raises(errors.StorageUnavailable):
             await call
         assert time.monotonic() - started < 2
+    assert_nothing_held(store, tmp_path, files=1)
+    proxy.fault = lambda _: False
+    for _ in range(4):
+        await store._bucket._writes.acquire()  # as four other files that are being written
+    async with asyncio.timeout(5):
+        with pytest.raises(errors.StorageUnavailable):
+            await put(store, "a", b"abc")
+    for _ in range(4):
+        store._bucket._writes.release()
     assert_nothing_held(store, tmp_path, files=1)
     await store.stop()
 
