@@ -73,7 +73,8 @@ def database() -> Iterator[sa.Engine]:
 
 def row(requests: int, billed: int, tokens: int, amount: str, **others: Any) -> dict[str, Any]:
     """Return a row of a report of `tokens` times 21 input and 24 output tokens."""
-    sums = {"requests": requests, "billed_requests": billed, "open_requests": 0, "audio_s": float(requests)}
+    sums: dict[str, Any] = {"requests": requests, "billed_requests": billed, "open_requests": 0}
+    sums["audio_s"] = float(requests)
     sums |= {"input_tokens": 21 * tokens, "output_tokens": 24 * tokens, "free_tokens": 0, "amount": amount}
     return {"currency": "CNY", **sums, **others}
 
