@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -206,3 +207,9 @@ def test_totals_are_sorted_by_currency() -> None:
     ]
     assert [line["key_id"] for line in invoice["lines"]] == ["k0", "k1"]
     assert invoice["open_requests"] == 2
+
+
+def test_decimals_of_postgresql_become_integers() -> None:
+    """PostgreSQL's sums of big integers are decimals; a report has integers, and text as it is."""
+    formatted = reports._formatted({"key": "k1", "requests": Decimal(3), "audio_ms": Decimal(1500)})
+    assert repr(formatted) == "{'key': 'k1', 'requests': 3, 'audio_s': 1.5}"
