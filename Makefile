@@ -111,6 +111,10 @@ harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at 
 	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
 	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
 
+.PHONY: mutate
+mutate: .venv/dev.stamp ## One fault at a time in the modules of money, access, admission and wire; MODULES="serving/…" for some
+	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MODULES)
+
 .PHONY: chart
 chart: .venv/dev.stamp ## Regenerate what the chart takes from elsewhere: README table, schema, rules, dashboards
 	$(BIN)/python helm/generate.py

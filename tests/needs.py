@@ -27,6 +27,7 @@ NEEDS = {
 
 _OF_NAME = {
     "AudioWorkerPool": "process",
+    "billed_service": "process",
     "RunningService": "process",
     "subprocess": "process",
     "multiprocessing": "process",

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 TARGETS: dict[str, Sequence[str]] = {
     "serving/tenancy/billing/prices.py": ("tests/tenancy/test_prices.py",),
+    "serving/tenancy/billing/reports.py": ("tests/tenancy/test_reports.py",),
+    "serving/tenancy/plans.py": ("tests/tenancy/test_plans.py",),
     "serving/tenancy/limits/spending.py": ("tests/tenancy/test_spending.py",),
     "serving/api/request_head.py": ("tests/api/test_head_rules.py",),
     "serving/scheduling/fair_queue.py": ("tests/scheduling/test_queue_rules.py",),

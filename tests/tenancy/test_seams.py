@@ -227,3 +227,45 @@ async def test_a_quota_that_is_over_bills_the_next_request(tmp_path: Path, monke
             await service.settled()
             record = service.records("trial-tenant")[-1]
             assert (record.free_tokens, record.amount_nanos) == of_caption
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+async def test_while_a_caption_streams_neither_its_body_nor_its_features_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, replicated: bool
+) -> None:
+    """Once the engine has written a token, the memory of bodies and of features is 0, here and in a replica."""
+    url = f"sqlite:///{tmp_path / 'seams.db'}"
+    chosen: dict[str, Any] = {"plans": PLANS, "engine": TurnByTurn, "replicated": replicated}
+    async with billed_service(tmp_path, url, monkeypatch, TENANTS, **chosen) as service:
+        engine, components = engine_of(service), service.components
+        engine.write(hang_after_tokens=5)
+        async with service.running("gold-tenant"):
+            await service.until(lambda: engine.given)
+            assert components.bodies.used == 0  # the clip is decoded
+            assert components.workers.outstanding_bytes == 51_200  # 128 floats for each of 100 frames
+            engine.go_on(1)
+            await service.until(lambda: engine.steps)
+            await service.until(lambda: not components.workers.outstanding_bytes)
+            assert components.pipeline.in_flight == 1
+
+
+async def test_the_deadline_counts_from_the_arrival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that arrived 59 s before its audio is known has a second left of a deadline of 60 s."""
+    url = f"sqlite:///{tmp_path / 'seams.db'}"
+    async with billed_service(
+        tmp_path, url, monkeypatch, TENANTS, plans=PLANS, engine=TurnByTurn, response_timeout_s=60
+    ) as service:
+        engine, metrics = engine_of(service), service.components.metrics
+        engine.write(hang_after_tokens=5)
+        engine.go_on(1)
+        begin = metrics.begin
+
+        def begun_before(*arguments: Any, **named: Any) -> Any:
+            record = begin(*arguments, **named)
+            record.started -= 59
+            return record
+
+        monkeypatch.setattr(metrics, "begin", begun_before)
+        answer = await asyncio.wait_for(service.post("gold-tenant", stream=False), 40)
+        assert answer.status_code == 200
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
