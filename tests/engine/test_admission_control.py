@@ -226,7 +226,8 @@ def test_tokens_in_use_stay_within_what_is_reserved() -> None:
                 async for delta in deltas:
                     tokens += delta.tokens
                     if delta.finish_reason is None:
-                        assert control.load.kv_tokens >= context_tokens(clip(5)) + tokens
+                        # 5 s of audio with 13 tokens each, and at most 16 of the prompt
+                        assert control.load.kv_tokens >= 5 * 13 + 16 + tokens
             assert tokens == 2500
             assert_empty(control)
 

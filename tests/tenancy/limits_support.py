@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from contextlib import asynccontextmanager
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING
 
 from serving.tenancy.limits.counter_store import Reservation, Spent
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from serving.tenancy.limits.counter_store import CounterStore
+
+
+def unfree(nanos: int, free_tokens: int, tokens: int) -> int:
+    """Return the price of the tokens that are not free, rounded up, by hand: not by the code under test."""
+    return ceil(Fraction(nanos) * (tokens - free_tokens) / tokens) if tokens else 0
 
 
 @asynccontextmanager

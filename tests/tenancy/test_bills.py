@@ -7,21 +7,25 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import sqlalchemy as sa
 
 from serving.errors import BudgetExhausted
 from serving.tenancy import plans
+from serving.tenancy.billing.prices import Price
 from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.usage_record import UsageRecord
 from serving.tenancy.limits.counter_store import Spent, Sums
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.tenancy.limits.spending import Amounts
-from serving.types import Caller, FreeQuota, Limits
+from serving.tenancy.schema import usage_records
+from serving.types import Caller, CaptionRequest, FinishReason, FreeQuota, InlineAudio, Limits, Sampling, Usage
 from tests.tenancy.limits_support import caller, charge, limiter
+from tests.tenancy.random_bills import world
 from tests.tenancy.test_usage_session import TENANT
 
 if TYPE_CHECKING:
-    import sqlalchemy as sa
+    from pathlib import Path
 
     from serving.tenancy.limits.counter_store import CounterStore
 
@@ -69,6 +73,44 @@ async def test_a_caption_over_midnight_counts_in_the_period_of_its_admission(sto
         late = await limits.admit(who, at_ms=NEW_YEAR_MS - 1)
         assert late.headers["x-ratelimit-remaining-tokens-day"] == "100"
         assert late.headers["x-ratelimit-remaining-tokens-month"] == "600"
+
+
+async def test_a_price_that_changes_during_a_caption_holds_for_later_ones(
+    store: CounterStore, database: sa.Engine, tmp_path: Path
+) -> None:
+    """Record and money budget have the price of the admission, even in another currency; the next caption has the new.
+
+    A caption of 1 s and 24 tokens costs 21 x 15,800 + 24 x 12,700 = 636,600 nano-units, then 21 x 3,000 + 24 x 1,000.
+    """
+    old, new = Price("CNY", 15_800, 12_700), Price("USD", 3000, 1000)
+    current = [old]
+    who = caller(Limits(nanos_per_day=1_000_000))
+    async with world(tmp_path, database, store, seed=1) as made:
+        made.sessions.prices = lambda *_: current[-1]
+
+        async def caption(*, changes: bool) -> str:
+            record = made.metrics.begin(f"changes {changes}", "openai")
+            async with made.sessions.session(who, record) as session:
+                await session.admit()
+                session.open(CaptionRequest(record.request_id, "m", InlineAudio(""), Sampling(max_tokens=24)))
+                record.samples, record.usage = 16_000, Usage(13)
+                await session.charge()
+                if changes:
+                    current.append(new)
+                session.start()
+                record.add_output("", 24, FinishReason.STOP, uncounted_tokens=0)
+            following = await made.sessions.limiter.admit(who, at_ms=made.now_ms, currency=session._price.currency)
+            await made.sessions.limiter.settle(following, tokens=0, nanos=0)
+            return following.headers["x-ratelimit-remaining-money-day"]
+
+        assert await caption(changes=True) == "0.0003634"
+        assert await caption(changes=False) == "0.000913"
+    with database.connect() as connection:
+        rows = connection.execute(sa.select(usage_records).order_by(usage_records.c.amount_nanos.desc())).all()
+    assert [(row.currency, row.input_price, row.output_price, row.amount_nanos) for row in rows] == [
+        ("CNY", "0.0158", "0.0127", 636_600),
+        ("USD", "0.003", "0.001", 87_000),
+    ]
 
 
 async def test_the_sum_of_a_month_is_kept_to_its_end(store: CounterStore) -> None:

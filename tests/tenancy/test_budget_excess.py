@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.errors import BudgetExhausted, FreeTierExhausted
-from serving.tenancy.limits.counter_store import nanos_to_pay
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.tenancy.limits.spending import Amounts
 from serving.types import Caller, FreeQuota, Limits
 from tests.support.wire import COMPATIBLE, compatible_body, data_url, wav
-from tests.tenancy.limits_support import caller, limiter
+from tests.tenancy.limits_support import caller, limiter, unfree
 from tests.tenancy.test_usage_session import KEY, serving
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ async def spend_at_random(store: CounterStore, seed: int) -> None:
                 tokens = input_tokens + written if paid else 0
                 nanos = (input_tokens * price[0] + written * price[1]) if paid else 0
                 free_tokens = await limits.settle(reservation, tokens=tokens, nanos=nanos)
-                amount = nanos_to_pay(nanos, free_tokens, tokens) if tokens else 0
+                amount = unfree(nanos, free_tokens, tokens)
                 billed_tokens += tokens
                 billed_nanos += amount
                 key_billed += amount if reservation.caller is who else 0

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from serving.errors import FreeTierExhausted, RateLimited
 from serving.tenancy.limits import limiter as limiters
-from serving.tenancy.limits.counter_store import Period, Reason, Reservation, Spent, Sums, nanos_to_pay
+from serving.tenancy.limits.counter_store import Period, Reason, Reservation, Spent, Sums
 from serving.tenancy.limits.limiter import Limiter
 from serving.tenancy.limits.memory import MemoryStore
 from serving.tenancy.limits.redis import RedisStore
 from serving.tenancy.limits.redis_script import SCRIPT, Numbers
 from serving.tenancy.limits.spending import Amounts
 from serving.types import Caller, FreeQuota, Limits
+from tests.tenancy.limits_support import unfree
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping, Sequence
@@ -143,7 +144,7 @@ class Side:
         for scope in (reservation.caller.tenant_id, reservation.caller.key_id):
             for period in (day, month):
                 self._billed[scope, period, "tokens"] += tokens
-                self._billed[scope, period, currency] += nanos_to_pay(nanos, free_tokens, tokens)
+                self._billed[scope, period, currency] += unfree(nanos, free_tokens, tokens)
         self._billed[reservation.caller.tenant_id, "", "free"] += free_tokens
         return free_tokens
 
