@@ -79,6 +79,7 @@ class Callers:
     ) -> None:
         self.journal = directory / f"{name}.jsonl"
         self.journal.unlink(missing_ok=True)
+        self._read_bytes, self._answers = 0, 0
         self._log = directory / f"{name}.log"
         self._command = locust_command(
             url,
@@ -113,6 +114,17 @@ class Callers:
     def answered(self) -> list[dict[str, Any]]:
         """Return the journal entries of the right answers."""
         return [entry for entry in self.ended() if entry["result"] == "answered"]
+
+    def answers(self) -> int:
+        """Return the number of right answers; reads only what was added to the journal since the last call."""
+        if self.journal.exists():
+            with self.journal.open("rb") as journal:
+                journal.seek(self._read_bytes)
+                lines, _, _ = journal.read().rpartition(b"\n")
+            self._read_bytes += len(lines) + bool(lines)
+            entries = [json.loads(line) for line in lines.splitlines()]
+            self._answers += sum("outcome" in entry and outcome_of(entry) == "answered" for entry in entries)
+        return self._answers
 
     def account(self) -> dict[str, Any]:
         """Return `account` of the requests so far."""

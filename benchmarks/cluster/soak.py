@@ -4,12 +4,12 @@
 
 Real Ray Serve on this machine, as in `updates.py`, with keys and a ledger. Locust's callers first find the largest
 rate, then send 70 % of it, in both dialects, streamed and not, in clips of eight lengths. Every ten minutes a rolling
-update replaces all frontends and engines. Every few seconds each process's memory, descriptors and threads, and the
-files and bytes of the data directory, are noted with the number of answers so far.
+update replaces all frontends and engines. Every few seconds, also during an update, each process's memory, descriptors
+and threads, and the files and bytes of the data directory, are noted with the number of answers so far.
 
 Growth is the slope of a straight line through a process's samples, per 1,000 answers, after a first minute that fills
 caches; a slope below twice its standard error, or one that adds up to little over the process's life, is noise. Writes
-results/soak.json, or OUT; the exit status is 1 if a request was lost or something grows.
+results/soak.json, or OUT; the exit status is 1 if a request was lost, something grows, or an update failed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import psutil
@@ -33,15 +34,22 @@ from benchmarks.cluster.updates import TOKENS, configuration, connect, environme
 from benchmarks.program import RESULTS, option_parser, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 USERS = 8
 LOAD_SHARE = 0.7
 KEY = "sk-soak-soak-soak-soak-soak-soak-soak"
 WARM_UP_S, CALIBRATION_S, UPDATE_EVERY_S, SAMPLE_EVERY_S = 60, 60, 600, 5
+START_S = 180
+"""Time until the first answer: Locust's imports, and the clips, which are encoded once."""
 MIN_SAMPLES = 20
 GROWING = {"rss_bytes": 16 * 2**20, "descriptors": 8, "threads": 4}
 """Least growth over a process's life that counts: an allocator's and a pool's own movements are smaller."""
+MORE_FILES = 32
+"""Files of the data directory that may come and go: journals of processes that an update replaces, a spare segment."""
 
 WATCHED = (
     *("frontend", "engine", "directory", "controller", "proxy manager", "proxy", "haproxy"),
@@ -83,6 +91,12 @@ def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def data_growth(files: Sequence[int]) -> float:
+    """Return by how many files the last quarter of the samples has more than the first, as medians."""
+    quarter = max(1, len(files) // 4)
+    return float(np.median(files[-quarter:]) - np.median(files[:quarter]))
+
+
 class Watch:
     """Samples of every process of a cluster, and of its data directory."""
 
@@ -120,11 +134,62 @@ class Watch:
         ]
         first, last = self.data[0], self.data[-1]
         answers = max(1, last["answers"] - first["answers"])
+        files = data_growth([sample["files"] for sample in self.data])
         data = {
             "files": [first["files"], last["files"]],
             "bytes_per_answer": round((last["bytes"] - first["bytes"]) / answers),
+            "grows": ["files"] if files > MORE_FILES else [],
         }
-        return {"processes": found, "data": data, "grows": [each for each in found if each["grows"]]}
+        return {"processes": found, "data": data, "grows": [each for each in (*found, data) if each["grows"]]}
+
+
+def calibrate(callers: Callers) -> float:
+    """Return the answers per second that callers without pauses get. Raises `RuntimeError` without an answer."""
+    deadline = time.monotonic() + START_S
+    while not (before := callers.answers()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no answer within {START_S} s: see the log of the callers")
+        time.sleep(1)
+    began = time.monotonic()
+    time.sleep(CALIBRATION_S)
+    return max(1, callers.answers() - before) / (time.monotonic() - began)
+
+
+class Updates:
+    """Rolling updates, one at a time, while the caller goes on. A context manager, which waits for the last one."""
+
+    def __init__(self, client: ServeSubmissionClient, configure: Callable[[int], dict[str, Any]]) -> None:
+        self.took_s: list[float] = []
+        self.failures: list[str] = []
+        self._client, self._configure = client, configure
+        self._running: Future[float] | None = None
+        self._executor = ThreadPoolExecutor(1)
+        self._started = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._collect()
+        self._executor.shutdown()
+
+    def start(self) -> None:
+        """Start an update, unless the last one is still running."""
+        if self._running is not None and not self._running.done():
+            return
+        self._collect()
+        self._running = self._executor.submit(update, self._client, self._configure(self._started))
+        self._started += 1
+
+    def _collect(self) -> None:
+        """Wait for the running update, and note how it ended: a failed one must not end a run of hours."""
+        if self._running is None:
+            return
+        try:
+            self.took_s.append(self._running.result())
+        except (RuntimeError, OSError) as error:  # `TimeoutError` is an `OSError`
+            self.failures.append(f"{type(error).__name__}: {error}"[:1000])
+        self._running = None
 
 
 def main() -> int:
@@ -147,32 +212,31 @@ def main() -> int:
         update(client, configuration(options.port, **changes))
         cluster.wait_ready()
         with Callers(cluster.url, directory, USERS, max_pause_s=0, tokens=TOKENS, name="calibration") as callers:
-            time.sleep(CALIBRATION_S)
-            answered = len(callers.answered())
-        most_per_s = answered / CALIBRATION_S
+            most_per_s = calibrate(callers)
         # A closed loop: each caller's time for one request, and a pause of 0.05 s to twice the mean pause.
         pause_s = USERS / (LOAD_SHARE * most_per_s) - USERS / most_per_s
         result |= {"most_per_s": round(most_per_s, 2), "mean_pause_s": round(pause_s, 3), "updates_s": []}
         print(brief(result), flush=True)
         watch = Watch(cluster, directory / "data")
-        until, update_at = time.time() + 60 * options.minutes, time.time() + options.update_every_s
-        with Callers(cluster.url, directory, USERS, max_pause_s=2 * pause_s, tokens=TOKENS) as callers:
+        with (
+            Callers(cluster.url, directory, USERS, max_pause_s=2 * pause_s, tokens=TOKENS) as callers,
+            Updates(client, lambda number: configuration(options.port, **changes, heartbeat_s=10 + number)) as updates,
+        ):
+            until, update_at = time.time() + 60 * options.minutes, time.time() + options.update_every_s
             while time.time() < until:
                 if time.time() >= update_at:
-                    number = len(result["updates_s"])
-                    result["updates_s"].append(
-                        update(client, configuration(options.port, **changes, heartbeat_s=10 + number))
-                    )
+                    updates.start()
                     update_at = time.time() + options.update_every_s
-                watch.sample(len(callers.answered()))
+                watch.sample(callers.answers())
                 time.sleep(SAMPLE_EVERY_S)
+        result |= {"updates_s": updates.took_s, "failed_updates": updates.failures}
         result |= {"account": callers.account()} | watch.result()
     result["load_average"].append(os.getloadavg())
     lost = result["account"]["sent"] - result["account"]["answered"] - result["account"]["abandoned"]
     result["lost"] = lost
     write_json(options.out, result)
     print(json.dumps(brief(result, "processes"), indent=1), flush=True)
-    return int(bool(lost or result["grows"]))
+    return int(bool(lost or result["grows"] or result["failed_updates"]))
 
 
 if __name__ == "__main__":

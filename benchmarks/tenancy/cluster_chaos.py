@@ -266,10 +266,10 @@ class Chaos:
         order: list[str] = []
         for number in range(times):
             at = self._requests * (number + 0.3 + 0.4 * self._cluster.chance.random()) / times
-            while len(self.received) < at:
-                if time.monotonic() > self._until:
-                    return
+            while len(self.received) < at and not self._over:  # noqa: ASYNC110 - there is no event for it
                 await asyncio.sleep(0.01)
+            if time.monotonic() > self._until:
+                return
             order = order or self._cluster.chance.sample(acts, len(acts))
             name = order.pop()
             act: Callable[[], Awaitable[None]] = getattr(self._cluster, name)

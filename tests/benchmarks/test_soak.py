@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
-from typing import Any
+import threading
+import time
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from benchmarks.cluster.soak import growth, slope
+from benchmarks.cluster import soak
+from benchmarks.cluster.callers import Callers
+from benchmarks.cluster.soak import Updates, data_growth, growth, slope
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 SAMPLES, EVERY_S, ANSWERS_PER_S = 400, 5, 10
 
@@ -55,3 +65,50 @@ def test_the_slope_of_a_line_is_exact() -> None:
 def test_few_samples_decide_nothing() -> None:
     """A process that lived for a minute has no verdict."""
     assert growth(samples(0, rss_bytes=10**6)[:15])["grows"] == []
+
+
+def test_files_that_come_and_go_are_no_growth() -> None:
+    """Files of updates that are removed again leave the medians as they were; one for each answer does not."""
+    assert data_growth([10, 11, 60, 10, 12, 60, 11, 10]) < soak.MORE_FILES
+    assert data_growth([*range(10, 210)]) > soak.MORE_FILES
+
+
+def test_answers_are_counted_once(tmp_path: Path) -> None:
+    """The count reads what was added, without a line that is still being written."""
+    callers = Callers("http://127.0.0.1:1", tmp_path, 1, max_pause_s=0, tokens=1)
+    right = json.dumps({"outcome": "right", "request_id": "x" * 36}) + "\n"
+    wrong, sent = json.dumps({"outcome": "failed", "cause": "connection"}) + "\n", json.dumps({"number": "0-1"}) + "\n"
+    assert callers.answers() == 0
+    with callers.journal.open("a", buffering=1) as journal:
+        journal.write(sent + right + wrong + right[:5])
+        journal.flush()
+        assert (callers.answers(), callers.answers()) == (1, 1)
+        journal.write(right[5:] + right)
+        journal.flush()
+        assert callers.answers() == 3 == len(callers.answered())
+
+
+def test_an_update_neither_delays_samples_nor_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update runs while the caller goes on, one at a time, and a failed one is noted."""
+    going, made = threading.Event(), list[int]()
+
+    def update(_: object, config: dict[str, Any]) -> float:
+        made.append(config["number"])
+        going.wait(30)
+        if config["number"] == 1:
+            raise TimeoutError("not deployed")
+        return 7.0
+
+    monkeypatch.setattr(soak, "update", update)
+    client = cast("ServeSubmissionClient", None)
+    with Updates(client, lambda number: {"number": number}) as updates:
+        updates.start()
+        began = time.monotonic()
+        updates.start()
+        assert time.monotonic() - began < 5
+        going.set()
+        while updates._running is not None and not updates._running.done():
+            time.sleep(0.01)
+        updates.start()
+    assert made == [0, 1]
+    assert (updates.took_s, updates.failures) == ([7.0], ["TimeoutError: not deployed"])
