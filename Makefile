@@ -73,12 +73,13 @@ fast-tests: .venv/dev.stamp
 	$(BIN)/pytest -q -n $(JOBS) -m "$(FAST)"
 
 .PHONY: check
-check: .venv/dev.stamp ## Lint, types, import contract, spelling
+check: .venv/dev.stamp ## Lint, types, import contract, spelling, words
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/python -m tests.support.language
 
 .PHONY: format
 format: .venv/dev.stamp ## Format the code
@@ -104,7 +105,9 @@ image-test: ## Build the CPU image and try it (as root, on Debian; writes some 2
 .PHONY: harden
 harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at length (hours; no GPU)
 	$(BIN)/python -m tests.hardening
+	$(BIN)/python -m tests.tenancy.bill_checks --requests 100000
 	$(BIN)/python -m benchmarks.tenancy.ledger_chaos --requests 100000
+	$(BIN)/python -m benchmarks.tenancy.cluster_chaos --requests 100000
 	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
 	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
 

@@ -10,7 +10,8 @@ highest load whose p95 of TTFT meets the SLO with no request refused. `ceiling` 
 server that answers at once; a run that applied more than a fifth of the ceiling has a warning. `all` runs the three.
 
 A run is JSON, on standard output or in OUT.json, and then with a page in OUT.html. A run with a wrong answer ends with
-Locust's exit status (`load/users.py`) and without figures.
+Locust's exit status (`load/users.py`) and without figures. A run that does not end (a server that sends a byte now and
+then) is stopped after its seconds, twice the timeout of a request, and some minutes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,11 +35,11 @@ from aiohttp import web
 
 from benchmarks.compare.systems import Captioner, Setup
 from benchmarks.conditions import conditions, machine_load, portable
-from benchmarks.load.command import locust_command
+from benchmarks.load.command import locust_command, run_limit_s, run_locust
 from benchmarks.load.stages import stage_sums
 from benchmarks.load.wire import BASES
 from benchmarks.processes import Family, Snapshot, memory_mib
-from benchmarks.program import CHECKPOINT, module_environment, option_parser, write_json
+from benchmarks.program import CHECKPOINT, option_parser, write_json
 from benchmarks.report.baseline import breaches, differences
 from benchmarks.report.page import page
 from benchmarks.servers import free_port
@@ -158,8 +158,7 @@ def run(options: argparse.Namespace, load: float, kept: list[dict[str, Any]] | N
         command = locust_command(options.url, journal, *own, *options.more)
         stages = stage_sums(options.url)
         before = Snapshot.of(family) if family else None
-        environment = os.environ | module_environment()
-        ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        ended = run_locust(command, run_limit_s(command))
         use = before.until(Snapshot.of(family)) if family and before else None
         if ended.returncode not in (0, EVERYTHING_REFUSED):
             print(ended.stdout[-3000:], ended.stderr[-3000:], file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from serving.config import Settings
+from serving.settings.engine_args import RESERVED
 
 HERE = Path(__file__).parent
 CHART = HERE / "captioner"
@@ -35,6 +36,7 @@ DERIVED_SETTINGS = {
     "host",
     "port",
     "model",
+    "revision",
     "tensor_parallel",
     "shutdown_grace_s",
     "response_timeout_s",
@@ -47,6 +49,10 @@ DERIVED_SETTINGS = {
     "engine_cpus",
     "engine_on_gpu",
     "pin_roles_to_nodes",
+    "object_store_url",
+    "object_store_endpoint",
+    "object_store_region",
+    "object_store_virtual_host",
     "uploads_dir",
     "download_dir",
     "data_dir",
@@ -79,6 +85,7 @@ CHOICES = {
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
     "model.source": ["embedded", "pvc", "hostPath", "objectStore"],
     "doctor.mode": ["enforce", "report", "off"],
+    "model.hub": ["huggingface", "modelscope"],
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
     "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
     "uploads.storage": ["pvc", "emptyDir"],
@@ -202,6 +209,8 @@ def settings_schema() -> dict[str, Any]:
         if name in DERIVED_SETTINGS or "password" in json.dumps(each):
             continue
         inner[name] = {key: part for key, part in each.items() if key not in {"default", "title"}}
+    # Not `propertyNames`: Helm's message has another place of the values then.
+    inner["engine_args"]["properties"] = dict.fromkeys(sorted(RESERVED), False)
     definitions = full.get("$defs")
     if definitions or "$ref" in json.dumps(inner):
         raise SystemExit("a setting refers to a definition ($ref), which generate.py does not support")

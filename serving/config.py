@@ -25,7 +25,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from serving.settings import groups, operator_groups
+from serving.settings import groups, object_store, operator_groups
+from serving.settings.engine_args import reserved_problem
 from serving.settings.groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.settings.types import METRICS_PORTS, MIB
 
@@ -65,6 +66,7 @@ class Settings(
     operator_groups.MetricsAndTraces,
     operator_groups.AdministrationApi,
     operator_groups.Logs,
+    object_store.ObjectStore,
     groups.Storage,
     groups.Callers,
     groups.Cluster,
@@ -147,6 +149,12 @@ class Settings(
                 f"quantization: fp8_per_block needs blocks of {_FP8_BLOCK}, and tensor_parallel {self.tensor_parallel} "
                 f"cuts each expert's {_EXPERT_SIZE} to {share:g}; use tensor_parallel 1 or 2, or fp8_per_channel"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_args_are_free(self) -> Settings:
+        if problem := reserved_problem(self.engine_args):
+            raise ValueError(problem)
         return self
 
     @property

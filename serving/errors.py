@@ -54,6 +54,7 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
         │   └── EngineStalled        it lives, but makes no progress
         ├── NotReady                 the engine is still loading, or gone
         ├── Overloaded               a queue is full; carries `retry_after_s` and `reason`
+        ├── StorageUnavailable       the bucket of uploaded files cannot be used
         ├── DeadlineExceeded         nothing generated in time
         └── Internal                 anything else
 """
@@ -337,6 +338,10 @@ class Overloaded(ServerError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.reason = reason
+
+
+class StorageUnavailable(ServerError):
+    message = "The storage of uploaded files is unavailable, please try again later."
 
 
 class DeadlineExceeded(ServerError):

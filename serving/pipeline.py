@@ -6,7 +6,8 @@ Everything acquired on the way (a slot, a download, a worker's features, a gener
 finished, failed, cancelled, or the consumer closing the generator.
 
 A caption whose engine is lost has failed where the caller has a part of it. The caption of a full response is generated
-once more where there is another engine: its features are kept for that, within a bound.
+once more where there is another engine, and also where it is defective (`quality.py`): its features are kept for that,
+within a bound.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ import logging
 import time
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from serving import quality
 from serving.engine.base import context_tokens
 from serving.engine.remote.client import RemoteEngine
-from serving.errors import DeadlineExceeded, EngineFailed, NotReady, Overloaded
+from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady, Overloaded
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
+    Defect,
     FinishReason,
     InlineAudio,
     UploadedAudio,
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.request_record import RequestRecord
+    from serving.scheduling.shared_capacity import Permit
     from serving.storage.uploads import UploadStore
     from serving.tenancy.usage_session import UsageSession
     from serving.types import CaptionRequest, Features, Sampling, SchedulingClass
@@ -49,6 +54,31 @@ log = logging.getLogger(__name__)
 
 _KEPT_SHARE = 4
 """Features of full responses are kept in a quarter of `max_features_bytes`; the rest is for clips that wait."""
+
+
+class _KeptFeatures:
+    """Features of a full response, for another generation: kept within the bound of `permit`, else released."""
+
+    def __init__(
+        self, features: Features, permit: Permit, release: Callable[[], Awaitable[None]], *, keep: bool
+    ) -> None:
+        self._features: Features | None = features
+        self._permit = permit
+        self._release = release
+        self._keep = keep
+
+    def get(self) -> Features | None:
+        """Return the features; `None` once they are released."""
+        return self._features
+
+    async def consumed(self) -> None:
+        """Keep the features, which an engine has consumed, or release them; after a second engine, release them."""
+        if self._keep and self._features is not None and not self._permit.amount:
+            with suppress(Overloaded):
+                self._permit.grow(self._features.log_mel.nbytes)
+                return
+        self._features = None
+        await self._release()
 
 
 class CaptionPipeline:
@@ -104,7 +134,9 @@ class CaptionPipeline:
         Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        sampling, scheduling_class = request.sampling, session.caller.scheduling_class
+        guard = quality.effective(self._settings.quality_guard, request.guard)
+        sampling = quality.guarded(request.sampling, guard)
+        scheduling_class = session.caller.scheduling_class
         async with AsyncExitStack() as stack:
             stack.enter_context(self._slots.acquire(scheduling_class))
             try:
@@ -130,7 +162,8 @@ class CaptionPipeline:
             record.engine_input_tokens = context_tokens(features)
             if (max_tokens := await session.charge()) is not None and max_tokens < sampling.max_tokens:
                 sampling = replace(sampling, max_tokens=max_tokens)
-            generate = self._stream if record.stream else self._full
+            sample_again = not record.stream and quality.may_sample_again(sampling, guard)
+            generate = self._stream if record.stream else partial(self._full, sample_again=sample_again)
             deltas = await stack.enter_async_context(
                 aclosing(generate(features, sampling, session, record, deadline, features_held.aclose))
             )
@@ -146,44 +179,74 @@ class CaptionPipeline:
         record: RequestRecord,
         deadline: float,
         release_features: Callable[[], Awaitable[None]],
+        *,
+        sample_again: bool,
     ) -> AsyncGenerator[CaptionDelta]:
-        """Yield the complete caption. An engine that is lost in the middle of it is replaced by another one, once.
+        """Yield the complete caption in one delta.
+
+        With `sample_again` a defective caption is generated once more if that may cure it.
+        """
+        with self._kept.permit(session.caller.scheduling_class) as permit:
+            keep = sample_again or self._replicas is not None
+            kept = _KeptFeatures(features, permit, release_features, keep=keep)
+            del features
+            caption = await self._complete(kept, sampling, session, record, deadline)
+            if sample_again and kept.get() is not None and quality.may_be_cured(record.defect):
+                caption = await self._second_sample(caption, kept, sampling, session, record, deadline)
+            yield caption
+
+    async def _second_sample(  # noqa: PLR0917 - as `_stream`
+        self,
+        first: CaptionDelta,
+        kept: _KeptFeatures,
+        sampling: Sampling,
+        session: UsageSession,
+        record: RequestRecord,
+        deadline: float,
+    ) -> CaptionDelta:
+        """Return a second caption if it has no defect, else the first one. What is returned is recorded and billed."""
+        record.retried, output = record.defect, record.output()
+        record.discard_output()
+        try:
+            second = await self._complete(kept, quality.another_seed(sampling), session, record, deadline)
+        except CaptionerError:  # the first caption is an answer, too
+            record.restore_output(output)
+            return replace(first, retried=record.retried)
+        better = record.defect is None and not record.partial
+        if not better:
+            record.restore_output(output)
+        return replace(second if better else first, retried=record.retried)
+
+    async def _complete(
+        self,
+        kept: _KeptFeatures,
+        sampling: Sampling,
+        session: UsageSession,
+        record: RequestRecord,
+        deadline: float,
+    ) -> CaptionDelta:
+        """Return the complete caption. An engine that is lost in the middle of it is replaced by another one, once.
 
         Nothing of the first try is delivered, billed or recorded.
         """
-        kept: Features | None = features
-        with self._kept.permit(session.caller.scheduling_class) as permit:
-
-            async def keep_or_release() -> None:
-                nonlocal kept
-                if self._replicas is not None and kept is not None and not permit.amount:
-                    with suppress(Overloaded):
-                        permit.grow(kept.log_mel.nbytes)
-                        return
-                kept = None
-                await release_features()
-
-            while True:
-                pieces: list[str] = []
-                deltas = self._stream(features, sampling, session, record, deadline, keep_or_release)
-                del features
-                try:
-                    async with aclosing(deltas):
-                        async for delta in deltas:
-                            pieces.append(delta.text)
-                except EngineFailed:
-                    if self._replicas is None or kept is None or record.first_token is None:
-                        raise
-                else:
-                    break
-                del deltas
-                features = kept
-                self._replicas.retries += 1
-                record.discard_output()
-                log.warning(
-                    "engine lost in a full response; asking another one", extra={"request_id": record.request_id}
-                )
-            yield replace(delta, text="".join(pieces))
+        while (features := kept.get()) is not None:
+            pieces: list[str] = []
+            deltas = self._stream(features, sampling, session, record, deadline, kept.consumed)
+            del features
+            try:
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        pieces.append(delta.text)
+            except EngineFailed:
+                if self._replicas is None or kept.get() is None or record.first_token is None:
+                    raise
+            else:
+                return replace(delta, text="".join(pieces))
+            del deltas
+            self._replicas.retries += 1
+            record.discard_output()
+            log.warning("engine lost in a full response; asking another one", extra={"request_id": record.request_id})
+        raise EngineFailed
 
     async def _stream(  # noqa: PLR0917 - two callers
         self,
@@ -195,7 +258,7 @@ class CaptionPipeline:
         on_first_delta: Callable[[], Awaitable[None]],
     ) -> AsyncGenerator[CaptionDelta]:
         """Yield the deltas of one generation. `on_first_delta` is called once the engine has consumed the features."""
-        queued, usage = time.perf_counter(), record.usage or Usage(0)
+        queued, usage, blank = time.perf_counter(), record.usage or Usage(0), True
         deltas = self._engine.generate(
             record.request_id, features, sampling, session.caller.scheduling_class, session.start
         )
@@ -226,9 +289,16 @@ class CaptionPipeline:
                     delta.text, delta.tokens, delta.finish_reason, uncounted_tokens=delta.uncounted_tokens
                 )
                 record.engine_input_tokens = delta.input_tokens or record.engine_input_tokens
-                yield CaptionDelta(delta.text, usage, delta.finish_reason)
-                if delta.finish_reason is not None:
-                    return
+                blank = blank and not delta.text.strip()
+                if delta.finish_reason is None:
+                    yield CaptionDelta(delta.text, usage)
+                    continue
+                record.defect = quality.defect_of(
+                    looped=delta.looped, blank=blank, tokens=usage.output_tokens, finish_reason=delta.finish_reason
+                )
+                stopped = Defect.LOOP if delta.looped else None
+                yield CaptionDelta(delta.text, usage, delta.finish_reason, stopped=stopped)
+                return
 
     async def _prepare(
         self,
@@ -245,7 +315,11 @@ class CaptionPipeline:
                 case InlineAudio(base64):
                     clip = base64
                 case UploadedAudio(key):
-                    clip = await self._uploads.open(key, owner=record.caller, model=self._settings.served_model_name)
+                    model = self._settings.served_model_name
+                    reading = self._uploads.reading(key, owner=record.caller, model=model)
+                    clip = await download.enter_async_context(reading)
+                    if self._settings.object_store_url is not None:
+                        record.stage("fetch", time.perf_counter() - started)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)

@@ -114,11 +114,37 @@ class Caller:
     """Captions of this tenant may be logged, as the tenant requested."""
 
 
+class Guard(enum.StrEnum):
+    """Policy of the quality guard (`quality.py`)."""
+
+    OFF = "off"
+    STOP = "stop"
+    """Captions end where they loop."""
+    RETRY = "retry"
+    """As `STOP`; and a response that is not streamed is generated once more if it loops or is blank."""
+
+
+class Defect(enum.StrEnum):
+    """Defect of a caption, as the quality guard recognises it."""
+
+    LOOP = "loop"
+    """It repeats itself without end; the engine stopped it."""
+    BLANK = "blank"
+    """It has no text but white space."""
+    SHORT = "short"
+    """It has one token."""
+    CUT = "cut"
+    """It reached its `max_tokens`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Sampling parameters. Defaults are the model card's; the codecs check the ranges.
 
-    `top_k` 0 means off. `stop_token_ids` are single tokens; `stop` strings never appear in the output.
+    `top_k` 0 means off. `stop_token_ids` are single tokens. What stops a caption is not part of it, unless
+    `include_stop`. `min_p` is a share of the most likely token's probability; `min_tokens` is the number of tokens
+    before which no token ends the caption; `logit_bias` has pairs of token and bias. An empty `allowed_token_ids`
+    allows all.
     """
 
     temperature: float = 0.6
@@ -132,13 +158,22 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    include_stop: bool = False
+    min_p: float = 0.0
+    min_tokens: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    stop_loops: bool = False
+    """End the caption where it repeats itself without end."""
     ignore_eos: bool = False
     """Benchmarks only: run to `max_tokens`. The codecs accept it only when the settings allow it."""
 
     @property
-    def has_stops(self) -> bool:
-        """True if strings or tokens of the client may end the caption."""
-        return bool(self.stop or self.stop_token_ids or self.stop_token_sequences)
+    def steers_length(self) -> bool:
+        """True if the client's stops, or its choice of tokens, may decide on the length of the caption."""
+        stops = self.stop or self.stop_token_ids or self.stop_token_sequences
+        return bool(stops or self.logit_bias or self.allowed_token_ids or self.bad_words or self.min_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +184,8 @@ class CaptionRequest:
     model: str
     audio: AudioSource
     sampling: Sampling = field(default_factory=Sampling)
+    guard: Guard = Guard.RETRY
+    """The strongest policy of the quality guard that the client wants."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,13 +259,16 @@ class CaptionDelta:
     """The next piece of a caption. `usage` counts everything up to and with this piece.
 
     The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut off by
-    the deadline of a non-streamed response (PROTOCOL 10.4).
+    the deadline of a non-streamed response (PROTOCOL 10.4). `stopped`: the caption ends early because of this defect.
+    `retried`: a second sample was generated because of this defect of the first.
     """
 
     text: str
     usage: Usage
     finish_reason: FinishReason | None = None
     partial: bool = False
+    stopped: Defect | None = None
+    retried: Defect | None = None
 
 
 def billed_audio_tokens(samples: int) -> int:

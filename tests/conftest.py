@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 
 from tests import needs
+from tests.support.in_process import AudioThreads, DownloadThreads
+from tests.support.lazy import Lazy
 from tests.support.media import MediaServer
 from tests.support.service import RunningService
 
@@ -42,15 +44,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with what it needs, before `-m` selects, and with the group that shares it under `-n`.
 
     All tests of the real engine run one after the other in one process, which loads the model once, as do those of the
-    real cluster; else a file's tests stay together, and with them what its fixtures made.
+    real cluster, and those that import PyTorch or the like; else a file's tests stay together, and with them what its
+    fixtures made.
     """
     for item in items:
         if isinstance(item, pytest.Function):
             found = needs.of(item)
             for need in sorted(found):
                 item.add_marker(need)
-            group = next((need for need in ("engine", "cluster") if need in found), str(item.path))
+            lazy = "lazy" if any(isinstance(value, Lazy) for value in vars(item.module).values()) else str(item.path)
+            group = next((need for need in ("engine", "cluster") if need in found), lazy)
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Applications of this test start no processes: see `tests.support.in_process`."""
+    monkeypatch.setattr("serving.api.app.AudioWorkerPool", AudioThreads)
+    monkeypatch.setattr("serving.api.app.DownloadProcess", DownloadThreads)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NEEDS = {
     "process": "starts processes of the service, of audio workers or of other programs",
-    "store": "needs a PostgreSQL or Redis server",
+    "store": "needs a PostgreSQL, Redis or S3 server",
     "engine": "needs the real vLLM engine with the embedded checkpoint",
     "cluster": "runs real Ray Serve",
     "sdk": "needs a client library in an environment of its own",
@@ -33,9 +33,14 @@ _OF_NAME = {
     "create_subprocess_exec": "process",
     "Postgres": "store",
     "Redis": "store",
+    "S3Server": "store",
     "VllmEngine": "engine",
     "LoadedModel": "engine",
     "import_module": "engine",
+    "isolated": "process",
+    "lifespan_context": "process",
+    "TickingService": "process",
+    "billed_service": "process",
     "RunningCluster": "cluster",
     "Driver": "sdk",
     "helm_program": "chart",
@@ -48,6 +53,7 @@ _OF_FIXTURE = {
     "engine": "engine",
     "postgres": "store",
     "redis_server": "store",
+    "s3_server": "store",
     "running_cluster": "cluster",
     "driver_of": "sdk",
     "helm": "chart",
@@ -55,6 +61,8 @@ _OF_FIXTURE = {
 }
 """Fixtures whose need does not follow from their code."""
 
+_APPLICATIONS = frozenset({"lifespan_context", "TickingService", "billed_service"})
+"""Names that start the application, and with it processes for audio and downloads: not under `in_process`."""
 
 _HELPERS = ("tests.", "benchmarks.")
 """Packages whose functions and classes are looked into."""
@@ -64,19 +72,22 @@ def of(item: pytest.Function) -> set[str]:
     """Return the needs of a test."""
     info = item._fixtureinfo  # pytest shows a test's fixtures nowhere else
     found = {_OF_FIXTURE[name] for name in info.names_closure if name in _OF_FIXTURE}
-    found |= _needs(item.function)
+    used = _used(_unwrapped(item.function))
     for name in info.names_closure:
         for definition in info.name2fixturedefs.get(name, ()):
             if definition.func.__module__.startswith(_HELPERS):
-                found |= _needs(definition.func)
+                used |= _used(_unwrapped(definition.func))
+    if "in_process" in info.names_closure:
+        used -= _APPLICATIONS
+    found |= {_OF_NAME[name] for name in used if name in _OF_NAME}
     callspec = getattr(item, "callspec", None)
     if callspec and {"redis", "postgresql"} & {value for value in callspec.params.values() if isinstance(value, str)}:
         found.add("store")
     return found
 
 
-def _needs(function: Any) -> set[str]:
-    return {_OF_NAME[name] for name in _used(getattr(function, "__wrapped__", function)) if name in _OF_NAME}
+def _unwrapped(function: Any) -> Any:
+    return getattr(function, "__wrapped__", function)
 
 
 @functools.cache
@@ -92,11 +103,11 @@ def _used(function: Any) -> frozenset[str]:
         seen.add(id(current))
         for code, scope in _codes(current):
             used |= {*code.co_names}
-            for name in code.co_names:
-                value = scope.get(name)
-                value = getattr(value, "__wrapped__", value)
-                if isinstance(value, types.FunctionType | type) and value.__module__.startswith(_HELPERS):
-                    pending.append(value)
+            modules = [value for value in map(scope.get, code.co_names) if isinstance(value, types.ModuleType)]
+            scopes = (scope, *(vars(module) for module in modules if module.__name__.startswith(_HELPERS)))
+            values = (_unwrapped(names[name]) for names in scopes for name in code.co_names if name in names)
+            helpers = (value for value in values if isinstance(value, types.FunctionType | type))
+            pending += [value for value in helpers if value.__module__.startswith(_HELPERS)]
     return frozenset(used)
 
 

@@ -96,3 +96,43 @@ def test_loopback_is_one_rule(host: str, *, loopback: bool) -> None:
     else:
         with pytest.raises(ValidationError, match="only on a loopback address"):
             Settings(host=host, auth=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"object_store_url": "captions"}, "object_store_url: begins with none of s3://, gs://, az://"),
+        ({"object_store_url": "file:///tmp"}, "object_store_url: begins with none of s3://, gs://, az://"),
+        ({"object_store_url": "s3://"}, "object_store_url: is not of the form s3://bucket/prefix"),
+        ({"object_store_url": "s3://key:hidden@bucket"}, "object_store_url: is not of the form s3://bucket/prefix"),
+        ({"object_store_url": "gs://bucket?x=hidden"}, "object_store_url: is not of the form gs://bucket/prefix"),
+        ({"object_store_url": "s3://bucket/../hidden"}, "object_store_url: is not of the form s3://bucket/prefix"),
+        ({"object_store_url": "s3://bucket/a//hidden"}, "object_store_url: is not of the form s3://bucket/prefix"),
+        ({"object_store_endpoint": "http://[hidden"}, "object_store_endpoint: is no origin"),
+        ({"object_store_url": "az://account"}, "object_store_url: names no container"),
+        ({"object_store_endpoint": "oss-cn-beijing.aliyuncs.com"}, "object_store_endpoint: is no origin"),
+        ({"object_store_endpoint": "https://a:hidden@b"}, "object_store_endpoint: is no origin"),
+        ({"object_store_virtual_host": True}, "object_store_virtual_host: requires object_store_endpoint"),
+        (
+            {"object_store_url": "s3://b", "object_store_secret_key": "hidden"},
+            "object_store_secret_key: is of use only",
+        ),
+        ({"object_store_url": "s3://b", "object_store_access_key_id": "k"}, "object_store_secret_key: is of use only"),
+    ],
+)
+def test_wrong_settings_of_a_bucket_are_refused(changes: dict[str, object], message: str) -> None:
+    """Each error names the setting and the remedy, and shows no part of a value."""
+    with pytest.raises(ValidationError) as refused:
+        Settings.model_validate(changes)
+    assert message in str(refused.value)
+    assert "hidden" not in str(refused.value)
+
+
+def test_keys_of_a_bucket_are_secrets() -> None:
+    """No form of the settings shows them; an Azure container and a bucket of Google need the secret key alone."""
+    keys = {"object_store_access_key_id": "hidden-id", "object_store_secret_key": "hidden-key"}
+    settings = Settings.model_validate({"object_store_url": "s3://b", **keys})
+    assert "hidden" not in repr(settings) + settings.model_dump_json()
+    assert keys.items() <= settings.secrets.items()
+    for url in ("az://account/container/prefix", "gs://bucket"):
+        Settings.model_validate({"object_store_url": url, "object_store_secret_key": "hidden-key"})

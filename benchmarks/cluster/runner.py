@@ -29,6 +29,7 @@ KINDS = {
     "proxy": "ray::ProxyActor",
     "haproxy": "/haproxy ",
     "audio worker": "serving.audio.worker",
+    "download process": "serving.audio.downloader",
     "idle worker": "ray::IDLE",
     "raylet": "/raylet/raylet ",
     "head (GCS)": "/gcs_server ",

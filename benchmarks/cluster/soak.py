@@ -43,7 +43,10 @@ MIN_SAMPLES = 20
 GROWING = {"rss_bytes": 16 * 2**20, "descriptors": 8, "threads": 4}
 """Least growth over a process's life that counts: an allocator's and a pool's own movements are smaller."""
 
-WATCHED = ("frontend", "engine", "directory", "controller", "proxy manager", "proxy", "haproxy", "audio worker")
+WATCHED = (
+    *("frontend", "engine", "directory", "controller", "proxy manager", "proxy", "haproxy"),
+    *("audio worker", "download process"),
+)
 
 
 def slope(requests: Sequence[float], values: Sequence[float]) -> tuple[float, float]:

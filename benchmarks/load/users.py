@@ -26,16 +26,13 @@ from locust.runners import WorkerRunner
 
 from benchmarks.load.checks import FAILED, WRONG, BadAnswerError
 from benchmarks.load.clips import CODECS, LENGTHS_S
+from benchmarks.load.command import STOP_MARGIN_S, TIMEOUT_S
 from benchmarks.load.run import CONNECTIONS, FORMS, WAYS, Request, Run, bank, digest, fire
 from benchmarks.load.shapes import CURVES
 from benchmarks.load.wire import BASES, MODEL_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-TIMEOUT_S = 900
-STOP_MARGIN_S = 50
-"""Time that a user has to end after the timeout of its last request."""
 
 
 @events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]

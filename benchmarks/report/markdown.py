@@ -16,7 +16,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from benchmarks.processes import ENGINE
 
@@ -144,7 +144,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     logs = np.log(np.maximum(values, 1e-12))
     if len(logs) < 2:
         return float(values[0]), float(values[0])
-    half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs)))
     return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
 
 

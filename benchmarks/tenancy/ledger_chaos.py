@@ -71,6 +71,11 @@ class Frontend:
         self._flags += [f"--uploads-dir={directory}", f"--download-dir={directory}"]
         self.process: subprocess.Popen[bytes] | None = None
 
+    @property
+    def command(self) -> list[str]:
+        """Command line."""
+        return [str(CAPTIONER), "serve", *self._flags]
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -82,9 +87,8 @@ class Frontend:
 
     def start(self) -> None:
         """Start the process, without waiting until it is ready."""
-        command = [str(CAPTIONER), "serve", *self._flags]
         with self._log.open("ab") as log:
-            self.process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, env=self._environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """Kill the process, and start another in its place."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from deploy.embedded.corpus.captions import (
     INSTRUMENTS,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    import torch
     from transformers import Qwen2Tokenizer
 
 MEL = 128
@@ -126,6 +126,8 @@ class Corpus:
 
     def batch(self, clips: list[Clip], rng: np.random.Generator) -> Batch:
         """Return the tensors of `clips`, each with a random variation (`varied`)."""
+        import torch  # noqa: PLC0415 - takes seconds, and `evaluate` needs only the rest of this module
+
         features, rows, labels, kinds, pieces, lengths = [], [], [], [], [], []
         beats: list[float] = []
         for original in clips:

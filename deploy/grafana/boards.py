@@ -159,6 +159,12 @@ PIPELINE = Board(
                 "{{instance}}": "increase(captioner_audio_worker_deaths_total[15m])"
             }),
         ],
+        "Downloads": [
+            Panel("Downloads running", "none", {"{{instance}}": "captioner_downloads_running"}),
+            Panel("Download process deaths (15 min)", "none", {
+                "{{instance}}": "increase(captioner_download_process_deaths_total[15m])"
+            }),
+        ],
     },
 )  # fmt: skip
 

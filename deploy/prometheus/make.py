@@ -256,6 +256,12 @@ def _tickets(made: _Alerts) -> None:
         severity="ticket",
     )
     made.add(
+        "CaptionerDownloadProcessDying",
+        f"increase(captioner_download_process_deaths_total[{pace(15 * MINUTE)}]) >= 3",
+        "The download process of {{ $labels.instance }} dies repeatedly with its downloads: three times in 15 minutes.",
+        severity="ticket",
+    )
+    made.add(
         "CaptionerDecodePoolSaturated",
         "captioner:audio_workers_busy:ratio5m > 0.9 and captioner_audio_queue_depth > 0",
         "All audio workers of {{ $labels.instance }} are busy, and clips are queued.",

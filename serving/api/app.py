@@ -33,6 +33,7 @@ from serving.observability.scrape_access import ScrapeAccess
 from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
+from serving.settings.engine_args import InvalidEngineArgs
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine
     from serving.observability.context import Tracer
     from serving.observability.service_discovery import Target
+    from serving.storage.uploads import UploadStore
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,7 @@ def create_app(
     metrics = Metrics(tenants=tenants, tracer=_tracer(settings))
     workers = AudioWorkerPool(settings)
     downloads = DownloadProcess(settings)
-    uploads = DirectoryUploads(settings)
+    uploads = _uploads(settings)
     tenancy = Tenancy(settings)
     components = Components(
         settings=settings,
@@ -122,6 +124,14 @@ def create_app(
     return app
 
 
+def _uploads(settings: Settings) -> UploadStore:
+    if settings.object_store_url is None:
+        return DirectoryUploads(settings)
+    # Import obstore only if it is used.
+    store: UploadStore = importlib.import_module("serving.storage.bucket_uploads").BucketUploads(settings)
+    return store
+
+
 def _tracer(settings: Settings) -> Tracer:
     if settings.otlp_endpoint is None:
         return Untraced()
@@ -159,6 +169,13 @@ async def _start_engine(engine: Engine) -> None:
     started = time.perf_counter()
     try:
         await engine.start()
+    except EngineFailed as failure:
+        if isinstance(failure.__cause__, InvalidEngineArgs):
+            reason = str(failure.__cause__)
+            log.error("engine arguments refused", extra={"reason": reason})  # noqa: TRY400 - the operator's mistake
+        else:
+            log.exception("engine start failed")
+        raise
     except Exception:
         log.exception("engine start failed")
         raise

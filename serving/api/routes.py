@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from serving.api.components import Components
-    from serving.storage.uploads import UploadGrant
+    from serving.storage.upload_policies import UploadGrant
     from serving.types import Caller
 
 log = logging.getLogger(__name__)

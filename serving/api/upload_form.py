@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from serving.api.request_body import Body
-    from serving.storage.uploads import Upload, UploadGrant, UploadStore
+    from serving.storage.upload_policies import UploadGrant
+    from serving.storage.uploads import Upload, UploadStore
 
 _FIELDS_BYTES = 65_536
 """Limit of all fields together; no client's form reaches it."""

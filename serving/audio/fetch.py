@@ -76,7 +76,7 @@ eight ninths, so that the next tenant finds free ones.
 TRANSLATION: Mapping[type[aiohttp.ClientError], type[CaptionerError]] = {
     aiohttp.ClientConnectionError: DownloadFailed,
     aiohttp.ClientOSError: SourceUnavailable,  # refused, reset, unreachable
-    aiohttp.ClientPayloadError: DownloadFailed,
+    aiohttp.ClientPayloadError: SourceUnavailable,  # closed before the end of the body
     aiohttp.ClientResponseError: DownloadFailed,
     aiohttp.ClientSSLError: DownloadFailed,
     aiohttp.ConnectionTimeoutError: SourceUnavailable,

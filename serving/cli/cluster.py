@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.cli.engine_args_check import engine_args_problem
 from serving.cli.first_request import print_first_request, with_development_key
 from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
 from serving.cli.settings_help import printed_help
@@ -49,6 +50,8 @@ def cluster(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
+    if problem := engine_args_problem(settings):
+        return fail(problem)
     # HAProxy's files and its admin socket, whose path is short: at most 107 bytes.
     directory = tempfile.TemporaryDirectory(prefix="captioner-", ignore_cleanup_errors=True)
     try:

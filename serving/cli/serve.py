@@ -24,7 +24,7 @@ from serving.config import Settings
 from serving.errors import NotReady, ServerError
 from serving.observability import logging as logs
 from serving.private_process import forbid_inspection
-from serving.storage.uploads import make_uploads_directory
+from serving.storage.uploads import UnusableBucket, make_uploads_directory
 from serving.tenancy.database import UnusableDatabase, failure
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from serving.api.components import Components
+    from serving.engine.base import Engine
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def serve(argv: Sequence[str]) -> int:
         return fail(str(error))
     try:
         run = ServiceRun(with_development_key(settings))
-    except UnusableDatabase as error:
+    except (UnusableDatabase, UnusableBucket) as error:
         return fail(str(error))
     except OSError as error:  # of the pepper, which is made at the first start
         return fail(f"data_dir cannot be used: {failure(error)}", 3)
@@ -101,16 +102,19 @@ class _Listener(uvicorn.Server):
 
 
 class ServiceRun:
-    """One run of the service: uvicorn, the administration's API, and messages for a person at a terminal."""
+    """One run of the service: uvicorn, the administration's API, and messages for a person at a terminal.
 
-    def __init__(self, settings: Settings) -> None:
+    `engine` defaults to the engine that the settings name.
+    """
+
+    def __init__(self, settings: Settings, engine: Engine | None = None) -> None:
         self._settings = settings
         self._began = time.monotonic()
         self._loaded = asyncio.Event()
         self._failed = self._stopped = False
         raise_descriptor_limit()
         connections = Connections(settings)
-        app = create_app(settings, on_engine=self._on_engine, connections=connections)
+        app = create_app(settings, engine, on_engine=self._on_engine, connections=connections)
         self._components: Components = app.state.components
         self._ledger = self._components.usage_sessions.ledger
         self._server = _Listener(

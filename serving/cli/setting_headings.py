@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from serving.settings import groups, operator_groups
+from serving.settings import groups, object_store, operator_groups
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -34,6 +34,7 @@ GROUPS = (
     Group("Cluster", groups.Cluster, "captioner cluster --engine-on-gpu --max-engine-replicas=4"),
     Group("Callers", groups.Callers, f'CAPTIONER_API_KEYS="$(cat keys)" {_SERVE} --region=singapore'),
     Group("Storage and usage", groups.Storage, f"{_SERVE} --data-dir=/var/lib/captioner --max-uploads-bytes=50GiB"),
+    Group("Object store", object_store.ObjectStore, f"{_SERVE} --object-store-url=s3://captions/production"),
     Group("Logs", operator_groups.Logs, f"{_SERVE} --log-format=text --log-level=debug"),
     Group(
         "Administration",

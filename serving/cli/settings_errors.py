@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from serving.cli.settings_help import FIELDS, accepted, flag, is_secret, variable
+from serving.cli.settings_help import FIELDS, accepted, flag, is_secret, is_table, variable
 from serving.config import SettingsError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _of_value(problem: Any) -> str:
         case (str(name), *_) if name not in FIELDS:
             return f"{name}: not a setting{_similar(name, list(FIELDS))}; remove it from {_file()}"
         case (str(name), *_):
-            shown = "" if is_secret(name) else f", not {_short(problem['input'])}"
+            shown = "" if is_secret(name) or is_table(name) else f", not {_short(problem['input'])}"
             where = f"set {flag(name)} or {variable(name)}"
             return f"{name}: must be {accepted(name)}{shown}; {where}"
     return str(problem["ctx"]["error"])  # of our validators, which begin with the setting

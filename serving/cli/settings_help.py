@@ -13,7 +13,7 @@ from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import SecretStr
 
 from serving.cli.setting_headings import GROUPS
-from serving.settings.types import Example, Size, size_text
+from serving.settings.types import Example, Size, Table, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,6 +64,11 @@ def is_secret(name: str) -> bool:
     return name not in FIELDS or _type(FIELDS[name])[0] is SecretStr
 
 
+def is_table(name: str) -> bool:
+    """Return whether a setting is a table, of whose values some may be secrets."""
+    return any(isinstance(mark, Table) for mark in FIELDS[name].metadata)
+
+
 def accepted(name: str) -> str:
     """Describe the values that a setting accepts: `a whole number, 0 to 65535`."""
     field = FIELDS[name]
@@ -72,6 +77,8 @@ def accepted(name: str) -> str:
         return {int: "whole numbers", str: "words", SecretStr: "secrets"}[kind] + " separated by commas"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
+    if is_table(name):
+        return 'a table, or JSON such as {"name": "value"}'
     if _is_size(field):
         noun = "a size such as 10MiB or 10485760"
     else:
@@ -144,6 +151,7 @@ def _usage(name: str, field: FieldInfo) -> str:
     if get_origin(kind) is Literal:
         return f"{flag(name)} {'|'.join(get_args(kind))}"
     word = {int: "NUMBER", float: "NUMBER", Path: "PATH", SecretStr: "SECRET"}.get(kind, "TEXT")
+    word = "JSON" if is_table(name) else word
     word = "SIZE" if _is_size(field) else word
     return f"{flag(name)} {word}{',…' if several else ''}"
 
@@ -204,6 +212,8 @@ def _example(name: str) -> Any:
 
 def _toml(value: Any) -> str:
     """Format a value for TOML."""
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{name} = {_toml(each)}' for name, each in value.items())} }}"
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 

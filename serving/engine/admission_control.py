@@ -201,7 +201,7 @@ class AdmissionControl:
             cost=0,
             max_output_tokens=min(sampling.max_tokens, max(1, self._settings.max_model_len - input_tokens)),
             fixed_length=sampling.ignore_eos,
-            stops=sampling.has_stops,
+            stops=sampling.steers_length,
             long=input_tokens > _VERY_LONG_TOKENS,
         )
         caption.cost = _cost(caption, self._expected_tokens(caption) - input_tokens)

@@ -30,6 +30,8 @@ class EngineDelta:
     """Input tokens by the engine's own count; in the first delta."""
     uncounted_tokens: int = 0
     """Generated tokens that are no part of the caption: the end of turn."""
+    looped: bool = False
+    """The engine ends the caption because it repeats itself; in the last delta, whose finish reason is a stop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 
 from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected, error_code
 from serving.observability.context import Untraced
+from serving.observability.money_counter import MoneyCounter
+from serving.observability.quality_metrics import QualityMetrics
 from serving.observability.request_record import ANSWERED, OUTCOMES, STAGES, RequestRecord
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ OTHER_TENANTS, UNKNOWN_TENANT = "other", "none"
 """Label of all tenants beyond the bound together, and label of requests whose tenant is unknown."""
 
 DIALECTS = ("openai", "dashscope")
-
 ANY_OTHER = "capacity"
 REASONS = (
     *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait"),
@@ -167,6 +168,7 @@ class Metrics(Gauges):
     ) -> None:
         super().__init__(registry)
         self.tracer = tracer or Untraced()
+        self._quality = QualityMetrics(self.registry)
         self._tenants, self._max_tenants = {UNKNOWN_TENANT}, tenants + 1
         self._requests = self._counter(
             "captioner_requests",
@@ -259,11 +261,11 @@ class Metrics(Gauges):
             "tenant",
             "limit",
         )
-        self._tenant_cost = self._counter(
+        self._tenant_cost = MoneyCounter(
             "captioner_tenant_cost",
-            "Money billed, in whole units of the currency, by tenant and currency; the ledger has the exact sums.",
-            "tenant",
-            "currency",
+            "Money billed, as in the ledger, in units of the currency, by tenant and currency.",
+            ("tenant", "currency"),
+            self.registry,
         )
         self._initialise_series()
 
@@ -299,10 +301,9 @@ class Metrics(Gauges):
         return RequestRecord(request_id, dialect)
 
     def finish(self, record: RequestRecord, error: BaseException | None) -> None:
-        """Write the record to metrics, to a trace and to one log line.
+        """Write the record to metrics, to a trace, whose id becomes the exemplar, and to one log line.
 
-        `error` is the exception that ended the request, `None` if it was answered. The id of a sampled trace becomes
-        the exemplar of the observations.
+        `error` is the exception that ended the request, `None` if it was answered.
         """
         self._in_flight.dec()
         record.close()
@@ -313,30 +314,30 @@ class Metrics(Gauges):
         self._requests.labels(record.dialect, outcome, code).inc()
         self._tenant_requests.labels(tenant, outcome).inc()
         self._count_refusal(tenant, error)
-        duration_s, audio_s = record.duration_s, record.audio_s
-        self._e2e.labels(outcome, record.length_class).observe(duration_s, exemplar)
+        audio_s = record.audio_s
+        self._e2e.labels(outcome, record.length_class).observe(record.duration_s, exemplar)
         if record.first_token is not None:
             self._ttft.labels(record.length_class).observe(record.first_token - record.started, exemplar)
         for stage, seconds in record.stages_s.items():
             self._stages.labels(stage).observe(seconds, exemplar)
         self._tenant_wait.labels(tenant).inc(record.queued_s)
         if record.billed_nanos:
-            self._tenant_cost.labels(tenant, record.currency).inc(record.billed_nanos / 1e9)
+            self._tenant_cost.add(record.billed_nanos, tenant, record.currency)
         if record.samples:
             self._durations.observe(audio_s)
             self._audio_decoded.labels(record.dialect).inc(audio_s)
         if billed := record.billed:
             for kind in ("audio", "text", "output"):
-                tokens = getattr(billed, f"{kind}_tokens")
-                self._tokens.labels(kind).inc(tokens)
+                self._tokens.labels(kind).inc(tokens := getattr(billed, f"{kind}_tokens"))
                 self._tenant_tokens.labels(tenant, kind).inc(tokens)
         if record.first_token is not None and (usage := record.usage) and usage.output_tokens > 1:
             self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
         if outcome in ANSWERED:
+            self._quality.count(record)
             self._audio.labels(record.dialect).inc(audio_s)
             self._tenant_audio.labels(tenant).inc(audio_s)
             if audio_s:
-                self._rtf.observe(duration_s / audio_s)
+                self._rtf.observe(record.duration_s / audio_s)
         record.log(outcome, code, trace_id)
 
     def _count_refusal(self, tenant: str, error: BaseException | None) -> None:
@@ -344,8 +345,7 @@ class Metrics(Gauges):
         if isinstance(error, Overloaded):
             self._requests_shed.labels(error.reason if error.reason in REASONS else ANY_OTHER).inc()
         if isinstance(error, RateLimited):
-            limit = error_code(type(error))
-            self._requests_rate_limited.labels(limit).inc()
+            self._requests_rate_limited.labels(limit := error_code(type(error))).inc()
             self._tenant_requests_rate_limited.labels(tenant, limit).inc()
 
     def upload(self, code: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import ClientError, ServerError, error_code, outcome_of
-from serving.types import SAMPLE_RATE, FinishReason, Outcome, Usage
+from serving.types import SAMPLE_RATE, Defect, FinishReason, Outcome, Usage
 
 if TYPE_CHECKING:
     from serving.errors import CaptionerError
@@ -39,6 +39,8 @@ ANSWERED = (Outcome.FINISHED, Outcome.PARTIAL)
 FAILURES = (Outcome.FAILED, Outcome.FAILED_MIDSTREAM)
 """Outcomes that are the service's fault."""
 
+_OUTPUT_FIELDS = ("usage", "first_token", "engine_output_tokens", "finish_reason", "partial", "defect")
+
 _MAX_SHORT_S, _MAX_MEDIUM_S = 30.0, 300.0
 
 
@@ -65,6 +67,10 @@ class RequestRecord:
     """The engine's own counts, which are not the billed ones."""
     finish_reason: FinishReason | None = None
     partial: bool = False
+    defect: Defect | None = None
+    """Defect of the caption that is delivered."""
+    retried: Defect | None = None
+    """Defect of a first sample, because of which a second one was generated."""
     caption: list[str] | None = None
     """Pieces of the caption; kept only for a tenant that wants its captions in the log."""
     stages_s: dict[str, float] = field(default_factory=dict)
@@ -114,10 +120,20 @@ class RequestRecord:
     def discard_output(self) -> None:
         """Remove everything that was generated, before another engine generates the caption."""
         self.usage = Usage(self.usage.audio_tokens) if self.usage else None
-        self.first_token = self.finish_reason = None
+        self.first_token = self.finish_reason = self.defect = None
         self.engine_output_tokens = 0
         if self.caption is not None:
             self.caption.clear()
+
+    def output(self) -> dict[str, Any]:
+        """Return everything that `add_output` and the pipeline recorded of a caption, to restore it later."""
+        kept = {name: getattr(self, name) for name in _OUTPUT_FIELDS}
+        return kept | {"caption": None if self.caption is None else [*self.caption]}
+
+    def restore_output(self, kept: dict[str, Any]) -> None:
+        """Record an earlier caption in place of the last one."""
+        for name, value in kept.items():
+            setattr(self, name, value)
 
     def stage(self, name: str, seconds: float, *, ended: float | None = None) -> None:
         """Record a stage that took `seconds` and ended at `ended`, by default now."""
@@ -162,6 +178,8 @@ class RequestRecord:
                 "output_tokens": self.usage.output_tokens if self.usage else 0,
                 "duration_s": round(self.duration_s, 4),
                 "stages_s": {stage: round(seconds, 4) for stage, seconds in self.stages_s.items()},
+                **({"defect": self.defect.value} if self.defect else {}),
+                **({"retried": self.retried.value} if self.retried else {}),
                 **({"caption": "".join(self.caption)} if self.caption else {}),
                 **({"trace_id": trace_id} if trace_id else {}),
             },

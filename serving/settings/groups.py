@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.settings.types import MIB, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.types import Guard
 
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -76,6 +77,12 @@ class Model(BaseModel):
         str(EMBEDDED_CHECKPOINT),
         description="Checkpoint: a directory, or a name on a model hub. Default: the embedded stand-in",
     )
+    revision: Annotated[str | None, Example("v1.0")] = Field(
+        None,
+        min_length=1,
+        description="Branch, tag or commit of the model at its hub; only a commit never changes. No effect on a "
+        "directory. Unset: the hub's default branch",
+    )
     served_model_name: str = Field(CAPTIONER_MODEL_ID, description="Name that requests carry in `model`")
     model_aliases: Words = Field((), description="Further names that requests may carry in `model`")
 
@@ -126,6 +133,12 @@ class Engine(BaseModel):
         None,
         description="Direct calls of vLLM's CPU kernels: fewer operations per step. They need float32 weights, "
         "tensor_parallel 1 and enforce_eager. Unset: on for the embedded checkpoint on a CPU, else off",
+    )
+    engine_args: Annotated[AnyTable, Example({"kv_cache_dtype": "fp8"})] = Field(
+        default_factory=dict,
+        description="Further arguments of vLLM's `AsyncEngineArgs` by name, as a table (`[engine_args]` at the end of "
+        "a file) or as JSON; vLLM checks them, and arguments that other settings set are refused. No secrets. "
+        "Default: none",
     )
     engine_stall_timeout_s: float = Field(
         120,
@@ -245,6 +258,12 @@ class Responses(BaseModel):
         ge=0,
         description="Least time in seconds between two pieces of one caption, after the first two; 0: each token. "
         "Higher: less CPU per token",
+    )
+    quality_guard: Guard = Field(
+        Guard.RETRY,
+        description="Captions that repeat themselves without end: `stop` ends them early; `retry` also generates a "
+        "response that is not streamed once more, unbilled, if it loops or is blank; `off` lets them run to "
+        "`max_tokens`. The header `x-captioner-guard` of a request may choose a weaker one",
     )
 
 

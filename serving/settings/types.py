@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import re
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, SecretStr
 from pydantic_settings import NoDecode
@@ -23,11 +24,15 @@ _SIZE_UNITS = {"KiB": 1024, "MiB": MIB, "GiB": 1024 * MIB}
 class Example:
     """Marker: a value for the example file, of a setting whose default is unset or depends on the machine."""
 
-    value: str | int | bool
+    value: str | int | bool | dict[str, str]
 
 
 class Size:
     """Marker: a number of bytes that people write as `10MiB`."""
+
+
+class Table:
+    """Marker: a table of names and values, of which some may be secrets."""
 
 
 def parse_size(value: object) -> object:
@@ -60,8 +65,22 @@ def check_networks(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
+def read_table(value: object) -> object:
+    """Return the table of a JSON text, as a variable or a flag has it; return anything else unchanged.
+
+    Raises `ValueError`, without any part of the text.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError("not JSON") from None
+
+
 Bytes = Annotated[int, BeforeValidator(parse_size), Size()]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
 Networks = Annotated[Words, AfterValidator(check_networks)]
 Numbers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split)]
+AnyTable = Annotated[dict[str, Any], NoDecode, BeforeValidator(read_table), Table()]

@@ -1,36 +1,25 @@
-"""Uploaded files: signed policies that allow uploads, and the store that keeps files for a limited time (PROTOCOL 6).
+"""Uploaded files: the store that keeps files for `settings.upload_ttl_s` (PROTOCOL 6), and its form in a directory.
 
-A policy allows its holder to store files under one directory of keys, for a few minutes
-(`settings.upload_policy_ttl_s`). The files can be used only by the caller and for the model that the policy was issued
-to, for `settings.upload_ttl_s`.
+The form in a bucket is in `bucket_uploads`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import hmac
 import json
 import logging
 import os
-import re
-import secrets
 import time
 import uuid
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from serving.errors import (
     AudioTooLarge,
-    KeyNotAllowed,
     Overloaded,
-    PolicyExpired,
-    PolicyInvalid,
     UploadEmpty,
     UploadExists,
     UploadNotFound,
@@ -38,6 +27,7 @@ from serving.errors import (
 )
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.storage.private_directory import make_private
+from serving.storage.upload_policies import UploadPolicies, owner_digest
 from serving.types import SchedulingClass
 
 if TYPE_CHECKING:
@@ -46,13 +36,10 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
     from serving.scheduling.shared_capacity import Permit
-
-_FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
-_KEY_BYTES = 1023
-"""Longest key of an object store."""
+    from serving.storage.upload_policies import UploadGrant, UploadPolicy
 
 _SWEEP_S = 600.0
-_GRACE_S = 3600.0
+GRACE_S = 3600.0
 """Time that an expired file is kept for readers that have opened it, and an incomplete file for its writer."""
 
 _ALPHA = 1.0
@@ -61,7 +48,10 @@ _ALPHA = 1.0
 Files are kept for days, so other owners cannot wait until some are removed.
 """
 
-_MIN_FILE_BYTES = 4096
+READ_COPY = ".reading"
+"""Suffix of a local copy of an object in a bucket, which exists while it is read."""
+
+MIN_FILE_BYTES = 4096
 """Least disk that a file counts as: a block of the usual file systems, for its inode and its name."""
 
 _TOO_MANY = "You have uploaded as many files as one caller may. They are removed when they expire."
@@ -70,29 +60,8 @@ _SHARE_FULL = "Your uploaded files take all the space that one caller's may take
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class UploadPolicy:
-    """The data with which a client uploads: it sends `policy` and `signature` with a key below `upload_dir`."""
-
-    policy: str
-    signature: str
-    upload_dir: str
-    expires_in_s: int
-    max_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class UploadGrant:
-    """The right to store one file of at most `max_bytes`, for its owner to use with one model.
-
-    `key_id` names the API key with which the policy was asked for.
-    """
-
-    key: str
-    owner: str
-    model: str
-    max_bytes: int
-    key_id: str = ""
+class UnusableBucket(Exception):  # noqa: N818 - as `UnusableDatabase`
+    """The settings of the bucket cannot be used. The text says what to do."""
 
 
 class Upload(Protocol):
@@ -131,55 +100,18 @@ class UploadStore(Protocol):
         """Receive a file. It exists, complete, once the context is left; an exception discards it.
 
         Raises `UploadExists`, on entering or leaving: no file is overwritten. Raises `UploadEmpty` on leaving, and
-        `Overloaded` when the owner's files or their bytes are as many as one owner may have.
+        `Overloaded` when the owner's files or their bytes are as many as one owner may have. Raises
+        `StorageUnavailable` when a bucket cannot be used.
         """
         ...
 
-    async def open(self, key: str, *, owner: str, model: str) -> Path:
-        """Return the path of a stored file. Raises `UploadNotFound`: unknown, expired, another caller's or model's."""
+    def reading(self, key: str, *, owner: str, model: str) -> AbstractAsyncContextManager[Path]:
+        """Yield the path of a stored file, which can be read until the context is left.
+
+        Raises `UploadNotFound`: unknown, expired, another caller's or model's; `AudioTooLarge`; and, with a bucket,
+        `StorageUnavailable` and `Overloaded`.
+        """
         ...
-
-
-class UploadPolicies:
-    """Issuer and verifier of policies. Replicas with the same secret accept each other's policies."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        secret = settings.upload_secret
-        self._secret = secret.get_secret_value().encode() if secret else secrets.token_bytes(32)
-
-    def issue(self, owner: str, model: str, key_id: str = "") -> UploadPolicy:
-        settings, now = self._settings, time.time()
-        upload_dir = f"dashscope-instant/{_digest(owner)}/{datetime.fromtimestamp(now, UTC):%Y-%m-%d}/{uuid.uuid4()}"
-        terms = {
-            "expires": now + settings.upload_policy_ttl_s,
-            "upload_dir": upload_dir,
-            "owner": owner,
-            "model": model,
-            "key_id": key_id,
-            "max_bytes": settings.max_upload_bytes,
-        }
-        policy = base64.b64encode(json.dumps(terms).encode()).decode()
-        return UploadPolicy(
-            policy, self._sign(policy), upload_dir, settings.upload_policy_ttl_s, settings.max_upload_bytes
-        )
-
-    def check(self, *, policy: str, signature: str, key: str) -> UploadGrant:
-        if not hmac.compare_digest(self._sign(policy).encode(), signature.encode(errors="replace")):
-            raise PolicyInvalid
-        terms = json.loads(base64.b64decode(policy))
-        if time.time() >= terms["expires"]:
-            raise PolicyExpired
-        directory, _, name = key.rpartition("/")
-        if directory != terms["upload_dir"] or not _FILE_NAME.fullmatch(name) or name in (".", ".."):
-            raise KeyNotAllowed
-        if len(key.encode(errors="surrogatepass")) > _KEY_BYTES:
-            raise KeyNotAllowed
-        return UploadGrant(key, terms["owner"], terms["model"], terms["max_bytes"], terms.get("key_id", ""))
-
-    def _sign(self, policy: str) -> str:
-        digest = hmac.digest(self._secret, policy.encode(errors="surrogatepass"), "sha256")
-        return base64.b64encode(digest).decode()
 
 
 def uploads_directory(settings: Settings) -> Path:
@@ -231,12 +163,17 @@ class DirectoryUploads(UploadPolicies):
         path = self._path(grant.key, grant.owner, grant.model)
         if path.exists():
             raise UploadExists
-        name = f"{_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
-        with _PartialFile(self, grant, self._directory / name) as partial:
+        name = f"{owner_digest(grant.owner)}.{uuid.uuid4().hex}.partial"
+        with PartialFile(self, grant, self._directory / name) as partial:
             yield partial
             partial.publish(path)
 
+    @asynccontextmanager
+    async def reading(self, key: str, *, owner: str, model: str) -> AsyncIterator[Path]:
+        yield await self.open(key, owner=owner, model=model)
+
     async def open(self, key: str, *, owner: str, model: str) -> Path:
+        """Return the path of a stored file. Raises `UploadNotFound` and `AudioTooLarge`."""
         path = self._path(key, owner, model)
         try:
             info = path.stat()
@@ -251,7 +188,7 @@ class DirectoryUploads(UploadPolicies):
     async def sweep(self) -> None:
         """Remove expired and abandoned incomplete files, and count the remaining files, other replicas' included."""
         before_bytes, before_files = self._capacity.used_by_tenant, Counter(self._files)
-        found_bytes, found_files = await asyncio.to_thread(self._sweep)
+        found_bytes, found_files = await self._sweep_all()
         # By the difference, which keeps files received meanwhile.
         self._capacity.recount(before_bytes, found_bytes)
         self._files.update(found_files)
@@ -260,13 +197,13 @@ class DirectoryUploads(UploadPolicies):
 
     def count_file(self, owner: str, files: int) -> None:
         """Count a file before it is created, or (-1) one that was not stored. Raises `Overloaded` past the bound."""
-        if files > 0 and self._files[_digest(owner)] >= self._settings.max_uploads_per_tenant:
+        if files > 0 and self._files[owner_digest(owner)] >= self._settings.max_uploads_per_tenant:
             raise Overloaded(_TOO_MANY, retry_after_s=60, reason="uploads")
-        self._files[_digest(owner)] += files
+        self._files[owner_digest(owner)] += files
 
     def permit(self, owner: str) -> Permit:
         """Return a permit for the disk space of one file of `owner`."""
-        return self._capacity.permit(SchedulingClass(_digest(owner)))
+        return self._capacity.permit(SchedulingClass(owner_digest(owner)))
 
     def grow(self, permit: Permit, nbytes: int) -> None:
         """Count bytes before a write. Raises `Overloaded` if all space, or the owner's share of it, is used."""
@@ -280,8 +217,11 @@ class DirectoryUploads(UploadPolicies):
             raise
 
     def _path(self, key: str, owner: str, model: str) -> Path:
-        digest = hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()
-        return self._directory / f"{_digest(owner)}.{digest}"
+        return self._directory / f"{owner_digest(owner)}.{file_digest(key, owner, model)}"
+
+    async def _sweep_all(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
+        """Do what `_sweep` does, wherever files are kept."""
+        return await asyncio.to_thread(self._sweep)
 
     def _sweep(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Remove files; return the bytes and the number of those that remain, by the hash of their owner."""
@@ -289,12 +229,12 @@ class DirectoryUploads(UploadPolicies):
         for entry in os.scandir(self._directory):
             with suppress(FileNotFoundError):  # another replica has removed it
                 info = entry.stat()
-                ttl_s = 0 if entry.name.endswith(".partial") else self._settings.upload_ttl_s
-                if now >= info.st_mtime + ttl_s + _GRACE_S:
+                ttl_s = 0 if entry.name.endswith((".partial", READ_COPY)) else self._settings.upload_ttl_s
+                if now >= info.st_mtime + ttl_s + GRACE_S:
                     Path(entry).unlink()
-                else:
+                elif not entry.name.endswith(READ_COPY):
                     owner = entry.name.partition(".")[0]
-                    used[owner] += max(info.st_size, _MIN_FILE_BYTES)
+                    used[owner] += max(info.st_size, MIN_FILE_BYTES)
                     files[owner] += 1
         return used, files
 
@@ -307,7 +247,7 @@ class DirectoryUploads(UploadPolicies):
                 log.exception("uploads sweep failed")
 
 
-class _PartialFile:
+class PartialFile:
     """An incomplete file in the directory, under a temporary name until `publish`."""
 
     def __init__(self, store: DirectoryUploads, grant: UploadGrant, path: Path) -> None:
@@ -323,7 +263,7 @@ class _PartialFile:
             self._store.count_file(self._grant.owner, 1)
             undo.callback(self._store.count_file, self._grant.owner, -1)
             undo.callback(self._permit.release)
-            self._store.grow(self._permit, _MIN_FILE_BYTES)
+            self._store.grow(self._permit, MIN_FILE_BYTES)
             try:
                 descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             except OSError:
@@ -359,20 +299,33 @@ class _PartialFile:
 
         Raises `UploadEmpty` for a file without a byte.
         """
-        if not self._size:
-            raise UploadEmpty
+        self.finish()
         try:
-            self._file.close()
             os.link(self._path, path)
         except FileExistsError:
             raise UploadExists from None
         except OSError:
             log.exception("upload publish failed")
             raise Overloaded from None
+        self.keep()
+
+    def finish(self) -> None:
+        """Close the complete file, which may write its last bytes. Raises `UploadEmpty` and `Overloaded`."""
+        if not self._size:
+            raise UploadEmpty
+        try:
+            self._file.close()
+        except OSError:
+            log.exception("upload publish failed")
+            raise Overloaded from None
+
+    def keep(self) -> None:
+        """Count the file as stored when the context is left."""
         self._store.received_bytes += self._size
         self._published = True
         self._permit.keep()
 
 
-def _digest(owner: str) -> str:
-    return hashlib.sha256(owner.encode()).hexdigest()[:32]
+def file_digest(key: str, owner: str, model: str) -> str:
+    """Return the name of a file among its owner's: a request with another key or for another model finds no file."""
+    return hashlib.sha256(json.dumps([owner, model, key]).encode()).hexdigest()

@@ -71,7 +71,7 @@ class UsageSession:
         self._sessions = sessions
         self._request = request
         self._max_tokens = 0
-        self._has_stops = False
+        self._steers_length = False
         self._admitted_at = 0
         self._started = False
         self._reservation: Reservation | None = None
@@ -110,7 +110,7 @@ class UsageSession:
             return
         if self._reservation is None:
             raise RuntimeError("UsageSession.open was called before admit")
-        self._max_tokens, self._has_stops = caption.sampling.max_tokens, caption.sampling.has_stops
+        self._max_tokens, self._steers_length = caption.sampling.max_tokens, caption.sampling.steers_length
         record = self._new_record(caption.model)
         self._sessions.ledger.open(record, self._request)
         self._record = record
@@ -185,8 +185,8 @@ class UsageSession:
         if outcome in {Outcome.FINISHED, Outcome.PARTIAL}:
             # A cumulative stream may end before the caption does, at the longest line that clients read.
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
-            # Nor is it known how long a caption would have been that the client's own stop strings may have ended.
-            cut = self._has_stops or record.finish_reason != FinishReason.STOP
+            # Nor is it known how long a caption would have been whose length the client's parameters may decide.
+            cut = self._steers_length or record.finish_reason != FinishReason.STOP
             sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
         record.billed = is_billed(outcome, given_to_engine=self._started)
         try:

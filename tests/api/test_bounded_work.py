@@ -19,7 +19,7 @@ from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, wa
 from tests.tenancy.test_usage_session import KEY, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MIB = 2**20
 BLOCKED_S = 0.5
@@ -47,35 +47,35 @@ def listed(unit: bytes, size: int) -> bytes:
     return b'{"a":[' + repeated(unit + b",", size) + b"1]}"
 
 
-REFUSED = {
-    "nested lists": listed(b"[" * 190 + b"]" * 190, MIB),
-    "15 MiB of nested lists": listed(b"[" * 190 + b"]" * 190, 15 * MIB),
-    "nested objects": listed(b'{"a":' * 190 + b"1" + b"}" * 190, 15 * MIB),
-    "empty lists": listed(b"[]", 15 * MIB),
-    "empty objects": listed(b"{}", 15 * MIB),
-    "lists without commas": b'{"a":' + b"[" * (15 * MIB),
-    "numbers": listed(b"1", 15 * MIB),
-    "repeated keys": b"{" + repeated(b'"a":1,', 15 * MIB) + b'"a":1}',
-    "keys": b"{" + b",".join(b'"%d":0' % number for number in range(1_200_000)) + b"}",
-    "empty strings": listed(b'""', 15 * MIB),
-    "quotes": b'"' * (15 * MIB),
-    "quotes and commas": b'","' * (5 * MIB),
-    "half in a string": b'{"a":"' + b"[" * (7 * MIB) + b'","b":' + b"[" * (7 * MIB),
-    "escaped quotes before": b'{"a":"' + rb"\"" * (4 * MIB) + b'","b":[' + b"{}," * MIB + b"1]}",
-    "a number of a million digits": b'{"a":' + b"1" * 10**6 + b"}",
-    "an open string": b'{"a":"' + rb"\u00e9" * 10**6,
+REFUSED: dict[str, Callable[[], bytes]] = {
+    "nested lists": lambda: listed(b"[" * 190 + b"]" * 190, MIB),
+    "15 MiB of nested lists": lambda: listed(b"[" * 190 + b"]" * 190, 15 * MIB),
+    "nested objects": lambda: listed(b'{"a":' * 190 + b"1" + b"}" * 190, 15 * MIB),
+    "empty lists": lambda: listed(b"[]", 15 * MIB),
+    "empty objects": lambda: listed(b"{}", 15 * MIB),
+    "lists without commas": lambda: b'{"a":' + b"[" * (15 * MIB),
+    "numbers": lambda: listed(b"1", 15 * MIB),
+    "repeated keys": lambda: b"{" + repeated(b'"a":1,', 15 * MIB) + b'"a":1}',
+    "keys": lambda: b"{" + b",".join(b'"%d":0' % number for number in range(1_200_000)) + b"}",
+    "empty strings": lambda: listed(b'""', 15 * MIB),
+    "quotes": lambda: b'"' * (15 * MIB),
+    "quotes and commas": lambda: b'","' * (5 * MIB),
+    "half in a string": lambda: b'{"a":"' + b"[" * (7 * MIB) + b'","b":' + b"[" * (7 * MIB),
+    "escaped quotes before": lambda: b'{"a":"' + rb"\"" * (4 * MIB) + b'","b":[' + b"{}," * MIB + b"1]}",
+    "a number of a million digits": lambda: b'{"a":' + b"1" * 10**6 + b"}",
+    "an open string": lambda: b'{"a":"' + rb"\u00e9" * 10**6,
 }
-ACCEPTED = {
-    "commas and brackets in a string": b'{"a":"' + b"[{,:" * (15 * MIB // 4) + b'"}',
-    "escaped quotes in a string": b'{"a":"' + rb"\",[" * (15 * MIB // 4) + b'"}',
-    "escapes": b'{"a":"' + rb"\u00e9" * 10**6 + b'"}',
-    "backslashes": b'{"a":"' + b"\\" * (15 * MIB) + b'"}',
-    "backslashes and commas": b'{"a":"' + b"\\" * (10 * MIB) + b"," * MIB + b'"}',
-    "characters": b'{"a":"' + "声é😀".encode() * MIB + b'"}',
-    "long keys": b"{" + b",".join(b'"%s%d":0' % (b"k" * 700, number) for number in range(20_000)) + b"}",
-    "long numbers": listed(b"1" * 4000, 15 * MIB),
-    "huge numbers": listed(b"1e999999", 400_000),
-    "blanks": b'{"a":' + b" " * (15 * MIB) + b"1}",
+ACCEPTED: dict[str, Callable[[], bytes]] = {
+    "commas and brackets in a string": lambda: b'{"a":"' + b"[{,:" * (15 * MIB // 4) + b'"}',
+    "escaped quotes in a string": lambda: b'{"a":"' + rb"\",[" * (15 * MIB // 4) + b'"}',
+    "escapes": lambda: b'{"a":"' + rb"\u00e9" * 10**6 + b'"}',
+    "backslashes": lambda: b'{"a":"' + b"\\" * (15 * MIB) + b'"}',
+    "backslashes and commas": lambda: b'{"a":"' + b"\\" * (10 * MIB) + b"," * MIB + b'"}',
+    "characters": lambda: b'{"a":"' + "声é😀".encode() * MIB + b'"}',
+    "long keys": lambda: b"{" + b",".join(b'"%s%d":0' % (b"k" * 700, number) for number in range(20_000)) + b"}",
+    "long numbers": lambda: listed(b"1" * 4000, 15 * MIB),
+    "huge numbers": lambda: listed(b"1e999999", 400_000),
+    "blanks": lambda: b'{"a":' + b" " * (15 * MIB) + b"1}",
 }
 
 
@@ -89,7 +89,7 @@ def post(body: bytes, path: str = COMPATIBLE, key: str = "sk-one") -> bytes:
 @pytest.mark.parametrize("name", [*REFUSED, *ACCEPTED])
 def test_json_of_every_kind_is_decoded_in_bounded_time(service: TickingService, name: str, path: str) -> None:
     """A body without a model is refused as such if it can be decoded, and the loop goes on meanwhile."""
-    request = post((REFUSED | ACCEPTED)[name], path)
+    request = post((REFUSED | ACCEPTED)[name](), path)
     service.reset()
     answer = answers(service.port, request)
     assert service.longest_gap_s < BLOCKED_S
@@ -128,7 +128,7 @@ def test_requests_refused_before_decoding_count() -> None:
     """Requests that cannot be decoded use up the requests of a minute, and leave no record; then none is decoded."""
     limits = {"requests_per_minute": 8}
     with serving(limits=limits) as (service, ledger):
-        bomb = REFUSED["nested lists"]
+        bomb = REFUSED["nested lists"]()
         for left in reversed(range(6)):
             refused = httpx.post(service.url + COMPATIBLE, content=bomb, headers=KEY, timeout=60)
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_parameter_error")
@@ -151,7 +151,7 @@ def test_requests_refused_before_decoding_count() -> None:
 def test_a_concurrent_request_that_cannot_be_decoded_is_released() -> None:
     """The one request that a tenant may have in progress is free again after each that was refused."""
     with serving(limits={"concurrent_requests": 1}) as (service, _):
-        for content in (b"{", REFUSED["nested lists"], b"[]") * 3:
+        for content in (b"{", REFUSED["nested lists"](), b"[]") * 3:
             assert httpx.post(service.url + NATIVE, content=content, headers=KEY, timeout=60).status_code == 400
         answer = httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP), headers=KEY, timeout=60)
         assert answer.status_code == 200

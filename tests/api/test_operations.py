@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tests.support.media import MediaServer
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_probes_follow_the_engine() -> None:
     """Loading: alive, not ready, captions refused with the time of a retry. Loaded: ready. Dead: neither."""
     settings = Settings(auth=False, audio_workers=1)
@@ -72,6 +73,7 @@ class _SlowToLoad(FakeEngine):
         await super().start()
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_a_stalled_engine_is_reported() -> None:
     """An engine that stalls ends its captions, and the probes report it."""
     settings = Settings(auth=False, audio_workers=1, engine_stall_timeout_s=0.5)

@@ -15,7 +15,7 @@ from serving.audio import ffmpeg_reader
 from serving.audio.decode import decode
 from serving.audio.waveform import Waveform
 from serving.errors import AudioError, AudioTooLong, AudioUnreadable
-from tests.audio.clips import clip, remuxed, stereo, with_av, with_soundfile
+from tests.audio.clips import clip, remuxed, sound, stereo, with_av, with_soundfile
 from tests.audio.containers import ts_of, wav
 from tests.audio.isolation import isolated
 
@@ -93,6 +93,26 @@ def test_another_track_of_the_same_file_is_not_appended() -> None:
     short = with_av("mpegts", "aac", 48_000, bit_rate=512_000, samples=stereo(48_000, 3))
     both = remuxed("mpegts", short, long_track)
     assert _seconds(both) == pytest.approx(3, abs=0.2)
+
+
+def test_another_track_that_goes_on_after_the_chosen_one_is_not_appended() -> None:
+    """A track that was not chosen stays silent where the file is opened again behind the end of the chosen one."""
+    chosen = with_av("mpegts", "aac", 48_000, bit_rate=256_000, samples=stereo(48_000, 3))
+    other = with_av("ipod", "aac", 16_000, bit_rate=64_000, samples=sound(16_000, 10))
+    both = remuxed("mpegts", chosen, other)
+    packets = [both[at : at + 188] for at in range(0, len(both), 188)]
+    ids = [struct.unpack_from(">H", packet, 1)[0] & 0x1FFF for packet in packets]
+    one_after_the_other = b"".join(
+        packet for left_out in (0x101, 0x100) for packet, each in zip(packets, ids, strict=True) if each != left_out
+    )
+    assert _seconds(one_after_the_other) == pytest.approx(3, abs=0.2)
+
+
+@pytest.mark.parametrize(("outer", "inner"), [("aac", "ac3"), ("aac", "mp2"), ("mp2", "aac")])
+def test_a_codec_that_changes_and_changes_back_is_followed(outer: str, inner: str) -> None:
+    """The middle one of three joined streams under one packet ID is decoded too, though its codec is another one."""
+    first, middle = (with_av("mpegts", codec, 48_000, samples=stereo(48_000, 4)) for codec in (outer, inner))
+    assert _seconds(first + middle + first) == pytest.approx(12, abs=0.2)
 
 
 def _cut_or_joined(seeds: range) -> list[str]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -20,6 +21,7 @@ from serving import errors
 from serving.audio import download_process
 from serving.audio.download_messages import Configure, End, Failed, Finished, Ready, Start, Status, decode, encode
 from serving.audio.download_process import DownloadProcess
+from serving.audio.downloader import _Downloads
 from serving.config import Settings
 from serving.types import SchedulingClass
 from tests.audio.sites import BODY, OUTSIDE, Site, files, response
@@ -120,6 +122,28 @@ async def test_a_cancelled_download_is_cancelled_there(tmp_path: Path, outside: 
         assert not process._waiting
 
 
+async def test_the_fetcher_gets_the_scheduling_class_of_the_request() -> None:
+    """Tenant, weight and priority of `Start` reach the fetcher: with them it shares its connections and its disk."""
+    given: list[tuple[str, SchedulingClass]] = []
+
+    class Noting:
+        used_bytes = running = 0
+
+        @contextlib.asynccontextmanager
+        async def fetch(self, url: str, scheduling_class: SchedulingClass) -> AsyncIterator[Path]:
+            given.append((url, scheduling_class))
+            yield Path("clip")
+
+    sent = SimpleNamespace(write=lambda _: None)
+    reader = asyncio.StreamReader()
+    reader.feed_data(encode(Start(1, "http://a/b", "id", "gold", 3.0, 1)))
+    serving = asyncio.create_task(_Downloads(Noting(), sent).serve(reader))  # type: ignore[arg-type]
+    await until(lambda: given)
+    reader.feed_eof()
+    await serving
+    assert given == [("http://a/b", SchedulingClass("gold", 3.0, 1))]
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_process_that_dies_is_replaced(tmp_path: Path, outside: Site, number: int) -> None:
     """Its running downloads fail as an error that clients retry, and the next download finds a new process."""
@@ -203,6 +227,7 @@ ORPHAN = """
 import asyncio, os, signal, sys
 from pathlib import Path
 from serving.audio.download_process import DownloadProcess
+from serving.audio.downloader import _Downloads
 from serving.config import Settings
 
 async def main():

@@ -85,6 +85,42 @@ async def test_a_reset_in_the_body_restarts_the_file(tmp_path: Path, outside: Si
     assert attempts == 2
 
 
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+CUT = {
+    "of a length": response(BODY[:-1], length=len(BODY)),
+    "before its first byte": response(b"", length=len(BODY)),
+    "within a chunk": CHUNKED + b"400\r\nabc",
+    "between two chunks": CHUNKED + b"3\r\nabc\r\n",
+    "within a chunk's size": CHUNKED + b"3\r\nabc\r\n4",
+    "before the last line": CHUNKED + b"3\r\nabc\r\n0\r\n",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+async def test_a_body_that_is_cut_is_asked_for_once_more(tmp_path: Path, outside: Site, name: str) -> None:
+    """A connection closed without a reset, before the end of the body, is as transient as a reset."""
+    once, twice = Flaky(CUT[name]), Flaky(CUT[name], times=2)
+    outside.answers |= {"/once": once, "/twice": twice}
+    async with fetching(tmp_path) as fetcher:
+        async with fetcher.fetch(outside.url("/once")) as path:
+            assert path.read_bytes() == BODY
+            assert fetcher.used_bytes == len(BODY)
+        with pytest.raises(errors.SourceUnavailable):
+            await get(fetcher, outside.url("/twice"))
+    assert (len(once.asked_s), len(twice.asked_s)) == (2, 2)
+
+
+@pytest.mark.parametrize("bad", [b"3\r\nabc\r\nzz\r\n", b"3\r\nabcdef\r\n", b"-5\r\nabc\r\n"])
+async def test_a_malformed_body_is_not_asked_for_again(tmp_path: Path, outside: Site, bad: bytes) -> None:
+    """Framing that is no HTTP is the caller's error, after one request."""
+    flaky = outside.answers["/bad"] = Flaky(CHUNKED + bad)
+    async with fetching(tmp_path) as fetcher:
+        with pytest.raises(errors.DownloadFailed) as caught:
+            await get(fetcher, outside.url("/bad"))
+    assert type(caught.value) is errors.DownloadFailed
+    assert len(flaky.asked_s) == 1
+
+
 async def test_a_refused_connection_is_tried_once_more(tmp_path: Path, outside: Site) -> None:
     """A server that restarts is found by the second attempt; one that is down is `SourceUnavailable`."""
     with socket.socket() as free:

@@ -198,6 +198,20 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
             "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: text}\ndata: {}\n",
         ]
     },
+    "uploads in a bucket": {
+        "objectStore": {
+            "url": "s3://captions/production",
+            "endpoint": "https://s3.oss-cn-beijing.aliyuncs.com",
+            "region": "cn-beijing",
+            "virtualHost": True,
+            "secret": "bucket",
+            "networks": [{"ipBlock": {"cidr": "10.5.0.0/16"}}],
+        }
+    },
+    "uploads in a bucket, by the pods' identity": {
+        "objectStore": {"url": "gs://captions"},
+        "serviceAccount": {"annotations": {"iam.gke.io/gcp-service-account": "captioner@p.iam.gserviceaccount.com"}},
+    },
     "an identity of the cloud": {
         "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}}
     },
@@ -230,6 +244,12 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         "admin": {"enabled": True},
     }
     | EXTERNAL,
+    "without Ray, uploads in a bucket": {
+        "workload": "deployment",
+        "engine": {"replicas": {"min": 2, "max": 4}},
+        "objectStore": {"url": "az://account/captions/production", "secret": "bucket"},
+        "uploads": {"storage": "emptyDir"},
+    },
     "without Ray, from an object store": SOLO
     | {"model": {"source": "objectStore", "objectStore": {"path": "b/p", "secret": "s"}}},
 }

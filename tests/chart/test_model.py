@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS, SCHEDULED
-from tests.chart.rendering import group, only, serve_config, template
+from tests.chart.rendering import RefusedError, group, only, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -61,6 +63,7 @@ def test_another_model_is_another_job(helm: Path) -> None:
     in_its_files = [{"model": {"checksums": {"a": "0" * 64}}}]
     in_its_pod: list[dict[str, Any]] = [
         {"model": {"revision": "2"}},
+        {"model": {"hub": "modelscope"}},
         {"model": {"directory": "other"}},
         {"model": {"pvc": {"existingClaim": "weights"}}},
         {"model": {"resources": {"limits": {"memory": "8Gi"}}}},
@@ -80,3 +83,38 @@ def test_another_model_is_another_job(helm: Path) -> None:
     jobs = [plain, *map(job, in_its_pod)]
     assert len({spec for _, spec in jobs}) == len(jobs)  # each did change the Job
     assert len({name for name, _ in [*jobs, *map(job, in_its_files)]}) == len(jobs) + 1
+
+
+def test_a_download_from_modelscope(helm: Path) -> None:
+    """The Job gets the variable that vLLM reads too, and its token under ModelScope's name; the claim is the same."""
+    values = {"model": {"hub": "modelscope", "download": {"tokenSecret": {"name": "hub"}}}}
+    (job,) = [
+        each for each in template(helm, values) if each["kind"] == "Job" and "-model-" in each["metadata"]["name"]
+    ]
+    assert job["spec"]["template"]["spec"]["containers"][0]["env"] == [
+        {"name": "HOME", "value": "/tmp"},  # noqa: S108 - a container's own
+        {"name": "VLLM_USE_MODELSCOPE", "value": "True"},
+        {"name": "MODELSCOPE_CACHE", "value": "/tmp/modelscope"},  # noqa: S108
+        {"name": "MODELSCOPE_API_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+    ]
+    with pytest.raises(RefusedError, match=r"model\.hub: modelscope requires the cuda image"):
+        template(helm, {"model": {"hub": "modelscope"}, "image": {"variant": "cpu"}, "engine": {"gpus": 0}})
+
+
+@pytest.mark.parametrize("workload", ["rayservice", "deployment"])
+def test_engine_arguments_reach_the_service(helm: Path, workload: str) -> None:
+    """The service reads the table as it is in the values, large numbers included."""
+    table = {"kv_cache_dtype": "fp8", "max_cudagraph_capture_size": 10485759, "compilation_config": {"mode": 3}}
+    manifests = template(helm, {"workload": workload, "settings": {"engine_args": table}})
+    if workload == "rayservice":
+        given = serve_config(manifests)["applications"][0]["args"]
+    else:
+        given = tomllib.loads(only(manifests, "ConfigMap", "x-captioner-settings")["data"]["captioner.toml"])
+    assert Settings(engine_args=given["engine_args"]).engine_args == table
+
+
+@pytest.mark.parametrize("name", ["model", "enable_prefix_caching", "tensor_parallel_size", "hf_token"])
+def test_an_engine_argument_that_the_service_sets_is_refused(helm: Path, name: str) -> None:
+    """The schema of the values has the service's list."""
+    with pytest.raises(RefusedError, match=f"/settings/engine_args/{name}'"):
+        template(helm, {"settings": {"engine_args": {name: 1}}})

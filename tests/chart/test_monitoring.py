@@ -11,7 +11,8 @@ import pytest
 from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS
 from tests.chart.network import selects
-from tests.chart.rendering import Manifest, containers, only, pod_templates, template
+from tests.chart.rendering import Manifest, containers, only, pod_templates, serve_config, template
+from tests.observability.named_tenants import check_alert, metrics_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -186,6 +187,23 @@ def test_the_token_is_required_by_default(helm: Path, *, alone: bool) -> None:
     assert sum(token is not None for token in tokens) == (1 if alone else 2)
     endpoints = only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert sum("authorization" in each for each in endpoints) == 1
+
+
+@pytest.mark.parametrize("values", [{}, COMBINATIONS["without Ray"]], ids=["on Ray", "without Ray"])
+def test_the_alert_on_spending_finds_the_tenant(
+    helm: Path, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the chart's default values the alert on spending fires."""
+    manifests = template(helm, values)
+    [frontend] = [pod for who, pod in pod_templates(manifests) if pod["metadata"]["labels"][COMPONENT] == "frontend"]
+    monkeypatch.setenv("CAPTIONER_DATA_DIR", str(tmp_path / "data"))
+    reference = variables(frontend)["CAPTIONER_METRICS_TOKEN"]["secretKeyRef"]
+    monkeypatch.setenv(
+        "CAPTIONER_METRICS_TOKEN", only(manifests, "Secret", reference["name"])["data"][reference["key"]]
+    )
+    chosen = {} if values else serve_config(manifests)["applications"][0]["args"]
+    shipped = {name: value for name, value in chosen.items() if "metrics" in name}
+    check_alert(metrics_of(Settings(engine="fake", **shipped), in_cluster=not values), tmp_path)
 
 
 def test_no_token_is_required_if_it_is_switched_off(helm: Path) -> None:

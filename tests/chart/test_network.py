@@ -76,6 +76,14 @@ def test_callers_reach_the_service_and_nothing_else(network: Network) -> None:
     assert reached == {("frontend", 8000), ("engine", 8000)}
 
 
+def test_only_frontends_reach_the_bucket(helm: Path) -> None:
+    """Frontends reach the networks of the object store on its port; no other pod does."""
+    store = COMBINATIONS["uploads in a bucket"]["objectStore"] | {"port": 9000}
+    network, bucket = Network(template(helm, {"objectStore": store})), End(address="10.5.0.1")
+    reached = {(name, port) for name in OURS for port in (80, 9000) if network.allows(pod(name), bucket, port)}
+    assert reached == {("frontend", 9000)}
+
+
 def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
     """Every pod reaches the cluster's DNS, and no other."""
     for name, protocol in product(OURS, ("UDP", "TCP")):

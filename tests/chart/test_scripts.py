@@ -105,6 +105,58 @@ def test_a_download_is_marked_only_when_its_sums_are_right(tmp_path: Path) -> No
     assert run("model.py", "fetch", directory, "org/m", "main", **environment).returncode == 1
 
 
+MODELSCOPE = """
+import pathlib, types
+def snapshot_download(model_id, revision, local_dir):
+    directory = pathlib.Path(local_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(f"{model_id} {revision}")
+    (directory / "model.safetensors").write_bytes(pathlib.Path(__file__).with_name("weights").read_bytes())
+class HubApi:
+    def list_repo_files(self, model_id, kind, revision):
+        sums = pathlib.Path(__file__).with_name("sums").read_text().split()
+        return [types.SimpleNamespace(path="model.safetensors", sha256=sum) for sum in sums]
+"""
+
+
+def test_a_download_from_modelscope_is_verified(tmp_path: Path) -> None:
+    """The default branch is `master`; a wrong file is deleted, and a hub without sums fails the download."""
+    for module in ("modelscope", "modelscope_hub"):
+        (tmp_path / f"{module}.py").write_text(MODELSCOPE)
+    (tmp_path / "SHA256SUMS").write_text("")
+    (tmp_path / "sums").write_text(hashlib.sha256(b"right").hexdigest())
+    (tmp_path / "weights").write_bytes(b"wrong")
+    directory = tmp_path / "models" / "m"
+    environment = {
+        "PYTHONPATH": str(tmp_path),
+        "CAPTIONER_MODEL_SUMS": str(tmp_path / "SHA256SUMS"),
+        "VLLM_USE_MODELSCOPE": "True",
+    }
+    done = run("model.py", "fetch", directory, "org/m", "main", **environment)
+    assert done.returncode == 1
+    assert not (directory / "model.safetensors").exists()
+    (tmp_path / "weights").write_bytes(b"right")
+    done = run("model.py", "fetch", directory, "org/m", "main", **environment)
+    assert done.returncode == 0, done.stderr
+    assert (directory / "config.json").read_text() == "org/m master"
+    assert run("model.py", "wait", directory, **environment).returncode == 0
+    assert "already complete" in run("model.py", "fetch", directory, "org/m", "main", **environment).stdout
+    (tmp_path / "sums").write_text("")
+    done = run("model.py", "fetch", directory, "org/m", "v1.0", **environment)
+    assert (done.returncode, done.stderr) == (1, "ModelScope has no sums for the files; set model.checksums\n")
+    assert (directory / "config.json").read_text() == "org/m v1.0"
+
+
+def test_a_download_from_modelscope_needs_its_package(tmp_path: Path) -> None:
+    """The error names the package and the image that has it."""
+    (tmp_path / "SHA256SUMS").write_text("")
+    (tmp_path / "modelscope.py").write_text("raise ModuleNotFoundError(name='modelscope')")
+    environment = {"PYTHONPATH": str(tmp_path), "CAPTIONER_MODEL_SUMS": str(tmp_path / "SHA256SUMS")}
+    done = run("model.py", "fetch", tmp_path / "m", "org/m", "main", VLLM_USE_MODELSCOPE="1", **environment)
+    expected = "the package modelscope is not in this image; use an image of the cuda variant\n"
+    assert (done.returncode, done.stderr) == (1, expected)
+
+
 CAPTIONER = """#!/bin/sh
 echo "$@" >> calls
 case "$1 $2 $3" in "tenants show old") exit 0;; "tenants show "*) exit 1;; esac

@@ -64,7 +64,14 @@ def test_a_typo_is_rejected_in_every_section(helm: Path) -> None:
         ({"frontend": {"minAvailable": 2}}, "frontend.minAvailable (2) must be below frontend.replicas.min (2)"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": 0}}}, "set maxUnavailable to 1"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": "0%"}}}, "set maxUnavailable to 1"),
-        ({"uploads": {"storage": "emptyDir"}}, "use pvc"),
+        ({"uploads": {"storage": "emptyDir"}}, "set objectStore.url, or use pvc"),
+        ({"objectStore": {"secret": "s"}}, "objectStore.secret has no effect without objectStore.url"),
+        ({"settings": {"object_store_url": "s3://b"}}, "object_store_url"),  # derived from objectStore
+        ({"settings": {"object_store_secret_key": "k"}}, "object_store_secret_key"),  # a secret
+        (
+            {"objectStore": {"url": "s3://b"}, "networkPolicy": {"fetch": {"enabled": False}}},
+            "objectStore.networks is required",
+        ),
         ({"postgresql": {"mode": "none"}}, "use bundled or external"),
         ({"postgresql": {"mode": "external", "host": "db"}}, "postgresql.networks"),
         ({"postgresql": {"mode": "external", "networks": [{"podSelector": {}}]}}, "postgresql.host"),

@@ -92,6 +92,42 @@ def test_a_database_may_be_configured_by_its_url_alone(helm: Path) -> None:
     assert "DATABASE_PASSWORD" not in env
 
 
+def test_uploads_in_a_bucket_need_no_shared_disk(helm: Path) -> None:
+    """No claim is shared, the bucket is a setting, and its keys reach only frontends, as references to the Secret."""
+    for name, keys in (
+        ("uploads in a bucket", "bucket"),
+        ("uploads in a bucket, by the pods' identity", None),
+        ("without Ray, uploads in a bucket", "bucket"),
+    ):
+        manifests = template(helm, COMBINATIONS[name] | {"model": {"source": "embedded"}})
+        assert "ReadWriteMany" not in json.dumps(manifests), name
+        assert not [each for each in manifests if each["metadata"]["name"].endswith("-uploads")], name
+        for who, spec in pods(manifests):
+            volumes = {each["name"]: each for each in spec.get("volumes", [])}
+            assert "uploads" not in volumes or volumes["uploads"] == {
+                "name": "uploads",
+                "emptyDir": {"sizeLimit": "20Gi"},
+            }
+            found = {
+                each["name"]: each["valueFrom"]["secretKeyRef"]
+                for container in spec["containers"]
+                for each in container.get("env", [])
+                if each["name"].startswith("CAPTIONER_OBJECT_STORE_")
+            }
+            expected = {
+                "CAPTIONER_OBJECT_STORE_ACCESS_KEY_ID": {"name": keys, "key": "access-key-id", "optional": True},
+                "CAPTIONER_OBJECT_STORE_SECRET_KEY": {"name": keys, "key": "secret-key"},
+            }
+            assert found == (expected if keys and "uploads" in volumes else {}), who
+    args = serve_config(template(helm, COMBINATIONS["uploads in a bucket"]))["applications"][0]["args"]
+    assert {key: value for key, value in args.items() if key.startswith("object_store")} == {
+        "object_store_url": "s3://captions/production",
+        "object_store_endpoint": "https://s3.oss-cn-beijing.aliyuncs.com",
+        "object_store_region": "cn-beijing",
+        "object_store_virtual_host": True,
+    }
+
+
 def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
     """Ray starts the wrapper in HAProxy's place, at its path in both images; another image can set another path."""
 

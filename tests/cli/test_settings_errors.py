@@ -101,6 +101,65 @@ def test_a_problem_is_one_line(flags: list[str], expected: str) -> None:
     assert problems_of(*flags) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (f'{{"hf_token": "{SECRET}"}}',
+         "engine_args: hf_token is set by the service; use the variable HF_TOKEN: a token is no setting"),
+        (f'{{"--gpu-memory-utilization": "{SECRET}"}}',
+         "engine_args: gpu_memory_utilization is set by the service; use gpu_memory_utilization"),
+        (f'{{"tensor_parallel_size": "{SECRET}"}}',
+         "engine_args: tensor_parallel_size is set by the service; use tensor_parallel"),
+        ('{"enable_prefix_caching": true}',
+         ("engine_args: enable_prefix_caching is set by the service; use nothing: it is off, so that no tenant sees "
+          "from timing what another sent")),
+        (f"{{{SECRET}", ('engine_args: must be a table, or JSON such as {"name": "value"}; set --engine-args or '
+         "CAPTIONER_ENGINE_ARGS")),
+        (f'["{SECRET}"]', ('engine_args: must be a table, or JSON such as {"name": "value"}; set --engine-args or '
+         "CAPTIONER_ENGINE_ARGS")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["variable", "flag", "file", "secrets"])
+def test_wrong_engine_arguments_show_no_value(
+    value: str, expected: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An argument that the service sets is named with the setting to use; a value, perhaps a secret, is not shown."""
+    flags = []
+    match source:
+        case "variable":
+            monkeypatch.setenv("CAPTIONER_ENGINE_ARGS", value)
+        case "flag":
+            flags = [f"--engine-args={value}"]
+        case "file":
+            (tmp_path / "c.toml").write_text(f"engine_args = '{value}'")
+            flags = [f"--config={tmp_path / 'c.toml'}"]
+            monkeypatch.setenv("CAPTIONER_CONFIG", "")
+        case _:
+            (tmp_path / "captioner_engine_args").write_text(value)
+            monkeypatch.setenv("CAPTIONER_SECRETS_DIR", str(tmp_path))
+    assert problems_of(*flags) == [expected]
+
+
+def test_engine_arguments_from_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of a file, or JSON in a flag or a variable, which come before the file."""
+    file = tmp_path / "c.toml"
+    file.write_text('port = 9\n[engine_args]\nkv_cache_dtype = "fp8"\n[engine_args.compilation_config]\nmode = 3\n')
+    monkeypatch.setenv("CAPTIONER_CONFIG", str(file))
+    assert Settings.load([]).engine_args == {"kv_cache_dtype": "fp8", "compilation_config": {"mode": 3}}
+    monkeypatch.setenv("CAPTIONER_ENGINE_ARGS", '{"block_size": 64}')
+    assert Settings.load([]).engine_args == {"block_size": 64}
+    assert Settings.load(["--engine-args", '{"block_size": 32}']).engine_args == {"block_size": 32}
+
+
+def test_vllm_refuses_engine_arguments_before_a_cluster_starts() -> None:
+    """`captioner cluster` ends with status 2 and the argument's name, before Ray is imported."""
+    ended = run(["cluster"], CAPTIONER_ENGINE_ARGS=f'{{"kv_cache_dtpe": "{SECRET}"}}')
+    expected = (
+        "captioner: engine_args: kv_cache_dtpe: vLLM 0.32.0 has no such argument (did you mean kv_cache_dtype?)\n"
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", expected)
+
+
 def test_a_wrong_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wrong value has a line."""
     monkeypatch.setenv("CAPTIONER_TRACE_RATIO", "2")

@@ -38,7 +38,8 @@ AREAS = (
         (
             Name(
                 "vllm.engine.arg_utils.AsyncEngineArgs",
-                "__init__(*, model, dtype, quantization, quantization_config, tensor_parallel_size,"
+                "__init__(*, model, revision, tokenizer_revision, dtype, quantization, quantization_config,"
+                " tensor_parallel_size,"
                 " distributed_executor_backend,"
                 " max_model_len, max_num_seqs, max_num_batched_tokens, gpu_memory_utilization, kv_cache_memory_bytes,"
                 " enforce_eager, async_scheduling, additional_config, limit_mm_per_prompt, enable_prefix_caching,"
@@ -56,6 +57,21 @@ AREAS = (
                 "vllm.config.ModelConfig", "dtype, max_model_len, get_vocab_size()", "input dtype, limits of token ids"
             ),
             Name("vllm.platforms.current_platform", "is_cpu()", "defaults that differ between CPU and GPU"),
+        ),
+    ),
+    Area(
+        "Arguments that pass through",
+        "engine_args.py",
+        "Compare `checked` with vLLM's arguments; rename an argument in `serving/settings/engine_args.py`, too.",
+        (
+            Name(
+                "vllm.engine.arg_utils.AsyncEngineArgs", "", "names and types of arguments: the fields of a dataclass"
+            ),
+            Name(
+                "vllm.model_executor.model_loader._LOAD_FORMAT_TO_MODEL_LOADER",
+                "auto, fastsafetensors, runai_streamer",
+                "load formats",
+            ),
         ),
     ),
     Area(
@@ -80,7 +96,8 @@ AREAS = (
             Name(
                 "vllm.sampling_params.SamplingParams",
                 "__init__(*, temperature, top_p, top_k, max_tokens, seed, stop, stop_token_ids, presence_penalty,"
-                " frequency_penalty, repetition_penalty, ignore_eos, output_kind, skip_clone)",
+                " frequency_penalty, repetition_penalty, ignore_eos, include_stop_str_in_output, min_p, min_tokens,"
+                " logit_bias, allowed_token_ids, _bad_words_token_ids, output_kind, skip_clone)",
                 "sampling; `skip_clone` saves a copy per request",
             ),
             Name("vllm.sampling_params.RequestOutputKind", "DELTA", "deltas in place of the text so far"),

@@ -10,18 +10,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 
-from deploy.embedded.architecture import build_tokenizer
 from deploy.embedded.batches import IGNORED, KINDS, MEL, Clip, Corpus, _without, audio_tokens, varied
 from deploy.embedded.corpus.captions import Event, Facts, caption
-from deploy.embedded.train import SHORT_FRAMES, HelperHeads, Training, lessons
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    import torch
+else:
+    torch = Lazy("torch")
+train = Lazy("deploy.embedded.train")
 
 LENGTHS = (50, 130, 260, 390, 700)
 FACTS = Facts((Event("rain"), Event("man", "French", "slowly")), 2.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Train as `train` does, with one thread: threads that wait for each other took ten times the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         for first, frames in zip(firsts, LENGTHS, strict=True)
     ]
     (folder / "000.jsonl").write_text("\n".join(lines))
-    return Corpus(folder, build_tokenizer([caption(FACTS)] * 10))
+    return Corpus(folder, train.build_tokenizer([caption(FACTS)] * 10))
 
 
 def test_a_batch_labels_each_audio_token(corpus: Corpus) -> None:
@@ -61,11 +74,11 @@ def test_beats_are_counted_per_event(tmp_path: Path) -> None:
     (tmp_path / "000.f16").write_bytes(
         np.random.default_rng(0).standard_normal((600, MEL)).astype(np.float16).tobytes()
     )
-    corpus = Corpus(tmp_path, build_tokenizer([caption(facts)] * 10))
+    corpus = Corpus(tmp_path, train.build_tokenizer([caption(facts)] * 10))
     batch = corpus.batch(corpus.clips, np.random.default_rng(1))
     assert sorted(set(batch.beating.tolist())) == [IGNORED, 0, 1, 2, 3]
     assert batch.beats[1] / batch.beats[0] == pytest.approx(2)
-    heads = HelperHeads(192)
+    heads = train.HelperHeads(192)
     tokens = torch.zeros(len(batch.beating), 192)
     with torch.no_grad():
         heads.beats.weight.zero_()
@@ -125,17 +138,17 @@ def test_no_mask_removes_a_complete_sound() -> None:
 
 def test_lessons_begin_with_short_clips(corpus: Corpus) -> None:
     """The first tenth has only short clips; a resumed run has the remaining steps."""
-    first, second = list(lessons(corpus, 0, 80, (0, 1))), list(lessons(corpus, 60, 80, (0, 1)))
+    first, second = list(train.lessons(corpus, 0, 80, (0, 1))), list(train.lessons(corpus, 60, 80, (0, 1)))
     assert len(first) == 80
     assert len(second) == 20
-    assert all(clip.frames <= SHORT_FRAMES for clips in first[:8] for clip in clips)
-    assert any(clip.frames > SHORT_FRAMES for clips in first[8:] for clip in clips)
+    assert all(clip.frames <= train.SHORT_FRAMES for clips in first[:8] for clip in clips)
+    assert any(clip.frames > train.SHORT_FRAMES for clips in first[8:] for clip in clips)
 
 
 def test_processes_share_each_step(corpus: Corpus) -> None:
     """Two processes alternate in the same order of batches."""
-    batches = list(lessons(corpus, 60, 80, (0, 1)))
-    halves = [list(lessons(corpus, 60, 80, (rank, 2))) for rank in (0, 1)]
+    batches = list(train.lessons(corpus, 60, 80, (0, 1)))
+    halves = [list(train.lessons(corpus, 60, 80, (rank, 2))) for rank in (0, 1)]
     assert [len(half) for half in halves] == [20, 20]
     alternating = [clips for pair in zip(*halves, strict=True) for clips in pair]
     assert alternating[: len(batches)] == batches
@@ -143,14 +156,14 @@ def test_processes_share_each_step(corpus: Corpus) -> None:
 
 def test_training_learns_and_resumes(corpus: Corpus, tmp_path: Path) -> None:
     """The loss falls, and a saved state is resumed at its step."""
-    training = Training(corpus.tokenizer, tmp_path / "state.pt")
-    batch = corpus.batch(next(islice(lessons(corpus, 0, 80, (0, 1)), 1)), np.random.default_rng(0))
+    training = train.Training(corpus.tokenizer, tmp_path / "state.pt")
+    batch = corpus.batch(next(islice(train.lessons(corpus, 0, 80, (0, 1)), 1)), np.random.default_rng(0))
     losses = [training.learn(batch, 12) for _ in range(10)]
     alone = int(training.plan.tower_until * 12)
     assert losses[alone - 1][1] < losses[0][1], "the audio tower learns, alone"
     assert all(loss == 0 for loss, *_ in losses[:alone])
     assert losses[-1][0] < losses[alone][0], "then the captions"
     training.save()
-    again = Training(corpus.tokenizer, tmp_path / "state.pt")
+    again = train.Training(corpus.tokenizer, tmp_path / "state.pt")
     assert again.step == 10
     assert again.learn(batch, 12) == pytest.approx(training.learn(batch, 12), rel=1e-3)

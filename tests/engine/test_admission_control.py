@@ -124,13 +124,17 @@ def assert_empty(control: AdmissionControl) -> None:
 
 
 async def test_a_clients_stops_teach_no_length() -> None:
-    """A caption that the client's stop strings or tokens may have ended moves the estimate only if it is long."""
+    """A caption whose length the client's stops or choice of tokens may decide teaches only if it is long."""
     async with admission(fake_tokens=20, fake_tpot_s=0.0, fake_ttft_s=0.0) as (control, _):
         before = control._outputs.tokens
         for _ in range(5):
             assert await run(control, stop=(" ",)) <= 2
             await run(control, stop_token_ids=(1,))
             await run(control, stop_token_sequences=((1, 2),))
+            await run(control, logit_bias=((1, 100.0),))
+            await run(control, allowed_token_ids=(1,))
+            await run(control, bad_words=("a",))
+            await run(control, min_tokens=1)
         assert control._outputs.tokens == before
         await run(control)
         assert control._outputs.tokens != before

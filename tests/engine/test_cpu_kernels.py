@@ -11,12 +11,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from serving.config import EMBEDDED_CHECKPOINT, Settings
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
+    import torch
+
     from serving.engine.vllm.engine import VllmEngine
+else:
+    torch = Lazy("torch")
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -159,12 +163,12 @@ def reachable(logits: torch.Tensor, k: torch.Tensor, p: torch.Tensor) -> torch.T
     return kept
 
 
-@pytest.mark.parametrize("k", [None, torch.tensor([VOCABULARY]), torch.tensor([129])])
-async def test_without_a_small_top_k_vllm_samples(topk_first_sampler: Any, k: torch.Tensor | None) -> None:
+@pytest.mark.parametrize("k", [None, [VOCABULARY], [129]])
+async def test_without_a_small_top_k_vllm_samples(topk_first_sampler: Any, k: list[int] | None) -> None:
     """Without a top k of at most 128, vLLM's own sampler is called."""
     sentinel = object()
     sampler = topk_first_sampler(lambda *_: sentinel)
-    assert sampler(torch.zeros(1, VOCABULARY), {}, k, None) is sentinel
+    assert sampler(torch.zeros(1, VOCABULARY), {}, None if k is None else torch.tensor(k), None) is sentinel
 
 
 async def test_a_seeded_request_is_sampled_by_vllm(topk_first_sampler: Any) -> None:

@@ -12,16 +12,20 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import torch
 
 from serving.config import Settings
 from serving.engine.base import audio_tokens
 from serving.types import Features, Sampling
 from tests.engine.conftest import sound, token_ids
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
+    import torch
+
     from serving.engine.vllm.async_llm import LoadedModel
     from serving.engine.vllm.engine import VllmEngine
+else:
+    torch = Lazy("torch")
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from serving.engine.base import Engine, EngineDelta
     from tests.engine.test_remote import Replica
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 CLIP = data_url(wav(1))
 TOKENS = 20
 DIALECTS = ("native", "compatible")
@@ -224,7 +226,7 @@ async def test_without_another_engine_a_full_response_fails(tmp_path: Path) -> N
 async def test_on_one_machine_nothing_is_tried_twice(tmp_path: Path) -> None:
     """The only engine of one machine is lost for good: no second try, no features kept, and an error in the dialect."""
     engine = FakeEngine(settings(fake_tpot_s=0.05), faults=Faults(fail_after_tokens=5))
-    async with service(engine, tmp_path) as running:
+    async with service(engine, tmp_path, quality_guard="stop") as running:
         await until(lambda: engine._ready)
         whole = asyncio.create_task(running.ask("native"))
         await until(lambda: engine.steps > 1)

@@ -6,8 +6,6 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from transformers import AutoProcessor, Qwen3OmniMoeForConditionalGeneration
 
 from serving.audio.features import log_mel
 from serving.config import EMBEDDED_CHECKPOINT, Settings
@@ -15,12 +13,17 @@ from serving.engine.vllm.engine import VllmEngine
 from serving.types import Features
 from tests.embedded.known_sounds import assorted
 from tests.engine.conftest import sound, start, token_ids, waveform
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
     Samples = npt.NDArray[np.float32]
+else:
+    torch = Lazy("torch")
+transformers = Lazy("transformers")
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -37,14 +40,14 @@ TIE = 1e-3
 def reference() -> Any:
     """The same checkpoint in the implementation of transformers, in float32."""
     torch.set_num_threads(1)  # the model is small: on a busy machine threads would wait for each other
-    model = Qwen3OmniMoeForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
+    model = transformers.Qwen3OmniMoeForConditionalGeneration.from_pretrained(EMBEDDED_CHECKPOINT, dtype=torch.float32)
     return model.thinker.eval()
 
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
     """The checkpoint's own preprocessing: chat template, feature extractor and placeholders."""
-    return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    return transformers.AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 def reference_tokens(reference: Any, processor: Any, samples: Samples) -> list[int]:

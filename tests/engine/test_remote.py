@@ -20,7 +20,7 @@ from serving.engine.remote import server as servers
 from serving.engine.remote.client import RemoteEngine
 from serving.engine.remote.server import EngineServer
 from serving.engine.remote.wire import Abort, Failure, FeaturesPiece, Generate, Hello, State, encode, read_message
-from serving.errors import EngineFailed, NotReady, Overloaded
+from serving.errors import AudioTooLong, EngineFailed, NotReady, Overloaded
 from serving.types import MELS, Features, FinishReason, Sampling, SchedulingClass
 
 if TYPE_CHECKING:
@@ -227,6 +227,23 @@ async def test_a_draining_replica_gets_no_more_and_finishes_what_it_has() -> Non
         assert result(await last)[1] == 20
         await draining
         assert (old.fake.finished, new.fake.finished, engine.retries) == (1, 1, 0)
+
+
+async def test_a_replica_refuses_what_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of `max_audio_s` is accepted; a longer one is `AudioTooLong` and takes no memory."""
+    allocated: list[int] = []
+    allocate = servers._Incoming.allocate
+
+    def noted(incoming: servers._Incoming) -> None:
+        allocated.append(incoming.frames)
+        allocate(incoming)
+
+    monkeypatch.setattr(servers._Incoming, "allocate", noted)
+    async with replica(settings(max_audio_s=2.0)) as one, frontend(one) as engine:
+        assert result(await collect(engine, clip(2)))[1] == 20
+        with pytest.raises(AudioTooLong):
+            await collect(engine, clip(2.05))
+        assert (allocated, one.server.features_bytes) == ([200], 0)
 
 
 async def test_a_refusal_arrives_with_its_reason() -> None:

@@ -135,6 +135,30 @@ async def test_unknown_fields_are_ignored(kind: str) -> None:
     assert await read(frame(header | {"new": {"a": 1}}, payload)) == message
 
 
+async def test_added_sampling_parameters_are_sent_where_they_are_set() -> None:
+    """Parameters that were added arrive as they were sent; without them the frame is that of the version before."""
+    added = Sampling(
+        include_stop=True,
+        min_p=0.5,
+        min_tokens=3,
+        logit_bias=((5, -1.5), (6, 2.0)),
+        allowed_token_ids=(5, 6),
+        bad_words=("d\u00f6g",),
+    )
+    data = b"".join(encode(Generate(7, "r-1", added, SchedulingClass(), 321, 2)))
+    message = await read(data)
+    assert isinstance(message, Generate)
+    assert message.sampling == added
+    assert header_of(data)["sampling"].keys() - header_of(BEFORE["generate"][1])["sampling"].keys() == {
+        "include_stop",
+        "min_p",
+        "min_tokens",
+        "logit_bias",
+        "allowed_token_ids",
+        "bad_words",
+    }
+
+
 @pytest.mark.parametrize(
     ("kind", "optional"),
     [

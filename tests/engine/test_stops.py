@@ -41,3 +41,17 @@ def test_all_text_before_the_first_sequence_is_returned(deltas: list[list[int]],
     begins = [end - len(s) for s in sequences if full[:end].endswith(decode(s))]
     assert sent in {full[:begin] for begin in begins}
     assert finish_reason is FinishReason.STOP
+
+
+def test_a_sequence_may_be_part_of_the_caption() -> None:
+    """With `include` the caption ends after the sequence, however its tokens are divided into deltas."""
+    stops = StopSequences([[1, 2]], decode, include=True)
+    assert stops.feed("ab", [0, 1], None) == ("", None)
+    assert stops.feed("ca", [2, 0], None) == ("abc", FinishReason.STOP)
+
+
+def test_nothing_stops_within_the_least_number_of_tokens() -> None:
+    """A sequence that is complete within `min_tokens` tokens stays in the text; the next one stops."""
+    stops = StopSequences([[1]], decode, min_tokens=2)
+    assert stops.feed("aba", [0, 1, 0], None) == ("aba", None)
+    assert stops.feed("cb", [2, 1], None) == ("c", FinishReason.STOP)

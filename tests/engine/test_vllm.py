@@ -20,8 +20,6 @@ import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
-import torch
-from transformers import AutoProcessor
 
 from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.engine.base import PROMPT_TOKENS, audio_tokens, context_tokens
@@ -29,11 +27,17 @@ from serving.engine.vllm.engine import VllmEngine, _environment
 from serving.errors import AudioTooLong, EngineFailed, InvalidRequest, NotReady
 from serving.types import Features, FinishReason, Sampling
 from tests.engine.conftest import Caption, caption, sound, start, token_ids, waveform
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    import torch
+
     from serving.engine.vllm.async_llm import LoadedModel
+else:
+    torch = Lazy("torch")
+transformers = Lazy("transformers")
 
 pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 
@@ -41,7 +45,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="session")]
 @pytest.fixture(scope="module")
 def processor() -> Any:
     """Return the checkpoint's own preprocessing."""
-    return AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+    return transformers.AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 def model_of(engine: VllmEngine) -> LoadedModel:

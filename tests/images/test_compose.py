@@ -52,9 +52,16 @@ def cpu(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return merged(tmp_path_factory, "compose.yaml", "compose.cpu.yaml")
 
 
-@pytest.fixture(params=["gpu", "cpu"])
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Project with uploads in a bucket."""
+    variables = {"CAPTIONER_OBJECT_STORE_URL": "s3://captions/production"}
+    return merged(tmp_path_factory, "compose.yaml", "compose.objects.yaml", **variables)
+
+
+@pytest.fixture(params=["gpu", "cpu", "objects"])
 def project(request: pytest.FixtureRequest) -> Project:
-    """Each of the two projects in turn."""
+    """Each of the projects in turn."""
     found: Project = request.getfixturevalue(request.param)
     return found
 
@@ -199,6 +206,15 @@ def test_only_the_cuda_image_reserves_gpus(gpu: Project, cpu: Project) -> None:
     assert resources["cpu"]["build"]["dockerfile"] == "deploy/docker/cpu.Dockerfile"
     assert any("cpu-embedded.toml" in volume for volume in resources["cpu"]["volumes"])
     assert not any("1xh100" in volume for volume in resources["cpu"]["volumes"])
+
+
+def test_uploads_can_be_in_a_bucket(objects: Project) -> None:
+    """The bucket is a variable; its keys are secrets of the service alone."""
+    captioner = objects["services"]["captioner"]
+    assert captioner["environment"]["CAPTIONER_OBJECT_STORE_URL"] == "s3://captions/production"
+    keys = {"captioner_object_store_access_key_id", "captioner_object_store_secret_key"}
+    assert keys <= set(captioner["secrets"])
+    assert all(keys.isdisjoint(each.get("secrets", [])) for name, each in services(objects) if name != "captioner")
 
 
 def test_every_profile_can_be_chosen(tmp_path_factory: pytest.TempPathFactory) -> None:

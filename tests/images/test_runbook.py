@@ -21,6 +21,7 @@ TASKS = (
     "Back up the ledger",
     "Restore the ledger",
     "Repair the disk of the ledger",
+    "Find the cause of dying downloads",
     "Lose a node",
     "Lose the head",
     "Change the model",

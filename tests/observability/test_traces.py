@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 from pydantic import SecretStr
@@ -28,8 +29,6 @@ from tests.support.wire import COMPATIBLE, NATIVE, compatible_body, data_url, na
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
-
-    import pytest
 
     from serving.engine.base import Engine, EngineDelta
 
@@ -114,6 +113,7 @@ async def test_a_span_for_each_stage_in_the_callers_trace(monkeypatch: pytest.Mo
     assert f'# {{trace_id="{TRACE_ID}"}}' in metrics.text
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_an_unsampled_request_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """If neither ratio nor caller samples, there is no span and no exemplar, and the engine is not to trace either."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
@@ -127,6 +127,7 @@ async def test_an_unsampled_request_leaves_nothing(monkeypatch: pytest.MonkeyPat
     assert [int(trace["traceparent"].rpartition("-")[2], 16) & 1 for trace in engine.traces] == [0, 0, 0]
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_a_request_without_a_key_leaves_no_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests without a valid key are not traced, whatever they ask for and however many are traced."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)
@@ -141,6 +142,7 @@ async def test_a_request_without_a_key_leaves_no_span(monkeypatch: pytest.Monkey
     assert [span.name for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER] == ["caption"]
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_a_caller_does_not_decide_on_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default neither the caller's flag nor its choice of the trace id decides; the trace id is joined."""
     least = f"00-{'f' * 16}{'0' * 15}1-{SPAN_ID}-01"  # the lowest of ids, which a ratio of the id would always sample
@@ -171,6 +173,7 @@ def test_the_tracer_follows_the_settings() -> None:
         assert found == flags
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure of the service marks its span with an error; a caller's mistake does not."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS, faults=Faults(fail_after_tokens=3))
@@ -182,6 +185,7 @@ async def test_a_failure_is_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong.status.status_code is StatusCode.UNSET
 
 
+@pytest.mark.usefixtures("in_process")
 async def test_the_trace_crosses_to_engine_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine replica of a cluster gets the frontend's trace context."""
     exporter, engine = InMemorySpanExporter(), Listening(SETTINGS)

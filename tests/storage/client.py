@@ -9,7 +9,8 @@ from serving.config import Settings
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.storage.uploads import UploadPolicy, UploadStore
+    from serving.storage.upload_policies import UploadPolicy
+    from serving.storage.uploads import UploadStore
 
 OWNER, MODEL = "0123456789abcdef", "qwen3-omni-30b-a3b-captioner"
 MIB = 1024 * 1024
@@ -41,4 +42,5 @@ async def put(store: UploadStore, name: str, data: bytes, policy: UploadPolicy |
 
 async def fetch(store: UploadStore, key: str, owner: str = OWNER, model: str = MODEL) -> bytes:
     """Read a stored file as the pipeline does."""
-    return (await store.open(key, owner=owner, model=model)).read_bytes()
+    async with store.reading(key, owner=owner, model=model) as path:
+        return path.read_bytes()

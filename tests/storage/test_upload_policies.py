@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from serving import errors
 from serving.config import Settings
-from serving.storage.uploads import DirectoryUploads, UploadPolicies
+from serving.storage.upload_policies import UploadPolicies
 from tests.storage.client import MODEL, OWNER, fetch, put, settings
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from serving.storage.uploads import DirectoryUploads
 
 
 async def test_a_policy_names_its_directory_and_terms(store: DirectoryUploads) -> None:

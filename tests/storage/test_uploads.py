@@ -39,6 +39,20 @@ async def test_a_stored_file_is_private(store: DirectoryUploads, tmp_path: Path)
     assert await store.open(key, owner=OWNER, model=MODEL) == path
 
 
+async def test_a_file_above_a_lowered_limit_is_not_opened(tmp_path: Path) -> None:
+    """A file that was stored under a larger limit is `AudioTooLarge`; one of the limit's size is opened."""
+    larger = DirectoryUploads(settings(tmp_path))
+    await larger.start()
+    keys = [await put(larger, f"{size}.wav", b"x" * size) for size in (500, 501)]
+    await larger.stop()
+    lowered = DirectoryUploads(settings(tmp_path, max_upload_bytes=500))
+    await lowered.start()
+    assert await fetch(lowered, keys[0]) == b"x" * 500
+    with pytest.raises(errors.AudioTooLarge):
+        await lowered.open(keys[1], owner=OWNER, model=MODEL)
+    await lowered.stop()
+
+
 async def test_a_file_belongs_to_its_owner_and_model(store: DirectoryUploads) -> None:
     """Another caller, another model, and another key find no file."""
     key = await put(store, "a.wav", b"abc")
@@ -125,7 +139,7 @@ async def test_an_upload_that_fails_or_is_cancelled_leaves_nothing(store: Direct
 
 async def test_the_disk_is_bounded(tmp_path: Path) -> None:
     """An upload beyond the disk space of all uploads is refused as overload; stored files are kept."""
-    store = DirectoryUploads(settings(tmp_path, max_upload_bytes=MIB))
+    store = DirectoryUploads(settings(tmp_path, max_upload_bytes=500))
     await store.start()
     key = await put(store, "a", bytes(MIB // 2))
     with pytest.raises(errors.Overloaded) as caught:

@@ -8,6 +8,7 @@ import datetime as dt
 import os
 import time
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,6 +20,8 @@ from serving.api.uvicorn_protocol import protocol
 from serving.config import Settings
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine, Faults
+from serving.engine.remote.client import RemoteEngine
+from serving.engine.remote.server import EngineServer
 from serving.tenancy import database as databases
 from serving.tenancy import usage_session
 from serving.tenancy.admin.service import Administration
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
+
+    from serving.engine.base import Engine
 
 CLIP = data_url(wav(1))
 """One second: 13 tokens of audio and 8 of text."""
@@ -235,9 +240,17 @@ async def billed_service(
     database_url: str,
     monkeypatch: pytest.MonkeyPatch,
     tenants: Mapping[str, Mapping[str, Any]],
+    *,
+    plans: Mapping[str, Mapping[str, Any]] | None = None,
+    engine: type[ScriptedEngine] = ScriptedEngine,
+    replicated: bool = False,
     **settings: Any,
 ) -> AsyncIterator[BilledService]:
-    """Run a service with these tenants, by their ids: `limits`, `free_tokens` and the like."""
+    """Run a service with these tenants, by their ids: `plan`, `limits`, `free_tokens` and the like.
+
+    A tenant without a plan has the plan `billed`, which limits nothing. With `replicated` the engine is behind a
+    socket, as a replica's is behind its frontend.
+    """
     given = Settings(
         engine="fake",
         audio_workers=1,
@@ -255,15 +268,28 @@ async def billed_service(
     database = databases.connect(database_url)
     databases.migrate(database)
     administration = Administration(database, Pepper.of(given), "test")
-    administration.set_plan("billed", tenant_limits={}, key_limits={}, free_tokens=0, free_days=0)
+    for name, plan in {"billed": {}, **(plans or {})}.items():
+        administration.set_plan(
+            name, **{"tenant_limits": {}, "key_limits": {}, "free_tokens": 0, "free_days": 0, **plan}
+        )
     keys = {}
     for name, chosen in tenants.items():
-        administration.create_tenant(name, plan="billed", **chosen)
+        administration.create_tenant(name, **{"plan": "billed", **chosen})
         keys[name] = administration.create_key(name)[1]
     service = BilledService(database, Stores(monkeypatch), keys)
-    service.engine = ScriptedEngine(given)
+    service.engine = engine(given)
     service.admission = AdmissionControl(service.engine, given)
-    app = create_app(given, service.admission)
+    engines = _behind_a_socket(given, service.admission) if replicated else nullcontext(service.admission)
+    try:
+        async with engines as served, _served(given, service, served):
+            yield service
+    finally:
+        database.dispose()
+
+
+@contextlib.asynccontextmanager
+async def _served(given: Settings, service: BilledService, engine: Engine) -> AsyncIterator[None]:
+    app = create_app(given, engine)
     service.components = app.state.components
     server = uvicorn.Server(
         uvicorn.Config(app, port=0, http=protocol(given), ws="none", log_config=None, access_log=False)
@@ -274,10 +300,24 @@ async def billed_service(
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as service.client:
             await service.until(lambda: service.engine._ready)
-            yield service
+            yield
     finally:
         service.engine.resume()
         service.engine.die()
         server.should_exit = True
         await serving
-        database.dispose()
+
+
+@contextlib.asynccontextmanager
+async def _behind_a_socket(given: Settings, admission: AdmissionControl) -> AsyncIterator[RemoteEngine]:
+    secret = "sesame"  # noqa: S105 - of this test
+    server = EngineServer(given, admission, lambda: secret)
+    await admission.start()
+    await server.start("127.0.0.1")
+    engine = RemoteEngine()
+    engine.update([f"127.0.0.1:{server.port}"], secret)
+    try:
+        yield engine
+    finally:
+        await server.stop()
+        await admission.stop()

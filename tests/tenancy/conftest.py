@@ -10,6 +10,8 @@ import sqlalchemy as sa
 
 from benchmarks.servers import Postgres, Redis
 from serving.tenancy import database as databases
+from serving.tenancy.ledger import database_writer
+from serving.tenancy.ledger import ledger as ledgers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,3 +55,13 @@ def database(database_url: str) -> Iterator[sa.Engine]:
     databases.migrate(engine)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger whose threads and tasks run ten times as often, so that tests wait for conditions and not for turns."""
+    monkeypatch.setattr(database_writer, "_WRITE_EVERY_S", 0.05)
+    monkeypatch.setattr(database_writer, "_MAX_RETRY_S", 0.5)
+    monkeypatch.setattr(ledgers, "_PROGRESS_EVERY_S", 0.1)
+    monkeypatch.setattr(ledgers, "_SYNC_EVERY_S", 0.01)
+    monkeypatch.setattr(ledgers, "_CHECK_DISK_EVERY_S", 0.1)

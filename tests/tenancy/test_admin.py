@@ -97,6 +97,13 @@ def test_a_second_tenant_of_the_same_id_is_refused(admin: Administration) -> Non
             admin.create_tenant(bad)
 
 
+@pytest.mark.parametrize("word", ["other", "none"])
+def test_a_tenant_is_not_named_as_a_label_of_several(admin: Administration, word: str) -> None:
+    """The labels that metrics use for all further tenants and for strangers are no tenant's id."""
+    with pytest.raises(InvalidChangeError, match="metrics use this word"):
+        admin.create_tenant(word)
+
+
 def test_a_key_is_returned_once_and_stored_as_a_hash(admin: Administration) -> None:
     """The database has the hash and the first characters of a key, but not the key."""
     admin.create_tenant("acme")

@@ -17,7 +17,6 @@ import sqlalchemy as sa
 from serving.errors import NotReady, Overloaded
 from serving.tenancy.ledger import journal as journals
 from serving.tenancy.ledger import usage_table
-from serving.tenancy.ledger.journal import Journal, JournalReader, abandoned, living, size_bytes
 from serving.types import Outcome
 from tests.tenancy.test_ledger import kill, ledger_in, rows, until, usage
 
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
 
     from serving.tenancy.ledger.ledger import Ledger
     from serving.tenancy.ledger.usage_record import UsageRecord
+
+pytestmark = pytest.mark.usefixtures("hurried")
 
 FAULTS = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO]
 
@@ -316,49 +317,6 @@ async def test_a_refused_record_is_counted_once_on_a_full_disk(
     await until(lambda: ledger.pending == 0)
     assert ledger._writer.refused == 1
     await ledger.stop()
-
-
-def test_a_segment_is_allocated_before_use_and_read_to_its_zeros(tmp_path: Path) -> None:
-    """The file has its full size at once; the reader stops at the zeros, and only the content counts as pending."""
-    journal = Journal(tmp_path, "one").open()
-    journal.append([1])
-    [segment] = tmp_path.rglob("*.log")
-    assert segment.stat().st_size == 2**20
-    assert segment.stat().st_blocks * 512 >= 2**20
-    assert journal.reader.read() == ([[1]], 13)
-    assert JournalReader(journal.directory).read() == ([[1]], 13)
-    assert size_bytes(tmp_path, excluding="two") == 13
-    assert living(tmp_path, excluding="two") == ["one"]
-    assert living(tmp_path, excluding="one") == []
-    journal.close()
-
-
-def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
-    """The owner's reader stops where the last append ended, whatever the file already shows behind it."""
-    journal = Journal(tmp_path, "one").open()
-    journal.append([1])
-    [segment] = tmp_path.rglob("*.log")
-    with segment.open("r+b") as file:
-        file.seek(13)
-        file.write(b"0000\0\0\0\0 [2]\n")
-    assert journal.reader.read() == ([[1]], 13)
-    journal.close()
-
-
-def test_a_journal_of_an_earlier_version_is_replayed(tmp_path: Path) -> None:
-    """Segments without zeros, and larger than those of this version, are read to their end."""
-    journal = Journal(tmp_path, "old").open()
-    journal.append(["x" * 1000])
-    [segment] = tmp_path.rglob("*.log")
-    line = segment.read_bytes().rstrip(b"\0")
-    journal.close()
-    segment.write_bytes(line * 3000)
-    found = 0
-    with next(abandoned(tmp_path, excluding="mine")) as dead:
-        while (batch := dead.reader.read())[1]:
-            found += len(batch[0])
-            dead.reader.advance()
-    assert (found, dead.reader.damaged) == (3000, 0)
 
 
 PROGRAM = """

@@ -41,8 +41,8 @@ def other(service: RunningService) -> Iterator[dict[str, str]]:
     """The authorization header of another tenant."""
     database = connect(f"sqlite:///{service.data / 'captioner.db'}")
     admin = Administration(database, Pepper((service.data / "pepper").read_bytes().strip()), "test")
-    admin.create_tenant("other", plan="unlimited")
-    header = bearer(admin.create_key("other")[1])
+    admin.create_tenant("another", plan="unlimited")
+    header = bearer(admin.create_key("another")[1])
     for _ in range(300):
         if httpx.get(f"{service.url}/v1/models", headers=header).status_code == 200:
             break
@@ -123,24 +123,24 @@ def test_a_look_up_takes_one_hash_whatever_the_key(monkeypatch: pytest.MonkeyPat
 def test_headers_do_not_say_who_calls(service: RunningService, other: dict[str, str]) -> None:
     """Only the key identifies a caller: headers that name a tenant, user or proxy change neither record nor limit."""
     spoofed = {
-        "x-tenant": "other",
-        "x-tenant-id": "other",
-        "x-user": "other",
-        "x-dashscope-workspace": "other",
-        "openai-organization": "other",
+        "x-tenant": "another",
+        "x-tenant-id": "another",
+        "x-user": "another",
+        "x-dashscope-workspace": "another",
+        "openai-organization": "another",
         "x-forwarded-for": "10.0.0.1",
-        "x-forwarded-user": "other",
-        "x-actor": "other",
+        "x-forwarded-user": "another",
+        "x-actor": "another",
     }
     before = {row.request_id for row in records(service)}
-    body = compatible_body(CLIP, user="other", metadata={"tenant": "other"})
+    body = compatible_body(CLIP, user="another", metadata={"tenant": "another"})
     assert httpx.post(service.url + COMPATIBLE, json=body, headers=ONE | spoofed).status_code == 200
     new = [row for row in records(service) if row.request_id not in before]
     assert [row.tenant_id for row in new] == ["default"]
     two = [("authorization", ONE["authorization"]), ("authorization", other["authorization"])]
     answer = httpx.post(service.url + COMPATIBLE, json=compatible_body(CLIP), headers=two)
     assert answer.status_code in {200, 400, 401}
-    assert {row.tenant_id for row in records(service) if row.request_id not in before} <= {"default", "other"}
+    assert {row.tenant_id for row in records(service) if row.request_id not in before} <= {"default", "another"}
 
 
 def test_another_tenants_upload_is_not_found(service: RunningService, other: dict[str, str]) -> None:

@@ -1,11 +1,12 @@
-"""Checkpoint of an engine pod: download from the hub, wait for the download, verify checksums.
+"""Checkpoint of an engine pod: download from a hub, wait for the download, verify checksums.
 
     python model.py fetch  DIRECTORY NAME REVISION    for the download Job
     python model.py wait   DIRECTORY                  before an engine, if the Job fills the volume
     python model.py verify DIRECTORY                  before an engine, otherwise
 
-The sums are those of SHA256SUMS in this script's directory (from `model.checksums`) and, for files in the hub's
-large-file store, the hub's sums. A marker file that names the sums records that a directory was checked against them.
+The sums are those of SHA256SUMS in this script's directory (from `model.checksums`) and the hub's: Hugging Face has
+them of files in its large-file store, ModelScope (chosen by `VLLM_USE_MODELSCOPE`) of every file. A marker file that
+names the sums records that a directory was checked against them.
 """
 
 from __future__ import annotations
@@ -52,24 +53,51 @@ def sums_mark() -> str:
     return hashlib.sha256(repr(sorted(operator_sums().items())).encode()).hexdigest()
 
 
+def uses_modelscope() -> bool:
+    """Return whether the hub is ModelScope, by the variable and the values that vLLM reads."""
+    return os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in {"1", "true"}
+
+
+def download(directory: Path, name: str, revision: str) -> dict[str, str]:
+    """Download one revision of a model; return the hub's sums by file name."""
+    if uses_modelscope():
+        from modelscope import snapshot_download as download_from_modelscope  # noqa: PLC0415 - only here, and slow
+        from modelscope_hub import HubApi  # noqa: PLC0415
+
+        # The default branch, which Hugging Face calls `main`.
+        revision = "master" if revision == "main" else revision
+        download_from_modelscope(name, revision=revision, local_dir=str(directory))
+        files = HubApi().list_repo_files(name, "model", revision=revision)
+        return {each.path: each.sha256 for each in files if each.sha256}
+    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415
+
+    snapshot_download(name, revision=revision, local_dir=directory)
+    files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings
+    return {each.rfilename: each.lfs.sha256 for each in files if each.lfs}
+
+
 def fetch(directory: Path, name: str, revision: str) -> int:
     """Download one revision of a model, verify it, and write the marker. Return the exit status."""
-    from huggingface_hub import HfApi, snapshot_download  # noqa: PLC0415 - only here, and slow
-
     marker = directory / MARKER
-    wanted = f"{sums_mark()} {name} {revision}\n"
+    wanted = f"{sums_mark()} {name} {revision}{' of ModelScope' if uses_modelscope() else ''}\n"
     if marker.is_file() and marker.read_text() == wanted:
         print(f"{directory} is already complete")
         return 0
     marker.unlink(missing_ok=True)
-    snapshot_download(name, revision=revision, local_dir=directory)
-    files = HfApi().model_info(name, revision=revision, files_metadata=True).siblings
-    sums = {each.rfilename: each.lfs.sha256 for each in files if each.lfs} | operator_sums()
+    try:
+        sums = download(directory, name, revision) | operator_sums()
+    except ModuleNotFoundError as error:
+        print(f"the package {error.name} is not in this image; use an image of the cuda variant", file=sys.stderr)
+        return 1
+    if uses_modelscope() and not sums:  # a release of its package that no longer reports them
+        print("ModelScope has no sums for the files; set model.checksums", file=sys.stderr)
+        return 1
     if problems := problems_of(directory, sums):
         print("\n".join(problems), file=sys.stderr)
         for problem in problems:  # the next attempt downloads these files again
             (directory / problem.split()[0]).unlink(missing_ok=True)
-        shutil.rmtree(directory / ".cache", ignore_errors=True)
+        for cache in (".cache", "._____temp"):
+            shutil.rmtree(directory / cache, ignore_errors=True)
         return 1
     marker.write_text(wanted)
     print(f"{directory} contains {name} at {revision}: {len(sums)} sums match")

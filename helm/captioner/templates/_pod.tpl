@@ -131,6 +131,18 @@ annotations:
 {{- end }}
 {{- end -}}
 
+{{/* Environment variables of containers that receive and read uploaded files. */}}
+{{- define "captioner.objectStoreEnv" -}}
+{{- if and .Values.objectStore.url .Values.objectStore.secret -}}
+- name: CAPTIONER_OBJECT_STORE_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef: {name: {{ .Values.objectStore.secret | quote }}, key: access-key-id, optional: true}
+- name: CAPTIONER_OBJECT_STORE_SECRET_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .Values.objectStore.secret | quote }}, key: secret-key}
+{{- end }}
+{{- end -}}
+
 {{/* Environment variables of containers that expose metrics: frontends and engines. */}}
 {{- define "captioner.metricsEnv" -}}
 {{- if .Values.monitoring.token -}}
@@ -292,10 +304,10 @@ and limits. A frontend's never fails the pod: the service starts without its dat
 {{- end }}
 {{- end -}}
 
-{{/* Uploads, shared by all frontends, and the ledger's journal of this pod. */}}
+{{/* Uploads, shared by all frontends unless they are in a bucket, and the ledger's journal of this pod. */}}
 {{- define "captioner.frontendVolumes" -}}
 - name: uploads
-  {{- if eq .Values.uploads.storage "pvc" }}
+  {{- if and (eq .Values.uploads.storage "pvc") (not .Values.objectStore.url) }}
   persistentVolumeClaim:
     claimName: {{ default (printf "%s-uploads" (include "captioner.fullname" .)) .Values.uploads.existingClaim | quote }}
   {{- else }}

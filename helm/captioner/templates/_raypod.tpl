@@ -42,6 +42,9 @@ spec:
         {{- include "captioner.baseEnv" $root | nindent 8 }}
         {{- if $frontend }}
         {{- include "captioner.callersEnv" $root | nindent 8 }}
+        {{- with include "captioner.objectStoreEnv" $root }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- end }}
         {{- if ne .component "head" }}
         {{- with include "captioner.metricsEnv" $root }}

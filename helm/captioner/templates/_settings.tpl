@@ -71,12 +71,21 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 {{- $_ := set $given "host" "0.0.0.0" -}}
 {{- $_ := set $given "port" 8000 -}}
 {{- end -}}
+{{- with .Values.objectStore.url -}}
+{{- $store := $.Values.objectStore -}}
+{{- $_ := set $given "object_store_url" . -}}
+{{- with $store.endpoint -}}{{- $_ := set $given "object_store_endpoint" . -}}{{- end -}}
+{{- with $store.region -}}{{- $_ := set $given "object_store_region" . -}}{{- end -}}
+{{- if $store.virtualHost -}}{{- $_ := set $given "object_store_virtual_host" true -}}{{- end -}}
+{{- end -}}
 {{- with include "captioner.modelPath" . -}}{{- $_ := set $given "model" . -}}{{- end -}}
 {{- with include "captioner.publicUrl" . -}}{{- $_ := set $given "public_url" . -}}{{- end -}}
 {{- $all := dict -}}
 {{- range $name, $value := merge (deepCopy .Values.settings) $given -}}
 {{- /* Helm reads 10485759 as a float and would write 1.0485759e+07. */ -}}
 {{- if and (kindIs "float64" $value) (eq (float64 (int64 $value)) (float64 $value)) -}}{{- $value = int64 $value -}}{{- end -}}
+{{- /* As JSON, for the same reason: a table may have numbers at any depth. */ -}}
+{{- if kindIs "map" $value -}}{{- $value = toJson $value -}}{{- end -}}
 {{- if not (kindIs "invalid" $value) -}}{{- $_ := set $all $name $value -}}{{- end -}}
 {{- end -}}
 {{- toYaml $all -}}

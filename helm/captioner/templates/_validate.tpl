@@ -14,8 +14,17 @@
 {{- end -}}
 {{- end -}}
 {{- $frontends := ternary (int $v.frontend.replicas.max) (int $v.engine.replicas.max) $ray -}}
-{{- if and (gt $frontends 1) (eq $v.uploads.storage "emptyDir") -}}
-{{- $errors = append $errors "uploads.storage: emptyDir requires a single pod that accepts requests, because pods do not see each other's uploads; use pvc" -}}
+{{- if and (gt $frontends 1) (eq $v.uploads.storage "emptyDir") (not $v.objectStore.url) -}}
+{{- $errors = append $errors "uploads.storage: emptyDir requires a single pod that accepts requests, because pods do not see each other's uploads; set objectStore.url, or use pvc" -}}
+{{- end -}}
+{{- if not $v.objectStore.url -}}
+{{- range $name := list "endpoint" "region" "secret" "networks" "virtualHost" -}}
+{{- if get $v.objectStore $name -}}
+{{- $errors = append $errors (printf "objectStore.%s has no effect without objectStore.url; set both" $name) -}}
+{{- end -}}
+{{- end -}}
+{{- else if and $v.networkPolicy.enabled (not $v.networkPolicy.fetch.enabled) (not $v.objectStore.networks) -}}
+{{- $errors = append $errors "objectStore.networks is required with objectStore.url while networkPolicy.fetch.enabled is false, or no pod reaches the bucket" -}}
 {{- end -}}
 {{- if and (gt $frontends 1) (eq $v.postgresql.mode "none") -}}
 {{- $errors = append $errors "postgresql.mode: none requires a single pod that accepts requests, because each pod would have separate keys and bills; use bundled or external" -}}
@@ -65,6 +74,9 @@
 {{- if and (eq $v.model.source "pvc") (not $v.model.pvc.existingClaim) (lt . (int64 $v.model.sizeGiB)) -}}
 {{- $errors = append $errors (printf "model.pvc.sizeGiB (%d) must be at least model.sizeGiB (%d), or the model does not fit" . (int64 $v.model.sizeGiB)) -}}
 {{- end -}}
+{{- end -}}
+{{- if and (eq $v.model.hub "modelscope") (eq $v.image.variant "cpu") (not $v.image.tag) (not $v.image.digest) (eq $v.model.source "pvc") $v.model.download.enabled -}}
+{{- $errors = append $errors "model.hub: modelscope requires the cuda image, which has its package; set image.variant to cuda, or model.download.enabled to false" -}}
 {{- end -}}
 {{- if and (eq $v.model.source "objectStore") (not $v.model.objectStore.path) -}}
 {{- $errors = append $errors "model.objectStore.path is required with model.source: objectStore, as bucket/prefix" -}}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from serving import errors
+from serving.types import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -108,6 +109,7 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.ServerError: 500,
     errors.NotReady: 503,
     errors.Overloaded: 503,
+    errors.StorageUnavailable: 503,
     errors.CaptionerError: 500,
 }
 """The single table of HTTP statuses: an error has the status of its nearest ancestor. A dialect may override it."""
@@ -129,11 +131,24 @@ def error_headers(error: errors.CaptionerError, request_id: str) -> dict[str, st
             headers["x-should-retry"] = "false"
     elif isinstance(error, errors.SourceUnavailable):
         headers["retry-after"] = str(min(MAX_RETRY_S, max(SOURCE_RETRY_S, math.ceil(error.retry_after_s))))
-    elif isinstance(error, errors.NotReady):
+    elif isinstance(error, (errors.NotReady, errors.StorageUnavailable)):
         headers["retry-after"] = "10"
     elif isinstance(error, (errors.DeadlineExceeded, errors.AccessDenied, errors.Arrearage)):
         headers["x-should-retry"] = "false"
     return headers
+
+
+def stopped_field(delta: CaptionDelta) -> str:
+    """Return the JSON member that says why a caption was stopped early; empty for any other caption."""
+    return f'"captioner":{{"stopped":"{delta.stopped}"}},' if delta.stopped else ""
+
+
+def requested_guard(headers: Mapping[str, str]) -> Guard:
+    """Return the policy of the quality guard that the request allows. Raises `InvalidRequest`."""
+    value = headers.get("x-captioner-guard", Guard.RETRY).lower()
+    if value not in [*Guard]:
+        raise errors.InvalidRequest("x-captioner-guard should be off, stop or retry", param="x-captioner-guard")
+    return Guard(value)
 
 
 def lines(text: str) -> Iterator[str]:

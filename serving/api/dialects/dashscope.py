@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 from serving import errors
 from serving.api.dialects import base
 from serving.api.dialects.audio_reference import audio_source
-from serving.api.dialects.base import MAX_TEXT_BYTES, HttpError, error_headers, lines, nearest
+from serving.api.dialects.base import (
+    MAX_TEXT_BYTES,
+    HttpError,
+    error_headers,
+    lines,
+    nearest,
+    requested_guard,
+    stopped_field,
+)
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import MISSING_AUDIO, only_audio
 from serving.api.dialects.model_card import check_served, model_card, requested_model, served_names
@@ -50,6 +58,7 @@ _CODE: dict[type[errors.CaptionerError], str] = {
     errors.EngineFailed: "InternalError.Algo",
     errors.NotReady: "ModelUnavailable",
     errors.Overloaded: "ModelServingError",
+    errors.StorageUnavailable: "ServiceUnavailable",
     errors.DeadlineExceeded: "RequestTimeOut",
 }
 
@@ -85,6 +94,7 @@ class DashScopeCodec:
                 length_names=("max_tokens", "max_length"),
                 seed=_seed(parameters),
             ),
+            guard=requested_guard(headers),
         )
         incremental = boolean(parameters, "incremental_output")
         return request, DashScopeReply(request_id, stream=_asks_for_stream(headers), incremental=incremental)
@@ -117,7 +127,7 @@ class DashScopeReply:
         return (
             f'{{"output":{{"choices":[{{"finish_reason":"{last.finish_reason}",'
             f'"message":{{"role":"assistant","content":[{{"text":{quote(text)}}}]}}}}]}},'
-            f'"usage":{{"input_tokens":{usage.input_tokens},"output_tokens":{usage.output_tokens},'
+            f'{stopped_field(last)}"usage":{{"input_tokens":{usage.input_tokens},"output_tokens":{usage.output_tokens},'
             f'"total_tokens":{usage.total_tokens},'
             f'"input_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens}}},'
             f'"output_tokens_details":{{"text_tokens":{usage.output_tokens}}}}},'
@@ -145,7 +155,7 @@ class DashScopeReply:
         events = [self._result_event(quote(text), "null", delta.usage) for text in lines(delta.text)]
         if delta.finish_reason is not None:
             self.ended = True
-            events.append(self._result_event('""', delta.finish_reason, delta.usage))
+            events.append(self._result_event('""', delta.finish_reason, delta.usage, stopped_field(delta)))
         return "".join(events)
 
     def _all_text(self, delta: CaptionDelta) -> str:
@@ -159,15 +169,15 @@ class DashScopeReply:
             finish_reason = FinishReason.LENGTH
         self._text += added
         self.ended = finish_reason is not None
-        return self._result_event(f'"{self._text}"', finish_reason or "null", delta.usage)
+        return self._result_event(f'"{self._text}"', finish_reason or "null", delta.usage, stopped_field(delta))
 
-    def _result_event(self, text: str, finish_reason: str, usage: Usage) -> str:
+    def _result_event(self, text: str, finish_reason: str, usage: Usage, stopped: str = "") -> str:
         self._events += 1
         return (
             f"id:{self._events}\nevent:result\n:HTTP_STATUS/200\n"
             f'data:{{"output":{{"choices":[{{"message":{{"content":[{{"text":{text}}}],"role":"assistant"}},'
             f'"finish_reason":"{finish_reason}"}}]}},'
-            f'"usage":{{"input_tokens_details":{{"audio_tokens":{usage.audio_tokens},'
+            f'{stopped}"usage":{{"input_tokens_details":{{"audio_tokens":{usage.audio_tokens},'
             f'"text_tokens":{usage.text_tokens}}},"total_tokens":{usage.total_tokens},'
             f'"output_tokens":{usage.output_tokens},"input_tokens":{usage.input_tokens},'
             f'"output_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}{self._end}'

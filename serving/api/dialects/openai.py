@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.api.dialects.audio_reference import audio_source
-from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest
+from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest, requested_guard, stopped_field
+from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import only_audio
 from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
+from serving.api.dialects.parameter_table import refuse
 from serving.api.dialects.parameters import boolean, integer, mapping, refuse_unsupported, sampling
 from serving.errors import InvalidRequest
 from serving.types import CaptionRequest
@@ -44,6 +46,7 @@ _TYPE_AND_CODE: dict[type[errors.CaptionerError], tuple[str, str | None]] = {
     errors.CaptionerError: ("internal_error", "internal_error"),
     errors.NotReady: ("service_unavailable", "model_unavailable"),
     errors.Overloaded: ("service_unavailable", "service_unavailable"),
+    errors.StorageUnavailable: ("service_unavailable", "service_unavailable"),
     errors.DeadlineExceeded: ("request_timeout", "request_timeout"),
 }
 
@@ -70,18 +73,17 @@ class OpenAICodec:
         values = parse_object(body)
         model = requested_model(values, self._settings)
         refuse_unsupported(values, model)
+        refuse(values)
         stream = boolean(values, "stream")
         include_usage = stream and boolean(mapping(values, "stream_options"), "include_usage")
+        lengths = ("max_completion_tokens", "max_tokens")
+        basic = sampling(values, self._settings, length_names=lengths, seed=_seed(values))
         request = CaptionRequest(
             request_id=request_id,
             model=model,
             audio=audio_source(only_audio(_messages(values)), headers, self._settings),
-            sampling=sampling(
-                values,
-                self._settings,
-                length_names=("max_completion_tokens", "max_tokens"),
-                seed=_seed(values),
-            ),
+            sampling=with_engine_parameters(basic, values),
+            guard=requested_guard(headers),
         )
         return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
 
@@ -110,7 +112,7 @@ class OpenAIReply:
             f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"}},'
             f'"finish_reason":"{last.finish_reason}","index":0,"logprobs":null}}],"object":"chat.completion",'
             f'"created":{self._created},"model":{self._model},"system_fingerprint":null,"id":{self._id},'
-            f'"usage":{_usage(last.usage)}}}'
+            f'{stopped_field(last)}"usage":{_usage(last.usage)}}}'
         ).encode("ascii")
 
     def event(self, delta: CaptionDelta) -> bytes:
@@ -128,7 +130,7 @@ class OpenAIReply:
             self.ended = True
             chunks.append(
                 f'data: {{"choices":[{{"delta":{{"content":""}},"index":0,"logprobs":null,'
-                f'"finish_reason":"{delta.finish_reason}"}}],{self._rest("null")}'
+                f'"finish_reason":"{delta.finish_reason}"}}],{stopped_field(delta)}{self._rest("null")}'
             )
             if self._include_usage:
                 chunks.append(f'data: {{"choices":[],{self._rest(_usage(delta.usage))}')

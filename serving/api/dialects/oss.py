@@ -20,6 +20,7 @@ _CODE: dict[type[errors.CaptionerError], str] = {
     errors.RateLimited: "QpsLimitExceeded",
     errors.CaptionerError: "InternalError",
     errors.Overloaded: "ServiceUnavailable",
+    errors.StorageUnavailable: "ServiceUnavailable",
 }
 
 

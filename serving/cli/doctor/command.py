@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from serving.cli.doctor import fit, gpu, host, services, weights
 from serving.cli.doctor.findings import Finding, Level, Probe, error, ok, run_all
+from serving.cli.engine_args_check import engine_args_problem
 from serving.cli.settings_errors import SETTINGS_ERRORS, problems
 from serving.config import Settings
 from serving.observability.redaction import redact
@@ -53,6 +54,9 @@ def doctor(argv: Sequence[str]) -> int:
     else:
         secrets = _secrets(settings)
         found = run_all(_probes(settings, own.part), _DEADLINE_S)
+        # Not within the deadline: vLLM's import alone may take as long.
+        if own.part != "frontend" and (problem := engine_args_problem(settings)):
+            found.append(error("settings", problem, "correct engine_args"))
     found = [replace(each, message=_without(secrets, each.message)) for each in found]
     print(_as_json(found) if own.json else _as_text(found), flush=True)  # noqa: T201
     return int(not own.exit_zero and any(finding.level is Level.ERROR for finding in found))
@@ -75,6 +79,7 @@ def _probes(settings: Settings, part: str) -> list[Probe]:
             Probe("disk", partial(host.directories, settings)),
             Probe("database", partial(services.database, settings)),
             Probe("redis", partial(services.counters, settings)),
+            Probe("bucket", partial(services.bucket, settings)),
             Probe("files", partial(host.descriptors, settings)),
         ]
     if part == "all":

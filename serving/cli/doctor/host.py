@@ -106,7 +106,9 @@ def directories(settings: Settings) -> Iterator[Finding]:
     uploads = settings.uploads_dir or settings.data_dir / "uploads"
     downloads = settings.download_dir or Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108 - only to look at
     yield from _directory("data_dir", settings.data_dir, settings.max_journal_bytes, "max_journal_bytes", fatal=True)
-    yield from _directory("uploads_dir", uploads, settings.max_uploads_bytes, "max_uploads_bytes")
+    # With a bucket it holds copies of files that are read.
+    bound = "max_uploads_bytes" if settings.object_store_url is None else "max_downloads_bytes"
+    yield from _directory("uploads_dir", uploads, getattr(settings, bound), bound)
     yield from _directory("download_dir", downloads, settings.max_downloads_bytes, "max_downloads_bytes")
 
 

@@ -1,7 +1,9 @@
-"""Services that the settings name: database, Redis, receiver of traces. None is probed that is not configured."""
+"""Services that the settings name: database, Redis, bucket, receiver of traces. None is probed that is not set."""
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from serving.cli.doctor.findings import Finding, error, ok, warning
 from serving.cli.doctor.weights import network_reason, skew
+from serving.storage.uploads import UnusableBucket
 from serving.tenancy.database import UnusableDatabase, address, failure, open_database
 
 if TYPE_CHECKING:
@@ -91,6 +94,23 @@ def _redis_reason(problem: BaseException) -> str:
     if isinstance(problem, ResponseError):
         return "the server refuses commands"
     return network_reason(problem.__cause__ or problem.__context__ or problem)
+
+
+def bucket(settings: Settings) -> Iterator[Finding]:
+    """Yield whether the bucket of uploaded files can be listed; nothing is written."""
+    if settings.object_store_url is None:
+        return
+    remedy = "check the bucket's name, object_store_endpoint, object_store_region and the keys or the identity"
+    try:
+        # Import obstore only if it is used.
+        store = importlib.import_module("serving.storage.objects").Bucket(settings)
+    except UnusableBucket as problem:
+        yield error("bucket", str(problem), remedy)
+        return
+    if reason := asyncio.run(store.problem(_TIMEOUT_S)):
+        yield error("bucket", f"{settings.object_store_url} cannot be used: {reason}", remedy)
+        return
+    yield ok("bucket", f"{settings.object_store_url} can be listed")
 
 
 def traces(settings: Settings) -> Iterator[Finding]:

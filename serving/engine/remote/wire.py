@@ -12,13 +12,14 @@ writer and the only parser of frames. The frontend sends first:
     engine replica ► frontend
     State          state {ready, failed, draining, load, seen}, every `STATE_INTERVAL_S`
     Deltas         deltas {deltas: [[id, text, tokens, finish_reason], …], queue_s: [[id, seconds], …],
-                           own: [[id, input tokens, tokens not counted], …], started: [id, …]}
+                           own: [[id, input tokens, tokens not counted], …], started: [id, …], looped: [id, …]}
     Failure        error {id, error, message, retry_after_s, reason}: an exception of `serving.errors`
 
 Names in frames are fixed, whatever the Python classes are called: during a rolling update the version before reads
 them, and the reverse. Headers only ever gain fields, and the lists within `deltas` keep their lengths: a parser ignores
 fields that it does not know, and every field that an older version does not send has a default. A frame of an unknown
-kind is an error.
+kind is an error. Fields of `sampling` that were added are sent only where they differ from their default. A replica of
+the version before does not know them, and so does not honour them.
 
 Reasons against Ray's own calls: deploy/adr/0005-frontends-and-engines.md. All content is data; nothing is unpickled.
 """
@@ -50,6 +51,22 @@ STATE_INTERVAL_S = 0.25
 
 SILENCE_S = 10.0
 """A replica from which nothing has arrived for this time counts as dead: forty states were due."""
+
+_FIRST_SAMPLING_FIELDS = frozenset({
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "stop_token_sequences",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+})  # fmt: skip
+"""Fields that every version sends: the first one fails without its three lists of stops."""
 
 _LENGTHS = struct.Struct("!II")
 _HEADER_BYTES = 4 * 1024 * 1024
@@ -189,6 +206,7 @@ def merge(before: EngineDelta | None, delta: EngineDelta) -> EngineDelta:
         before.queue_s or delta.queue_s,
         before.input_tokens + delta.input_tokens,
         before.uncounted_tokens + delta.uncounted_tokens,
+        delta.looped,
     )
 
 
@@ -207,7 +225,7 @@ def _header(message: Message) -> dict[str, Any]:
                 "op": "generate",
                 "id": number,
                 "request_id": message.request_id,
-                "sampling": asdict(message.sampling),
+                "sampling": _sampling_fields(message.sampling),
                 "share": {"flow": of.tenant, "weight": of.weight, "priority": of.priority},
                 "samples": message.samples,
                 "frames": message.frames,
@@ -220,6 +238,8 @@ def _header(message: Message) -> dict[str, Any]:
             state = {"seen": message.seen, "ready": message.ready, "failed": message.failed}
             return {"op": "state", **state, "draining": message.draining, "load": asdict(message.load)}
         case Deltas(deltas=deltas, started=started):
+            looped = [number for number, each in deltas.items() if each.looped]
+            added = ({"started": [*started]} if started else {}) | ({"looped": looped} if looped else {})
             return {
                 "op": "deltas",
                 "deltas": [[number, each.text, each.tokens, each.finish_reason] for number, each in deltas.items()],
@@ -229,7 +249,7 @@ def _header(message: Message) -> dict[str, Any]:
                     for number, each in deltas.items()
                     if each.input_tokens or each.uncounted_tokens
                 ],
-            } | ({"started": [*started]} if started else {})
+            } | added
         case Failure(number=number):
             failure = {"op": "error", "id": number, "error": message.error, "message": message.message}
             overloaded = {"retry_after_s": message.retry_after_s, "reason": message.reason}
@@ -266,6 +286,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
         case "deltas":
             queue_s = {number: float(seconds) for number, seconds, *_ in header.get("queue_s", ())}
             counts = {each[0]: (int(each[1]), int(each[2])) for each in header.get("own", ())}
+            looped = frozenset(header.get("looped", ()))
             return Deltas(
                 {
                     int(number): EngineDelta(
@@ -274,6 +295,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
                         FinishReason(finish_reason) if finish_reason else None,
                         queue_s.get(number, 0.0),
                         *counts.get(number, (0, 0)),
+                        looped=number in looped,
                     )
                     for number, text, tokens, finish_reason, *_ in header["deltas"]
                 },
@@ -291,10 +313,22 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
             raise ProtocolError(f"unknown kind of frame: {other!r}")
 
 
+def _sampling_fields(sampling: Sampling) -> dict[str, Any]:
+    """Return the fields of the first version, and those added since that differ from their default."""
+    return {
+        each.name: value
+        for each in fields(Sampling)
+        if (value := getattr(sampling, each.name)) != each.default or each.name in _FIRST_SAMPLING_FIELDS
+    }
+
+
 def _sampling(values: Mapping[str, Any]) -> Sampling:
-    tuples = {name: tuple(values[name]) for name in ("stop", "stop_token_ids")}
-    sequences = tuple(tuple(ids) for ids in values["stop_token_sequences"])
-    return known_fields(Sampling, {**values, **tuples, "stop_token_sequences": sequences})
+    """Return the sampling parameters of a header, in which tuples have become lists."""
+    return known_fields(Sampling, {name: _frozen(value) for name, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _scheduling_class(values: Mapping[str, Any]) -> SchedulingClass:

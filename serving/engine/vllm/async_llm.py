@@ -38,11 +38,12 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
+from serving.engine.vllm.engine_args import checked, refusals_named
 from serving.engine.vllm.executor import InProcessExecutor, MultiGpuExecutor
 from serving.engine.vllm.model import profiled_audio_tokens
 from serving.engine.vllm.scheduler import AsyncLongAudioScheduler, LongAudioScheduler
@@ -82,7 +83,17 @@ tower and `lm_head` as they are today; here they are named so that an upgrade do
 _MIN_TEMPERATURE = 0.01
 """Lowest temperature above 0: vLLM raises a lower one to this, and logs a warning each time."""
 
-_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH}
+_LOOPED = "repetition"
+_FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH, _LOOPED: FinishReason.STOP}
+
+LOOP_PATTERN_TOKENS = 8
+"""Longest pattern of tokens whose repetition is a loop. vLLM compares once for each length, at each token."""
+
+LOOP_REPEATS = 20
+"""Repetitions of a pattern that are a loop."""
+
+
+_LOOPS = RepetitionDetectionParams(max_pattern_size=LOOP_PATTERN_TOKENS, min_count=LOOP_REPEATS)
 
 
 class LoadedModel:
@@ -105,6 +116,7 @@ class LoadedModel:
             )
         self.gpus = 0 if current_platform.is_cpu() else settings.tensor_parallel
         tokenizer = self._llm.renderer.get_tokenizer()
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self._decode = partial(tokenizer.decode, skip_special_tokens=True)
         self._dtype = self._llm.model_config.dtype
         self._vocabulary = self._llm.model_config.get_vocab_size()
@@ -162,7 +174,12 @@ class LoadedModel:
         else:
             engine_input = self._input(own_id, features)
         input_tokens = len(engine_input["prompt_token_ids"])
-        stops = StopSequences(sampling.stop_token_sequences, self._decode)
+        stops = StopSequences(
+            sampling.stop_token_sequences,
+            self._decode,
+            include=sampling.include_stop,
+            min_tokens=sampling.min_tokens,
+        )
         finish_reason: FinishReason | None = None
         try:
             # Not `generate`: it would keep the features until the last token; and cancelled while it sends the request,
@@ -186,6 +203,7 @@ class LoadedModel:
                     finish_reason,
                     input_tokens=input_tokens,
                     uncounted_tokens=int(uncounted),
+                    looped=output.finish_reason == _LOOPED,
                 )
                 input_tokens = 0
         except VLLMClientError as error:
@@ -215,11 +233,27 @@ class LoadedModel:
                 frequency_penalty=sampling.frequency_penalty,
                 repetition_penalty=sampling.repetition_penalty,
                 ignore_eos=sampling.ignore_eos,
+                include_stop_str_in_output=sampling.include_stop,
+                min_p=sampling.min_p,
+                # A budget may have reduced `max_tokens` since.
+                min_tokens=min(sampling.min_tokens, sampling.max_tokens),
+                logit_bias=dict(sampling.logit_bias) or None,
+                allowed_token_ids=list(sampling.allowed_token_ids) or None,
+                _bad_words_token_ids=self._bad_words(sampling),
+                repetition_detection=_LOOPS if sampling.stop_loops else None,
                 output_kind=RequestOutputKind.DELTA,
                 skip_clone=True,  # they are made for this request alone
             )
         except VLLMClientError as error:
             raise InvalidRequest(str(error)) from error
+
+    def _bad_words(self, sampling: Sampling) -> list[list[int]] | None:
+        """Return the tokens of each bad word, at the beginning of a text and after a blank.
+
+        vLLM's own `bad_words` has the second only if it has as many tokens as the first, so most words pass it.
+        """
+        forms = (form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}"))
+        return [self._encode(form) for form in forms] or None
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
         """Return the result of vLLM's own preprocessing for the clip. Raises `AudioTooLong`.
@@ -271,41 +305,49 @@ def _item(log_mel: torch.Tensor) -> MultiModalKwargsItem:
 
 
 def engine_config(settings: Settings) -> VllmConfig:
-    """Return vLLM's configuration. On a CPU, also set the number of threads that compute."""
+    """Return vLLM's configuration. On a CPU, also set the number of threads that compute.
+
+    Raises `InvalidEngineArgs` if vLLM refuses the settings' `engine_args`.
+    """
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         # Threads that wait for each other cost a small model more than they save, and on a busy machine tenfold.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    config = AsyncEngineArgs(
-        model=settings.model,
-        dtype=_dtype(settings),
-        quantization=settings.quantization,
-        quantization_config={"ignore": list(UNQUANTIZED)} if settings.quantization else None,
-        tensor_parallel_size=settings.tensor_parallel,
-        distributed_executor_backend=InProcessExecutor if settings.tensor_parallel == 1 else MultiGpuExecutor,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.step_tokens,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=settings.cpu_kv_cache_gib << 30 if on_cpu else None,
-        enforce_eager=on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+    arguments = checked(settings.engine_args)
+    own = {
+        "model": settings.model,
+        "revision": settings.revision,
+        "tokenizer_revision": settings.revision,
+        "dtype": _dtype(settings),
+        "quantization": settings.quantization,
+        "quantization_config": {"ignore": list(UNQUANTIZED)} if settings.quantization else None,
+        "tensor_parallel_size": settings.tensor_parallel,
+        "distributed_executor_backend": InProcessExecutor if settings.tensor_parallel == 1 else MultiGpuExecutor,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.step_tokens,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": settings.cpu_kv_cache_gib << 30 if on_cpu else None,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
         # In one process nothing runs during a step, so this would only delay each token until the next is computed.
-        async_scheduling=False if on_cpu and settings.tensor_parallel == 1 else None,
-        additional_config={
+        "async_scheduling": False if on_cpu and settings.tensor_parallel == 1 else None,
+        "additional_config": {
             "long_audio_tokens": audio_tokens(LONG_FRAMES) + PROMPT_TOKENS,
             "long_tokens_per_step": _long_tokens_per_step(settings),
             "long_tokens_halve": 1_000 if on_cpu else 8_192,
             "cpu_kernels": _cpu_kernels(settings),
         },
         # An "audio" of vLLM is a piece of an audio. vLLM counts them only in its own preprocessing.
-        limit_mm_per_prompt={"audio": 1, "image": 0, "video": 0},
-        enable_prefix_caching=False,
-        mm_processor_cache_gb=0,
-        disable_log_stats=not settings.vllm_metrics,
-        otlp_traces_endpoint=f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None,
-        use_tqdm_on_load=False,
-    ).create_engine_config()
+        "limit_mm_per_prompt": {"audio": 1, "image": 0, "video": 0},
+        "enable_prefix_caching": False,
+        "mm_processor_cache_gb": 0,
+        "disable_log_stats": not settings.vllm_metrics,
+        "otlp_traces_endpoint": f"{settings.otlp_endpoint.rstrip('/')}/v1/traces" if settings.otlp_endpoint else None,
+        "use_tqdm_on_load": False,
+    }
+    with refusals_named(settings.engine_args):
+        config = AsyncEngineArgs(**own | arguments).create_engine_config()
     scheduler = config.scheduler_config
     scheduler.scheduler_cls = AsyncLongAudioScheduler if scheduler.async_scheduling else LongAudioScheduler
     scheduler.max_num_encoder_input_tokens = max(profiled_audio_tokens(settings.step_tokens), audio_tokens(LONG_FRAMES))

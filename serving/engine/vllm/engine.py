@@ -37,6 +37,10 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.5
 
 
+_ANOTHER_MODEL = {"speculative_config", "spec_model", "tokenizer", "hf_config_path"}
+"""Engine arguments that may name another model, which the hub has."""
+
+
 class VllmEngine:
     """An `Engine` on vLLM's `AsyncLLM`. The model runs in a separate process.
 
@@ -188,7 +192,7 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
     # keeps them. By default some go to the directory for temporary files, which is removed when the engine stops.
     caches = cache_root(dict(os.environ))
     defaults |= {name: str(caches / place) for name, place in _CACHES.items()}
-    if Path(settings.model).is_dir():
+    if Path(settings.model).is_dir() and not _ANOTHER_MODEL & settings.engine_args.keys():
         defaults["HF_HUB_OFFLINE"] = "1"
     before = dict(os.environ)
     os.environ.update(defaults | before | ours)

@@ -13,12 +13,22 @@ if TYPE_CHECKING:
 class StopSequences:
     """A filter that cuts a stream of tokens before the first occurrence of a stop sequence.
 
-    Text is held back while its tokens may be the beginning of a sequence. `decode` returns the text of token ids.
+    Text is held back while its tokens may be the beginning of a sequence. `decode` returns the text of token ids. With
+    `include` the stream is cut after the sequence. As in vLLM, nothing stops within the first `min_tokens` tokens.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int]], decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        decode: Callable[[list[int]], str],
+        *,
+        include: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
         self._sequences = [list(sequence) for sequence in sequences]
         self._decode = decode
+        self._include = include
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._sent = ""
         self._held: list[tuple[int, str]] = []  # number of tokens up to the end of this text, and the text
@@ -33,9 +43,9 @@ class StopSequences:
         for token_id in token_ids:
             self._ids.append(token_id)
             for sequence in self._sequences:
-                if self._ids[-len(sequence) :] == sequence:
-                    before = self._decode(self._ids[: -len(sequence)])
-                    return before.removeprefix(self._sent), FinishReason.STOP
+                if self._ids[-len(sequence) :] == sequence and len(self._ids) > self._min_tokens:
+                    kept = self._decode(self._ids if self._include else self._ids[: -len(sequence)])
+                    return kept.removeprefix(self._sent), FinishReason.STOP
         self._held.append((len(self._ids), text))
         final = len(self._ids) if finish_reason else len(self._ids) - self._undecided()
         done = "".join(text for end, text in self._held if end <= final)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from serving.observability.metrics import OTHER_TENANTS, UNKNOWN_TENANT
 from serving.tenancy import schema
 from serving.tenancy.admin.validation import (
     MOST,
@@ -74,6 +75,8 @@ class Administration:
         """Make an active tenant; `own` as for `change_tenant`. Raises `InvalidChangeError`, `NotFoundError`."""
         if not _ID.fullmatch(tenant_id):
             raise InvalidChangeError("a tenant's id has lower-case letters, digits and hyphens, 63 at most")
+        if tenant_id in {OTHER_TENANTS, UNKNOWN_TENANT}:
+            raise InvalidChangeError(f"a tenant's id is not {tenant_id}: metrics use this word for several tenants")
         if region not in set(Region):
             raise InvalidChangeError(f"region: {region} is none of {', '.join(Region)}")
         at = now_ms()

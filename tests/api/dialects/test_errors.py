@@ -98,6 +98,7 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.EngineStalled: (500, "InternalError.Algo", 500, "internal_error", "internal_error"),
     errors.NotReady: (503, "ModelUnavailable", 503, "service_unavailable", "model_unavailable"),
     errors.Overloaded: (503, "ModelServingError", 503, "service_unavailable", "service_unavailable"),
+    errors.StorageUnavailable: (503, "ServiceUnavailable", 503, "service_unavailable", "service_unavailable"),
     errors.DeadlineExceeded: (500, "RequestTimeOut", 500, "request_timeout", "request_timeout"),
     errors.Internal: BROKEN,
 }

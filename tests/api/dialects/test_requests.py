@@ -288,8 +288,7 @@ def test_parameters_apply(dialect: str, parameters: dict[str, Any], expected: di
         {"modalities": ["text"]},
         {"response_format": {"type": "text"}},
         {"response_format": {}},
-        {"logprobs": True, "top_logprobs": 5},
-        {"logprobs": "what"},
+        {"logprobs": False, "top_logprobs": 0},
         {"result_format": "text"},
         {"ignore_eos": False},
         {"user": "u", "metadata": {"a": [1]}, "store": True, "asr_options": {}, "made_up": "x"},
@@ -299,6 +298,22 @@ def test_parameters_apply(dialect: str, parameters: dict[str, Any], expected: di
 def test_harmless_parameters_pass(dialect: str, parameters: dict[str, Any]) -> None:
     """Parameters that change nothing, and unknown ones, are accepted."""
     assert decode(dialect, parameters=json.dumps(parameters)).sampling == Sampling()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"logprobs": True, "top_logprobs": 5},
+        {"logprobs": "what"},
+        {"structured_outputs": {"regex": "("}, "guided_json": {"type": 5}},
+        {"min_p": 7, "min_tokens": -1, "logit_bias": [1], "allowed_token_ids": "x", "bad_words": 1},
+        {"stop_token_ids": [13], "include_stop_str_in_output": True, "echo": True, "prompt_logprobs": 5},
+    ],
+    ids=json.dumps,
+)
+def test_the_native_dialect_ignores_what_the_manual_does_not_list(parameters: dict[str, Any]) -> None:
+    """In the native dialect the manual's list alone holds: vLLM's parameters have no effect there."""
+    assert decode("native", parameters=json.dumps(parameters)).sampling == Sampling()
 
 
 @both

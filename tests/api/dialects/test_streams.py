@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import httpx2
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,9 +20,14 @@ from serving.types import CaptionDelta, FinishReason, Usage
 from tests.api.dialects.bad_parameters import COMPATIBLE_ONLY, NATIVE_ONLY, PARAMETERS
 from tests.api.dialects.bad_requests import GOOD, MODEL, compatible, native
 from tests.api.dialects.clients import dashscope_1x, httpx_sse, openai_chunks
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
+    import openai
+
     from serving.api.dialects.base import Reply
+else:
+    openai = Lazy("openai")
 
 SETTINGS = Settings()
 

@@ -1,0 +1,76 @@
+"""The application without its helper processes: clips are decoded, and URLs downloaded, by threads of the test.
+
+For tests of other components, each of which starts the application: two processes cost 0.9 s of CPU each time. Tests of
+the processes, and of the features' shared memory, use the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from serving.audio.base64_text import decode_base64
+from serving.audio.decode import decode
+from serving.audio.download_process import DownloadProcess
+from serving.audio.features import log_mel
+from serving.audio.fetch import Fetcher
+from serving.audio.worker_pool import AudioWorkerPool, Prepared
+from serving.errors import NotReady
+from serving.types import NO_TENANT, Features
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from serving.config import Settings
+    from serving.types import SchedulingClass
+
+
+class AudioThreads(AudioWorkerPool):
+    """A pool without processes, queue or sandbox. It counts the memory of features as the real one does."""
+
+    async def start(self) -> None:
+        """Accept clips."""
+        self._running = True
+
+    async def stop(self) -> None:
+        """Refuse clips."""
+        self._running = False
+
+    @asynccontextmanager
+    async def prepare(self, clip: str | Path, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
+        """See `AudioWorkerPool`."""
+        if not self._running:
+            raise NotReady
+        with self._features.permit(scheduling_class) as permit:
+            features = await asyncio.to_thread(_features, clip, self._settings.max_audio_s)
+            permit.count(features.log_mel.nbytes)
+            yield Prepared(features, 0.0, 0.0, 0.0)
+
+
+class DownloadThreads(DownloadProcess):
+    """Downloads in the test's own event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._fetcher = Fetcher(settings)
+
+    async def start(self) -> None:
+        """Accept URLs."""
+        await self._fetcher.start()
+
+    async def stop(self) -> None:
+        """Refuse URLs."""
+        await self._fetcher.stop()
+
+    @asynccontextmanager
+    async def fetch(self, url: str, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Path]:
+        """See `Fetcher`."""
+        async with self._fetcher.fetch(url, scheduling_class) as path:
+            yield path
+
+
+def _features(clip: str | Path, max_audio_s: float) -> Features:
+    samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=max_audio_s)
+    return Features(log_mel(samples), samples.size)
