@@ -208,12 +208,14 @@ def settings_schema() -> dict[str, Any]:
     for name, each in full["properties"].items():
         if name in DERIVED_SETTINGS or "password" in json.dumps(each):
             continue
-        inner[name] = {key: part for key, part in each.items() if key not in {"default", "title"}}
+        inner[name] = {key: part for key, part in each.items() if key not in {"default", "title", "$ref"}}
+        if reference := each.get("$ref"):
+            definition = full["$defs"][reference.removeprefix("#/$defs/")]
+            inner[name] |= {key: part for key, part in definition.items() if key not in {"title", "description"}}
     # Not `propertyNames`: Helm's message has another place of the values then.
     inner["engine_args"]["properties"] = dict.fromkeys(sorted(RESERVED), False)
-    definitions = full.get("$defs")
-    if definitions or "$ref" in json.dumps(inner):
-        raise SystemExit("a setting refers to a definition ($ref), which generate.py does not support")
+    if "$ref" in json.dumps(inner):
+        raise SystemExit("a definition of a setting refers to another one ($ref), which generate.py does not support")
     return {"type": "object", "additionalProperties": False, "properties": inner}
 
 

@@ -108,7 +108,9 @@ def attempt(variants: Sequence[tuple[str, Callable[[], dict[str, Any]]]]) -> dic
 
 def _has_failure(result: object) -> bool:
     """Return whether the result of a variant, at any depth, is a failure."""
-    return isinstance(result, dict) and ("failed" in result or any(_has_failure(of) for of in result.values()))
+    return isinstance(result, dict) and (
+        bool(result.keys() & {"failed", "failed_clips"}) or any(_has_failure(of) for of in result.values())
+    )
 
 
 def short(failure: BaseException) -> str:

@@ -77,6 +77,12 @@ class Plan:
         return _flags(own)
 
     @property
+    def long_steps(self) -> dict[str, int]:
+        """Argument by which `vllm serve` admits the longest clip: it encodes one in one step, 13 tokens a second."""
+        least = 13 * max(self.lengths_s) + 64
+        return {"max_num_batched_tokens": max(self.setup.max_num_batched_tokens, 1 << (least - 1).bit_length())}
+
+    @property
     def engine_args(self) -> dict[str, Any]:
         """Arguments of vLLM that the service gets as `engine_args`."""
         given = dict(self.profile.get("engine_args", {}))

@@ -81,6 +81,9 @@ def _agreement(result: Mapping[str, Any]) -> Iterator[str]:
         cells = [_cell(of[clip]) if clip in of else "-" for clip in clips]
         yield f"| {system} | {' | '.join(cells)} |"
     for system, found in result["systems"].items():
+        if "failed_clips" in found:
+            yield ""
+            yield f"`{system}` has no caption of some clips: {_brief(found['failed_clips'])}"
         if "failed" in found:
             yield ""
             yield f"`{system}` failed: {_brief(found['failed'])}"

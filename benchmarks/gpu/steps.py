@@ -19,10 +19,11 @@ import psutil
 
 from benchmarks.conditions import conditions
 from benchmarks.gpu.callers import OpenStreams, greedy, plain_clip, served
-from benchmarks.gpu.journal import SkippedError, attempt
+from benchmarks.gpu.journal import SkippedError, attempt, short
 from benchmarks.gpu.machine import PeakMemory, gpus, has_vllm_omni, query, used_mib, versions
 from benchmarks.gpu.parity import dollars_per_audio_hour, table
 from benchmarks.gpu.systems import Omni, Reference, Service
+from benchmarks.load.checks import BadAnswerError
 from benchmarks.load.clips import alike, make
 from benchmarks.program import CAPTIONER, CLIPS
 
@@ -52,7 +53,7 @@ def doctor(plan: Plan) -> dict[str, Any]:
 def parity(plan: Plan) -> dict[str, Any]:
     """Compare greedy captions of this service, twice, with those of `vllm serve`."""
     systems: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-        ("vllm serve", partial(_captions, plan, lambda: Reference(plan), named="audio_url")),
+        ("vllm serve", partial(_captions, plan, lambda: Reference(plan, **plan.long_steps), named="audio_url")),
         ("captioner", partial(_captions, plan, lambda: Service(plan), repeats=2)),
     ]
     return _compared(attempt(systems), "vllm serve")
@@ -78,7 +79,12 @@ def fp8(plan: Plan) -> dict[str, Any]:
         ),
         (
             f"{quantization}, routers too (vllm serve)",
-            partial(_captions, plan, partial(Reference, plan, quantization=quantization), named="audio_url"),
+            partial(
+                _captions,
+                plan,
+                partial(Reference, plan, quantization=quantization, **plan.long_steps),
+                named="audio_url",
+            ),
         ),
     ]
     return _compared(attempt(variants), "unquantized")
@@ -197,13 +203,19 @@ def _captions(
         found: dict[str, Any] = {"start_s": round(system.start_s, 1), "captions": {}, "seconds": {}, "input_tokens": {}}
         for clip in clips:
             url = f"{address}/{clip.path.name}"
-            answers = [greedy(system.url, url, plan.tokens, named=named) for _ in range(repeats)]
             name = f"{clip.duration_s} s"
+            try:
+                answers = [greedy(system.url, url, plan.tokens, named=named) for _ in range(repeats)]
+            except (BadAnswerError, OSError) as failure:
+                found.setdefault("failed_clips", {})[name] = short(failure)
+                continue
             found["captions"][name] = answers[0].text
             found["seconds"][name] = round(answers[-1].e2e_s, 2)
             found["input_tokens"][name] = answers[0].input_tokens
             if repeats > 1:
                 found.setdefault("repeats_itself", {})[name] = len({answer.text for answer in answers}) == 1
+        if not found["captions"]:
+            raise RuntimeError(f"no caption: {found['failed_clips']}")
         found["memory_mib"] = {part: round(mib) for part, mib in used_mib(system.family).items()}
         if speed:
             found["load"] = _rounds(plan, system, count or plan.tensor_parallel)

@@ -177,6 +177,16 @@ def test_a_profile_is_measured_with_its_settings(tmp_path: Path) -> None:
     assert "CAPTIONER_ENGINE_ARGS" not in plain.environment
 
 
+def test_vllm_serve_admits_the_longest_clip(tmp_path: Path) -> None:
+    """It encodes 40 minutes, 31,200 tokens, in one step; the service needs no such step."""
+    of = plan(tmp_path, f"--profile={H100}")
+    assert of.long_steps == {"max_num_batched_tokens": 32_768}
+    command = command_of(Reference(of, **of.long_steps)).split()
+    # The last of two equal options counts.
+    assert [flag for flag in command if flag.startswith("--max-num-batched")][-1] == "--max-num-batched-tokens=32768"
+    assert plan(tmp_path, f"--profile={H100}", "--lengths", "5").long_steps == {"max_num_batched_tokens": 8192}
+
+
 def test_a_variant_overrides_the_profile(tmp_path: Path) -> None:
     """A step's own settings win, and None leaves one out."""
     of = plan(tmp_path, f"--profile={FP8}")

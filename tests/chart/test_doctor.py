@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.cli.main import main
+from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS, SOLO
+from tests.chart.conftest import installed
 from tests.chart.rendering import RefusedError, group, only, pod_templates, serve_config, template
 
 if TYPE_CHECKING:
@@ -79,6 +81,36 @@ def test_a_change_of_settings_needs_no_new_cluster(helm: Path) -> None:
     assert serve_config(before) != serve_config(after)
     texts = [only(each, "ConfigMap", "x-captioner-settings")["data"]["captioner.toml"] for each in (before, after)]
     assert [tomllib.loads(text)["max_num_seqs"] for text in texts] == [64, 128]
+
+
+SETTINGS = {
+    "max_upload_bytes": 10_485_759,
+    "max_url_bytes": 1 << 30,
+    "gpu_memory_utilization": 0.87,
+    "enforce_eager": True,
+    "fetch_allow": ["media.internal:9000", "10.1.0.0/16"],
+    "served_model_name": 'a "quoted" name \\ ü',
+}
+
+
+@pytest.mark.parametrize("version", ["3.17", "4.3"])
+def test_the_file_has_the_values_as_they_are(version: str) -> None:
+    """Integers stay integers in both versions of Helm, and texts and lists are what was given."""
+    text = only(template(installed(version), {"settings": SETTINGS}), "ConfigMap", "x-captioner-settings")
+    found = tomllib.loads(text["data"]["captioner.toml"])
+    assert {name: found[name] for name in SETTINGS} == SETTINGS
+    assert {name: type(found[name]) for name in SETTINGS} == {name: type(value) for name, value in SETTINGS.items()}
+    assert type(found["tensor_parallel"]) is int
+
+
+def test_the_doctor_gets_the_engines_arguments(helm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`engine_args` arrives as the service reads it."""
+    arguments = {"kv_cache_dtype": "fp8", "compilation_config": {"level": 3}}
+    manifests = template(helm, {"settings": {"engine_args": arguments}})
+    file = tmp_path / "captioner.toml"
+    file.write_text(only(manifests, "ConfigMap", "x-captioner-settings")["data"]["captioner.toml"])
+    monkeypatch.setenv("CAPTIONER_CONFIG", str(file))
+    assert Settings().engine_args == arguments
 
 
 def test_only_pods_that_serve_are_checked(helm: Path) -> None:
