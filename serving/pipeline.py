@@ -29,6 +29,7 @@ from serving.types import (
     CaptionDelta,
     Defect,
     FinishReason,
+    Guard,
     InlineAudio,
     UploadedAudio,
     UrlAudio,
@@ -134,7 +135,7 @@ class CaptionPipeline:
         Raises `CaptionerError`.
         """
         deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
-        guard = quality.effective(self._settings.quality_guard, request.guard)
+        guard = quality.effective(Guard(self._settings.quality_guard), request.guard)
         sampling = quality.guarded(request.sampling, guard)
         scheduling_class = session.caller.scheduling_class
         async with AsyncExitStack() as stack:

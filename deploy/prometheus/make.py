@@ -40,6 +40,10 @@ TICKET = ((3, "1d", "2h"), (1, "3d", "6h"))
 MIN_REQUESTS = 20
 """Requests in the first long window below which a ratio is no evidence."""
 
+DEFECTIVE = 0.05
+"""Share of captions that loop or are blank, above which something is wrong with the model or the audio: half of what is
+reported of a sister model (one file in ten)."""
+
 _HEADER = "# Made by deploy/prometheus/make.py; change it there.\n"
 
 
@@ -303,6 +307,19 @@ def _tickets(made: _Alerts) -> None:
         f"sum by (tenant) (rate(captioner_tenant_tokens_total[{pace(DAY)}] offset {pace(HOUR)})) > 20 "
         f"and sum by (tenant) (captioner_tenant_tokens_total offset {pace(DAY)}) > 0",
         "Tenant {{ $labels.tenant }} uses more than five times as many tokens as on the day before.",
+        severity="ticket",
+        lasting=10 * MINUTE,
+    )
+    hour = pace(HOUR)
+    defective = (
+        f'(sum(rate(captioner_caption_defects_total{{defect=~"loop|blank|short"}}[{hour}])) '
+        f'+ sum(rate(captioner_caption_retries_total{{result="cured"}}[{hour}])))'
+    )
+    made.add(
+        "CaptionerCaptionsDefective",
+        f"{defective} / sum(rate(captioner_requests_total{{{ANSWERED}}}[{hour}])) > {DEFECTIVE} "
+        f"and sum(increase(captioner_requests_total{{{ANSWERED}}}[{hour}])) > {MIN_REQUESTS}",
+        "{{ $value | humanizePercentage }} of captions loop or are blank.",
         severity="ticket",
         lasting=10 * MINUTE,
     )

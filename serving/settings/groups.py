@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, SecretStr
 
 from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, Words
-from serving.types import Guard
 
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -259,10 +258,10 @@ class Responses(BaseModel):
         description="Least time in seconds between two pieces of one caption, after the first two; 0: each token. "
         "Higher: less CPU per token",
     )
-    quality_guard: Guard = Field(
-        Guard.RETRY,
+    quality_guard: Literal["off", "stop", "retry"] = Field(
+        "retry",
         description="Captions that repeat themselves without end: `stop` ends them early; `retry` also generates a "
-        "response that is not streamed once more, unbilled, if it loops or is blank; `off` lets them run to "
+        "response that is not streamed once more, unbilled, if it loops or is blank; `off` lets loops run to "
         "`max_tokens`. The header `x-captioner-guard` of a request may choose a weaker one",
     )
 

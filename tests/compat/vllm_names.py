@@ -97,8 +97,14 @@ AREAS = (
                 "vllm.sampling_params.SamplingParams",
                 "__init__(*, temperature, top_p, top_k, max_tokens, seed, stop, stop_token_ids, presence_penalty,"
                 " frequency_penalty, repetition_penalty, ignore_eos, include_stop_str_in_output, min_p, min_tokens,"
-                " logit_bias, allowed_token_ids, _bad_words_token_ids, output_kind, skip_clone)",
+                " logit_bias, allowed_token_ids, _bad_words_token_ids, repetition_detection,"
+                " output_kind, skip_clone)",
                 "sampling; `skip_clone` saves a copy per request",
+            ),
+            Name(
+                "vllm.sampling_params.RepetitionDetectionParams",
+                "__init__(*, max_pattern_size, min_count)",
+                "where a caption that repeats itself ends, with the finish reason `repetition`",
             ),
             Name("vllm.sampling_params.RequestOutputKind", "DELTA", "deltas in place of the text so far"),
             Name("vllm.exceptions.VLLMClientError", "", "rejected parameters: `InvalidRequest`"),

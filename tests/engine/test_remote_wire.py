@@ -207,6 +207,16 @@ def test_an_exception_survives_the_wire() -> None:
         Failure(1, "Overloaded", "x").exception()
 
 
+async def test_a_stopped_loop_arrives_and_is_a_stop_to_the_version_before() -> None:
+    """A delta that ends a loop keeps its mark, in a field that the version before ignores."""
+    message = Deltas({7: EngineDelta("2 2", 2, FinishReason.STOP, looped=True), 8: EngineDelta("a", 1)})
+    data = b"".join(encode(message))
+    assert await read(data) == message
+    assert header_of(data)["looped"] == [7]
+    assert header_of(data)["deltas"] == [[7, "2 2", 2, "stop"], [8, "a", 1, None]]
+    assert merge(EngineDelta("a", 1), EngineDelta("2 2", 2, FinishReason.STOP, looped=True)).looped
+
+
 def test_consecutive_deltas_merge_into_one() -> None:
     """Text and counts add up, the wait is that of the first delta, and the finish reason that of the last."""
     first, last = EngineDelta("a", 1, None, 0.5, 10, 0), EngineDelta("b", 2, FinishReason.LENGTH, 0.0, 0, 1)

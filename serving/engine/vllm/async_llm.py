@@ -90,7 +90,12 @@ LOOP_PATTERN_TOKENS = 8
 """Longest pattern of tokens whose repetition is a loop. vLLM compares once for each length, at each token."""
 
 LOOP_REPEATS = 20
-"""Repetitions of a pattern that are a loop."""
+"""Repetitions of a pattern that are a loop.
+
+Measured on the embedded checkpoint: in 200 captions of 1 to 30 s, at temperatures 0 to 1, no token came more than twice in
+a row and no pattern of 2 to 16 tokens twice; a caption of 10 minutes repeated three tokens 45 times, and is stopped at
+token 68 of 447. Captions may quote a singer's "la la la", so the bound is far above two.
+"""
 
 
 _LOOPS = RepetitionDetectionParams(max_pattern_size=LOOP_PATTERN_TOKENS, min_count=LOOP_REPEATS)
