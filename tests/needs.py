@@ -41,7 +41,6 @@ _OF_NAME = {
     "isolated": "process",
     "lifespan_context": "process",
     "TickingService": "process",
-    "billed_service": "process",
     "RunningCluster": "cluster",
     "Driver": "sdk",
     "helm_program": "chart",

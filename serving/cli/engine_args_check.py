@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from serving.config import Settings
 
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 _REFUSED = 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.cli.doctor.weights import skew
+from serving.cli.doctor.weights import hub_of, skew
+from serving.config import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +66,39 @@ def test_a_hub_that_refuses(
     assert seen == [f"Bearer {token}" if token else None]
     assert not token or token not in json.dumps(found)
     assert found["clock"][0][0] == "ok"
+
+
+def test_the_hub_is_the_one_that_vllm_uses(monkeypatch: pytest.MonkeyPatch, machine: None) -> None:
+    """ModelScope by the variable and the values that vLLM reads; at Hugging Face the pinned revision is looked up."""
+    plain, pinned = Settings(model=CAPTIONER), Settings(model=CAPTIONER, revision="refs/pr/1")
+    assert hub_of(plain).url == f"https://huggingface.co/api/models/{CAPTIONER}"
+    assert hub_of(pinned).url == f"https://huggingface.co/api/models/{CAPTIONER}/revision/refs%2Fpr%2F1"
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "yes")  # vLLM takes this for false
+    assert hub_of(plain).name == "Hugging Face"
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "True")
+    assert hub_of(pinned).url == f"https://www.modelscope.cn/api/v1/models/{CAPTIONER}"
+    monkeypatch.setenv("MODELSCOPE_ENDPOINT", "https://www.modelscope.ai/")
+    assert hub_of(plain).url == f"https://www.modelscope.ai/api/v1/models/{CAPTIONER}"
+
+
+def test_modelscope_without_its_package(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable alone would end the start in vLLM's import."""
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    status, found = doctor("--part=engine", f"--model={CAPTIONER}")
+    assert status == 1
+    expected = ("error", "VLLM_USE_MODELSCOPE is set, and the package modelscope is not installed",
+                "install modelscope, or use the cuda image, which has it")  # fmt: skip
+    assert expected in found["weights"]
+
+
+def test_engine_arguments_are_checked(doctor: Any) -> None:
+    """The problem that the start would have is a finding, without the value."""
+    status, found = doctor("--part=engine", '--engine-args={"kv_cache_dtpe": "hunter2-hunter2"}')
+    assert status == 1
+    message = "engine_args: kv_cache_dtpe: vLLM 0.32.0 has no such argument (did you mean kv_cache_dtype?)"
+    assert ("error", message, "correct engine_args") in found["settings"]
 
 
 def test_no_dns(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cuda.shape import write_checkpoint
+from tests.cuda.shape import QUANTIZED, write_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,7 @@ class CudaBuild:
         self.site = _installed("engine", ENGINE)
         self._driver = _stub_driver(scratch)
         self.checkpoint = write_checkpoint(scratch / "captioner-30b")
+        self.quantized = {kind: write_checkpoint(scratch / f"captioner-30b-{kind}", kind) for kind in QUANTIZED}
         self._runs = 0
 
     def run(self, task: str, *, flashinfer: bool = False, interpret: bool = False, **arguments: Any) -> Any:

@@ -30,6 +30,7 @@ def facts_of(cuda_build: CudaBuild) -> Callable[[Case], dict[str, Any]]:
             asked = [
                 {
                     "profile": str(ROOT / "deploy" / "profiles" / f"{each.profile}.toml"),
+                    "checkpoint": str(cuda_build.quantized[each.checkpoint]) if each.checkpoint else "",
                     "changes": {"tensor_parallel": each.tensor_parallel},
                     "build": each.build,
                     "load": each.load,

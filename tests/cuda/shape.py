@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from serving.config import EMBEDDED_CHECKPOINT
 
@@ -33,8 +33,49 @@ VISION_PARAMETERS = 538_631_408
 """Parameters of the vision tower, which vLLM does not build for `limit_mm_per_prompt` of 0 images and videos."""
 
 
-def write_checkpoint(home: Path) -> Path:
-    """Write the directory and return it."""
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8": (
+        "float-quantized",
+        {
+            "weights": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        },
+    ),
+    "int4": (
+        "pack-quantized",
+        {
+            "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+            "input_activations": None,
+        },
+    ),
+}
+"""Format and scheme of quantized checkpoints, as llm-compressor writes them: `FP8_DYNAMIC`, and `W4A16` by AWQ or GPTQ.
+Of the experts vLLM takes only symmetric integers in this format."""
+
+QUANTIZED_IGNORE = ["re:.*audio_tower.*", "re:.*visual.*", "re:.*lm_head", "re:.*mlp.gate$"]
+"""Modules that a quantized checkpoint leaves in BF16, as llm-compressor's examples for mixtures of experts do."""
+
+
+def quantization_config(kind: str) -> dict[str, Any]:
+    """Return the `quantization_config` of a checkpoint of a kind of `QUANTIZED`."""
+    form, scheme = QUANTIZED[kind]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], **scheme}},
+        "ignore": QUANTIZED_IGNORE,
+    }
+
+
+def write_checkpoint(home: Path, quantization: str = "") -> Path:
+    """Write the directory and return it. `quantization`: a kind of `QUANTIZED`, or none."""
     shutil.copytree(EMBEDDED_CHECKPOINT, home, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((home / "config.json").read_text())
     thinker = config["thinker_config"]
@@ -71,6 +112,8 @@ def write_checkpoint(home: Path) -> Path:
         "deepstack_visual_indexes": [8, 16, 24],
         "num_position_embeddings": 2304,
     }
+    if quantization:
+        config["quantization_config"] = quantization_config(quantization)
     (home / "config.json").write_text(json.dumps(config))
     return home
 

@@ -15,7 +15,7 @@ class Case(NamedTuple):
     """A profile on a number of GPUs, and what is expected of it.
 
     `build` builds the model too, `load` also loads its weights by name. `graphs`: number and largest of the batch sizes
-    with a CUDA graph.
+    with a CUDA graph. `checkpoint`: kind of the quantized checkpoint (`shape.QUANTIZED`), if the profile is for one.
     """
 
     profile: str
@@ -29,6 +29,9 @@ class Case(NamedTuple):
     attention: str = "FLASH_ATTN"
     build: bool = False
     load: bool = False
+    checkpoint: str = ""
+    context: int = 65_536
+    kv_dtype: str = "auto"
 
 
 def key(case: Case) -> str:
@@ -38,6 +41,17 @@ def key(case: Case) -> str:
 
 _SMALL = {"step_tokens": 4096, "encoder_tokens": 3900, "profiled_frames": 30_000}
 _EMBEDDED = {"step_tokens": 2048, "encoder_tokens": 1950, "profiled_frames": 15_000, "attention": "TRITON_ATTN"}
+_FP8 = {**_SMALL, "checkpoint": "fp8"}
+_INT4 = {
+    "step_tokens": 2048,
+    "encoder_tokens": 1950,
+    "profiled_frames": 15_000,
+    "checkpoint": "int4",
+    "attention": "TRITON_ATTN",
+    "moe": "MARLIN",
+    "context": 40_960,
+    "kv_dtype": "fp8",
+}
 
 CASES = (
     Case("1xh100-80g", "h100-80g", 1, (27, 192), build=True, load=True),
@@ -60,6 +74,14 @@ CASES = (
     Case("8xh100-80g", "h100-80g", 2, (51, 512), build=True),
     Case("8xh100-80g", "h100-80g", 4, (51, 512)),
     Case("8xh100-80g", "h100-80g", 8, (51, 512)),
+    Case("1xl40s-fp8", "l40s", 1, (19, 128), build=True, **_FP8),  # type: ignore[arg-type]
+    Case("1xl40s-fp8", "l40s", 2, (19, 128), build=True, **_FP8),  # type: ignore[arg-type]
+    Case("1xl40s-fp8", "l40s", 4, (19, 128), **_FP8),  # type: ignore[arg-type]
+    Case("1xl40s-fp8", "l40s", 8, (19, 128), **_FP8),  # type: ignore[arg-type]
+    Case("1xl4-int4", "l4", 1, (11, 64), build=True, **_INT4),  # type: ignore[arg-type]
+    Case("1xl4-int4", "l4", 2, (11, 64), build=True, **_INT4),  # type: ignore[arg-type]
+    Case("1xl4-int4", "l4", 4, (11, 64), **_INT4),  # type: ignore[arg-type]
+    Case("1xl4-int4", "l4", 8, (11, 64), **_INT4),  # type: ignore[arg-type]
     Case("cpu-embedded", "h100-80g", 1, (19, 128), build=True, **_EMBEDDED),  # type: ignore[arg-type]
 )
 """Every profile at 1, 2, 4 and 8 GPUs; the stand-in, whose attention heads cannot be divided by 8, on one."""

@@ -29,6 +29,10 @@ WEIGHT_BYTES = {
     ("bfloat16", 4): 15_637_220_096,
     ("bfloat16", 8): 8_976_571_136,
     ("fp8_per_channel", 1): 32_464_149_248,
+    ("fp8", 1): 32_553_606_752,
+    ("fp8", 2): 16_333_454_944,
+    ("int4", 1): 17_982_841_952,
+    ("int4", 2): 9_022_735_456,
 }
 KV_BYTES = {1: 98_304, 2: 49_152, 4: 24_576, 8: 24_576}
 """Bytes of KV cache per token on each GPU. The four KV heads are copied from the eighth GPU on."""
@@ -66,8 +70,8 @@ def test_a_profile_resolves(facts_of: Callable[[Case], dict[str, Any]], case: Ca
     assert facts["unsupported_by_v2"] == []
     assert facts["prefix_caching"] is False
     assert facts["chunked_prefill"] is True
-    assert facts["context"] == 65_536
-    assert facts["kv_dtype"] == "auto"
+    assert facts["context"] == case.context
+    assert facts["kv_dtype"] == case.kv_dtype
 
 
 @pytest.mark.parametrize("case", CASES, ids=key)
@@ -130,23 +134,30 @@ def test_only_attention_and_experts_are_quantized(facts_of: Callable[[Case], dic
     """FP8 covers 96 attention projections and 48 groups of experts; routers, tower, embeddings and head stay BF16."""
     methods = facts_of(case)["methods"]
     assert methods["UnquantizedEmbeddingMethod"] == {"embed_tokens": 1, "lm_head": 1}
-    if "fp8" in case.profile:
+    if case.checkpoint:
+        experts = {"fp8": "CompressedTensorsW8A8Fp8MoEMethod", "int4": "CompressedTensorsWNA16MoEMethod"}
+        assert methods["CompressedTensorsLinearMethod"] == {"qkv_proj": 48, "o_proj": 48}
+        assert methods[experts[case.checkpoint]] == {"routed_experts": 48}
+        assert methods["CompressedTensorsKVCacheMethod"] == {"attn": 48}
+        assert methods["UnquantizedLinearMethod"] == {"audio_tower": 131, "gate": 48}
+    elif "fp8" in case.profile:
         assert methods["Fp8PtpcOnlineLinearMethod"] == {"qkv_proj": 48, "o_proj": 48}
         assert methods["Fp8PtpcOnlineMoEMethod"] == {"routed_experts": 48}
         assert methods["UnquantizedLinearMethod"] == {"audio_tower": 131, "gate": 48}
     else:
         assert methods["UnquantizedLinearMethod"] == {"audio_tower": 131, "qkv_proj": 48, "o_proj": 48, "gate": 48}
         assert methods["UnquantizedFusedMoEMethod"] == {"routed_experts": 48}
-    assert len(methods) in {3, 4}
+    assert len(methods) == (5 if case.checkpoint else 4 if "fp8" in case.profile else 3)
 
 
 @pytest.mark.parametrize("case", CAPTIONER, ids=key)
 def test_weights_and_kv_cache_take_the_stated_memory(facts_of: Callable[[Case], dict[str, Any]], case: Case) -> None:
     """The bytes of weights and of KV cache on each GPU are the stated ones."""
     facts = facts_of(case)
-    stated = WEIGHT_BYTES.get((facts["quantization"] or facts["dtype"], case.tensor_parallel))
+    number_format = case.checkpoint or facts["quantization"] or facts["dtype"]
+    stated = WEIGHT_BYTES.get((number_format, case.tensor_parallel))
     assert stated is None or facts["weight_bytes"] == stated
-    assert facts["kv_bytes_per_token"] == KV_BYTES[case.tensor_parallel]
+    assert facts["kv_bytes_per_token"] == KV_BYTES[case.tensor_parallel] // (2 if case.kv_dtype == "fp8" else 1)
 
 
 @pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.toml") if path.stem[0].isdigit()))

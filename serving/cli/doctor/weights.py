@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import urllib.request
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
 
 from serving.cli.doctor.findings import Finding, error, ok, warning
 from serving.cli.doctor.fit import CHECKPOINT_GIB, GIB, is_captioner
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 5.0
 _TRUE = ("1", "on", "true", "yes")
+_VLLM_TRUE = ("1", "true")
 _SKEW_WARNING_S, _SKEW_ERROR_S = 5.0, 60.0
 _REFUSED = (401, 403)
 _NOT_FOUND = 404
@@ -43,8 +46,9 @@ class Hub(NamedTuple):
 def hub_of(settings: Settings) -> Hub:
     """Return the hub from which vLLM would download the model, by the variables that its libraries read."""
     home = Path.home()
-    if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in _TRUE:
-        base = os.environ.get("MODELSCOPE_DOMAIN", "www.modelscope.cn").removeprefix("https://")
+    if os.environ.get("VLLM_USE_MODELSCOPE", "").strip().lower() in _VLLM_TRUE:
+        base = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        base = base.removeprefix("https://").rstrip("/")
         token = os.environ.get("MODELSCOPE_API_TOKEN", "")
         cache = Path(os.environ.get("MODELSCOPE_CACHE") or home / ".cache" / "modelscope" / "hub")
         return Hub("ModelScope", f"https://{base}/api/v1/models/{settings.model}", token, "MODELSCOPE_API_TOKEN", cache)
@@ -55,7 +59,8 @@ def hub_of(settings: Settings) -> Hub:
     token = os.environ.get("HF_TOKEN", "")
     if not token and (file := Path(os.environ.get("HF_TOKEN_PATH") or hf_home / "token")).is_file():
         token = file.read_text().strip()
-    return Hub("Hugging Face", f"{base}/api/models/{settings.model}", token, "HF_TOKEN", cache)
+    revision = f"/revision/{quote(settings.revision, safe='')}" if settings.revision else ""
+    return Hub("Hugging Face", f"{base}/api/models/{settings.model}{revision}", token, "HF_TOKEN", cache)
 
 
 def probe(settings: Settings) -> Iterator[Finding]:
@@ -64,10 +69,16 @@ def probe(settings: Settings) -> Iterator[Finding]:
     if directory.is_dir():
         yield from _directory(directory)
         return
+    if "://" in settings.model:
+        yield ok("weights", "model is in an object store, which is not checked; vLLM reads it with load_format")
+        return
     if settings.model.startswith(("/", ".", "~")) or settings.model.count("/") != 1:
         yield error("weights", f"model: the directory {settings.model} does not exist", "set model to a checkpoint")
         return
     hub = hub_of(settings)
+    if hub.variable == "MODELSCOPE_API_TOKEN" and importlib.util.find_spec("modelscope") is None:
+        message = "VLLM_USE_MODELSCOPE is set, and the package modelscope is not installed"
+        yield error("weights", message, "install modelscope, or use the cuda image, which has it")
     offline = os.environ.get("HF_HUB_OFFLINE", "").strip().lower() in _TRUE
     cached = _cached(hub, settings.model)
     if cached is not None:
@@ -160,7 +171,10 @@ def _refusal(settings: Settings, hub: Hub, host: str, status: int) -> tuple[str,
         remedy = f"set {hub.variable} to a token that may read {settings.model}, and check the model's name"
         return f"{hub.name} ({host}) {what} (HTTP {status})", remedy
     if status == _NOT_FOUND:
-        return f"{hub.name} ({host}) has no model {settings.model} (HTTP 404)", "check the name in `model`"
+        return (
+            f"{hub.name} ({host}) has no model {settings.model} (HTTP 404)",
+            "check the name in `model`, and `revision`",
+        )
     return f"{hub.name} ({host}) answers HTTP {status}", "try again later, or set HF_ENDPOINT to a mirror"
 
 

@@ -22,6 +22,7 @@ GPUS = {
     "h100-80g": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79.1, 132),
     "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 79.1, 108),
     "l40s": Gpu("NVIDIA L40S", (8, 9), 44.4, 142),
+    "l4": Gpu("NVIDIA L4", (8, 9), 22.0, 58),
 }
 
 COUNT = 8

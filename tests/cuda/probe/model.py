@@ -120,7 +120,7 @@ def _moe(model: torch.nn.Module) -> set[str]:
     found = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        for name in ("unquantized_backend", "fp8_backend", "mxfp4_backend", "backend"):
+        for name in ("unquantized_backend", "fp8_backend", "mxfp4_backend", "wna16_backend", "backend"):
             backend = getattr(method, name, None)
             if backend is not None and "MoE" in type(method).__name__:
                 found.add(getattr(backend, "value", str(backend)))

@@ -21,13 +21,15 @@ _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 def run(gpu: str, checkpoint: str, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the facts of each case.
 
-    A case has a `profile`, settings that replace the profile's (`changes`), `build` to build the model too, `load` to
-    load its weights by name, all but `lost`, and `fault` for a planted one: `fork`, `router` or `budget`.
+    A case has a `profile`, the `checkpoint` that it is for if that is another one, settings that replace the profile's
+    (`changes`), `build` to build the model too, `load` to load its weights by name, all but `lost`, and `fault` for a
+    planted one: `fork`, `router` or `budget`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         found = []
         for case in cases:
-            settings = configuration.settings_of(case["profile"], checkpoint, **case.get("changes", {}))
+            directory = case.get("checkpoint") or checkpoint
+            settings = configuration.settings_of(case["profile"], directory, **case.get("changes", {}))
             with _environment(settings, Path(scratch)):
                 found.append(_facts(settings, gpu, case))
     return found
