@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 
 from serving.audio.features import log_mel
@@ -15,7 +16,7 @@ from serving.engine.vllm.engine import VllmEngine
 from serving.types import SAMPLE_RATE, Features, FinishReason, Sampling
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     import numpy.typing as npt
 
@@ -29,6 +30,13 @@ async def engine() -> AsyncIterator[VllmEngine]:
         yield engine
     finally:
         await engine.stop()
+
+
+@pytest.fixture
+def no_stray_tasks(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """Assert that no warning, as of a stray task, was raised."""
+    yield
+    assert not recwarn.list
 
 
 async def start(engine: VllmEngine) -> None:
