@@ -11,14 +11,17 @@ import pytest
 import pytest_asyncio
 
 from serving.audio.features import log_mel
-from serving.config import Settings
+from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.engine.vllm.engine import VllmEngine
 from serving.types import SAMPLE_RATE, Features, FinishReason, Sampling
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     import numpy.typing as npt
+
+transformers = Lazy("transformers")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -30,6 +33,12 @@ async def engine() -> AsyncIterator[VllmEngine]:
         yield engine
     finally:
         await engine.stop()
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """The checkpoint's own preprocessing: chat template, feature extractor and placeholders."""
+    return transformers.AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
 
 
 @pytest.fixture
