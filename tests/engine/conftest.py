@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 import pytest_asyncio
 
 from serving.audio.features import log_mel
-from serving.config import Settings
+from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.engine.vllm.engine import VllmEngine
 from serving.types import SAMPLE_RATE, Features, FinishReason, Sampling
+from tests.support.lazy import Lazy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     import numpy.typing as npt
+
+transformers = Lazy("transformers")
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -29,6 +33,19 @@ async def engine() -> AsyncIterator[VllmEngine]:
         yield engine
     finally:
         await engine.stop()
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """The checkpoint's own preprocessing: chat template, feature extractor and placeholders."""
+    return transformers.AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
+
+
+@pytest.fixture
+def no_stray_tasks(recwarn: pytest.WarningsRecorder) -> Iterator[None]:
+    """Assert that no warning, as of a stray task, was raised."""
+    yield
+    assert not recwarn.list
 
 
 async def start(engine: VllmEngine) -> None:

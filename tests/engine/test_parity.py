@@ -44,12 +44,6 @@ def reference() -> Any:
     return model.thinker.eval()
 
 
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    """The checkpoint's own preprocessing: chat template, feature extractor and placeholders."""
-    return transformers.AutoProcessor.from_pretrained(EMBEDDED_CHECKPOINT)
-
-
 def reference_tokens(reference: Any, processor: Any, samples: Samples) -> list[int]:
     """Return the tokens that transformers generates greedily for a waveform, end of turn included."""
     message = {"role": "user", "content": [{"type": "audio", "audio": "clip"}]}

@@ -161,8 +161,7 @@ def test_the_busiest_engine_stays_near_the_mean(frontends: int, engines: int, at
     assert top <= peak
 
 
-@pytest.mark.parametrize(("frontends", "engines", "least"), [(40, 100, 3.4), (100, 250, 5.0)])
-def test_the_least_loaded_of_all_would_be_flooded(frontends: int, engines: int, least: float) -> None:
+def test_the_least_loaded_of_all_would_be_flooded() -> None:
     """The simulation shows the fault that two random choices avoid: each frontend takes the same few replicas."""
-    mean, busiest, _ = simulate(frontends, engines, least_loaded)
-    assert busiest / mean >= least
+    mean, busiest, _ = simulate(40, 100, least_loaded)
+    assert busiest / mean >= 3.4
