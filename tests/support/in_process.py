@@ -7,6 +7,7 @@ the processes, and of the features' shared memory, use the real ones.
 from __future__ import annotations
 
 import asyncio
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
     from serving.types import SchedulingClass
+
+
+_DECODING = threading.Lock()
+"""One at a time: `decode` limits the memory of the process that it runs in, and lifts the limit afterwards."""
 
 
 class AudioThreads(AudioWorkerPool):
@@ -72,5 +77,6 @@ class DownloadThreads(DownloadProcess):
 
 
 def _features(clip: str | Path, max_audio_s: float) -> Features:
-    samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=max_audio_s)
+    with _DECODING:
+        samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=max_audio_s)
     return Features(log_mel(samples), samples.size)
