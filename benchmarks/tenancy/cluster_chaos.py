@@ -425,7 +425,8 @@ def _of_port(name: str, port: int) -> list[psutil.Process]:
     """Return the server that was started with a port, and its children."""
     for process in psutil.Process().children():
         with suppress(psutil.Error):
-            if Path(process.cmdline()[0]).name == name and str(port) in process.cmdline():
+            program, *arguments = process.cmdline() or [""]  # a process that has ended has none
+            if Path(program).name == name and str(port) in arguments:
                 return [process, *process.children(recursive=True)]
     return []
 
