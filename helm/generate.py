@@ -89,7 +89,7 @@ CHOICES = {
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
     "ray.upgrade.type": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"],
     "uploads.storage": ["pvc", "emptyDir"],
-    "engine.compileCache.storage": ["pvc", "emptyDir"],
+    "engine.compileCache.storage": ["auto", "pvc", "emptyDir"],
     "postgresql.mode": ["bundled", "external", "none"],
     "redis.mode": ["bundled", "external", "none"],
     "ingress.controller": ["nginx", "haproxy", "alb", "other"],

@@ -11,8 +11,9 @@
 #
 # Unknown until this has run on a GPU (deploy/cuda.md has the list of what is known): whether the kernels run and agree
 # with `vllm serve`; peak memory; time to load, compile and capture; V2 against V1; what FP8 does to captions; NCCL; speed.
-# The script itself was run on the CPU build with the embedded stand-in (--small): `--load-format dummy`, the branches that
-# read `nvidia-smi`, and vllm-omni, are untried.
+# Of the script itself, the steps doctor, parity, drain and memory were run on the CPU build with the embedded stand-in
+# (--small), and start and throughput with a fake engine. The other steps, `--load-format dummy`, the branches that read
+# `nvidia-smi`, and vllm-omni, are untried.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 for python in "${PYTHON:-}" .venv-cuda/bin/python .venv/bin/python; do

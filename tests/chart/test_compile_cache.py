@@ -59,9 +59,24 @@ def test_another_storage(helm: Path) -> None:
         {"accessModes": []},
         {"path": "/var"},
     ]
+    assert volume(storage="auto")[1]
     for wrong in refused:
         with pytest.raises(RefusedError):
             template(helm, {"engine": {"compileCache": wrong}})
+
+
+@pytest.mark.parametrize("model", [{"source": "embedded"}, {"source": "hostPath"}])
+def test_without_shared_storage_each_pod_compiles(helm: Path, model: dict[str, Any]) -> None:
+    """By default there is no claim where the model needs none; with `pvc`, or an existing claim, there is one."""
+
+    def kinds(**cache: Any) -> set[str]:
+        (spec,) = engines(template(helm, {"model": model, "engine": {"compileCache": cache}}))
+        (found,) = [each for each in spec["volumes"] if each["name"] == "compile-cache"]
+        return found.keys() - {"name"}
+
+    assert kinds() == {"emptyDir"}
+    assert kinds(storage="pvc") == {"persistentVolumeClaim"}
+    assert kinds(existingClaim="kernels") == {"persistentVolumeClaim"}
 
 
 def test_the_trial_needs_no_claim(helm: Path) -> None:

@@ -242,3 +242,11 @@ def test_secrets_are_created_once(tmp_path: Path) -> None:
     subprocess.run(script, check=True, capture_output=True)
     again = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
     assert {name for name in created if again[name] != created[name]} == {"captioner_upload_secret"}
+
+
+def test_compiled_kernels_outlive_the_container(project: Project) -> None:
+    """The directory of the engine's caches is in a named volume."""
+    captioner = project["services"]["captioner"]
+    root = captioner["environment"]["VLLM_CACHE_ROOT"]
+    kept = [each.split(":")[1] for each in captioner["volumes"] if each.split(":")[0] in project["volumes"]]
+    assert any(root.startswith(f"{target}/") for target in kept)

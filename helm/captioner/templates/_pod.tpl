@@ -272,12 +272,20 @@ and limits. A frontend's never fails the pod: the service starts without its dat
   configMap: {name: {{ include "captioner.fullname" . }}-settings}
 {{- end -}}
 
+{{/* Not empty if compiled kernels are in a claim. */}}
+{{- define "captioner.cacheIsKept" -}}
+{{- $cache := .Values.engine.compileCache -}}
+{{- if or (eq $cache.storage "pvc") (and (eq $cache.storage "auto") (or $cache.existingClaim (eq .Values.model.source "pvc"))) -}}
+true
+{{- end -}}
+{{- end -}}
+
 {{- define "captioner.engineVolumes" -}}
 {{- $cache := .Values.engine.compileCache -}}
 - name: shm
   emptyDir: {medium: Memory, sizeLimit: {{ .Values.engine.shmSize | quote }}}
 - name: compile-cache
-  {{- if eq $cache.storage "pvc" }}
+  {{- if include "captioner.cacheIsKept" . }}
   persistentVolumeClaim:
     claimName: {{ default (printf "%s-compile-cache" (include "captioner.fullname" .)) $cache.existingClaim | quote }}
   {{- else }}
