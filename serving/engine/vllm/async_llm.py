@@ -93,9 +93,9 @@ LOOP_PATTERN_TOKENS = 8
 LOOP_REPEATS = 20
 """Repetitions of a pattern that are a loop.
 
-Measured on the embedded checkpoint: in 200 captions of 1 to 30 s, at temperatures 0 to 1, no token came more than twice in
-a row and no pattern of 2 to 16 tokens twice; a caption of 10 minutes repeated three tokens 45 times, and is stopped at
-token 68 of 447. Captions may quote a singer's "la la la", so the bound is far above two.
+Measured on the embedded checkpoint: in 200 captions of 1 to 30 s, at temperatures 0 to 1, no token came more than twice
+in a row and no pattern of 2 to 16 tokens twice; a caption of 10 minutes repeated three tokens 45 times, and is stopped
+at token 68 of 447. Captions may quote a singer's "la la la", so the bound is far above two.
 """
 
 
