@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -172,3 +173,16 @@ def test_what_the_service_sets_is_reserved(config_of: Callable[..., Any], monkey
     config_of()
     assert passed.keys() - RESERVED.keys() == {"async_scheduling"}
     assert RESERVED.keys() <= {field.name for field in fields(real)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offline"),
+    [({}, "1"), ({"kv_cache_dtype": "fp8"}, "1"), ({"speculative_config": {"model": "org/draft"}}, None)],
+)
+def test_another_model_may_come_from_a_hub(
+    arguments: dict[str, Any], offline: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model in a directory is loaded offline, unless an argument may name a second one."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with _environment(Settings(engine_args=arguments), tmp_path):
+        assert os.environ.get("HF_HUB_OFFLINE") == offline
