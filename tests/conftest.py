@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+from _pytest.nodeid import NodeId
 
 from tests import needs
 from tests.support.in_process import AudioThreads, DownloadThreads
@@ -39,22 +40,39 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_LONGEST_FIRST = ("engine", "cluster", "sdk", "chart", "cuda", "store", "process")
+"""Needs in the order in which their groups start under `-n`; a long group that started last would leave a core idle."""
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Mark each test with what it needs, before `-m` selects, and with the group that shares it under `-n`.
 
     All tests of the real engine run one after the other in one process, which loads the model once, as do those of the
     real cluster, and those that import PyTorch or the like; else a file's tests stay together, and with them what its
     fixtures made.
     """
+    ranks: dict[str, int] = {}
+    groups: dict[pytest.Item, str] = {}
     for item in items:
         if isinstance(item, pytest.Function):
             found = needs.of(item)
             for need in sorted(found):
                 item.add_marker(need)
-            lazy = "lazy" if any(isinstance(value, Lazy) for value in vars(item.module).values()) else str(item.path)
+            lazy = "lazy" if any(isinstance(value, Lazy) for value in vars(item.module).values()) else item.location[0]
             group = next((need for need in ("engine", "cluster") if need in found), lazy)
             item.add_marker(pytest.mark.xdist_group(group))
+            groups[item] = group
+            rank = min((_LONGEST_FIRST.index(need) for need in found), default=len(_LONGEST_FIRST))
+            ranks[group] = min(rank, ranks.get(group, rank))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: ranks.get(groups.get(item, ""), 0))
+    yield
+    for item in items:
+        # xdist 3.8 has written each test's name with its group where pytest read it until 9.1. Without it there are no
+        # groups, silently: each worker starts its own engine and its own cluster.
+        if (name := getattr(item, "_nodeid", item.nodeid)) != item.nodeid:
+            item._id = NodeId.parse(name)
 
 
 @pytest.fixture

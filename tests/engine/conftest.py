@@ -90,14 +90,24 @@ async def caption(engine: VllmEngine, features: Features, **sampling: Any) -> Ca
 
 async def token_ids(engine: VllmEngine, features: Features, **sampling: Any) -> list[int]:
     """Return the tokens of the deltas, end of turn included; greedy unless `sampling` says otherwise."""
+    return [token for token, _ in await candidates(engine, features, 0, **sampling)]
+
+
+async def candidates(
+    engine: VllmEngine, features: Features, count: int = 20, **sampling: Any
+) -> list[tuple[int, dict[int, float]]]:
+    """Return as `token_ids` each token, with the logarithms of the probabilities of the `count` likeliest."""
     model = engine._model
     assert model is not None
     own_id = f"tokens-{next(model._ids)}"
     params = model._params(Sampling(**{"temperature": 0.0, **sampling}))
+    params.logprobs = count or None
     queue = await model._llm.add_request(own_id, model._input(own_id, features), params)
-    tokens: list[int] = []
+    found: list[tuple[int, dict[int, float]]] = []
     while True:
         output = await queue.get()
-        tokens += output.outputs[0].token_ids
+        (delta,) = output.outputs
+        likely = [{token: each.logprob for token, each in step.items()} for step in delta.logprobs or ()]
+        found += zip(delta.token_ids, likely or [{}] * len(delta.token_ids), strict=True)
         if output.finished:
-            return tokens
+            return found

@@ -93,11 +93,18 @@ def assert_equal(served: dict[int, list[int]], captions: dict[int, list[int]], r
     different = [n for n in captions if served[n] != captions[n]]
     assert CLIPS - len(different) >= 50
     for n in different:
-        pairs = enumerate(zip(captions[n], served[n], strict=False))
-        at, (mine, other) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
         samples = list(assorted(CLIPS))[n].samples
-        assert captions[n][at] == mine
-        assert abs(lead(reference, processor, samples, captions[n][: at + 1], other)) < TIE, n
+        assert lead_at_the_first_difference(served[n], captions[n], samples, reference, processor) < TIE, n
+
+
+def lead_at_the_first_difference(
+    served: list[int], expected: list[int], samples: Samples, reference: Any, processor: Any
+) -> float:
+    """Return by how much the reference's logits differ for the two tokens at which captions part; 0 for equal ones."""
+    if served == expected:
+        return 0.0
+    at = next(at for at, (ours, theirs) in enumerate(zip(served, expected, strict=False)) if ours != theirs)
+    return abs(lead(reference, processor, samples, expected[: at + 1], served[at]))
 
 
 async def test_captions_of_known_sounds_equal_the_reference(
@@ -124,10 +131,12 @@ async def test_captions_with_tensor_parallel_size_2_equal_the_reference(
 async def test_greedy_tokens_equal_the_reference(
     engine: VllmEngine, reference: Any, processor: Any, seconds: float
 ) -> None:
-    """Our features give in vLLM exactly the tokens that transformers gives for the waveform."""
+    """Our features give in vLLM the tokens that transformers gives for the waveform, up to a tie of its logits."""
     for seed in range(2):
-        expected = reference_tokens(reference, processor, waveform(seconds, seed))
-        assert await token_ids(engine, sound(seconds, seed), max_tokens=TOKENS) == expected
+        samples = waveform(seconds, seed)
+        expected = reference_tokens(reference, processor, samples)
+        served = await token_ids(engine, sound(seconds, seed), max_tokens=TOKENS)
+        assert lead_at_the_first_difference(served, expected, samples, reference, processor) < TIE
 
 
 async def test_parity_would_notice_a_wrong_clip(engine: VllmEngine, captions: dict[int, list[int]]) -> None:
