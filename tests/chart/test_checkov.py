@@ -1,24 +1,21 @@
 """checkov's findings in the chart, and the reason for each accepted finding.
 
-It runs in a separate environment, because its pins conflict with ours.
+It runs in an environment that uv makes and keeps, because its pins conflict with ours.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.chart.combinations import COMBINATIONS
-from tests.chart.rendering import ROOT, pod_templates, template
+from tests.chart.rendering import pod_templates, template
 
 VERSION = "3.3.30"
-CACHE = ROOT / ".cache" / "checkov"
 
 ACCEPTED = {
     "CKV_K8S_11": "a limit would slow audio workers and vLLM on an idle node; requests share the CPU fairly",
@@ -35,25 +32,6 @@ ACCEPTED_FOR = {
     ("CKV_K8S_9", "test"): "runs once to completion",
 }
 """Accepted for one component, with the reason."""
-
-
-def checkov() -> Path:
-    """Return the path of checkov, installed on first use. Fail the test if that is impossible."""
-    program = CACHE / VERSION / "bin" / "checkov"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    uv = Path(sys.executable).with_name("uv")
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not program.exists():
-            python = ["--python", str(CACHE / VERSION / "bin" / "python")]
-            for command in (
-                [uv, "venv", "--quiet", CACHE / VERSION],
-                [uv, "pip", "install", "--quiet", *python, f"checkov=={VERSION}"],
-            ):
-                done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
-                if done.returncode:
-                    pytest.fail(f"cannot install checkov, which the chart's tests need:\n{done.stderr}")
-    return program
 
 
 def test_checkov_finds_only_what_is_accepted(helm: Path, tmp_path: Path) -> None:
@@ -75,8 +53,9 @@ def test_checkov_finds_only_what_is_accepted(helm: Path, tmp_path: Path) -> None
         each["metadata"]["namespace"] = "captions"  # the namespace of the release
     path = tmp_path / "chart.yaml"
     path.write_text(yaml.safe_dump_all([*manifests, *rays]))
+    uv = Path(sys.executable).with_name("uv")
     command = [
-        checkov(),
+        *(uv, "tool", "run", "--quiet", "--python", sys.executable, "--from", f"checkov=={VERSION}", "checkov"),
         "--file",
         path,
         "--framework",
@@ -88,6 +67,7 @@ def test_checkov_finds_only_what_is_accepted(helm: Path, tmp_path: Path) -> None
         "json",
     ]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False, timeout=280)
+    assert done.stdout, done.stderr
     result = json.loads(done.stdout)
     assert result["summary"]["parsing_errors"] == 0
     assert result["summary"]["passed"] > 500
