@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 
 from serving.types import SchedulingClass
-from tests.engine.test_admission_control import admission, assert_empty, run, simulate
+from tests.engine.simulated import admission, assert_empty, run, simulate
 
 
 def test_a_clip_that_waits_for_context_is_not_passed_by_smaller_ones() -> None:
