@@ -331,12 +331,12 @@ def seen(received: list[Received]) -> dict[str, dict[str, int]]:
 
 
 async def endless_texts(cluster: Cluster) -> list[str]:
-    """Return the beginning of the endless caption of each clip, by the service while nothing disturbs it."""
+    """Return the endless caption of each clip: as the service begins it while nothing disturbs it, and continued."""
     texts = []
     for clip in range(len(CLIPS)):
         for _ in range(20):  # a twentieth of the captions fail
             received = Received("finished", "openai", stream=True, clip=clip, server=0, began=time.time())
-            data = chaos_client.compose("deadline", "openai", clip, cluster.chance, stream=True)
+            data = chaos_client.compose("finished", "openai", clip, cluster.chance, stream=True)
             answer = await exchange(cluster.frontends[0].port, data)
             received.status, received.body = answer.status, chaos_client.unchunk(answer.body)
             chaos_client.parse(received)
