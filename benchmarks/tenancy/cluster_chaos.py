@@ -14,217 +14,31 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import psutil
 import psycopg
 
-from benchmarks.program import module_environment, option_parser
-from benchmarks.servers import Postgres, Redis, free_port
+from benchmarks.program import option_parser
 from benchmarks.tenancy import chaos_client
 from benchmarks.tenancy.chaos_audit import audit
 from benchmarks.tenancy.chaos_client import CLIPS, ENDINGS, ENDLESS, KEY, TOKENS, Received
+from benchmarks.tenancy.chaos_cluster import PROCESSES, SURROUNDINGS, Cluster
 from benchmarks.tenancy.ledger_audit import all_records, billed_tokens, delivered_tokens
-from benchmarks.tenancy.ledger_chaos import Frontend, exchange, shared
+from benchmarks.tenancy.ledger_chaos import exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
-ENGINE_FLAGS = (
-    "--engine=fake",
-    f"--fake-tokens={TOKENS}",
-    "--fake-tpot-s=0.004",
-    "--fake-ttft-s=0.02",
-    "--fake-fail-share=0.05",
-    "--stream-flush-interval-s=0.01",
-    "--allow-ignore-eos",
-)
-FRONTEND_FLAGS = (
-    "--engine=fake",
-    "--audio-workers=1",
-    "--stream-flush-interval-s=0",
-    "--allow-ignore-eos",
-    "--response-timeout-s=4",
-    "--stream-timeout-s=6",
-    "--shutdown-grace-s=10",
-)
+    from benchmarks.servers import Postgres
+
 LIMITS = {"concurrent_requests": 10_000, "concurrent_audio_seconds": 100_000, "tokens_per_day": 10**12}
-CLOCK_JUMPS_S = (-86_400, -3600, -2, 2, 3600, 86_400)
-DISK_MIB = 24
 SETTLED_S = 150
 """Time for the end: an open record of a machine that is lost is closed after 120 s."""
-
-
-class Node(Frontend):
-    """A process of the cluster, which is killed, stopped and paused. A context manager."""
-
-    def __init__(self, directory: Path, environment: dict[str, str], *arguments: str, port: int = 0) -> None:
-        super().__init__(directory, environment | module_environment())
-        self.port = port or self.port
-        self.clock = directory / "clock"
-        self._arguments = arguments
-        self.down: list[tuple[float, float]] = []
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "benchmarks.tenancy.chaos_node", *self._arguments]
-
-    @contextmanager
-    def is_down(self) -> Iterator[None]:
-        """Note that clients may see this process fail; until 2 s later, for what was sent meanwhile."""
-        began = time.time()
-        self.down.append((began, float("inf")))
-        try:
-            yield
-        finally:
-            self.down[-1] = began, time.time() + 2
-
-
-class Cluster:
-    """The processes of a run, and what is done to them. A context manager."""
-
-    def __init__(self, directory: Path, seed: int) -> None:
-        self.chance = random.Random(seed)
-        self.done: Counter[str] = Counter()
-        self._directory = directory
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        with self._stack:
-            self.database, self.redis = self._stack.enter_context(Postgres()), self._stack.enter_context(Redis())
-            environment = {"CAPTIONER_DATABASE_URL": self.database.url} | shared(self.redis)
-            ports = [free_port(), free_port()]
-            self.logs = [self._directory / f"engine-log-{number}" for number in range(2)]
-            self.engines = [
-                Node(
-                    self._directory / f"engine-{number}", {}, "engine", str(port), *ENGINE_FLAGS,
-                    f"--fake-log={log}", f"--data-dir={self._directory}/engine-{number}/data", port=port,
-                )
-                for number, (port, log) in enumerate(zip(ports, self.logs, strict=True))
-            ]  # fmt: skip
-            addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
-            self.frontends, self.disks = [], []
-            for number in range(2):
-                directory, port = self._directory / f"frontend-{number}", free_port()
-                disk = self._directory / f"disk-{number}"
-                self.disks.append(self._stack.enter_context(small_disk(disk)))
-                flags = [f"--port={port}", f"--data-dir={disk}/data", f"--uploads-dir={directory}/uploads"]
-                flags += [f"--download-dir={directory}"]
-                arguments = ("frontend", addresses, str(directory / "clock"), *FRONTEND_FLAGS, *flags)
-                self.frontends.append(Node(directory, environment, *arguments, port=port))
-            for node in (*self.engines, *self.frontends):
-                self._stack.enter_context(node)
-            self._kept = self._stack.pop_all()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._kept.close()
-
-    async def kill_frontend(self) -> None:
-        """Kill a frontend, and start another in its place."""
-        frontend = self.chance.choice(self.frontends)
-        with frontend.is_down():
-            await asyncio.to_thread(frontend.kill)
-            await frontend.wait_ready()
-
-    async def stop_frontend(self) -> None:
-        """Stop a frontend in order; its running requests end before."""
-        frontend = self.chance.choice(self.frontends)
-        with frontend.is_down():
-            await asyncio.to_thread(frontend.stop)
-            frontend.start()
-            await frontend.wait_ready()
-
-    async def kill_engine(self) -> None:
-        """Kill an engine, and start another at its address."""
-        await asyncio.to_thread(self.chance.choice(self.engines).kill)
-
-    async def stop_engine(self) -> None:
-        """Stop an engine in order."""
-        engine = self.chance.choice(self.engines)
-        await asyncio.to_thread(engine.stop)
-        engine.start()
-
-    async def pause_engine(self) -> None:
-        """Stop an engine's process by SIGSTOP for a while."""
-        await self._pause([_process(self.chance.choice(self.engines))])
-
-    async def pause_frontend(self) -> None:
-        """Stop a frontend's process by SIGSTOP for a while."""
-        frontend = self.chance.choice(self.frontends)
-        with frontend.is_down():
-            await self._pause([_process(frontend)])
-
-    async def kill_helper(self) -> None:
-        """Kill an audio worker or the download process of a frontend."""
-        helpers = _process(self.chance.choice(self.frontends)).children()
-        with suppress(psutil.Error):
-            if helpers:
-                self.chance.choice(helpers).kill()
-
-    async def crash_database(self) -> None:
-        """Crash PostgreSQL for up to 3 s."""
-        await asyncio.to_thread(self.database.stop)
-        await asyncio.sleep(3 * self.chance.random())
-        await asyncio.to_thread(self.database.start)
-
-    async def pause_database(self) -> None:
-        """Pause every process of PostgreSQL."""
-        await self._pause(_of_port("postgres", self.database.port))
-
-    async def crash_redis(self) -> None:
-        """Kill Redis, which loses its data, for up to 3 s."""
-        await asyncio.to_thread(self.redis.stop)
-        await asyncio.sleep(3 * self.chance.random())
-        await asyncio.to_thread(self.redis.start)
-
-    async def pause_redis(self) -> None:
-        """Pause Redis."""
-        await self._pause(_of_port("redis-server", self.redis.port))
-
-    async def fill_disk(self) -> None:
-        """Fill the disk of a frontend for up to 3 s."""
-        if disks := [disk for disk in self.disks if disk is not None]:
-            path = self.chance.choice(disks) / "ballast"
-            with path.open("wb", buffering=0) as file, suppress(OSError):
-                while file.write(bytes(4096)):
-                    pass
-            await asyncio.sleep(0.5 + 2.5 * self.chance.random())
-            path.unlink()
-
-    async def move_clock(self) -> None:
-        """Let the clock of a frontend jump, and after up to 3 s back."""
-        clock = self.chance.choice(self.frontends).clock
-        clock.write_text(str(self.chance.choice(CLOCK_JUMPS_S)))
-        await asyncio.sleep(3 * self.chance.random())
-        clock.write_text("0")
-
-    async def _pause(self, processes: list[psutil.Process]) -> None:
-        stopped = []
-        try:
-            for process in processes:
-                with suppress(psutil.Error):
-                    process.send_signal(signal.SIGSTOP)
-                    stopped.append(process)
-            await asyncio.sleep(0.5 + 2.5 * self.chance.random())
-        finally:
-            for process in stopped:
-                with suppress(psutil.Error):
-                    process.send_signal(signal.SIGCONT)
-
-
-PROCESSES = ("kill_frontend", "stop_frontend", "kill_engine", "stop_engine", "pause_engine", "pause_frontend")
-SURROUNDINGS = ("crash_database", "pause_database", "crash_redis", "pause_redis", "fill_disk", "move_clock")
 
 
 class Chaos:
@@ -331,12 +145,12 @@ def seen(received: list[Received]) -> dict[str, dict[str, int]]:
 
 
 async def endless_texts(cluster: Cluster) -> list[str]:
-    """Return the beginning of the endless caption of each clip, by the service while nothing disturbs it."""
+    """Return the endless caption of each clip: as the service begins it while nothing disturbs it, and continued."""
     texts = []
     for clip in range(len(CLIPS)):
         for _ in range(20):  # a twentieth of the captions fail
             received = Received("finished", "openai", stream=True, clip=clip, server=0, began=time.time())
-            data = chaos_client.compose("deadline", "openai", clip, cluster.chance, stream=True)
+            data = chaos_client.compose("finished", "openai", clip, cluster.chance, stream=True)
             answer = await exchange(cluster.frontends[0].port, data)
             received.status, received.body = answer.status, chaos_client.unchunk(answer.body)
             chaos_client.parse(received)
@@ -400,35 +214,6 @@ async def settled(database: Postgres) -> None:
         if all(row["ending"] is not None for row in all_records(database)):
             return
         await asyncio.sleep(1)
-
-
-@contextmanager
-def small_disk(directory: Path) -> Iterator[Path | None]:
-    """Mount a small disk at the directory, and yield it; without the rights for that, yield `None`."""
-    directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(directory)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        yield None
-        return
-    try:
-        yield directory
-    finally:
-        subprocess.run(["umount", "--lazy", str(directory)], check=True)
-
-
-def _process(node: Node) -> psutil.Process:
-    assert node.process is not None  # noqa: S101
-    return psutil.Process(node.process.pid)
-
-
-def _of_port(name: str, port: int) -> list[psutil.Process]:
-    """Return the server that was started with a port, and its children."""
-    for process in psutil.Process().children():
-        with suppress(psutil.Error):
-            program, *arguments = process.cmdline() or [""]  # a process that has ended has none
-            if Path(program).name == name and str(port) in arguments:
-                return [process, *process.children(recursive=True)]
-    return []
 
 
 def main() -> None:
