@@ -319,7 +319,7 @@ def _tickets(made: _Alerts) -> None:
         "CaptionerCaptionsDefective",
         f"{defective} / sum(rate(captioner_requests_total{{{ANSWERED}}}[{hour}])) > {DEFECTIVE} "
         f"and sum(increase(captioner_requests_total{{{ANSWERED}}}[{hour}])) > {MIN_REQUESTS}",
-        "{{ $value | humanizePercentage }} of captions loop or are blank.",
+        "More than one caption in twenty loops or is blank.",
         severity="ticket",
         lasting=10 * MINUTE,
     )
