@@ -72,7 +72,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # xdist 3.8 has written each test's name with its group where pytest read it until 9.1. Without it there are no
         # groups, silently: each worker starts its own engine and its own cluster.
         if (name := getattr(item, "_nodeid", item.nodeid)) != item.nodeid:
-            item._id = NodeId.parse(name)
+            path, _, rest = name.partition("::")
+            item._id = NodeId(path=path, names=(rest,))
 
 
 @pytest.fixture

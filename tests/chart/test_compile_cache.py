@@ -72,7 +72,7 @@ def test_without_shared_storage_each_pod_compiles(helm: Path, model: dict[str, A
     def kinds(**cache: Any) -> set[str]:
         (spec,) = engines(template(helm, {"model": model, "engine": {"compileCache": cache}}))
         (found,) = [each for each in spec["volumes"] if each["name"] == "compile-cache"]
-        return found.keys() - {"name"}
+        return set[str](found) - {"name"}
 
     assert kinds() == {"emptyDir"}
     assert kinds(storage="pvc") == {"persistentVolumeClaim"}
