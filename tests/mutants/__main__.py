@@ -6,8 +6,8 @@ Each module is changed by one fault at a time (`operators.py`) in a copy of the 
 (`targets.py`). A fault with which they pass has survived. `survivors.toml` has the survivors that may, each with its
 reason; any other makes the run fail. Prints each new survivor, and the figures of each module.
 
-mutmut 3.8 was considered and not taken: it changes functions only, so no constant of a module or default of a class, where
-limits and prices are, and needs its own configuration and four further packages.
+mutmut 3.8 was considered and not taken: it changes functions only, so no constant of a module or default of a class,
+where limits and prices are, and needs its own configuration and four further packages.
 """
 
 from __future__ import annotations
