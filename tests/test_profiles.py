@@ -21,8 +21,10 @@ WEIGHT_BYTES = {
     (None, 2): 31.212e9,
     (None, 4): 15.637e9,
     ("fp8_per_channel", 1): 32.464e9,
+    ("fp8 checkpoint", 1): 32.554e9,
+    ("int4 checkpoint", 1): 17.983e9,
 }
-"""Weights on each GPU, by quantization and number of GPUs; tests/cuda/test_profiles.py builds the model."""
+"""Weights on each GPU, by number format and number of GPUs; tests/cuda/test_profiles.py builds the model."""
 KV_BYTES = 48 * 2 * 4 * 128 * 2
 """KV cache per token of the captioner: layers, keys and values, KV heads, head width, bytes of BF16."""
 CAPTION_TOKENS = 1000
@@ -58,17 +60,20 @@ def test_a_profile_sets_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch
         assert settings.min_engine_replicas == 1 or settings.engine_on_gpu
         assert settings.dtype == "bfloat16"
         assert settings.is_embedded is False
-        assert ("fp8" in path.stem) == (settings.quantization is not None)
+        quantized = settings.quantization is not None or re.search("-(fp8|int4)$", settings.model) is not None
+        assert (re.search("-(fp8|int4)$", path.stem) is not None) == quantized
 
 
 @pytest.mark.parametrize("path", [path for path in PROFILES if path.stem[0].isdigit()], ids=lambda path: path.stem)
 def test_a_profiles_memory_adds_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comment's figures follow from the settings; the longest context and `max_num_seqs` captions fit."""
     settings, text = load(path, monkeypatch), path.read_text()
-    weights_gib = WEIGHT_BYTES[settings.quantization, settings.tensor_parallel] / GIB
+    checkpoint = re.search("-(fp8|int4)$", settings.model)
+    number_format = f"{checkpoint[1]} checkpoint" if checkpoint else settings.quantization
+    weights_gib = WEIGHT_BYTES[number_format, settings.tensor_parallel] / GIB
     taken_gib = stated(text, r"of ([\d.]+) on the GPU") * settings.gpu_memory_utilization
     kv_gib = taken_gib - weights_gib - stated(text, r"working memory ([\d.]+)")
-    kv_bytes = KV_BYTES / settings.tensor_parallel
+    kv_bytes = KV_BYTES / settings.tensor_parallel / (2 if settings.engine_args.get("kv_cache_dtype") == "fp8" else 1)
     tokens = kv_gib * GIB / kv_bytes
 
     assert stated(text, r"vLLM takes ([\d.]+)") == pytest.approx(taken_gib, abs=0.06)

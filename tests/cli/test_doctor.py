@@ -93,7 +93,16 @@ def test_a_gpu_that_is_too_small(doctor: Any, nvidia_smi: Any) -> None:
           "one context of max_model_len 65,536 needs 6.0"),
          "use 4 such GPUs: set tensor_parallel to 4"),
     ]  # fmt: skip
-    assert found["profile"][0][:2] == ("warning", "no profile of deploy/profiles fits 1 x 22.5 GiB")
+    assert found["profile"][0][0] == "ok"
+    assert found["profile"][0][1].startswith("deploy/profiles/1xl4-int4.toml fits, with an INT4 checkpoint: ")
+
+
+def test_no_profile_fits_a_gpu_of_16_gib(doctor: Any, nvidia_smi: Any) -> None:
+    """The warning names the memory of the GPUs for which there are profiles."""
+    nvidia_smi(listing("0, GPU-a, NVIDIA A2, 580.95.05, 15356, 15000, 8.6"))
+    status, found = doctor("--part=engine", f"--model={CAPTIONER}")
+    assert status == 1
+    assert found["profile"][0][:2] == ("warning", "no profile of deploy/profiles fits 1 x 15.0 GiB")
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,16 @@ REJECTED = {
     "audio_empty",
     "audio_unreadable",
 }
-FAILED = {"server_error", "engine_failed", "engine_stalled", "not_ready", "overloaded", "deadline_exceeded", "internal"}
+FAILED = {
+    "server_error",
+    "engine_failed",
+    "engine_stalled",
+    "not_ready",
+    "overloaded",
+    "storage_unavailable",
+    "deadline_exceeded",
+    "internal",
+}
 
 
 def classes(root: type[errors.CaptionerError]) -> list[type[errors.CaptionerError]]:

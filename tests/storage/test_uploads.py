@@ -139,7 +139,7 @@ async def test_an_upload_that_fails_or_is_cancelled_leaves_nothing(store: Direct
 
 async def test_the_disk_is_bounded(tmp_path: Path) -> None:
     """An upload beyond the disk space of all uploads is refused as overload; stored files are kept."""
-    store = DirectoryUploads(settings(tmp_path, max_upload_bytes=500))
+    store = DirectoryUploads(settings(tmp_path, max_upload_bytes=MIB))
     await store.start()
     key = await put(store, "a", bytes(MIB // 2))
     with pytest.raises(errors.Overloaded) as caught:
