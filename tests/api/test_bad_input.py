@@ -206,7 +206,6 @@ ANSWERS: dict[str, tuple[tuple[int, dict[str, str], bytes], str]] = {
     "redirect to another host": ((302, {"location": "http://127.0.0.2:8000/"}, b""), DOWNLOAD_FAILED),
     "redirect to metadata": ((301, {"location": "http://169.254.169.254/latest/"}, b""), DOWNLOAD_FAILED),
     "empty": ((200, {"content-length": "0"}, b""), EMPTY),
-    "cut off": ((200, {"content-length": "99999"}, wav(1)), DOWNLOAD_FAILED),
     "not HTTP at all": ((200, {"content-length": "minus one"}, b"x"), DOWNLOAD_FAILED),
     "says too large": ((200, {"content-length": str(2**40)}, b"RIFF"), TOO_LARGE),
     "is too large": ((200, {}, bytes(1_000_001)), TOO_LARGE),
@@ -223,6 +222,13 @@ def test_bad_downloads(service: RunningService, media: MediaServer, name: str) -
     """Any response of a web server that is not audio is refused with its own cause."""
     media.answers[name], message = ANSWERS[name]
     assert_refused(service, media.url(name), Refusal(message))
+
+
+def test_a_download_that_is_cut_off(service: RunningService, media: MediaServer) -> None:
+    """A body shorter than its server has said is a fault of that server, which SDKs request again."""
+    media.answers["cut off"] = (200, {"content-length": "99999"}, wav(1))
+    refusal = Refusal(DOWNLOAD_FAILED, "ServiceUnavailable", "service_unavailable", 503)
+    assert_refused(service, media.url("cut off"), refusal)
 
 
 def test_forbidden_codes_of_slow_sources(service: RunningService) -> None:

@@ -96,7 +96,8 @@ def _drawn(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:  # noqa
         case "array":
             return st.lists(_drawn("", schema["items"]), min_size=schema.get("minItems", 0), max_size=3)
         case "object" if inner := schema.get("properties"):
-            drawn = {key: _drawn(key, each) for key, each in inner.items()}
+            # `false` stands for a key that is refused.
+            drawn = {key: _drawn(key, each) for key, each in inner.items() if each is not False}
             return st.fixed_dictionaries({}, optional=drawn)
         case "object":
             return st.dictionaries(WORDS, st.just("a" * 64), max_size=2)

@@ -150,10 +150,15 @@ class RunningCluster:
         return sum(metric(f"http://{address}", "captioner_engine_running") for address in engines)
 
     def complete(self, frontends: int = 2, engines: int = 2) -> bool:
-        """Return whether there are `frontends` frontends, and each of them sees `engines` engine replicas."""
+        """Return whether there are `frontends` frontends, and each of them sees `engines` engine replicas.
+
+        With engines HAProxy, which learns of frontends a moment later, sends requests there.
+        """
         with suppress(httpx.TransportError, OSError, KeyError, ValueError):
-            return len(self.frontends()) == frontends and all(
-                self.engines(frontend) == engines for frontend in self.frontends()
+            return (
+                len(self.frontends()) == frontends
+                and all(self.engines(frontend) == engines for frontend in self.frontends())
+                and (not engines or self.ready())
             )
         return False
 

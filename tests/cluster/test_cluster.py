@@ -90,6 +90,7 @@ def stream(url: str, dialect: str, **parameters: Any) -> Iterator[Iterator[str]]
     )
     path = NATIVE if dialect == "native" else COMPATIBLE
     with httpx.stream("POST", url + path, json=body, headers=KEY | SSE, timeout=60) as response:
+        assert response.status_code == 200, response.read()
         lines = response.iter_lines()
         assert any(line.startswith("data:") for line in lines)
         yield lines

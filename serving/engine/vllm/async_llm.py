@@ -38,7 +38,6 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.platforms import current_platform
-from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -46,6 +45,7 @@ from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
 from serving.engine.vllm.engine_args import checked, refusals_named
 from serving.engine.vllm.executor import InProcessExecutor, MultiGpuExecutor
 from serving.engine.vllm.model import profiled_audio_tokens
+from serving.engine.vllm.sampling import sampling_params
 from serving.engine.vllm.scheduler import AsyncLongAudioScheduler, LongAudioScheduler
 from serving.engine.vllm.step_counter import StepCounter, stat_loggers
 from serving.engine.vllm.stop_sequences import StopSequences
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
 
     from serving.config import Settings
     from serving.types import Sampling
@@ -80,25 +81,8 @@ The routers (`mlp.gate`) choose 8 of 128 experts by small differences, and are 0
 tower and `lm_head` as they are today; here they are named so that an upgrade does not change it.
 """
 
-_MIN_TEMPERATURE = 0.01
-"""Lowest temperature above 0: vLLM raises a lower one to this, and logs a warning each time."""
-
 _LOOPED = "repetition"
 _FINISH_REASONS = {None: None, "stop": FinishReason.STOP, "length": FinishReason.LENGTH, _LOOPED: FinishReason.STOP}
-
-LOOP_PATTERN_TOKENS = 8
-"""Longest pattern of tokens whose repetition is a loop. vLLM compares once for each length, at each token."""
-
-LOOP_REPEATS = 20
-"""Repetitions of a pattern that are a loop.
-
-Measured on the embedded checkpoint: in 200 captions of 1 to 30 s, at temperatures 0 to 1, no token came more than twice
-in a row and no pattern of 2 to 16 tokens twice; a caption of 10 minutes repeated three tokens 45 times, and is stopped
-at token 68 of 447. Captions may quote a singer's "la la la", so the bound is far above two.
-"""
-
-
-_LOOPS = RepetitionDetectionParams(max_pattern_size=LOOP_PATTERN_TOKENS, min_count=LOOP_REPEATS)
 
 
 class LoadedModel:
@@ -220,45 +204,7 @@ class LoadedModel:
             await self._llm.abort(own_id)
 
     def _params(self, sampling: Sampling) -> SamplingParams:
-        ids = [*sampling.stop_token_ids, *itertools.chain.from_iterable(sampling.stop_token_sequences)]
-        if any(not 0 <= token_id < self._vocabulary for token_id in ids):
-            raise InvalidRequest(f"Token ids in stop must be in [0, {self._vocabulary - 1}].", param="stop")
-        if not all(sampling.stop) or not all(sampling.stop_token_sequences):
-            raise InvalidRequest("An element of stop must not be empty.", param="stop")
-        try:
-            return SamplingParams(
-                temperature=sampling.temperature if sampling.temperature >= _MIN_TEMPERATURE else 0.0,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed,
-                stop=list(sampling.stop),
-                stop_token_ids=list(sampling.stop_token_ids),
-                presence_penalty=sampling.presence_penalty,
-                frequency_penalty=sampling.frequency_penalty,
-                repetition_penalty=sampling.repetition_penalty,
-                ignore_eos=sampling.ignore_eos,
-                include_stop_str_in_output=sampling.include_stop,
-                min_p=sampling.min_p,
-                # A budget may have reduced `max_tokens` since.
-                min_tokens=min(sampling.min_tokens, sampling.max_tokens),
-                logit_bias=dict(sampling.logit_bias) or None,
-                allowed_token_ids=list(sampling.allowed_token_ids) or None,
-                _bad_words_token_ids=self._bad_words(sampling),
-                repetition_detection=_LOOPS if sampling.stop_loops else None,
-                output_kind=RequestOutputKind.DELTA,
-                skip_clone=True,  # they are made for this request alone
-            )
-        except VLLMClientError as error:
-            raise InvalidRequest(str(error)) from error
-
-    def _bad_words(self, sampling: Sampling) -> list[list[int]] | None:
-        """Return the tokens of each bad word, at the beginning of a text and after a blank.
-
-        vLLM's own `bad_words` has the second only if it has as many tokens as the first, so most words pass it.
-        """
-        forms = (form for word in sampling.bad_words for form in (word.lstrip(), f" {word.lstrip()}"))
-        return [self._encode(form) for form in forms] or None
+        return sampling_params(sampling, self._vocabulary, self._encode)
 
     def _input(self, own_id: str, features: Features) -> MultiModalInput:
         """Return the result of vLLM's own preprocessing for the clip. Raises `AudioTooLong`.
