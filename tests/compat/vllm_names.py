@@ -93,6 +93,22 @@ AREAS = (
             ),
             Name("vllm.outputs.RequestOutput", "outputs", "the one completion of a request"),
             Name("vllm.outputs.CompletionOutput", "text, token_ids, finish_reason", "content of a delta"),
+            Name("vllm.sampling_params.SamplingParams", "", "type of a request's parameters"),
+            Name("vllm.exceptions.VLLMClientError", "", "rejected parameters: `InvalidRequest`"),
+            Name("vllm.exceptions.VLLMServerError", "", "failures: `EngineFailed`"),
+            Name("vllm.renderers.base.BaseRenderer", "get_tokenizer()", "the checkpoint's tokenizer"),
+            Name(
+                "vllm.v1.engine.input_processor.InputProcessor",
+                "generation_config_fields",
+                "end-of-turn tokens of the checkpoint, which are not counted",
+            ),
+        ),
+    ),
+    Area(
+        "Sampling",
+        "sampling.py",
+        "Find the parameter's new name in `SamplingParams`; change `sampling_params`.",
+        (
             Name(
                 "vllm.sampling_params.SamplingParams",
                 "__init__(*, temperature, top_p, top_k, max_tokens, seed, stop, stop_token_ids, presence_penalty,"
@@ -108,13 +124,6 @@ AREAS = (
             ),
             Name("vllm.sampling_params.RequestOutputKind", "DELTA", "deltas in place of the text so far"),
             Name("vllm.exceptions.VLLMClientError", "", "rejected parameters: `InvalidRequest`"),
-            Name("vllm.exceptions.VLLMServerError", "", "failures: `EngineFailed`"),
-            Name("vllm.renderers.base.BaseRenderer", "get_tokenizer()", "the checkpoint's tokenizer"),
-            Name(
-                "vllm.v1.engine.input_processor.InputProcessor",
-                "generation_config_fields",
-                "end-of-turn tokens of the checkpoint, which are not counted",
-            ),
         ),
     ),
     Area(

@@ -92,7 +92,7 @@ class _Drive:
         return int(self.config.model_config.get_inputs_embeds_size())
 
     def _input_maker(self, kind: Any, settings: Settings) -> Any:
-        """Return a `LoadedModel` without processes: only what `_input` and `_params` use."""
+        """Return a `LoadedModel` without processes: only what `_input` uses."""
         from serving.engine.vllm import async_llm  # noqa: PLC0415
 
         tokenizer = self.processor.renderer.get_tokenizer()
@@ -151,7 +151,10 @@ class _Drive:
         from vllm.v1.outputs import ModelRunnerOutput  # noqa: PLC0415
         from vllm.v1.request import Request  # noqa: PLC0415
 
-        params = self.loaded._params(Sampling(max_tokens=output_tokens, ignore_eos=True, temperature=0.0))
+        from serving.engine.vllm.sampling import sampling_params  # noqa: PLC0415
+
+        sampling = Sampling(max_tokens=output_tokens, ignore_eos=True, temperature=0.0)
+        params = sampling_params(sampling, self.loaded._vocabulary, self.processor.renderer.get_tokenizer().encode)
         for name, seconds in clips.items():
             frames = np.tile(np.arange(seconds * 100, dtype=np.float32), (128, 1))
             made = self.loaded._input(f"{name}-0", Features(frames, seconds * 16_000))
