@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.compare.ray_systems import RAY_LLM_PYTHON, CaptionerCluster, RayServeLlm, RayServeLlmTuned
 from benchmarks.compare.systems import (
     Captioner,
+    CaptionerWithoutKernels,
     DefaultVllmServe,
     OfflineEngine,
     Setup,
     StockOfflineEngine,
+    TunedVllmServe,
     VllmServe,
 )
 from benchmarks.conditions import conditions, machine_load, portable
@@ -47,8 +49,10 @@ WARM_UP = 16
 
 KINDS = (
     Captioner,
+    CaptionerWithoutKernels,
     CaptionerCluster,
     VllmServe,
+    TunedVllmServe,
     DefaultVllmServe,
     RayServeLlm,
     RayServeLlmTuned,
@@ -195,9 +199,8 @@ def _write(out: Path, run: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     kinds = {kind.name: kind for kind in KINDS}
-    usual = [
-        name for name in kinds if name not in (DefaultVllmServe.name, RayServeLlmTuned.name, StockOfflineEngine.name)
-    ]
+    unusual = (CaptionerWithoutKernels, TunedVllmServe, DefaultVllmServe, RayServeLlmTuned, StockOfflineEngine)
+    usual = [kind.name for kind in KINDS if kind not in unusual]
     parser = option_parser(__doc__)
     parser.add_argument("--systems", nargs="+", choices=kinds, default=usual)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))

@@ -169,6 +169,7 @@ class Captioner(Server):
     name = "captioner"
     subcommand = "serve"
     ready_path = "/readyz"
+    extra: tuple[str, ...] = ()
 
     @property
     def command(self) -> Sequence[str]:
@@ -184,7 +185,15 @@ class Captioner(Server):
             f"--download-dir={self.directory}",
             f"--data-dir={self.directory / 'data'}",
             f"--uploads-dir={self.directory / 'uploads'}",
+            *self.extra,
         ]
+
+
+class CaptionerWithoutKernels(Captioner):
+    """This service on vLLM's own layers: what is left of the difference is the architecture's."""
+
+    name = "captioner, no CPU kernels"
+    extra = ("--no-cpu-kernels",)
 
 
 class VllmServe(Server):
@@ -223,6 +232,13 @@ def vllm_cpu_shim(directory: Path, vllm_version: str) -> str:
     description.parent.mkdir(parents=True, exist_ok=True)
     description.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm_version}+cpu\n")
     return str(directory / "shim")
+
+
+class TunedVllmServe(VllmServe):
+    """vLLM's own server with the memory allocator's setting of the service."""
+
+    name = "vllm serve, allocator"
+    threads: ClassVar = ONE_THREAD | KEEPING_MEMORY
 
 
 class DefaultVllmServe(VllmServe):

@@ -31,7 +31,10 @@ DIGITS = {"requests/s": 2, "audio-s/s": 0, SERVICE_CPU: 0, ENGINE_CPU: 0, "memor
 
 PAIRS = (
     ("captioner", "vllm serve"),
+    ("captioner", "vllm serve, allocator"),
     ("captioner", "vllm serve, defaults"),
+    ("captioner, no CPU kernels", "vllm serve"),
+    ("captioner, no CPU kernels", "vllm serve, allocator"),
     ("captioner", "offline engine"),
     ("captioner cluster", "captioner"),
     ("captioner cluster", "vllm serve"),

@@ -43,6 +43,19 @@ def check_fields(http_version: str, headers: Sequence[tuple[bytes, bytes]]) -> N
     for name, value in headers:
         if name == b"host" and not is_host(value):
             raise MalformedHttp("The header host is not a host.")
+        if name == b"transfer-encoding":
+            _check_transfer_encoding(http_version, value)
+
+
+def _check_transfer_encoding(http_version: str, value: bytes) -> None:
+    """Raise `MalformedHttp` for every coding but chunked: the parser would take the coded bytes for the body.
+
+    RFC 9112, 6.1, has 501 for an unknown coding; clients repeat a request after that, and it would never succeed.
+    """
+    if http_version == "1.0":
+        raise MalformedHttp("HTTP/1.0 has no transfer-encoding.")
+    if value.strip().lower() != b"chunked":
+        raise MalformedHttp("The only transfer-encoding is chunked.")
 
 
 def is_host(value: bytes) -> bool:

@@ -125,7 +125,12 @@ class FakeEngine:
                             yield self._logged(request_id, held)
                             held = EngineDelta("", 0)
                         await self._step(tokens, at, faults)
-                        held = EngineDelta(held.text + delta.text, held.tokens + delta.tokens, delta.finish_reason)
+                        held = EngineDelta(
+                            held.text + delta.text,
+                            held.tokens + delta.tokens,
+                            delta.finish_reason,
+                            looped=delta.looped,
+                        )
                         if tokens == 0 and delta.finish_reason is None:
                             yield self._logged(request_id, held)
                             held = EngineDelta("", 0)

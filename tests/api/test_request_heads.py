@@ -108,6 +108,35 @@ def test_two_keys_are_refused_on_every_path(service: RunningService, path: str) 
         )
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "version", "message"),
+    [
+        (("transfer-encoding: gzip, chunked",), "1.1", "The only transfer-encoding is chunked."),
+        (("transfer-encoding: gzip",), "1.1", "The only transfer-encoding is chunked."),
+        (("transfer-encoding: chunked, chunked",), "1.1", "Invalid HTTP request received."),
+        (("transfer-encoding: chunked;q=1",), "1.1", "The only transfer-encoding is chunked."),
+        (("transfer-encoding: identity",), "1.1", "The only transfer-encoding is chunked."),
+        (("transfer-encoding: chunked",), "1.0", "HTTP/1.0 has no transfer-encoding."),
+        (("transfer-encoding: chunked",) * 2, "1.1", "Invalid HTTP request received."),
+    ],
+)
+def test_chunked_is_the_only_transfer_encoding(
+    service: RunningService, fields: tuple[str, ...], version: str, message: str, *, native: bool
+) -> None:
+    """A body in another coding is refused instead of read as if it had none, and none of it is the next request."""
+    path = NATIVE if native else COMPATIBLE
+    head = "".join(f"{field}\r\n" for field in (f"POST {path} HTTP/{version}", "host: x", *fields))
+    chunk = b"1c\r\nGET /v1/models HTTP/1.1\r\n\r\n\r\n0\r\n\r\n"
+    with connect(service) as client:
+        client.sendall(f"{head}\r\n".encode() + chunk)
+        answered = read_all(client)
+    assert answered.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert answered.count(b"HTTP/1.1 ") == 1
+    assert message.encode() in answered
+    assert b"\r\nconnection: close\r\n" in answered
+
+
 def test_trailers_are_no_headers(service: RunningService) -> None:
     """A key or a parameter after the body does not count, nor does it make a field repeated."""
     body = json.dumps(compatible_body(CLIP)).encode()

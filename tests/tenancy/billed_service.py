@@ -9,6 +9,7 @@ import os
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -30,15 +31,17 @@ from serving.tenancy.key_hashing import Pepper
 from serving.tenancy.ledger import ledger as ledgers
 from serving.tenancy.ledger import usage_table
 from serving.tenancy.schema import usage_records
+from serving.types import FinishReason
 from tests.support.wire import COMPATIBLE, compatible_body, data_url, wav
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
     from pathlib import Path
 
     import pytest
 
-    from serving.engine.base import Engine
+    from serving.engine.base import Engine, EngineDelta
+    from serving.types import Features, Sampling
 
 CLIP = data_url(wav(1))
 """One second: 13 tokens of audio and 8 of text."""
@@ -47,6 +50,9 @@ METRICS_TOKEN = "scrape"  # noqa: S105 - of this test
 NOON_MS = 1_798_718_400_000  # 2026-12-31, 12:00 UTC
 NEW_YEAR_MS = 1_798_761_600_000  # 2027-01-01, 00:00 UTC
 UNLIMITED = 10**12
+LOOP_TOKENS = 5
+"""Tokens of a caption whose loop is stopped."""
+
 ALL_LIMITS: Mapping[str, Any] = {
     "requests_per_minute": 1000,
     "tokens_per_minute": 1_000_000,
@@ -68,15 +74,27 @@ class ScriptedEngine(FakeEngine):
         super().__init__(settings)
         assert settings.fake_stall_file is not None
         self._stalled_while = settings.fake_stall_file
+        self._loops = 0
 
-    def write(self, tokens: int = 24, **faults: int | None) -> None:
-        """Let the next captions have this number of tokens, and these faults."""
+    def write(self, tokens: int = 24, *, loops: int = 0, **faults: int | None) -> None:
+        """Let the next captions have this number of tokens, and these faults; the first `loops` of them loop."""
         self._stalled_while.unlink(missing_ok=True)
+        self._loops = loops
         self._tokens, self.faults, self._ready = tokens, Faults(**faults), True
 
     def unload(self) -> None:
         """Refuse captions, as an engine does that still loads."""
         self._ready = False
+
+    def _deltas(self, features: Features, sampling: Sampling) -> Iterator[EngineDelta]:
+        """Yield a caption; one that loops is stopped at its fifth token."""
+        loops = self._loops > 0
+        self._loops -= loops
+        for number, delta in enumerate(super()._deltas(features, sampling), 1):
+            if loops and number == LOOP_TOKENS:
+                yield replace(delta, finish_reason=FinishReason.STOP, looped=True)
+                return
+            yield delta
 
     def hold(self) -> None:
         """Start captions without writing anything, until `resume`."""

@@ -41,6 +41,16 @@ def faulty(*, stream: bool = True, **faults: int) -> Scenario:
     return scenario
 
 
+def looping(times: int, *, stream: bool) -> Scenario:
+    """Request a caption that loops, as often as it is generated up to this number of times."""
+
+    async def scenario(service: BilledService, tenant: str) -> str:
+        service.engine.write(loops=times)
+        return await service.status(tenant, stream=stream)
+
+    return scenario
+
+
 async def without_key(service: BilledService, _: str) -> str:
     """Request a caption without a key."""
     return str((await service.client.post(COMPATIBLE, content=b"{")).status_code)
@@ -195,6 +205,9 @@ SCENARIOS: Mapping[str, tuple[Scenario, Mapping[str, Any]]] = {
     "the deadline cuts it after 5 tokens": (faulty(stream=False, hang_after_tokens=5), {}),
     "empty: the model writes nothing": (ask(0), {}),
     "empty: the client's stop string is the first word": (ask(stop=["This"]), {}),
+    "its loop is stopped after 5 tokens, in a stream": (looping(1, stream=True), {}),
+    "its loop is stopped, and the second sample is good": (looping(1, stream=False), {}),
+    "its loop is stopped after 5 tokens, twice": (looping(2, stream=False), {}),
     "within the free quota": (ask(), {"free_tokens": 1000}),
     "the free quota (31 tokens) ends in it": (ask(), {"free_tokens": 31}),
     "admitted before midnight and a new price, ends later": (over_midnight, {}),

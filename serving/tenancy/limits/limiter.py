@@ -74,7 +74,7 @@ class Limiter:
         `currency`. Budgets that do not leave the `smallest` request refuse it.
         """
         at_ms = time.time_ns() // 1_000_000 if at_ms is None else at_ms
-        reservation = Reservation(caller, _scopes(caller), _period(at_ms, currency), at_ms=at_ms)
+        reservation = Reservation(caller, _scopes(caller, at_ms), _period(at_ms, currency), at_ms=at_ms)
         try:
             await self._take(reservation, lambda: self.store.admit(reservation, smallest))
         except BaseException:
@@ -123,10 +123,13 @@ def _tenant(caller: Caller) -> str:
     return f"tenant:{caller.tenant_id}"
 
 
-def _scopes(caller: Caller) -> Sequence[Scope]:
-    """Return the caller's scopes that limit anything: of its tenant, its key, both or none."""
+def _scopes(caller: Caller, at_ms: int) -> Sequence[Scope]:
+    """Return the caller's scopes that limit anything: of its tenant, its key, both or none.
+
+    A free quota counts if it is valid at `at_ms`, the admission.
+    """
     quota = caller.free_quota
-    if quota and quota.ends_at <= time.time():
+    if quota and quota.ends_at * 1000 <= at_ms:
         quota = FreeQuota(0, quota.ends_at, only=True) if quota.only else None
     scopes = []
     if quota or caller.tenant_limits != _UNLIMITED:
