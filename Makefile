@@ -111,6 +111,13 @@ harden: .venv/dev.stamp ## Fuzz, kill processes, stop the database and soak, at 
 	$(BIN)/python -m benchmarks.cluster.chaos --out .cache/chaos.json
 	$(BIN)/python -m benchmarks.cluster.soak --out .cache/soak.json
 
+# The rooms of money, access, admission and the wire. Slower than the tests without it; prints a table by module.
+.PHONY: coverage
+coverage: .venv/dev.stamp ## Branch coverage of money, access, admission and wire, by the tests that need no model
+	$(BIN)/pytest -q -n $(JOBS) -m "not (engine or cluster or sdk or chart or cuda)" --cov --cov-report= \
+	  tests/api tests/engine tests/observability tests/scheduling tests/storage tests/tenancy
+	$(BIN)/coverage report --include="serving/api/*,serving/tenancy/*,serving/scheduling/*,serving/engine/admission*"
+
 .PHONY: mutate
 mutate: .venv/dev.stamp ## One fault at a time in the modules of money, access, admission and wire; MODULES="serving/…" for some
 	$(BIN)/python -m tests.mutants --jobs $(JOBS) $(MODULES)

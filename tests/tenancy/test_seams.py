@@ -7,7 +7,6 @@ turns that follow from it, and the bill. They count turns and nano-units, never 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +216,7 @@ async def test_a_quota_that_is_over_bills_the_next_request(tmp_path: Path, monke
     ) as service:
         engine_of(service).go_on(2)
         for days, of_caption in ((89, (45, 0)), (91, (0, 636_600))):
-            at_ms = int(time.time() * 1000) - days * 86_400_000
+            at_ms = service.stores.now_ms - days * 86_400_000
             with service.database.begin() as connection:
                 connection.execute(schema.tenants.update().values(activated_at=at_ms))
                 connection.execute(schema.store_state.update().values(revision=schema.store_state.c.revision + 1))
