@@ -77,7 +77,8 @@ RESOURCES = {
 }
 PEERS = {"type": "array", "items": {"type": "object", "minProperties": 1}}
 NETWORKS = {"type": "array", "items": {"type": "string", "pattern": "/[0-9]+$"}, "minItems": 1}
-IMAGE = r"^[a-z0-9][A-Za-z0-9./_-]*(:[0-9]+/[a-z0-9./_-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]*|@sha256:[0-9a-f]{64})$"
+DIGEST = "@sha256:[0-9a-f]{64}"
+IMAGE = rf"^[a-z0-9][A-Za-z0-9./_-]*(:[0-9]+/[a-z0-9./_-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]*({DIGEST})?|{DIGEST})$"
 POSITIVE = {"type": "integer", "minimum": 1}
 CHOICES = {
     "workload": ["rayservice", "deployment"],
