@@ -93,6 +93,7 @@ CHOICES = {
     "engine.compileCache.storage": ["auto", "pvc", "emptyDir"],
     "postgresql.mode": ["bundled", "external", "none"],
     "redis.mode": ["bundled", "external", "none"],
+    "backup.storage": ["auto", "pvc", "objectStore", "none"],
     "ingress.controller": ["nginx", "haproxy", "alb", "other"],
     "priorityClass.preemptionPolicy": ["PreemptLowerPriority", "Never"],
 }
@@ -154,6 +155,10 @@ MORE: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "backup.schedule": {"type": "string", "pattern": r"^(@[a-z]+|\S+( \S+){4})$"},
+    "backup.keep": POSITIVE,
+    "backup.deadlineSeconds": POSITIVE,
+    "backup.image": {"type": "string", "pattern": f"^$|{IMAGE}"},
     "test.url": {"type": "string", "pattern": "^(https?://[A-Za-z0-9.-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~/-]*)?)?$"},
     "ingress.paths": {"type": "array", "items": {"type": "string", "pattern": "^/"}, "minItems": 1},
     "httpRoute.hostnames": {"type": "array", "items": {"type": "string"}},

@@ -145,6 +145,30 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "a database by its URL": {
         "postgresql": {"mode": "external", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
     },
+    "backups in a bucket": {
+        "backup": {
+            "storage": "objectStore",
+            "objectStore": {
+                "path": "bucket/backups",
+                "secret": "store",
+                "networks": [{"ipBlock": {"cidr": "10.6.0.0/16"}}],
+                "port": 9000,
+            },
+            "schedule": "@daily",
+            "nodeSelector": {"pool": "cpu"},
+        }
+    },
+    "backups of an external database": EXTERNAL
+    | {
+        "backup": {
+            "storage": "pvc",
+            "pvc": {"storageClass": "slow"},
+            "image": "docker.io/library/postgres:17.11",
+            "volumes": SCHEDULED["volumes"],
+            "volumeMounts": SCHEDULED["volumeMounts"],
+        }
+    },
+    "no backups": {"backup": {"storage": "none"}},
     "no Redis": {"redis": {"mode": "none"}},
     "existing secrets": {"secrets": {"existingSecret": "mine", "revision": "2"}},
     "given secrets": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},

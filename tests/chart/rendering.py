@@ -183,6 +183,8 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
                 yield who, manifest
             case "Deployment" | "StatefulSet" | "Job":
                 yield who, manifest["spec"]["template"]
+            case "CronJob":
+                yield who, manifest["spec"]["jobTemplate"]["spec"]["template"]
             case "RayService":
                 cluster = manifest["spec"]["rayClusterConfig"]
                 yield f"{who} head", cluster["headGroupSpec"]["template"]

@@ -24,7 +24,7 @@ def pod(component: str, release: str = "x") -> End:
 
 
 RAY = ("head", "frontend", "engine")
-OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "test")
+OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "backup", "test")
 CALLER = End({"app": "web"}, "shop")
 DNS = End({"k8s-app": "kube-dns"}, "kube-system")
 OPERATOR = End({"app.kubernetes.io/name": "kuberay-operator"}, "kuberay-system")
@@ -134,7 +134,10 @@ def test_the_test_reaches_its_url(helm: Path, network: Network) -> None:
 
 def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
     """Frontends, administration and the tenants Job reach both stores, Ray's head only Redis, engines neither."""
-    users = {"postgresql": {"frontend", "admin", "tenants"}, "redis": {"frontend", "admin", "tenants", "head"}}
+    users = {
+        "postgresql": {"frontend", "admin", "tenants", "backup"},
+        "redis": {"frontend", "admin", "tenants", "head"},
+    }
     for store, port in (("postgresql", 5432), ("redis", 6379)):
         assert {name for name in OURS if network.allows(pod(name), pod(store), port)} == users[store]
         for stranger in (CALLER, PROMETHEUS, pod("frontend", release="other")):

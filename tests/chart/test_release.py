@@ -173,8 +173,9 @@ def test_the_life_of_a_release(api: Api) -> None:
         for each in api.get(f"/api/v1/namespaces/{NAMESPACE}/{kind}")["items"]
     }
     hooks = {name for name in left if name.endswith(("-tenants", "-test"))}
-    # Weights and secrets are kept, as documented in the values.
-    assert left - hooks == {"persistentvolumeclaims/captioner-model", "secrets/captioner"}
+    # Weights, backups and secrets are kept, as documented in the values.
+    kept = {"persistentvolumeclaims/captioner-model", "persistentvolumeclaims/captioner-backups", "secrets/captioner"}
+    assert left - hooks == kept
     assert not api.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices")["items"]
 
 

@@ -99,15 +99,9 @@ annotations:
     secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: upload-secret}
 {{- end -}}
 
-{{/* Environment variables of containers that know the callers: frontends, administration, tenants Job. */}}
-{{- define "captioner.callersEnv" -}}
-- name: CAPTIONER_API_KEYS
-  valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: api-keys, optional: true}
-- name: CAPTIONER_KEY_PEPPER
-  valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
-{{- $database := .Values.postgresql }}
+{{/* Address of the database, with its password. */}}
+{{- define "captioner.databaseEnv" -}}
+{{- $database := .Values.postgresql -}}
 {{- if and $database.urlSecret.name (ne $database.mode "none") }}
 - name: CAPTIONER_DATABASE_URL
   valueFrom:
@@ -120,6 +114,19 @@ annotations:
 - name: CAPTIONER_DATABASE_URL
   value: postgresql+psycopg://{{ $database.user }}:$(DATABASE_PASSWORD)@{{ . }}/{{ $database.database }}{{ with $database.parameters }}?{{ . }}{{ end }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Environment variables of containers that know the callers: frontends, administration, tenants Job. */}}
+{{- define "captioner.callersEnv" -}}
+- name: CAPTIONER_API_KEYS
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: api-keys, optional: true}
+- name: CAPTIONER_KEY_PEPPER
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
+{{- with include "captioner.databaseEnv" . | trim }}
+{{ . }}
 {{- end }}
 {{- with include "captioner.redisAddress" . }}
 {{- $redis := $.Values.redis }}

@@ -78,6 +78,12 @@
 {{- if and (eq $v.model.hub "modelscope") (eq $v.image.variant "cpu") (not $v.image.tag) (not $v.image.digest) (eq $v.model.source "pvc") $v.model.download.enabled -}}
 {{- $errors = append $errors "model.hub: modelscope requires the cuda image, which has its package; set image.variant to cuda, or model.download.enabled to false" -}}
 {{- end -}}
+{{- if and (eq $v.backup.storage "objectStore") (not (and $v.backup.objectStore.path $v.backup.objectStore.secret)) -}}
+{{- $errors = append $errors "backup.objectStore.path and backup.objectStore.secret are required with backup.storage: objectStore" -}}
+{{- end -}}
+{{- if and (not (has $v.backup.storage (list "auto" "none"))) (eq $v.postgresql.mode "none") -}}
+{{- $errors = append $errors "backup.storage requires PostgreSQL: with postgresql.mode: none the database is in a pod; set backup.storage to auto" -}}
+{{- end -}}
 {{- if and (eq $v.model.source "objectStore") (not $v.model.objectStore.path) -}}
 {{- $errors = append $errors "model.objectStore.path is required with model.source: objectStore, as bucket/prefix" -}}
 {{- end -}}
