@@ -84,7 +84,7 @@ CHOICES = {
     "workload": ["rayservice", "deployment"],
     "image.variant": ["cuda", "cpu"],
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
-    "model.source": ["embedded", "pvc", "hostPath", "objectStore"],
+    "model.source": ["hub", "embedded", "pvc", "hostPath", "objectStore"],
     "doctor.mode": ["enforce", "report", "off"],
     "model.hub": ["huggingface", "modelscope"],
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],

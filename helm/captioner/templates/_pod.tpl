@@ -176,9 +176,53 @@ persistentVolumeClaim:
   readOnly: true
 {{- else if eq $model.source "hostPath" -}}
 hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
-{{- else if eq $model.source "objectStore" -}}
-emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
+{{- else if has $model.source (list "hub" "objectStore") -}}
+{{- $size := printf "%dGi" (add 10 (int $model.sizeGiB)) -}}
+{{- with $model.copyStorageClass -}}
+ephemeral:
+  volumeClaimTemplate:
+    spec:
+      accessModes: [ReadWriteOnce]
+      storageClassName: {{ . | quote }}
+      resources:
+        requests: {storage: {{ $size }}}
+{{- else -}}
+emptyDir: {sizeLimit: {{ $size }}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Not empty if an engine's pod downloads the checkpoint from the hub. */}}
+{{- define "captioner.podDownloads" -}}
+{{- if or (eq .Values.model.source "hub") (and (eq .Values.model.source "hostPath") .Values.model.hostPath.download) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* Command of a download from the hub. */}}
+{{- define "captioner.downloadCommand" -}}
+{{- $model := .Values.model -}}
+[python, /etc/captioner/model.py, fetch, {{ include "captioner.modelPath" . | quote }}, {{ $model.name | quote }}, {{ required "model.revision is required: the branch, tag or commit to download" $model.revision | quote }}]
+{{- end -}}
+
+{{/* Environment variables of a download from the hub. */}}
+{{- define "captioner.downloadEnv" -}}
+{{- $model := .Values.model -}}
+- {name: HOME, value: /tmp}
+{{- if eq $model.hub "modelscope" }}
+- {name: VLLM_USE_MODELSCOPE, value: "True"}
+- {name: MODELSCOPE_CACHE, value: /tmp/modelscope}
+{{- else }}
+- {name: HF_HOME, value: /tmp/huggingface}
+{{- end }}
+{{- with $model.download.tokenSecret }}
+{{- if .name }}
+- name: {{ ternary "MODELSCOPE_API_TOKEN" "HF_TOKEN" (eq $model.hub "modelscope") }}
+  valueFrom:
+    secretKeyRef: {name: {{ .name | quote }}, key: {{ .key | quote }}}
+{{- end }}
+{{- end }}
+{{- with $model.download.env }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
 {{- end -}}
 
 {{/* Init containers of an engine: fetch the checkpoint, or wait for it, and verify its checksums. */}}
@@ -198,7 +242,20 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
     - {name: model, mountPath: /models}
     - {name: scratch, mountPath: /tmp}
 {{- end }}
-{{- if ne $model.source "embedded" }}
+{{- if include "captioner.podDownloads" . }}
+- name: fetch-model
+  image: {{ include "captioner.image" . | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
+  command: {{ include "captioner.downloadCommand" . }}
+  env:
+    {{- include "captioner.downloadEnv" . | nindent 4 }}
+  securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml $model.resources | nindent 4 }}
+  volumeMounts:
+    - {name: model, mountPath: /models}
+    - {name: model-files, mountPath: /etc/captioner, readOnly: true}
+    - {name: scratch, mountPath: /tmp}
+{{- else if ne $model.source "embedded" }}
 - name: check-model
   image: {{ include "captioner.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
