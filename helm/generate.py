@@ -77,13 +77,14 @@ RESOURCES = {
 }
 PEERS = {"type": "array", "items": {"type": "object", "minProperties": 1}}
 NETWORKS = {"type": "array", "items": {"type": "string", "pattern": "/[0-9]+$"}, "minItems": 1}
-IMAGE = r"^[a-z0-9][A-Za-z0-9./_-]*(:[0-9]+/[a-z0-9./_-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]*|@sha256:[0-9a-f]{64})$"
+DIGEST = "@sha256:[0-9a-f]{64}"
+IMAGE = rf"^[a-z0-9][A-Za-z0-9./_-]*(:[0-9]+/[a-z0-9./_-]+)?(:[A-Za-z0-9_][A-Za-z0-9_.-]*({DIGEST})?|{DIGEST})$"
 POSITIVE = {"type": "integer", "minimum": 1}
 CHOICES = {
     "workload": ["rayservice", "deployment"],
     "image.variant": ["cuda", "cpu"],
     "image.pullPolicy": ["Always", "IfNotPresent", "Never"],
-    "model.source": ["embedded", "pvc", "hostPath", "objectStore"],
+    "model.source": ["hub", "embedded", "pvc", "hostPath", "objectStore"],
     "doctor.mode": ["enforce", "report", "off"],
     "model.hub": ["huggingface", "modelscope"],
     "ray.autoscaler.upscalingMode": ["Default", "Conservative", "Aggressive"],
@@ -92,6 +93,7 @@ CHOICES = {
     "engine.compileCache.storage": ["auto", "pvc", "emptyDir"],
     "postgresql.mode": ["bundled", "external", "none"],
     "redis.mode": ["bundled", "external", "none"],
+    "backup.storage": ["auto", "pvc", "objectStore", "none"],
     "ingress.controller": ["nginx", "haproxy", "alb", "other"],
     "priorityClass.preemptionPolicy": ["PreemptLowerPriority", "Never"],
 }
@@ -153,6 +155,10 @@ MORE: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "backup.schedule": {"type": "string", "pattern": r"^(@[a-z]+|\S+( \S+){4})$"},
+    "backup.keep": POSITIVE,
+    "backup.deadlineSeconds": POSITIVE,
+    "backup.image": {"type": "string", "pattern": f"^$|{IMAGE}"},
     "test.url": {"type": "string", "pattern": "^(https?://[A-Za-z0-9.-]+(:[1-9][0-9]{0,4})?(/[A-Za-z0-9._~/-]*)?)?$"},
     "ingress.paths": {"type": "array", "items": {"type": "string", "pattern": "^/"}, "minItems": 1},
     "httpRoute.hostnames": {"type": "array", "items": {"type": "string"}},

@@ -150,7 +150,8 @@ chart() { # the chart's pod without Ray, as rendered; needs helm, and PyYAML in 
   local secret container key
   say "the chart's Deployment with podman play kube"
   helm template "$name" helm/captioner -f helm/captioner/profiles/cpu-embedded.yaml --set workload=deployment \
-    --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" >"$cache/chart.yaml"
+    --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" \
+    --set image.pullPolicy=Never >"$cache/chart.yaml"
   secret=$(.venv/bin/python deploy/docker/playable.py "$port" "$cache/secret.json" <"$cache/chart.yaml" 2>&1 \
     >"$cache/chart-pod.yaml")
   podman secret create "$secret" "$cache/secret.json" >/dev/null

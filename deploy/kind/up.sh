@@ -49,7 +49,7 @@ run helm upgrade --install kuberay-operator kuberay-operator --kube-context "kin
   --namespace kuberay-system --create-namespace --wait --timeout 5m
 run helm upgrade --install captioner helm/captioner --kube-context "kind-$cluster" \
   -f helm/captioner/profiles/cpu-embedded.yaml \
-  --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" \
+  --set-string "image.repository=${image%:*}" --set-string "image.tag=${image##*:}" --set image.pullPolicy=Never \
   --namespace "$namespace" --create-namespace --timeout "$timeout"
 # Helm's --wait does not support RayServices, so kubectl waits for the condition.
 run kubectl "${context[@]}" --namespace "$namespace" wait --for=condition=Ready rayservice/captioner --timeout "$timeout"

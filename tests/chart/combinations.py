@@ -119,9 +119,20 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "a priority class": {"priorityClass": {"create": True, "value": 1000000, "preemptionPolicy": "Never"}},
     "an existing priority class": {"priorityClass": {"name": "system"}},
-    "model on an existing claim": {"model": {"pvc": {"existingClaim": "weights"}, "download": {"enabled": False}}},
+    "model in a shared claim": {"model": {"source": "pvc", "pvc": {"storageClass": "shared"}}},
+    "model on an existing claim": {
+        "model": {"source": "pvc", "pvc": {"existingClaim": "weights"}, "download": {"enabled": False}}
+    },
+    "a copy of the model for each engine": {
+        "model": {"copyStorageClass": "fast", "download": {"tokenSecret": {"name": "hub"}}},
+    },
+    "a copy of the model for each node": {"model": {"source": "hostPath", "hostPath": {"download": True}}},
+    "uploads in a shared claim": {"objectStore": {"url": ""}, "uploads": {"storage": "pvc", "storageClass": "shared"}},
+    "an image on the nodes": {"image": {"registry": "", "pullPolicy": "Never"}},
+    "an image with its registry": {"image": {"registry": "", "repository": "ghcr.io/team/captioner"}},
     "model with sums, mirror and token": {
         "model": {
+            "source": "pvc",
             "revision": "1" * 40,
             "checksums": {"model-00001-of-00015.safetensors": "a" * 64, "config.json": "B" * 64},
             "pvc": {"storageClass": "fast", "accessModes": ["ReadWriteOnce"]},
@@ -145,6 +156,30 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     "a database by its URL": {
         "postgresql": {"mode": "external", "urlSecret": {"name": "db"}, "networks": [{"podSelector": {}}]}
     },
+    "backups in a bucket": {
+        "backup": {
+            "storage": "objectStore",
+            "objectStore": {
+                "path": "bucket/backups",
+                "secret": "store",
+                "networks": [{"ipBlock": {"cidr": "10.6.0.0/16"}}],
+                "port": 9000,
+            },
+            "schedule": "@daily",
+            "nodeSelector": {"pool": "cpu"},
+        }
+    },
+    "backups of an external database": EXTERNAL
+    | {
+        "backup": {
+            "storage": "pvc",
+            "pvc": {"storageClass": "slow"},
+            "image": "docker.io/library/postgres:17.11",
+            "volumes": SCHEDULED["volumes"],
+            "volumeMounts": SCHEDULED["volumeMounts"],
+        }
+    },
+    "no backups": {"backup": {"storage": "none"}},
     "no Redis": {"redis": {"mode": "none"}},
     "existing secrets": {"secrets": {"existingSecret": "mine", "revision": "2"}},
     "given secrets": {"secrets": {"values": {"api-keys": "sk-one,sk-two", "database-password": "p"}}},
@@ -175,7 +210,10 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
         }
     },
     "no network policies": {"networkPolicy": {"enabled": False}},
-    "no downloads": {"networkPolicy": {"fetch": {"enabled": False}}},
+    "no downloads": {
+        "networkPolicy": {"fetch": {"enabled": False}},
+        "objectStore": {"networks": [{"ipBlock": {"cidr": "10.5.0.0/16"}}]},
+    },
     "monitoring": {
         "monitoring": {
             "labels": {"release": "prometheus"},

@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "captioner"
 PROFILES = sorted(path.stem for path in (CHART / "profiles").glob("*.yaml"))
 
+REQUIRED = CHART / "ci" / "required-values.yaml"
+"""Values that every installation must set."""
+
 CRDS = Path(os.environ.get("CRDS_DIR", ROOT.parent / "shared" / "crds"))
 """Directory of the custom resources' definitions, which belong to other projects and are not in this repository."""
 
@@ -66,6 +69,7 @@ def template(
         f"--kube-version={kubernetes}",
         "--include-crds",
     ]
+    command += [f"--values={REQUIRED}"]
     command += [f"--api-versions={each}" for each in ("ray.io/v1", "monitoring.coreos.com/v1")]
     command += [f"--values={CHART / 'profiles' / profile}.yaml" for profile in profiles]
     done = subprocess.run(
@@ -183,6 +187,8 @@ def pod_templates(manifests: list[Manifest]) -> Iterator[tuple[str, Manifest]]:
                 yield who, manifest
             case "Deployment" | "StatefulSet" | "Job":
                 yield who, manifest["spec"]["template"]
+            case "CronJob":
+                yield who, manifest["spec"]["jobTemplate"]["spec"]["template"]
             case "RayService":
                 cluster = manifest["spec"]["rayClusterConfig"]
                 yield f"{who} head", cluster["headGroupSpec"]["template"]

@@ -28,6 +28,8 @@ ACCEPTED = {
 ACCEPTED_FOR = {
     ("CKV_K8S_40", "postgresql"): "the image's user, 999, owns its files",
     ("CKV_K8S_40", "redis"): "the image's user, 999, owns its files",
+    ("CKV_K8S_40", "backup"): "the image's user, 999, owns its files",
+    ("CKV_K8S_40", "restore"): "the image's user, 999, owns its files",
     ("CKV_K8S_8", "test"): "runs once to completion",
     ("CKV_K8S_9", "test"): "runs once to completion",
 }

@@ -24,7 +24,7 @@ def engines(manifests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("values", [{}, SOLO], ids=["rayservice", "deployment"])
 def test_engines_share_a_claim(helm: Path, values: dict[str, Any]) -> None:
     """The engine's caches are in the claim, which outlives its pod; other pods do not have it."""
-    manifests = template(helm, values)
+    manifests = template(helm, {"model": {"source": "pvc"}, **values})
     claim = only(manifests, "PersistentVolumeClaim", NAME)
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     (spec,) = engines(manifests)
@@ -42,7 +42,7 @@ def test_another_storage(helm: Path) -> None:
     """An existing claim is used as it is; `emptyDir` needs none; what is no storage is refused."""
 
     def volume(**cache: Any) -> tuple[dict[str, Any], bool]:
-        manifests = template(helm, {"engine": {"compileCache": cache}})
+        manifests = template(helm, {"model": {"source": "pvc"}, "engine": {"compileCache": cache}})
         (spec,) = engines(manifests)
         (found,) = [each for each in spec["volumes"] if each["name"] == "compile-cache"]
         return found, any(each["metadata"]["name"] == NAME for each in manifests)

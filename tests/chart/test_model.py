@@ -10,7 +10,7 @@ import pytest
 
 from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS, SCHEDULED
-from tests.chart.rendering import RefusedError, group, only, serve_config, template
+from tests.chart.rendering import PROFILES, RefusedError, containers, group, only, pods, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("name", "first", "verb"),
     [
-        ("defaults", [], "wait"),
+        ("model in a shared claim", [], "wait"),
         ("model on an existing claim", [], "verify"),
         ("model on the host", [], "verify"),
         ("model from an object store", ["fetch-model"], "verify"),
@@ -37,11 +37,60 @@ def test_an_engine_starts_with_a_complete_checkpoint(helm: Path, name: str, firs
     assert mounts["model"]["readOnly"]
 
 
+@pytest.mark.parametrize(
+    ("name", "volume"),
+    [
+        ("defaults", {"emptyDir": {"sizeLimit": "70Gi"}}),
+        (
+            "a copy of the model for each engine",
+            {
+                "ephemeral": {
+                    "volumeClaimTemplate": {
+                        "spec": {
+                            "accessModes": ["ReadWriteOnce"],
+                            "storageClassName": "fast",
+                            "resources": {"requests": {"storage": "70Gi"}},
+                        }
+                    }
+                }
+            },
+        ),
+        ("a copy of the model for each node", {"hostPath": {"path": "/var/lib/models", "type": "Directory"}}),
+    ],
+)
+def test_an_engines_pod_downloads(helm: Path, name: str, volume: dict[str, Any]) -> None:
+    """Its first container downloads and verifies what vLLM then reads; no Job and no shared claim is needed."""
+    manifests = template(helm, COMBINATIONS[name])
+    spec = group(manifests, "engine")["template"]["spec"]
+    assert [each["name"] for each in spec["initContainers"]] == ["fetch-model", "doctor-engine"]
+    fetch = spec["initContainers"][0]
+    model = serve_config(manifests)["applications"][0]["args"]["model"]
+    values = ["Qwen/Qwen3-Omni-30B-A3B-Captioner", "main"]
+    assert fetch["command"] == ["python", "/etc/captioner/model.py", "fetch", model, *values]
+    assert {"name": "model", "mountPath": "/models"} in fetch["volumeMounts"]
+    assert {"name": "model", "mountPath": "/models", "readOnly": True} in spec["containers"][0]["volumeMounts"]
+    assert [each for each in spec["volumes"] if each["name"] == "model"] == [{"name": "model", **volume}]
+    secrets = [each["name"] for each in fetch["env"] if "valueFrom" in each]
+    assert secrets == (["HF_TOKEN"] if name == "a copy of the model for each engine" else [])
+    assert not [each for each in manifests if each["kind"] == "Job"]
+
+
+def test_the_defaults_need_no_shared_storage(helm: Path) -> None:
+    """With the values that every installation sets, each claim of the defaults and of each profile is one pod's."""
+    for profile in (None, *PROFILES):
+        manifests = template(helm, {}, *([profile] if profile else []))
+        assert "ReadWriteMany" not in json.dumps(manifests), profile
+        images = {each["image"] for _, spec in pods(manifests) for each in containers(spec)}
+        ours = {image for image in images if image.startswith("registry.example.com/captioner:")}
+        assert len(ours) == 1, profile
+        assert all("@sha256:" in image for image in images - ours), profile
+
+
 def test_the_claim_has_room_for_another_model(helm: Path) -> None:
     """By default it is large enough for two, because an upgrade downloads one while engines read the other."""
 
     def claimed(**model: Any) -> int:
-        claim = only(template(helm, {"model": model}), "PersistentVolumeClaim", "x-captioner-model")
+        claim = only(template(helm, {"model": {"source": "pvc"} | model}), "PersistentVolumeClaim", "x-captioner-model")
         return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
 
     assert claimed() > 2 * 60
@@ -53,7 +102,7 @@ def test_another_model_is_another_job(helm: Path) -> None:
     """A Job is immutable, so its name changes with everything that it depends on, and with nothing else."""
 
     def job(values: dict[str, Any]) -> tuple[str, str]:
-        manifests = template(helm, values)
+        manifests = template(helm, values | {"model": {"source": "pvc"} | values.get("model", {})})
         (found,) = [each for each in manifests if each["kind"] == "Job" and "-model-" in each["metadata"]["name"]]
         return found["metadata"]["name"], json.dumps(found["spec"], sort_keys=True)
 
@@ -87,7 +136,7 @@ def test_another_model_is_another_job(helm: Path) -> None:
 
 def test_a_download_from_modelscope(helm: Path) -> None:
     """The Job gets the variable that vLLM reads too, and its token under ModelScope's name; the claim is the same."""
-    values = {"model": {"hub": "modelscope", "download": {"tokenSecret": {"name": "hub"}}}}
+    values = {"model": {"source": "pvc", "hub": "modelscope", "download": {"tokenSecret": {"name": "hub"}}}}
     (job,) = [
         each for each in template(helm, values) if each["kind"] == "Job" and "-model-" in each["metadata"]["name"]
     ]

@@ -24,7 +24,7 @@ def pod(component: str, release: str = "x") -> End:
 
 
 RAY = ("head", "frontend", "engine")
-OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "test")
+OURS = (*RAY, "admin", "tenants", "model", "postgresql", "redis", "backup", "test")
 CALLER = End({"app": "web"}, "shop")
 DNS = End({"k8s-app": "kube-dns"}, "kube-system")
 OPERATOR = End({"app.kubernetes.io/name": "kuberay-operator"}, "kuberay-system")
@@ -50,8 +50,9 @@ PRIVATE = (
 
 @pytest.fixture(scope="module")
 def network(helm: Path) -> Network:
-    """Policies of a release with monitoring and administration."""
-    return Network(template(helm, COMBINATIONS["monitoring"] | COMBINATIONS["administration"]))
+    """Policies of a release with monitoring, administration, and the model in a claim."""
+    claim = {"model": {"source": "pvc"}}
+    return Network(template(helm, COMBINATIONS["monitoring"] | COMBINATIONS["administration"] | claim))
 
 
 def test_every_pod_is_denied_by_default(helm: Path) -> None:
@@ -104,9 +105,13 @@ def test_frontends_download_from_public_addresses_only(network: Network) -> None
 
 
 def test_only_the_downloading_pod_reaches_the_model_source(helm: Path, network: Network) -> None:
-    """The Job does, or the engine with an object store; private addresses only if named."""
+    """The Job does, or the engine whose pod downloads; private addresses only if named."""
     assert network.allows(pod("model"), WEB, 443)
     assert not network.allows(pod("model"), End(address="169.254.169.254"), 443)
+    for name in ("defaults", "a copy of the model for each node"):
+        loading = Network(template(helm, COMBINATIONS[name]))
+        assert {each for each in OURS if loading.allows(pod(each), WEB, 443)} == {"frontend", "engine"}
+        assert not loading.allows(pod("engine"), End(address="169.254.169.254"), 443)
     store = Network(template(helm, COMBINATIONS["model from an object store"]))
     assert store.allows(pod("engine"), End({}, "minio"), 9000) is False  # another label
     named = {"networkPolicy": {"modelSource": [{"ipBlock": {"cidr": "10.9.0.0/16"}}], "modelPort": 9000}}
@@ -134,7 +139,10 @@ def test_the_test_reaches_its_url(helm: Path, network: Network) -> None:
 
 def test_stores_are_reached_by_their_users_alone(network: Network) -> None:
     """Frontends, administration and the tenants Job reach both stores, Ray's head only Redis, engines neither."""
-    users = {"postgresql": {"frontend", "admin", "tenants"}, "redis": {"frontend", "admin", "tenants", "head"}}
+    users = {
+        "postgresql": {"frontend", "admin", "tenants", "backup"},
+        "redis": {"frontend", "admin", "tenants", "head"},
+    }
     for store, port in (("postgresql", 5432), ("redis", 6379)):
         assert {name for name in OURS if network.allows(pod(name), pod(store), port)} == users[store]
         for stranger in (CALLER, PROMETHEUS, pod("frontend", release="other")):

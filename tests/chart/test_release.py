@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.chart.rendering import CHART, ROOT, crd_files
+from tests.chart.rendering import CHART, REQUIRED, ROOT, crd_files
 from tests.cluster.running import free_port, until
 
 if TYPE_CHECKING:
@@ -120,7 +120,10 @@ def api(helm: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
             process.kill()
 
 
-CHART_AND_PROFILE = (str(CHART), "--values", str(CHART / "profiles" / "1xh100-80g.yaml"))
+CHART_AND_PROFILE = (
+    *(str(CHART), "--values", str(CHART / "profiles" / "1xh100-80g.yaml")),
+    *("--values", str(REQUIRED), "--set=model.source=pvc"),
+)
 WAIT = ("--wait=legacy", "--timeout=60s")
 
 
@@ -173,8 +176,9 @@ def test_the_life_of_a_release(api: Api) -> None:
         for each in api.get(f"/api/v1/namespaces/{NAMESPACE}/{kind}")["items"]
     }
     hooks = {name for name in left if name.endswith(("-tenants", "-test"))}
-    # Weights and secrets are kept, as documented in the values.
-    assert left - hooks == {"persistentvolumeclaims/captioner-model", "secrets/captioner"}
+    # Weights, backups and secrets are kept, as documented in the values.
+    kept = {"persistentvolumeclaims/captioner-model", "persistentvolumeclaims/captioner-backups", "secrets/captioner"}
+    assert left - hooks == kept
     assert not api.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices")["items"]
 
 
@@ -192,6 +196,7 @@ def test_a_second_install_reuses_the_secrets(api: Api) -> None:
 def test_the_life_of_a_release_without_ray(api: Api) -> None:
     """Install, upgrade, test and uninstall work with Helm's `--wait`, which supports Deployments."""
     profile = (str(CHART), "--values", str(CHART / "profiles" / "cpu-embedded.yaml"), "--set=workload=deployment")
+    profile += ("--set=image.pullPolicy=Never",)
     api.helm("install", "solo", *profile, "--wait", "--timeout=60s")
     api.helm("upgrade", "solo", *profile, "--wait", "--timeout=60s", "--set=settings.log_level=debug")
     assert "Succeeded" in api.helm("test", "solo")

@@ -16,6 +16,7 @@ from tests.chart.rendering import (
     CHART,
     KUBERNETES,
     PROFILES,
+    REQUIRED,
     RefusedError,
     Values,
     all_errors,
@@ -118,7 +119,9 @@ def test_the_packaged_chart_renders(helm: Path, tmp_path: Path) -> None:
     """The packaged chart renders a RayService, as the directory does."""
     subprocess.run([helm, "package", CHART, "--destination", tmp_path], check=True, capture_output=True)
     (package,) = tmp_path.glob("*.tgz")
-    done = subprocess.run([helm, "template", "x", package], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [helm, "template", "x", package, "--values", REQUIRED], check=True, capture_output=True, text=True
+    )
     assert "kind: RayService" in done.stdout
 
 

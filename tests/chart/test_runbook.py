@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chart.rendering import CHART, ROOT
+from tests.chart.rendering import CHART, REQUIRED, ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +25,9 @@ def test_all_changes_are_found() -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_chart_accepts_a_change(helm: Path, change: str) -> None:
     """It renders, even with text that looks like a number: a time, and a commit that has only digits."""
-    change = change.replace("--reuse-values", f"-f {CHART}/profiles/2xa100-80g.yaml").replace("COMMIT", "1234567")
+    change = change.replace("--reuse-values", f"-f {CHART}/profiles/2xa100-80g.yaml -f {REQUIRED}").replace(
+        "COMMIT", "1234567"
+    )
     command = f"'{helm}' template captioner {change}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr

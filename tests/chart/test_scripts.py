@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -103,6 +104,25 @@ def test_a_download_is_marked_only_when_its_sums_are_right(tmp_path: Path) -> No
     assert "already complete" in run("model.py", "fetch", directory, "org/m", "main", **environment).stdout
     (tmp_path / "SHA256SUMS").write_text("0" * 64 + "  config.json\n")
     assert run("model.py", "fetch", directory, "org/m", "main", **environment).returncode == 1
+
+
+def test_pods_of_one_node_download_once(tmp_path: Path) -> None:
+    """The second of two pods with one directory waits for the first and finds the copy complete."""
+    slow = "import time\n" + HUB.replace("    directory =", "    time.sleep(2)\n    directory =", 1)
+    (tmp_path / "huggingface_hub.py").write_text(slow)
+    (tmp_path / "SHA256SUMS").write_text("")
+    (tmp_path / "weights").write_bytes(b"right")
+    (tmp_path / "sum").write_text(hashlib.sha256(b"right").hexdigest())
+    environment = {"PYTHONPATH": str(tmp_path), "CAPTIONER_MODEL_SUMS": str(tmp_path / "SHA256SUMS")}
+
+    def fetch(_: int) -> str:
+        done = run("model.py", "fetch", tmp_path / "m", "org/m", "main", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(fetch, range(2)))
+    assert sorted("already complete" in output for output in outputs) == [False, True]
 
 
 MODELSCOPE = """

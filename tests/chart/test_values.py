@@ -64,8 +64,9 @@ def test_a_typo_is_rejected_in_every_section(helm: Path) -> None:
         ({"frontend": {"minAvailable": 2}}, "frontend.minAvailable (2) must be below frontend.replicas.min (2)"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": 0}}}, "set maxUnavailable to 1"),
         ({"workload": "deployment", "deployment": {"rollingUpdate": {"maxSurge": "0%"}}}, "set maxUnavailable to 1"),
-        ({"uploads": {"storage": "emptyDir"}}, "set objectStore.url, or use pvc"),
-        ({"objectStore": {"secret": "s"}}, "objectStore.secret has no effect without objectStore.url"),
+        ({"objectStore": {"url": ""}}, "objectStore.url is required with several pods"),
+        ({"image": {"registry": ""}}, "image.registry is required"),
+        ({"objectStore": {"url": "", "secret": "s"}}, "objectStore.secret has no effect without objectStore.url"),
         ({"settings": {"object_store_url": "s3://b"}}, "object_store_url"),  # derived from objectStore
         ({"settings": {"object_store_secret_key": "k"}}, "object_store_secret_key"),  # a secret
         (
@@ -104,7 +105,10 @@ def test_a_typo_is_rejected_in_every_section(helm: Path) -> None:
         ({"httpRoute": {"enabled": True}}, "httpRoute.parentRefs"),
         ({"model": {"revision": ""}}, "model.revision is required"),
         ({"model": {"source": "objectStore"}}, "model.objectStore.path"),
-        ({"model": {"pvc": {"sizeGiB": 59}}}, "model.pvc.sizeGiB (59) must be at least model.sizeGiB (60)"),
+        (
+            {"model": {"source": "pvc", "pvc": {"sizeGiB": 59}}},
+            "model.pvc.sizeGiB (59) must be at least model.sizeGiB (60)",
+        ),
         ({"model": {"source": "embedded"}, "engine": {"gpus": 2}}, "engine.gpus must be 0 or 1"),
         ({"image": {"variant": "cpu"}}, "does not use GPUs"),
         ({"engine": {"gpus": 4}, "settings": {"quantization": "fp8_per_block"}}, "fp8_per_channel"),
@@ -124,8 +128,8 @@ def test_invalid_values_are_rejected_with_a_message(helm: Path, values: dict[str
 def test_several_errors_are_reported_at_once(helm: Path) -> None:
     """One message lists all errors."""
     with pytest.raises(RefusedError) as refused:
-        template(helm, {"uploads": {"storage": "emptyDir"}, "postgresql": {"mode": "none"}, "keda": {"enabled": True}})
-    assert all(each in str(refused.value) for each in ("uploads.storage", "postgresql.mode", "keda.enabled"))
+        template(helm, {"objectStore": {"url": ""}, "postgresql": {"mode": "none"}, "keda": {"enabled": True}})
+    assert all(each in str(refused.value) for each in ("objectStore.url", "postgresql.mode", "keda.enabled"))
 
 
 def test_a_name_that_kuberay_cannot_use_is_rejected(helm: Path) -> None:

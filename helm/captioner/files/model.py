@@ -1,6 +1,6 @@
 """Checkpoint of an engine pod: download from a hub, wait for the download, verify checksums.
 
-    python model.py fetch  DIRECTORY NAME REVISION    for the download Job
+    python model.py fetch  DIRECTORY NAME REVISION    for the download Job, or in an engine's pod
     python model.py wait   DIRECTORY                  before an engine, if the Job fills the volume
     python model.py verify DIRECTORY                  before an engine, otherwise
 
@@ -11,16 +11,19 @@ names the sums records that a directory was checked against them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 OPERATOR_SUMS = Path(os.environ.get("CAPTIONER_MODEL_SUMS", Path(__file__).with_name("SHA256SUMS")))
 MARKER = ".captioner-verified"
+LOCK = ".captioner-lock"
 POLL_INTERVAL_S = 10
 
 
@@ -77,7 +80,19 @@ def download(directory: Path, name: str, revision: str) -> dict[str, str]:
 
 
 def fetch(directory: Path, name: str, revision: str) -> int:
-    """Download one revision of a model, verify it, and write the marker. Return the exit status."""
+    """Download one revision of a model, verify it, and write the marker. Return the exit status.
+
+    Of several pods with one directory, as on one node, the first downloads and the others wait.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("w") as lock:
+        with suppress(OSError):  # some shared file systems have no locks; there a Job is alone
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return fetch_locked(directory, name, revision)
+
+
+def fetch_locked(directory: Path, name: str, revision: str) -> int:
+    """Download and verify as `fetch`, whose lock is held."""
     marker = directory / MARKER
     wanted = f"{sums_mark()} {name} {revision}{' of ModelScope' if uses_modelscope() else ''}\n"
     if marker.is_file() and marker.read_text() == wanted:

@@ -99,15 +99,9 @@ annotations:
     secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: upload-secret}
 {{- end -}}
 
-{{/* Environment variables of containers that know the callers: frontends, administration, tenants Job. */}}
-{{- define "captioner.callersEnv" -}}
-- name: CAPTIONER_API_KEYS
-  valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: api-keys, optional: true}
-- name: CAPTIONER_KEY_PEPPER
-  valueFrom:
-    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
-{{- $database := .Values.postgresql }}
+{{/* Address of the database, with its password. */}}
+{{- define "captioner.databaseEnv" -}}
+{{- $database := .Values.postgresql -}}
 {{- if and $database.urlSecret.name (ne $database.mode "none") }}
 - name: CAPTIONER_DATABASE_URL
   valueFrom:
@@ -120,6 +114,19 @@ annotations:
 - name: CAPTIONER_DATABASE_URL
   value: postgresql+psycopg://{{ $database.user }}:$(DATABASE_PASSWORD)@{{ . }}/{{ $database.database }}{{ with $database.parameters }}?{{ . }}{{ end }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Environment variables of containers that know the callers: frontends, administration, tenants Job. */}}
+{{- define "captioner.callersEnv" -}}
+- name: CAPTIONER_API_KEYS
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: api-keys, optional: true}
+- name: CAPTIONER_KEY_PEPPER
+  valueFrom:
+    secretKeyRef: {name: {{ include "captioner.secretName" . | quote }}, key: key-pepper}
+{{- with include "captioner.databaseEnv" . | trim }}
+{{ . }}
 {{- end }}
 {{- with include "captioner.redisAddress" . }}
 {{- $redis := $.Values.redis }}
@@ -169,9 +176,53 @@ persistentVolumeClaim:
   readOnly: true
 {{- else if eq $model.source "hostPath" -}}
 hostPath: {path: {{ $model.hostPath.path }}, type: Directory}
-{{- else if eq $model.source "objectStore" -}}
-emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
+{{- else if has $model.source (list "hub" "objectStore") -}}
+{{- $size := printf "%dGi" (add 10 (int $model.sizeGiB)) -}}
+{{- with $model.copyStorageClass -}}
+ephemeral:
+  volumeClaimTemplate:
+    spec:
+      accessModes: [ReadWriteOnce]
+      storageClassName: {{ . | quote }}
+      resources:
+        requests: {storage: {{ $size }}}
+{{- else -}}
+emptyDir: {sizeLimit: {{ $size }}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Not empty if an engine's pod downloads the checkpoint from the hub. */}}
+{{- define "captioner.podDownloads" -}}
+{{- if or (eq .Values.model.source "hub") (and (eq .Values.model.source "hostPath") .Values.model.hostPath.download) -}}yes{{- end -}}
+{{- end -}}
+
+{{/* Command of a download from the hub. */}}
+{{- define "captioner.downloadCommand" -}}
+{{- $model := .Values.model -}}
+[python, /etc/captioner/model.py, fetch, {{ include "captioner.modelPath" . | quote }}, {{ $model.name | quote }}, {{ required "model.revision is required: the branch, tag or commit to download" $model.revision | quote }}]
+{{- end -}}
+
+{{/* Environment variables of a download from the hub. */}}
+{{- define "captioner.downloadEnv" -}}
+{{- $model := .Values.model -}}
+- {name: HOME, value: /tmp}
+{{- if eq $model.hub "modelscope" }}
+- {name: VLLM_USE_MODELSCOPE, value: "True"}
+- {name: MODELSCOPE_CACHE, value: /tmp/modelscope}
+{{- else }}
+- {name: HF_HOME, value: /tmp/huggingface}
+{{- end }}
+{{- with $model.download.tokenSecret }}
+{{- if .name }}
+- name: {{ ternary "MODELSCOPE_API_TOKEN" "HF_TOKEN" (eq $model.hub "modelscope") }}
+  valueFrom:
+    secretKeyRef: {name: {{ .name | quote }}, key: {{ .key | quote }}}
+{{- end }}
+{{- end }}
+{{- with $model.download.env }}
+{{- toYaml . | nindent 0 }}
+{{- end }}
 {{- end -}}
 
 {{/* Init containers of an engine: fetch the checkpoint, or wait for it, and verify its checksums. */}}
@@ -191,7 +242,20 @@ emptyDir: {sizeLimit: {{ printf "%dGi" (add 10 (int $model.sizeGiB)) }}}
     - {name: model, mountPath: /models}
     - {name: scratch, mountPath: /tmp}
 {{- end }}
-{{- if ne $model.source "embedded" }}
+{{- if include "captioner.podDownloads" . }}
+- name: fetch-model
+  image: {{ include "captioner.image" . | quote }}
+  imagePullPolicy: {{ .Values.image.pullPolicy | quote }}
+  command: {{ include "captioner.downloadCommand" . }}
+  env:
+    {{- include "captioner.downloadEnv" . | nindent 4 }}
+  securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
+  resources: {{- toYaml $model.resources | nindent 4 }}
+  volumeMounts:
+    - {name: model, mountPath: /models}
+    - {name: model-files, mountPath: /etc/captioner, readOnly: true}
+    - {name: scratch, mountPath: /tmp}
+{{- else if ne $model.source "embedded" }}
 - name: check-model
   image: {{ include "captioner.image" . | quote }}
   imagePullPolicy: {{ .Values.image.pullPolicy | quote }}

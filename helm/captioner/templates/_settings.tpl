@@ -31,9 +31,13 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 | toJson -}}
 {{- end -}}
 
-{{/* Seconds allowed for loading the model: 1.5 times its size at the slowest expected read rate, plus two minutes. */}}
+{{/*
+Seconds allowed for loading the model: 1.5 times its size at the slowest expected read rate, plus two minutes. A pod that
+copies the model first reads it twice.
+*/}}
 {{- define "captioner.loadSeconds" -}}
-{{- add 120 (div (mul 3 1024 (int .Values.model.sizeGiB)) (mul 2 (int .Values.model.readMiBPerSecond))) -}}
+{{- $reads := ternary 2 1 (or (eq .Values.model.source "objectStore") (ne (include "captioner.podDownloads" .) "")) -}}
+{{- add 120 (div (mul 3 1024 $reads (int .Values.model.sizeGiB)) (mul 2 (int .Values.model.readMiBPerSecond))) -}}
 {{- end -}}
 
 {{/* Path of the checkpoint in the engine's container. Empty: the embedded stand-in. */}}

@@ -13,9 +13,13 @@
 {{- $errors = append $errors (printf "%s.minAvailable (%d) must be below %s.replicas.min (%v), or no node can be drained" $role $stay $role $replicas.min) -}}
 {{- end -}}
 {{- end -}}
+{{- $named := printf "%s%s%s" (default $v.image.registry (get (default dict $v.global) "imageRegistry")) "|" $v.image.repository -}}
+{{- if and (hasPrefix "|" $named) (not (contains "/" $named)) (ne $v.image.pullPolicy "Never") -}}
+{{- $errors = append $errors "image.registry is required: the registry of the image that you have built and pushed (deploy/docker); for an image that is on the nodes already set image.pullPolicy to Never" -}}
+{{- end -}}
 {{- $frontends := ternary (int $v.frontend.replicas.max) (int $v.engine.replicas.max) $ray -}}
 {{- if and (gt $frontends 1) (eq $v.uploads.storage "emptyDir") (not $v.objectStore.url) -}}
-{{- $errors = append $errors "uploads.storage: emptyDir requires a single pod that accepts requests, because pods do not see each other's uploads; set objectStore.url, or use pvc" -}}
+{{- $errors = append $errors "objectStore.url is required with several pods that accept requests, because pods do not see each other's uploads: set it to a bucket (s3://, gs://, az://), or uploads.storage to pvc where a storage class has ReadWriteMany" -}}
 {{- end -}}
 {{- if not $v.objectStore.url -}}
 {{- range $name := list "endpoint" "region" "secret" "networks" "virtualHost" -}}
@@ -75,8 +79,14 @@
 {{- $errors = append $errors (printf "model.pvc.sizeGiB (%d) must be at least model.sizeGiB (%d), or the model does not fit" . (int64 $v.model.sizeGiB)) -}}
 {{- end -}}
 {{- end -}}
-{{- if and (eq $v.model.hub "modelscope") (eq $v.image.variant "cpu") (not $v.image.tag) (not $v.image.digest) (eq $v.model.source "pvc") $v.model.download.enabled -}}
-{{- $errors = append $errors "model.hub: modelscope requires the cuda image, which has its package; set image.variant to cuda, or model.download.enabled to false" -}}
+{{- if and (eq $v.model.hub "modelscope") (eq $v.image.variant "cpu") (not $v.image.tag) (not $v.image.digest) (or (include "captioner.podDownloads" .) (and (eq $v.model.source "pvc") $v.model.download.enabled)) -}}
+{{- $errors = append $errors "model.hub: modelscope requires the cuda image, which has its package; set image.variant to cuda, or take the model from another source" -}}
+{{- end -}}
+{{- if and (eq $v.backup.storage "objectStore") (not (and $v.backup.objectStore.path $v.backup.objectStore.secret)) -}}
+{{- $errors = append $errors "backup.objectStore.path and backup.objectStore.secret are required with backup.storage: objectStore" -}}
+{{- end -}}
+{{- if and (not (has $v.backup.storage (list "auto" "none"))) (eq $v.postgresql.mode "none") -}}
+{{- $errors = append $errors "backup.storage requires PostgreSQL: with postgresql.mode: none the database is in a pod; set backup.storage to auto" -}}
 {{- end -}}
 {{- if and (eq $v.model.source "objectStore") (not $v.model.objectStore.path) -}}
 {{- $errors = append $errors "model.objectStore.path is required with model.source: objectStore, as bucket/prefix" -}}
