@@ -12,7 +12,9 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
+from serving.api.dialects.transcriptions import TranscriptionCodec
 from serving.api.forwarding import Origins
+from serving.api.multipart_form import MAX_OVERHEAD_BYTES
 from serving.api.request_body import Body
 from serving.api.request_counting import RequestCounter
 from serving.api.upload_form import receive_upload
@@ -40,21 +42,39 @@ log = logging.getLogger(__name__)
 
 UPLOAD_PATH = "/oss-upload"
 
+_COMPATIBLE_PREFIXES = ("/compatible-mode/v1", "/v1", "/compatible-mode", "")
+"""Base URLs of OpenAI's dialect: the manual's, OpenAI's, and both as many write them, without `/v1`."""
+
 
 def routes(components: Components) -> list[Route]:
     """Return the route of every path that is answered."""
     endpoints = _Endpoints(components)
     native = CaptionEndpoint.of(components, components.dashscope)
     compatible = CaptionEndpoint.of(components, components.openai)
+    transcribed, translated = (
+        CaptionEndpoint.of(
+            components,
+            TranscriptionCodec(components.settings, task),
+            max_body_bytes=components.settings.max_transcription_bytes + MAX_OVERHEAD_BYTES,
+        )
+        for task in ("transcribe", "translate")
+    )
     return [
         Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),
         # The manual's last curl names this path (PROTOCOL 14, no. 6).
         Route("/api/v1/services/aigc/text-generation/generation", native, methods=["POST"]),
-        Route("/compatible-mode/v1/chat/completions", compatible, methods=["POST"]),
-        Route("/v1/chat/completions", compatible, methods=["POST"]),
+        *(
+            Route(f"{prefix}{path}", endpoint, methods=["POST"])
+            for prefix in _COMPATIBLE_PREFIXES
+            for path, endpoint in (
+                ("/chat/completions", compatible),
+                ("/audio/transcriptions", transcribed),
+                ("/audio/translations", translated),
+            )
+        ),
         *(
             Route(f"{prefix}/models{rest}", endpoint)
-            for prefix in ("/compatible-mode/v1", "/v1")
+            for prefix in _COMPATIBLE_PREFIXES
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
         Route("/api/v1/models", endpoints.page_models),

@@ -173,6 +173,9 @@ class RequestLimits(BaseModel):
     max_upload_bytes: Bytes = Field(10 * MIB - 1, ge=1, description="Largest uploaded file in bytes")
     max_inline_chars: Bytes = Field(10 * MIB - 1, ge=1, description="Longest base64 text in characters")
     max_body_bytes: Bytes = Field(16 * MIB, ge=1024, description="Largest request body in bytes")
+    max_transcription_bytes: Bytes = Field(
+        25 * MIB, ge=1, description="Largest file of a form to `/v1/audio/transcriptions` in bytes"
+    )
     allow_ignore_eos: bool = Field(default=False, description="Acceptance of `ignore_eos` in requests, for benchmarks")
 
 

@@ -112,6 +112,8 @@ class DashScopeReply:
     read (`MAX_LINE_BYTES`): the text sent stays valid and correctly billed; an error would discard a good caption.
     """
 
+    content_type = "application/json"
+
     def __init__(self, request_id: str, *, stream: bool, incremental: bool) -> None:
         self.stream = stream
         self.ended = False

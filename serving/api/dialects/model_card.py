@@ -66,11 +66,16 @@ def check_served(settings: Settings, model: str) -> None:
         raise ModelNotFound(model[:128])
 
 
-def requested_model(values: Mapping[str, Any], settings: Settings) -> str:
-    """Return the request's `model`. Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`."""
+def requested_model(values: Mapping[str, Any], settings: Settings, *, required: bool = True) -> str:
+    """Return the request's `model`; without one, and unless it is `required`, the name of the served model.
+
+    Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`.
+    """
     model = values.get("model")
     if model is None or model == "":
-        raise MissingModel(param="model")
+        if required:
+            raise MissingModel(param="model")
+        return settings.served_model_name
     if not isinstance(model, str):
         raise InvalidRequest("'model' must be String", param="model")
     check_served(settings, model)

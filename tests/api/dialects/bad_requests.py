@@ -372,9 +372,7 @@ def _native_cases() -> Iterator[Case]:
 
 def _compatible_cases() -> Iterator[Case]:
     yield from _shared(1)
-    for name, model in {"null": "null", "empty": '""'}.items():
-        yield Case(f"model: {name}", compatible(GOOD, model), "you must provide a model parameter.", None)
-    yield Case("model: absent", b'{"messages":[]}', "you must provide a model parameter.", None)
+    yield Case("model and messages: absent", b"{}", "[] is too short - 'messages'", INVALID[1])
     for name, rest in {"absent": "", "null": ',"messages":null', "empty": ',"messages":[]'}.items():
         body = f'{{"model":"{MODEL}"{rest}}}'.encode()
         yield Case(f"messages: {name}", body, "[] is too short - 'messages'", INVALID[1])
