@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
+from serving.api.dialects.model_card import check_served
 from serving.api.dialects.transcriptions import TranscriptionCodec
 from serving.api.forwarding import Origins
 from serving.api.multipart_form import MAX_OVERHEAD_BYTES
@@ -25,7 +26,6 @@ from serving.errors import (
     EngineFailed,
     Internal,
     InvalidRequest,
-    ModelNotFound,
     NotReady,
     ServerError,
     error_code,
@@ -81,6 +81,7 @@ def routes(components: Components) -> list[Route]:
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),
         Route(UPLOAD_PATH, endpoints.upload, methods=["POST"]),
+        Route("/health", endpoints.health),
         Route("/healthz", endpoints.healthz),
         Route("/readyz", endpoints.readyz),
         Route("/metrics", endpoints.scrape),
@@ -129,8 +130,7 @@ class _Endpoints:
         if request.query_params.get("action") != "getPolicy":
             raise InvalidRequest("Required parameter(action) missing or invalid, it should be getPolicy.")
         model = request.query_params.get("model", "")
-        if model not in self._settings.model_names:
-            raise ModelNotFound(model)
+        check_served(self._settings, model)
         # Issued for the main name, so that the file can be used with any of the model's names.
         policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name, caller.key_id)
         return _json(
@@ -175,6 +175,14 @@ class _Endpoints:
         self._metrics.upload(error_code(type(error)))
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)
+
+    async def health(self, _: Request) -> Response:
+        """Answer as vLLM's probe: 200 without a body while captions can be made, else 503."""
+        try:
+            await self._check_ready()
+        except ServerError:
+            return Response(status_code=503)
+        return Response(status_code=200)
 
     async def healthz(self, _: Request) -> Response:
         """Answer 503 if a restart would help: the engine has died. An engine that is still loading is alive."""

@@ -23,6 +23,10 @@ CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
 """The model's name in the API manual."""
 
 
+CAPTIONER_HUB_ID = "Qwen/Qwen3-Omni-30B-A3B-Captioner"
+"""The model's name on model hubs."""
+
+
 def _state_dir() -> Path:
     """Return the directory for state that outlives a program, by the rules of freedesktop.org."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "captioner"
@@ -83,7 +87,11 @@ class Model(BaseModel):
         "directory. Unset: the hub's default branch",
     )
     served_model_name: str = Field(CAPTIONER_MODEL_ID, description="Name that requests carry in `model`")
-    model_aliases: Words = Field((), description="Further names that requests may carry in `model`")
+    model_aliases: Words = Field(
+        (),
+        description="Further names that requests may carry in `model`; the checkpoint's name and its name on a hub are "
+        "always accepted, and are not listed",
+    )
 
 
 class Engine(BaseModel):

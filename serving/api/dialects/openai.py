@@ -200,8 +200,8 @@ def _usage(usage: Usage) -> str:
     return (
         f'{{"prompt_tokens":{usage.input_tokens},"completion_tokens":{usage.output_tokens},'
         f'"total_tokens":{usage.total_tokens},'
-        f'"prompt_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens}}},'
-        f'"completion_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}'
+        f'"prompt_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens},'
+        f'"cached_tokens":0}},"completion_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}'
     )
 
 
