@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from serving.api.body_coding import inflate
 from serving.api.request_body import Body, disconnected
 from serving.api.response_writer import ResponseWriter
 from serving.errors import CaptionerError, Disconnected, Internal, NotReady
@@ -121,6 +122,8 @@ class CaptionEndpoint:
             record.stage("admit", admitted - record.started)
             with self.bodies.permit(caller.scheduling_class) as permit:
                 content = await body.read(permit)
+                if coding := headers.get("content-encoding", "").strip().lower():
+                    content = await inflate(content, coding, permit, limit_bytes=body.limit_bytes)
                 record.stage("receive", time.perf_counter() - admitted)
                 request, reply = await self._decode(content, headers, record)
                 del content

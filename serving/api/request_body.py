@@ -34,7 +34,7 @@ class Body:
         """`limit_bytes` is the limit of a complete body, by default `max_body_bytes`."""
         self._receive = receive
         self._grace_s = settings.body_timeout_s
-        self._limit_bytes = settings.max_body_bytes if limit_bytes is None else limit_bytes
+        self.limit_bytes = settings.max_body_bytes if limit_bytes is None else limit_bytes
         self._started: float | None = None
         self._received_bytes = 0
         self._complete = False
@@ -77,15 +77,15 @@ class Body:
         size = 0
         async for piece in self:
             size += len(piece)
-            if size > self._limit_bytes:
+            if size > self.limit_bytes:
                 permit.release()
                 body.clear()
-                if size > DRAIN_FACTOR * self._limit_bytes:
+                if size > DRAIN_FACTOR * self.limit_bytes:
                     break
             else:
                 permit.grow(len(piece))
                 body.append(piece)
-        if size > self._limit_bytes:
+        if size > self.limit_bytes:
             raise BodyTooLarge
         return b"".join(body)
 
@@ -97,7 +97,7 @@ class Body:
         size = 0
         async for piece in self:
             size += len(piece)
-            if size > DRAIN_FACTOR * self._limit_bytes:
+            if size > DRAIN_FACTOR * self.limit_bytes:
                 return
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, WebOrigins, Words
 
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
@@ -52,6 +52,11 @@ class Listener(BaseModel):
         ("127.0.0.0/8", "::1"),
         description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "
         "for upload addresses, and their connections are not limited",
+    )
+    cors_origins: WebOrigins = Field(
+        (),
+        description="Origins of web pages whose scripts may call the service from a browser (CORS), such as "
+        "`https://app.example.com`; `*`: all pages. Default: none",
     )
     max_connections_per_address: Annotated[int | None, Example(256)] = Field(
         None,

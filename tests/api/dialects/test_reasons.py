@@ -97,8 +97,10 @@ def test_references(reference: str, expected: str) -> None:
         (
             {"type": "input_audio", "input_audio": {"url": URL}},
             AUDIO,
-            (f"{PLACES}.input_audio.data' is missing, or no text: it should be a URL, a data URL, or (input_audio and "
-            "file) base64."),
+            (
+                f"{PLACES}.input_audio.data' is missing, or no text: it should be a URL, a data URL, or (input_audio "
+                "and file) base64."
+            ),
         ),
         (
             {"type": "file", "file": {"file_id": "file-1"}},
@@ -108,8 +110,10 @@ def test_references(reference: str, expected: str) -> None:
         (
             {"type": "text", "text": "What's 1 + 1?"},
             AUDIO,
-            ('A text alone gets no answer: add the audio as a part, {"audio": "https://…"} or {"type": "input_audio", '
-            '"input_audio": {"data": "https://…"}}. To probe the service use GET /health.'),
+            (
+                'A text alone gets no answer: add the audio as a part, {"audio": "https://…"} or {"type": '
+                '"input_audio", "input_audio": {"data": "https://…"}}. To probe the service use GET /health.'
+            ),
         ),
     ],
     ids=lambda value: str(value)[:24],
