@@ -12,7 +12,7 @@ import ipaddress
 import json
 import os
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr, model_validator
@@ -27,7 +27,7 @@ from pydantic_settings import (
 
 from serving.settings import groups, object_store, operator_groups
 from serving.settings.engine_args import reserved_problem
-from serving.settings.groups import CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
+from serving.settings.groups import CAPTIONER_HUB_ID, CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.settings.types import METRICS_PORTS, MIB
 
 if TYPE_CHECKING:
@@ -186,8 +186,15 @@ class Settings(
 
     @property
     def model_names(self) -> frozenset[str]:
-        """Every name that a request may carry in `model`."""
-        return frozenset((self.served_model_name, *self.model_aliases))
+        """Every name that a request may carry in `model`: of the settings, and the checkpoint's own and hub name."""
+        names = {self.served_model_name, *self.model_aliases}
+        if not self.is_embedded:
+            names.add(PurePath(self.model).name)
+            if not self.model.startswith(("/", ".")):
+                names.add(self.model)
+        if CAPTIONER_MODEL_ID in names or CAPTIONER_HUB_ID in names:
+            names |= {CAPTIONER_HUB_ID, PurePath(CAPTIONER_HUB_ID).name}
+        return frozenset(names)
 
     @classmethod
     def load(cls, argv: Sequence[str]) -> Settings:

@@ -63,7 +63,7 @@ from __future__ import annotations
 
 import copyreg
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from serving.types import Outcome
 
@@ -96,6 +96,11 @@ class InvalidRequest(ClientError):
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+    @classmethod
+    def because(cls, reason: str, *, sentence: str | None = None, param: str | None = None) -> Self:
+        """Return the error with one of the manual's sentences, by default the class's, and the reason."""
+        return cls(f"{sentence or cls.message} {reason}", param=param)
 
 
 class MissingModel(InvalidRequest):
@@ -131,11 +136,12 @@ class BodyTooLarge(ClientError):
 
 
 class ModelNotFound(ClientError):
-    """No such model. `model` is the requested name."""
+    """No such model. `model` is the requested name; `hint` is a sentence with the names that are served, or empty."""
 
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model `{model}` does not exist or you do not have access to it.")
+    def __init__(self, model: str, hint: str = "") -> None:
+        super().__init__(f"The model `{model}` does not exist or you do not have access to it.{hint and ' '}{hint}")
         self.model = model
+        self.hint = hint
 
 
 class NotFound(ClientError):
@@ -143,8 +149,10 @@ class NotFound(ClientError):
 
 
 class MethodNotAllowed(ClientError):
-    def __init__(self, method: str) -> None:
-        super().__init__(f"Request method '{method}' is not supported.")
+    """`allowed` are the methods of the path, separated by commas, if known."""
+
+    def __init__(self, method: str, allowed: str = "") -> None:
+        super().__init__(f"Request method '{method}' is not supported.{allowed and f' Use {allowed}.'}")
 
 
 class AsyncNotSupported(ClientError):
@@ -263,6 +271,11 @@ class AudioError(ClientError):
 
 class InvalidAudioUrl(AudioError):
     message = "The provided URL does not appear to be valid. Ensure it is correctly formatted."
+
+    @classmethod
+    def because(cls, reason: str) -> Self:
+        """Return the error with the manual's sentence, which eleven mistakes share, and the reason."""
+        return cls(f"{cls.message} {reason}")
 
 
 class DownloadFailed(AudioError):

@@ -28,6 +28,7 @@ from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
     Defect,
+    FileAudio,
     FinishReason,
     Guard,
     InlineAudio,
@@ -39,10 +40,10 @@ from serving.types import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
-    from pathlib import Path
 
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
+    from serving.audio.worker_process import Clip
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.request_record import RequestRecord
@@ -275,7 +276,7 @@ class CaptionPipeline:
                     if record.first_token is None:
                         raise DeadlineExceeded from None
                     record.partial, record.finish_reason = True, FinishReason.LENGTH
-                    yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True)
+                    yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True, audio_s=record.audio_s)
                     return
                 if delta is None:
                     raise EngineFailed
@@ -298,7 +299,7 @@ class CaptionPipeline:
                     looped=delta.looped, blank=blank, tokens=usage.output_tokens, finish_reason=delta.finish_reason
                 )
                 stopped = Defect.LOOP if delta.looped else None
-                yield CaptionDelta(delta.text, usage, delta.finish_reason, stopped=stopped)
+                yield CaptionDelta(delta.text, usage, delta.finish_reason, stopped=stopped, audio_s=record.audio_s)
                 return
 
     async def _prepare(
@@ -311,10 +312,12 @@ class CaptionPipeline:
         """Return features of the request's audio, held by `features_held`. The download is deleted on return."""
         async with AsyncExitStack() as download:
             started = time.perf_counter()
-            clip: str | Path
+            clip: Clip
             match request.audio:
                 case InlineAudio(base64):
                     clip = base64
+                case FileAudio(data):
+                    clip = data
                 case UploadedAudio(key):
                     model = self._settings.served_model_name
                     reading = self._uploads.reading(key, owner=record.caller, model=model)

@@ -45,7 +45,14 @@ class UploadedAudio:
     key: str
 
 
-AudioSource = UrlAudio | InlineAudio | UploadedAudio
+@dataclass(frozen=True, slots=True)
+class FileAudio:
+    """Audio carried inside the request as the bytes of a file."""
+
+    data: bytes
+
+
+AudioSource = UrlAudio | InlineAudio | UploadedAudio | FileAudio
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +267,8 @@ class CaptionDelta:
 
     The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut off by
     the deadline of a non-streamed response (PROTOCOL 10.4). `stopped`: the caption ends early because of this defect.
-    `retried`: a second sample was generated because of this defect of the first.
+    `retried`: a second sample was generated because of this defect of the first. `audio_s`: length of the decoded audio
+    in seconds; 0 unless the delta is the last one.
     """
 
     text: str
@@ -269,6 +277,7 @@ class CaptionDelta:
     partial: bool = False
     stopped: Defect | None = None
     retried: Defect | None = None
+    audio_s: float = 0.0
 
 
 def billed_audio_tokens(samples: int) -> int:

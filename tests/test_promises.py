@@ -60,6 +60,7 @@ def test_every_page_of_operators_is_considered() -> None:
     """A new page in `deploy` makes promises, is a table of them, or is listed here."""
     pages = {str(path.relative_to(ROOT)) for path in (ROOT / "deploy").glob("*.md")}
     assert pages == {page for page in PAGES if page.startswith("deploy/")} | {
+        "deploy/clients.md",
         "deploy/parameters.md",
         "deploy/promises.md",
         "deploy/security.md",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from serving.api.browser_access import browser_middlewares
 from serving.api.collectors import bind_service_metrics
 from serving.api.components import Components
 from serving.api.connections import Connections
@@ -116,7 +117,11 @@ def create_app(
 
     app = Starlette(
         routes=routes(components),
-        middleware=[Middleware(RequestIdMiddleware), Middleware(UnexpectedErrorMiddleware, components=components)],
+        middleware=[
+            Middleware(RequestIdMiddleware),
+            *browser_middlewares(components),
+            Middleware(UnexpectedErrorMiddleware, components=components),
+        ],
         exception_handlers=error_handlers(components),
         lifespan=lifespan,
     )

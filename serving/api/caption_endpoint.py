@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from serving.api.body_coding import inflate
 from serving.api.request_body import Body, disconnected
 from serving.api.response_writer import ResponseWriter
 from serving.errors import CaptionerError, Disconnected, Internal, NotReady
@@ -44,7 +45,7 @@ _DECODER = ThreadPoolExecutor(1, "decode-request")
 
 @dataclass(frozen=True, slots=True)
 class CaptionEndpoint:
-    """`POST` of one clip in one dialect (E1 and E2 of PROTOCOL).
+    """`POST` of one clip in one dialect (E1 and E2 of PROTOCOL; forms of PROTOCOL 18).
 
     A raw ASGI application, because it controls both directions: it reads with bounds, watches for the client's
     disconnect, and chooses the moment of the status line.
@@ -57,9 +58,11 @@ class CaptionEndpoint:
     metrics: Metrics
     bodies: SharedCapacity
     settings: Settings
+    max_body_bytes: int | None = None
+    """Limit of a request body, unless it is the setting `max_body_bytes`."""
 
     @classmethod
-    def of(cls, components: Components, codec: Codec) -> Self:
+    def of(cls, components: Components, codec: Codec, *, max_body_bytes: int | None = None) -> Self:
         """Return the endpoint of `codec`'s dialect over the components of this process."""
         return cls(
             codec,
@@ -69,6 +72,7 @@ class CaptionEndpoint:
             components.metrics,
             components.bodies,
             components.settings,
+            max_body_bytes,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,7 +110,7 @@ class CaptionEndpoint:
         caller = self.keys.authenticate(headers)
         self.metrics.tracer.begin(record, headers)  # only with a key: strangers do not fill the collector
         record.caller, record.caption = caller.tenant_id, [] if caller.log_content else None
-        body = Body(receive, self.settings)
+        body = Body(receive, self.settings, limit_bytes=self.max_body_bytes)
         async with self.usage_sessions.session(caller, record) as session:
             response.session = session
             try:
@@ -118,6 +122,8 @@ class CaptionEndpoint:
             record.stage("admit", admitted - record.started)
             with self.bodies.permit(caller.scheduling_class) as permit:
                 content = await body.read(permit)
+                if coding := headers.get("content-encoding", "").strip().lower():
+                    content = await inflate(content, coding, permit, limit_bytes=body.limit_bytes)
                 record.stage("receive", time.perf_counter() - admitted)
                 request, reply = await self._decode(content, headers, record)
                 del content

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ENDPOINTS = (
+    "Captions: POST /v1/chat/completions (OpenAI), POST /v1/audio/transcriptions (a form with a file), "
+    "POST /api/v1/services/aigc/multimodal-generation/generation (DashScope). Models: GET /v1/models."
+)
+
 
 def error_handlers(components: Components) -> Mapping[Any, Callable[[Request, Exception], Awaitable[Response]]]:
     """Return Starlette's exception handlers: for the error tree, and for requests that match no route."""
@@ -70,9 +75,9 @@ def render_error(components: Components, request: Request, raised: Exception) ->
         case CaptionerError():
             error = raised
         case HTTPException(status_code=405):
-            error = MethodNotAllowed(request.method)
+            error = MethodNotAllowed(request.method, (raised.headers or {}).get("Allow", ""))
         case HTTPException(status_code=404):
-            error = NotFound()
+            error = NotFound(f"{NotFound.message} {_ENDPOINTS}")
         case _:
             log.error("unexpected failure", exc_info=raised, extra={"request_id": request.state.request_id})
             error = Internal()

@@ -30,10 +30,11 @@ class Body:
     Iteration raises `Disconnected`, and `BodyTimeout` when the client is too slow or stops sending.
     """
 
-    def __init__(self, receive: Receive, settings: Settings) -> None:
+    def __init__(self, receive: Receive, settings: Settings, *, limit_bytes: int | None = None) -> None:
+        """`limit_bytes` is the limit of a complete body, by default `max_body_bytes`."""
         self._receive = receive
         self._grace_s = settings.body_timeout_s
-        self._limit_bytes = settings.max_body_bytes
+        self.limit_bytes = settings.max_body_bytes if limit_bytes is None else limit_bytes
         self._started: float | None = None
         self._received_bytes = 0
         self._complete = False
@@ -67,7 +68,7 @@ class Body:
         return piece
 
     async def read(self, permit: Permit) -> bytes:
-        """Read a complete body of at most `max_body_bytes`.
+        """Read a complete body of at most the limit.
 
         Raises `BodyTooLarge` after reading the rest (up to `DRAIN_FACTOR` times the limit), `Overloaded` when `permit`
         cannot grow, `Disconnected`, and `BodyTimeout`.
@@ -76,27 +77,27 @@ class Body:
         size = 0
         async for piece in self:
             size += len(piece)
-            if size > self._limit_bytes:
+            if size > self.limit_bytes:
                 permit.release()
                 body.clear()
-                if size > DRAIN_FACTOR * self._limit_bytes:
+                if size > DRAIN_FACTOR * self.limit_bytes:
                     break
             else:
                 permit.grow(len(piece))
                 body.append(piece)
-        if size > self._limit_bytes:
+        if size > self.limit_bytes:
             raise BodyTooLarge
         return b"".join(body)
 
     async def drain(self) -> None:
         """Read and discard the rest, so that an early error reaches a caller that is still sending (PROTOCOL 2.7).
 
-        Stops after `DRAIN_FACTOR` times `max_body_bytes`. Raises `Disconnected` and `BodyTimeout`.
+        Stops after `DRAIN_FACTOR` times the limit. Raises `Disconnected` and `BodyTimeout`.
         """
         size = 0
         async for piece in self:
             size += len(piece)
-            if size > DRAIN_FACTOR * self._limit_bytes:
+            if size > DRAIN_FACTOR * self.limit_bytes:
                 return
 
 

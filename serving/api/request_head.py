@@ -32,6 +32,13 @@ _HOST = re.compile(rb"(?:(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?
 """A host with an optional port (RFC 9110, 7.2), or nothing: no list, path, user or blank."""
 
 
+_COMPATIBLE = (
+    *("/v1/", "/compatible-mode/"),
+    # Base URLs without `/v1`: what OpenAI's clients request there.
+    *("/chat/", "/audio/", "/models", "/completions", "/embeddings", "/responses", "/files", "/batches"),
+)
+
+
 def check_fields(http_version: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
     """Raise `MalformedHttp` for repeated fields that are read once, and for a host that is missing or not one."""
     count = Counter(name for name, _ in headers if name in _SINGLETONS)
@@ -65,7 +72,7 @@ def is_host(value: bytes) -> bool:
 
 def is_compatible(path: str) -> bool:
     """Return whether errors on the path are in OpenAI's dialect; on all other paths they are in the native one."""
-    return path.startswith(("/v1/", "/compatible-mode/"))
+    return path.startswith(_COMPATIBLE)
 
 
 class HeadRefusals:

@@ -57,7 +57,7 @@ class ResponseWriter:
         started = time.perf_counter()
         body = reply.full_body("".join(pieces), last)
         self.encode_s = time.perf_counter() - started
-        await self._send_plain(200, "application/json", headers, body)
+        await self._send_plain(200, reply.content_type, headers, body)
 
     async def send_stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Send SSE events. The status line waits for the first delta, but no longer than `first_byte_timeout_s`."""

@@ -12,7 +12,10 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
+from serving.api.dialects.model_card import check_served
+from serving.api.dialects.transcriptions import TranscriptionCodec
 from serving.api.forwarding import Origins
+from serving.api.multipart_form import MAX_OVERHEAD_BYTES
 from serving.api.request_body import Body
 from serving.api.request_counting import RequestCounter
 from serving.api.upload_form import receive_upload
@@ -23,7 +26,6 @@ from serving.errors import (
     EngineFailed,
     Internal,
     InvalidRequest,
-    ModelNotFound,
     NotReady,
     ServerError,
     error_code,
@@ -40,27 +42,46 @@ log = logging.getLogger(__name__)
 
 UPLOAD_PATH = "/oss-upload"
 
+_COMPATIBLE_PREFIXES = ("/compatible-mode/v1", "/v1", "/compatible-mode", "")
+"""Base URLs of OpenAI's dialect: the manual's, OpenAI's, and both as many write them, without `/v1`."""
+
 
 def routes(components: Components) -> list[Route]:
     """Return the route of every path that is answered."""
     endpoints = _Endpoints(components)
     native = CaptionEndpoint.of(components, components.dashscope)
     compatible = CaptionEndpoint.of(components, components.openai)
+    transcribed, translated = (
+        CaptionEndpoint.of(
+            components,
+            TranscriptionCodec(components.settings, task),
+            max_body_bytes=components.settings.max_transcription_bytes + MAX_OVERHEAD_BYTES,
+        )
+        for task in ("transcribe", "translate")
+    )
     return [
         Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),
         # The manual's last curl names this path (PROTOCOL 14, no. 6).
         Route("/api/v1/services/aigc/text-generation/generation", native, methods=["POST"]),
-        Route("/compatible-mode/v1/chat/completions", compatible, methods=["POST"]),
-        Route("/v1/chat/completions", compatible, methods=["POST"]),
+        *(
+            Route(f"{prefix}{path}", endpoint, methods=["POST"])
+            for prefix in _COMPATIBLE_PREFIXES
+            for path, endpoint in (
+                ("/chat/completions", compatible),
+                ("/audio/transcriptions", transcribed),
+                ("/audio/translations", translated),
+            )
+        ),
         *(
             Route(f"{prefix}/models{rest}", endpoint)
-            for prefix in ("/compatible-mode/v1", "/v1")
+            for prefix in _COMPATIBLE_PREFIXES
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
         Route("/api/v1/models", endpoints.page_models),
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),
         Route(UPLOAD_PATH, endpoints.upload, methods=["POST"]),
+        Route("/health", endpoints.health),
         Route("/healthz", endpoints.healthz),
         Route("/readyz", endpoints.readyz),
         Route("/metrics", endpoints.scrape),
@@ -109,8 +130,7 @@ class _Endpoints:
         if request.query_params.get("action") != "getPolicy":
             raise InvalidRequest("Required parameter(action) missing or invalid, it should be getPolicy.")
         model = request.query_params.get("model", "")
-        if model not in self._settings.model_names:
-            raise ModelNotFound(model)
+        check_served(self._settings, model)
         # Issued for the main name, so that the file can be used with any of the model's names.
         policy = self._uploads.issue(caller.tenant_id, self._settings.served_model_name, caller.key_id)
         return _json(
@@ -155,6 +175,14 @@ class _Endpoints:
         self._metrics.upload(error_code(type(error)))
         rendered = oss.error(error, request.state.request_id)
         return Response(rendered.body, rendered.status, dict(rendered.headers), rendered.content_type)
+
+    async def health(self, _: Request) -> Response:
+        """Answer as vLLM's probe: 200 without a body while captions can be made, else 503."""
+        try:
+            await self._check_ready()
+        except ServerError:
+            return Response(status_code=503)
+        return Response(status_code=200)
 
     async def healthz(self, _: Request) -> Response:
         """Answer 503 if a restart would help: the engine has died. An engine that is still loading is alive."""

@@ -7,6 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 from serving.errors import InvalidAudioUrl
 
+_NOT_BASE64 = "The data is not base64."
 _WHITESPACE = b" \t\n\r\v\f"
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
@@ -22,7 +23,7 @@ def decode_base64(text: bytes) -> bytes:
     digits = compact.rstrip(b"=")
     try:
         if len(compact) - len(digits) > 2:  # noqa: PLR2004 - more padding than base64 ever has
-            raise InvalidAudioUrl
+            raise InvalidAudioUrl.because(_NOT_BASE64)
         return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4), strict_mode=True)
     except binascii.Error:
-        raise InvalidAudioUrl from None
+        raise InvalidAudioUrl.because(_NOT_BASE64) from None

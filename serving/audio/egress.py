@@ -85,7 +85,7 @@ def parse_url(text: str) -> URL:
         parts = urlsplit(text)
         port = parts.port
         if _CONTROL.search(text) or parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise InvalidAudioUrl
+            raise InvalidAudioUrl.because("It needs a host, no control character, and no user name or password.")
         host = URL.build(scheme=parts.scheme, host=parts.hostname).host_subcomponent  # IDNA
         return URL.build(
             scheme=parts.scheme,
@@ -95,7 +95,7 @@ def parse_url(text: str) -> URL:
             encoded=True,
         )
     except ValueError:
-        raise InvalidAudioUrl from None
+        raise InvalidAudioUrl.because("Its host or port is malformed.") from None
 
 
 class EgressGuard:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.audio.watchdog import LIVENESS_INTERVAL_S, Watchdog
-from serving.audio.worker_process import audio_error, map_features, receive_reply, send_clip, spawn
+from serving.audio.worker_process import Clip, audio_error, map_features, receive_reply, send_clip, spawn
 from serving.observability.context import REQUEST_ID
 from serving.observability.cpu_time import CpuTime
 from serving.scheduling.drain_rate import DrainRate
@@ -78,7 +78,7 @@ class Prepared:
 @dataclass(eq=False, slots=True)
 class _Task:
     scheduling_class: SchedulingClass
-    clip: str | Path
+    clip: Clip
     audio_s: float
     """Estimated length."""
     cost: float
@@ -196,8 +196,8 @@ class AudioWorkerPool:
             await asyncio.to_thread(worker.process.wait)
 
     @asynccontextmanager
-    async def prepare(self, clip: str | Path, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
-        """Yield the features of a clip (base64 text, or the path of a file). Leaving the context releases their memory.
+    async def prepare(self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
+        """Yield the features of a clip. Leaving the context releases their memory.
 
         `log_mel` is a private mapping, so `torch.from_numpy` takes it as it is (writable) and writes would stay here.
         Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, `Overloaded` and `Internal`.
@@ -207,7 +207,7 @@ class AudioWorkerPool:
         """
         if not self._running:
             raise errors.NotReady
-        if isinstance(clip, str) and not clip.isascii():  # noqa: ASYNC240 - a string, not a path
+        if isinstance(clip, str) and not clip.isascii():
             raise errors.InvalidAudioUrl
         now, audio_s = time.perf_counter(), min(_estimate_s(clip), self._settings.max_audio_s)
         cost = _CLIP_COST_S + audio_s / _TIMES_REALTIME
@@ -371,13 +371,13 @@ class AudioWorkerPool:
         worker.watchdog.disarm()
 
 
-def _estimate_s(clip: str | Path) -> float:
+def _estimate_s(clip: Clip) -> float:
     """Estimate the length of a clip in seconds."""
     try:
-        clip_bytes = clip.stat().st_size if isinstance(clip, Path) else len(clip) * 3 // 4
+        clip_bytes = clip.stat().st_size if isinstance(clip, Path) else len(clip)
     except OSError:
         return 0.0  # the worker will report it
-    return clip_bytes / _BYTES_PER_S
+    return (clip_bytes * 3 // 4 if isinstance(clip, str) else clip_bytes) / _BYTES_PER_S
 
 
 def _deliver(task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:

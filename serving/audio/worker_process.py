@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
 
+Clip = str | bytes | Path
+"""Base64 text, the bytes of a file, or the path of a file."""
+
 MAX_MESSAGE_BYTES = 65_536
 """Upper bound of a message from a worker."""
 
@@ -35,6 +38,8 @@ _ENVIRONMENT = frozenset(
     ("LANG", "LANGUAGE", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "PATH", "PYTHONHOME", "TZ")
 )
 """Variables that a worker gets, apart from `LC_…`. Any other may be a secret: of the service, of Ray, of a cloud."""
+
+_BASE64 = b'{"encoding": "base64"}'
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -65,15 +70,20 @@ def spawn(settings: Settings, program: Sequence[str]) -> tuple[subprocess.Popen[
     return process, ours
 
 
-def send_clip(channel: socket.socket, clip: str | Path) -> None:
-    """Send a clip: its file, opened here since a worker opens none, or base64 text in a memfd. Raises `OSError`."""
+def send_clip(channel: socket.socket, clip: Clip) -> None:
+    """Send a clip: its file, opened here since a worker opens none, or bytes or base64 text in a memfd.
+
+    Raises `OSError`.
+    """
     if isinstance(clip, Path):
         with clip.open("rb", buffering=0) as file:
             socket.send_fds(channel, [b'{"encoding": "raw"}'], [file.fileno()])
         return
-    with open(os.memfd_create("base64"), "wb", buffering=0) as text:  # noqa: PTH123 - a descriptor, not a path
-        text.write(clip.encode("ascii"))
-        socket.send_fds(channel, [b'{"encoding": "base64"}'], [text.fileno()])
+    data, message = (clip, b'{"encoding": "raw"}') if isinstance(clip, bytes) else (clip.encode("ascii"), _BASE64)
+    with open(os.memfd_create("clip"), "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
+        file.write(data)
+        file.seek(0)  # the worker has the same position
+        socket.send_fds(channel, [message], [file.fileno()])
 
 
 def receive_reply(channel: socket.socket) -> tuple[bytes, list[int]]:

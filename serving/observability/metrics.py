@@ -43,7 +43,7 @@ _RTF_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 OTHER_TENANTS, UNKNOWN_TENANT = "other", "none"
 """Label of all tenants beyond the bound together, and label of requests whose tenant is unknown."""
 
-DIALECTS = ("openai", "dashscope")
+DIALECTS = ("openai", "dashscope", "transcriptions")
 ANY_OTHER = "capacity"
 REASONS = (
     *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait"),

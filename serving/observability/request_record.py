@@ -57,7 +57,7 @@ class RequestRecord:
     """Tenant id; empty while the caller is unknown."""
     stream: bool = False
     audio_form: str = ""
-    """Kind of audio reference: inline, uploaded or url."""
+    """Kind of audio reference: inline, file, uploaded or url."""
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
     samples: int = 0

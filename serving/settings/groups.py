@@ -14,13 +14,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
 
-from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, Words
+from serving.settings.types import MIB, AnyTable, Bytes, Example, Networks, Numbers, Secrets, WebOrigins, Words
 
 EMBEDDED_CHECKPOINT = Path(__file__).parents[1] / "embedded" / "checkpoint"
 """The small stand-in of the captioner that ships with the package, in the production architecture."""
 
 CAPTIONER_MODEL_ID = "qwen3-omni-30b-a3b-captioner"
 """The model's name in the API manual."""
+
+
+CAPTIONER_HUB_ID = "Qwen/Qwen3-Omni-30B-A3B-Captioner"
+"""The model's name on model hubs."""
 
 
 def _state_dir() -> Path:
@@ -48,6 +52,11 @@ class Listener(BaseModel):
         ("127.0.0.0/8", "::1"),
         description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "
         "for upload addresses, and their connections are not limited",
+    )
+    cors_origins: WebOrigins = Field(
+        (),
+        description="Origins of web pages whose scripts may call the service from a browser (CORS), such as "
+        "`https://app.example.com`; `*`: all pages. Default: none",
     )
     max_connections_per_address: Annotated[int | None, Example(256)] = Field(
         None,
@@ -83,7 +92,11 @@ class Model(BaseModel):
         "directory. Unset: the hub's default branch",
     )
     served_model_name: str = Field(CAPTIONER_MODEL_ID, description="Name that requests carry in `model`")
-    model_aliases: Words = Field((), description="Further names that requests may carry in `model`")
+    model_aliases: Words = Field(
+        (),
+        description="Further names that requests may carry in `model`; the checkpoint's name and its name on a hub are "
+        "always accepted, and are not listed",
+    )
 
 
 class Engine(BaseModel):
@@ -173,6 +186,9 @@ class RequestLimits(BaseModel):
     max_upload_bytes: Bytes = Field(10 * MIB - 1, ge=1, description="Largest uploaded file in bytes")
     max_inline_chars: Bytes = Field(10 * MIB - 1, ge=1, description="Longest base64 text in characters")
     max_body_bytes: Bytes = Field(16 * MIB, ge=1024, description="Largest request body in bytes")
+    max_transcription_bytes: Bytes = Field(
+        25 * MIB, ge=1, description="Largest file of a form to `/v1/audio/transcriptions` in bytes"
+    )
     allow_ignore_eos: bool = Field(default=False, description="Acceptance of `ignore_eos` in requests, for benchmarks")
 
 

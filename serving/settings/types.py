@@ -65,6 +65,14 @@ def check_networks(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
+def check_origins(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words if each is an origin (`https://app.example.com`), or `*`. Raises `ValueError`."""
+    for word in words:
+        if word != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", word):
+            raise ValueError(f"{word} is not an origin such as https://app.example.com, without a path")
+    return words
+
+
 def read_table(value: object) -> object:
     """Return the table of a JSON text, as a variable or a flag has it; return anything else unchanged.
 
@@ -81,6 +89,7 @@ def read_table(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_size), Size()]
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(split)]
 Networks = Annotated[Words, AfterValidator(check_networks)]
+WebOrigins = Annotated[Words, AfterValidator(check_origins)]
 Numbers = Annotated[tuple[int, ...], NoDecode, BeforeValidator(split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(split)]
 AnyTable = Annotated[dict[str, Any], NoDecode, BeforeValidator(read_table), Table()]

@@ -75,7 +75,7 @@ def test_duration_and_bill(name: str, answers: dict[tuple[str, str], Answer]) ->
     assert least <= audio_tokens <= most
     if name in SAMPLES_KEPT:
         assert audio_tokens == 25
-    assert compatible["prompt_tokens_details"] == {"audio_tokens": audio_tokens, "text_tokens": 8}
+    assert compatible["prompt_tokens_details"] == {"audio_tokens": audio_tokens, "text_tokens": 8, "cached_tokens": 0}
 
 
 def test_table(answers: dict[tuple[str, str], Answer]) -> None:

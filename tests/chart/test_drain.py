@@ -82,7 +82,8 @@ def test_ingress_and_route_wait_as_long_as_the_longest_request(helm: Path) -> No
     assert int(annotations["proxy-read-timeout"]) > longest
     assert int(annotations["proxy-send-timeout"]) > longest
     assert annotations["proxy-buffering"] == annotations["proxy-request-buffering"] == "off"
-    assert int(annotations["proxy-body-size"]) >= Settings.model_fields["max_body_bytes"].default
+    for name in ("max_body_bytes", "max_transcription_bytes"):
+        assert int(annotations["proxy-body-size"]) >= Settings.model_fields[name].default
     large = COMBINATIONS["an Ingress"] | {"settings": {"max_upload_bytes": 200_000_000}}
     annotations = only(template(helm, large), "Ingress")["metadata"]["annotations"]
     assert int(annotations["nginx.ingress.kubernetes.io/proxy-body-size"]) > 200_000_000

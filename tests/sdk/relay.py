@@ -129,7 +129,7 @@ def _exchanges(connection: _Connection) -> Iterator[Exchange]:
     while request_line := requests.readline().decode("latin-1").split():
         method, target, _ = request_line
         request_headers = {name.lower(): value for name, value in http.client.parse_headers(requests).items()}
-        requests.seek(int(request_headers.get("content-length", 0)), io.SEEK_CUR)
+        _skip_body(requests, request_headers)
         answer = http.client.HTTPResponse(answers, method=method)  # type: ignore[arg-type]
         try:
             answer.begin()
@@ -142,6 +142,15 @@ def _exchanges(connection: _Connection) -> Iterator[Exchange]:
             body, complete = incomplete.partial, False
         headers = [(name.lower(), value) for name, value in answer.getheaders()]
         yield Exchange(method, target, request_headers, answer.status, headers, body, complete)
+
+
+def _skip_body(requests: io.BytesIO, headers: dict[str, str]) -> None:
+    if headers.get("transfer-encoding") != "chunked":
+        requests.seek(int(headers.get("content-length", 0)), io.SEEK_CUR)
+        return
+    while size := int(requests.readline() or b"0", 16):
+        requests.seek(size + len(b"\r\n"), io.SEEK_CUR)
+    requests.readline()
 
 
 class _Unclosed(io.BytesIO):

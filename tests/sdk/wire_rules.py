@@ -45,6 +45,11 @@ def _violations(exchange: Exchange) -> Iterator[str]:
     elif exchange.target.startswith("/oss-upload"):
         if exchange.status != 200 and exchange.header("content-type") != "application/xml":
             yield f"content-type is {exchange.header('content-type')}"
+    elif "/audio/" in exchange.target and (exchange.header("content-type") or "").startswith(
+        ("text/", "application/x-")
+    ):
+        if exchange.status != 200:
+            yield "an error is no JSON"
     elif exchange.complete:  # Node's client closes the connection of an answer that it will retry
         if exchange.header("content-type") not in {"application/json", "application/json; charset=utf-8"}:
             yield f"content-type is {exchange.header('content-type')}"
@@ -102,6 +107,11 @@ def _compatible_stream(exchange: Exchange) -> Iterator[str]:
     # A client may disconnect at [DONE], before the answer's last byte.
     if (ends or (exchange.complete and not failed)) and ends != [len(payloads) - 1]:
         yield f"[DONE] is at {ends} of {len(payloads)}"
+    if "/audio/" in exchange.target:
+        kinds = [chunk["type"].removeprefix("transcript.text.") for chunk in chunks if "error" not in chunk]
+        if exchange.complete and not failed and kinds != ["delta"] * (len(kinds) - 1) + ["done"]:
+            yield f"events are {kinds}"
+        return
     ids = {chunk["id"] for chunk in chunks if "error" not in chunk}
     if ids - {f"chatcmpl-{exchange.header('x-request-id')}"}:
         yield f"ids are {ids}"

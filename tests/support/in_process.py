@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from serving.audio.worker_process import Clip
     from serving.config import Settings
     from serving.types import SchedulingClass
 
@@ -47,7 +48,7 @@ class AudioThreads(AudioWorkerPool):
         self._running = False
 
     @asynccontextmanager
-    async def prepare(self, clip: str | Path, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
+    async def prepare(self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
         """See `AudioWorkerPool`."""
         if not self._running:
             raise NotReady
@@ -79,7 +80,7 @@ class DownloadThreads(DownloadProcess):
             yield path
 
 
-def _features(clip: str | Path) -> Features:
+def _features(clip: Clip) -> Features:
     with _DECODING:
         samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=_MAX_S)
     return Features(log_mel(samples), samples.size)

@@ -106,7 +106,7 @@ copies the model first reads it twice.
 
 {{/* Maximum size of a request in bytes: of a JSON body, or of a form with a file. */}}
 {{- define "captioner.maxBody" -}}
-{{- max (int64 (default 16777216 .Values.settings.max_body_bytes)) (add 65536 (int64 (default 10485759 .Values.settings.max_upload_bytes))) -}}
+{{- max (int64 (default 16777216 .Values.settings.max_body_bytes)) (add 65536 (int64 (default 10485759 .Values.settings.max_upload_bytes))) (add 327680 (int64 (default 26214400 .Values.settings.max_transcription_bytes))) -}}
 {{- end -}}
 
 {{/* Ray Serve's configuration, in the format of `serve deploy`. */}}

@@ -54,28 +54,32 @@ def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings
     if scheme.startswith("data:"):
         head = _DATA_HEAD.match(reference, 0, MAX_MEDIA_TYPE_CHARS)
         if head is None or not _says_base64(head[1]):
-            raise InvalidAudioUrl
+            raise InvalidAudioUrl.because("A data URL should begin with data:, a media type or none, and ;base64,.")
         return _inline(reference[head.end() :], settings)
     if scheme.startswith("oss://"):
         # Everything after the scheme is the key, unparsed: file names may contain `#`, `?` or `%`, and end in blanks.
         key = part.reference.lstrip(_AROUND).rstrip("\r\n\t")[len("oss://") :]
         if not key or headers.get("x-dashscope-ossresourceresolve", "").lower() != "enable":
-            raise InvalidAudioUrl
+            raise InvalidAudioUrl.because(
+                "The address of an upload needs a key and the header X-DashScope-OssResourceResolve: enable."
+            )
         return UploadedAudio(key)
     if part.may_be_bare and _begins_like_audio(reference):
         return _inline(reference, settings)
-    raise InvalidAudioUrl
+    raise InvalidAudioUrl.because(
+        "It is neither an http(s) URL, a data URL, an upload nor base64 of audio; paths of files are never opened."
+    )
 
 
 def _url(url: str) -> UrlAudio:
     if len(url) > MAX_URL_CHARS or _CONTROL.search(url):
-        raise InvalidAudioUrl
+        raise InvalidAudioUrl.because(f"It has more than {MAX_URL_CHARS} characters, or a control character.")
     try:
         parts = urlsplit(url)
     except ValueError:
-        raise InvalidAudioUrl from None
+        raise InvalidAudioUrl.because("Its host is malformed.") from None
     if not parts.hostname or any(map(str.isspace, parts.netloc)):
-        raise InvalidAudioUrl
+        raise InvalidAudioUrl.because("It has no host, or a blank in it.")
     return UrlAudio(url)
 
 
@@ -92,7 +96,7 @@ def _inline(text: str, settings: Settings) -> InlineAudio:
     if not text:
         raise AudioEmpty
     if not text.isascii():
-        raise InvalidAudioUrl
+        raise InvalidAudioUrl.because("The data is not base64.")
     return InlineAudio(text)
 
 

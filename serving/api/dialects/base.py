@@ -36,6 +36,11 @@ class Reply(Protocol):
 
     stream: bool
 
+    @property
+    def content_type(self) -> str:
+        """Content type of a response that is not streamed."""
+        ...
+
     ended: bool
     """The epilogue was rendered: stop generating; further deltas render as no bytes.
 

@@ -112,6 +112,8 @@ class DashScopeReply:
     read (`MAX_LINE_BYTES`): the text sent stays valid and correctly billed; an error would discard a good caption.
     """
 
+    content_type = "application/json"
+
     def __init__(self, request_id: str, *, stream: bool, incremental: bool) -> None:
         self.stream = stream
         self.ended = False
@@ -246,7 +248,9 @@ def _model_object(settings: Settings, name: str) -> str:
 
 
 def _error_object(error: errors.CaptionerError, request_id: str) -> str:
-    message = "Model not exist." if isinstance(error, errors.ModelNotFound) else str(error)  # sic
+    message = str(error)
+    if isinstance(error, errors.ModelNotFound):
+        message = f"Model not exist. {error.hint}".strip()  # sic
     return f'{{"code":"{nearest(_CODE, error)}","message":{quote(message)},"request_id":{quote(request_id)}}}'
 
 

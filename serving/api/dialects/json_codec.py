@@ -21,6 +21,18 @@ without the bound, for 0.2 s, and 16 MiB for several seconds."""
 _CHUNK_BYTES = 64 * 1024
 """Bytes that one step of the count reads: about 0.1 ms, after which another thread may run."""
 
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+_OTHER_KINDS = (
+    (b"\x1f\x8b", "gzip; send the header content-encoding: gzip with it"),
+    (b"\xff\xfe", "UTF-16; JSON is UTF-8"),
+    (b"\xfe\xff", "UTF-16; JSON is UTF-8"),
+    (b"--", "a form; forms with a file go to /v1/audio/transcriptions"),
+    (b"RIFF", "a file; files go as a form to /v1/audio/transcriptions"),
+    (b"ID3", "a file; files go as a form to /v1/audio/transcriptions"),
+)
+"""First bytes of what clients send in place of JSON."""
+
 _QUOTE = b'"'
 _OTHERS = bytes(set(range(256)) - set(b"[{,:" + _QUOTE))
 
@@ -29,21 +41,32 @@ quote = encode_basestring_ascii
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Decode a JSON object. If a key is repeated, its last value counts.
+    """Decode a JSON object, with or without a byte order mark. If a key is repeated, its last value counts.
 
     A 10 MB base64 string costs about a millisecond (`orjson.loads`: ten), 16 MiB of escapes, of non-ASCII text or of
     numbers of 4,000 digits about 0.1 s, during which no other thread runs. Raises `TooManyValues` for more than
     `MAX_VALUES`, before anything is parsed, and `InvalidRequest` if `body` is not JSON, not UTF-8, not an object, or
     nested too deeply.
     """
+    body = body.removeprefix(_BYTE_ORDER_MARK)
     check_values(body)
     try:
         value = from_json(body, allow_inf_nan=False)
-    except ValueError:
-        raise InvalidRequest from None
+    except ValueError as error:
+        raise InvalidRequest.because(_reason(body, error)) from None
     if not isinstance(value, dict):
-        raise InvalidRequest
+        raise InvalidRequest.because("It is not a JSON object.")
     return value
+
+
+def _reason(body: bytes, error: ValueError) -> str:
+    """Return the reason why a body is not JSON, with the position; the parser's texts quote nothing of the body."""
+    if not body.strip():
+        return "It is empty."
+    for beginning, kind in _OTHER_KINDS:
+        if body.startswith(beginning):
+            return f"It is {kind}."
+    return f"It is not JSON: {error}."
 
 
 def check_values(body: bytes) -> None:
@@ -53,7 +76,7 @@ def check_values(body: bytes) -> None:
     commas, which is accepted, 3 to 10 ms. After each chunk another thread may run.
     """
     if _structure(body) > MAX_VALUES and _structure_outside_strings(body) > MAX_VALUES:
-        raise TooManyValues
+        raise TooManyValues.because(f"It has more than {MAX_VALUES} values.")
 
 
 def _structure(body: bytes) -> int:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from serving.config import Settings
 
+_LISTED = 4
+"""Most names that an error lists."""
+
 CREATED = 1_758_002_134
 """Unix time, in seconds, of every model in every list: the manual's value."""
 
@@ -63,14 +66,21 @@ def served_names(settings: Settings) -> list[str]:
 def check_served(settings: Settings, model: str) -> None:
     """Raise `ModelNotFound` for a name that is not served. The message has at most 128 characters of the name."""
     if model not in settings.model_names:
-        raise ModelNotFound(model[:128])
+        names = served_names(settings)
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        raise ModelNotFound(model[:128], f"This server serves {', '.join(names[:_LISTED])}{more}.")
 
 
-def requested_model(values: Mapping[str, Any], settings: Settings) -> str:
-    """Return the request's `model`. Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`."""
+def requested_model(values: Mapping[str, Any], settings: Settings, *, required: bool = True) -> str:
+    """Return the request's `model`; without one, and unless it is `required`, the name of the served model.
+
+    Raises `MissingModel`, `InvalidRequest` and `ModelNotFound`.
+    """
     model = values.get("model")
     if model is None or model == "":
-        raise MissingModel(param="model")
+        if required:
+            raise MissingModel(param="model")
+        return settings.served_model_name
     if not isinstance(model, str):
         raise InvalidRequest("'model' must be String", param="model")
     check_served(settings, model)

@@ -71,13 +71,13 @@ class OpenAICodec:
     ) -> tuple[CaptionRequest, OpenAIReply]:
         """See `Codec`."""
         values = parse_object(body)
-        model = requested_model(values, self._settings)
+        model = requested_model(values, self._settings, required=False)
         refuse_unsupported(values, model)
         refuse(values)
         stream = boolean(values, "stream")
         include_usage = stream and boolean(mapping(values, "stream_options"), "include_usage")
         lengths = ("max_completion_tokens", "max_tokens")
-        basic = sampling(values, self._settings, length_names=lengths, seed=_seed(values))
+        basic = sampling(values, self._settings, length_names=lengths, seed=requested_seed(values), negative_top_k=True)
         request = CaptionRequest(
             request_id=request_id,
             model=model,
@@ -95,6 +95,8 @@ class OpenAICodec:
 
 class OpenAIReply:
     """`Reply` in chunks of `chat.completion.chunk`, or one `chat.completion`."""
+
+    content_type = "application/json"
 
     def __init__(self, request_id: str, model: str, *, stream: bool, include_usage: bool) -> None:
         self.stream = stream
@@ -140,13 +142,18 @@ class OpenAIReply:
     def error_event(self, error: errors.CaptionerError) -> bytes:
         """See `Reply`."""
         self.ended = True
-        return f'data: {{"error":{_error_object(error)}}}\n\n'.encode("ascii")
+        return error_event(error)
 
     def _rest(self, usage: str) -> str:
         return (
             f'"object":"chat.completion.chunk","usage":{usage},"created":{self._created},"system_fingerprint":null,'
             f'"model":{self._model},"id":{self._id}}}\n\n'
         )
+
+
+def error_event(error: errors.CaptionerError) -> bytes:
+    """Render the SSE event that ends a stream with an error."""
+    return f'data: {{"error":{_error_object(error)}}}\n\n'.encode("ascii")
 
 
 def models_page(settings: Settings) -> bytes:
@@ -179,7 +186,8 @@ def _messages(values: Mapping[str, Any]) -> list[Any]:
     return messages
 
 
-def _seed(values: Mapping[str, Any]) -> int | None:
+def requested_seed(values: Mapping[str, Any]) -> int | None:
+    """Return the seed, within this dialect's range. Raises `InvalidRequest`."""
     seed = integer(values, "seed")
     if seed is None or 0 <= seed <= MAX_SEED:
         return seed
@@ -192,8 +200,8 @@ def _usage(usage: Usage) -> str:
     return (
         f'{{"prompt_tokens":{usage.input_tokens},"completion_tokens":{usage.output_tokens},'
         f'"total_tokens":{usage.total_tokens},'
-        f'"prompt_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens}}},'
-        f'"completion_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}'
+        f'"prompt_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens},'
+        f'"cached_tokens":0}},"completion_tokens_details":{{"text_tokens":{usage.output_tokens}}}}}'
     )
 
 

@@ -104,11 +104,17 @@ def refuse_unsupported(values: Mapping[str, Any], model: str) -> None:
 
 
 def sampling(
-    values: Mapping[str, Any], settings: Settings, *, length_names: tuple[str, ...], seed: int | None
+    values: Mapping[str, Any],
+    settings: Settings,
+    *,
+    length_names: tuple[str, ...],
+    seed: int | None,
+    negative_top_k: bool = False,
 ) -> Sampling:
     """Return the sampling parameters.
 
-    `length_names` are the dialect's names of `max_tokens`; if several are given, the smallest value counts.
+    `length_names` are the dialect's names of `max_tokens`; if several are given, the smallest value counts. With
+    `negative_top_k` a `top_k` of -1 means off, as in vLLM.
 
     Raises `InvalidRequest`.
     """
@@ -119,7 +125,7 @@ def sampling(
     return Sampling(
         temperature=_temperature(values),
         top_p=_top_p(values),
-        top_k=_top_k(values),
+        top_k=_top_k(values, least=-1 if negative_top_k else 0),
         max_tokens=_max_tokens(values, settings, length_names),
         seed=seed,
         stop=stop,
@@ -150,15 +156,15 @@ def _top_p(values: Mapping[str, Any]) -> float:
     return value
 
 
-def _top_k(values: Mapping[str, Any]) -> int:
+def _top_k(values: Mapping[str, Any], *, least: int) -> int:
     if "top_k" not in values:
         return DEFAULTS.top_k
     value = integer(values, "top_k")
     if value is None:
         return 0
-    if value < 0:
+    if value < least:
         raise InvalidRequest("Parameter top_k be greater than or equal to 0", param="top_k")  # sic
-    return value if value <= MAX_TOP_K else 0
+    return value if 0 <= value <= MAX_TOP_K else 0
 
 
 def _max_tokens(values: Mapping[str, Any], settings: Settings, names: tuple[str, ...]) -> int:

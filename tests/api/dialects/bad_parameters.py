@@ -35,7 +35,7 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
     ("top_p", f"-{HUGE}", TOP_P),
     ("top_p", '"1"', "'top_p' must be Float"),
     ("top_p", "false", "'top_p' must be Float"),
-    ("top_k", "-1", TOP_K),
+    ("top_k", "-2", TOP_K),
     ("top_k", f"-{HUGE}", TOP_K),
     ("top_k", "1.5", "'top_k' must be Integer"),
     ("top_k", "20.0", "'top_k' must be Integer"),
@@ -126,6 +126,7 @@ PARAMETERS: tuple[tuple[str, str, str], ...] = (
 )
 
 NATIVE_ONLY: tuple[tuple[str, str, str], ...] = (
+    ("top_k", "-1", TOP_K),
     ("max_length", "0", "Range of max_length should be [1, 32768]"),
     ("max_length", "32769", "Range of max_length should be [1, 32768]"),
     ("max_length", '"5"', "'max_length' must be Integer"),

@@ -91,7 +91,7 @@ BODIES: dict[str, bytes] = {
     "trailing text": WHOLE + b"x",
     "trailing NUL": WHOLE + b"\0",
     "leading NUL": b"\0" + WHOLE,
-    "byte order mark": b"\xef\xbb\xbf" + WHOLE,
+    "two byte order marks": b"\xef\xbb\xbf\xef\xbb\xbf" + WHOLE,
     "UTF-16": WHOLE.decode().encode("utf-16"),
     "single quotes": WHOLE.replace(b'"', b"'"),
     "comment": b"/* hello */" + WHOLE,
@@ -124,7 +124,7 @@ MODELS: dict[str, str] = {
     "unknown": '"gpt-4o"',
     "wrong case": f'"{MODEL.upper()}"',
     "trailing space": f'"{MODEL} "',
-    "the hub's name": '"Qwen/Qwen3-Omni-30B-A3B-Captioner"',
+    "another hub's name": '"openai/Qwen3-Omni-30B-A3B-Captioner"',
     "a path": '"../../etc/passwd"',
     "not ASCII": '"\\u2028\\ud83d\\ude00"',
     "a NUL": '"\\u0000"',
@@ -204,7 +204,11 @@ PARTS: dict[str, tuple[list[Any], str]] = {
     "image_url": ([{"type": "image_url", "image_url": {"url": URL}}], MODAL),
     "image_url beside audio": ([COMPATIBLE_PART, {"type": "image_url", "image_url": {"url": URL}}], MODAL),
     "video_url": ([{"type": "video_url", "video_url": {"url": URL}}], MODAL),
-    "file": ([{"type": "file", "file": {"file_id": "f"}}], MODAL),
+    "file_id": ([{"type": "file", "file": {"file_id": "f"}}], "'messages.0.content.0.file.file_id' is not supported"),
+    "file empty": ([{"type": "file", "file": {}}], AUDIO),
+    "file a string": ([{"type": "file", "file": URL}], AUDIO),
+    "file_data number": ([{"type": "file", "file": {"file_data": 5}}], AUDIO),
+    "a file and an audio": ([{"type": "file", "file": {"file_data": URL}}, NATIVE_PART], ONE_AUDIO),
     "refusal": ([{"type": "refusal", "refusal": "no"}], MODAL),
     "only native text": ([{"text": "What is this?"}], AUDIO),
     "only typed text": ([{"type": "text", "text": "What is this?"}], AUDIO),
@@ -372,9 +376,7 @@ def _native_cases() -> Iterator[Case]:
 
 def _compatible_cases() -> Iterator[Case]:
     yield from _shared(1)
-    for name, model in {"null": "null", "empty": '""'}.items():
-        yield Case(f"model: {name}", compatible(GOOD, model), "you must provide a model parameter.", None)
-    yield Case("model: absent", b'{"messages":[]}', "you must provide a model parameter.", None)
+    yield Case("model and messages: absent", b"{}", "[] is too short - 'messages'", INVALID[1])
     for name, rest in {"absent": "", "null": ',"messages":null', "empty": ',"messages":[]'}.items():
         body = f'{{"model":"{MODEL}"{rest}}}'.encode()
         yield Case(f"messages: {name}", body, "[] is too short - 'messages'", INVALID[1])

@@ -20,7 +20,7 @@ REQUEST_ID = "f4155bf9-b860-49d6-8ee2-092da7359097"
 
 USAGE = (
     '{"prompt_tokens":160,"completion_tokens":387,"total_tokens":547,'
-    '"prompt_tokens_details":{"audio_tokens":152,"text_tokens":8},"completion_tokens_details":{"text_tokens":387}}'
+    '"prompt_tokens_details":{"audio_tokens":152,"text_tokens":8,"cached_tokens":0},"completion_tokens_details":{"text_tokens":387}}'
 )
 
 
