@@ -205,6 +205,23 @@ class Features:
         return self.samples / SAMPLE_RATE
 
 
+@dataclass(frozen=True, slots=True)
+class AudioPiece:
+    """One piece of an audio, of those that tile it: samples `begin` to `end` at 16 kHz.
+
+    `audio_begin` to `audio_end` are the samples that are captioned, which reach beyond the piece where it is cut within
+    a sound. `loudness_db` is in LUFS, `None` for silence; `speech_share` is the part of the piece in which somebody
+    speaks.
+    """
+
+    begin: int
+    end: int
+    audio_begin: int
+    audio_end: int
+    loudness_db: float | None
+    speech_share: float
+
+
 class FinishReason(enum.StrEnum):
     """Reason for the end of a caption: the model's end token or a stop, or a limit (tokens or deadline)."""
 

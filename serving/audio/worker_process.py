@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import os
@@ -22,6 +23,7 @@ from serving.types import SAMPLE_RATE, Features
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from serving.audio.piece_file import PieceFile
     from serving.config import Settings
 
 MAX_MESSAGE_BYTES = 65_536
@@ -65,15 +67,21 @@ def spawn(settings: Settings, program: Sequence[str]) -> tuple[subprocess.Popen[
     return process, ours
 
 
-def send_clip(channel: socket.socket, clip: str | Path) -> None:
-    """Send a clip: its file, opened here since a worker opens none, or base64 text in a memfd. Raises `OSError`."""
+def send_clip(channel: socket.socket, clip: str | Path, piece_file: PieceFile | None = None) -> None:
+    """Send a clip: its file, opened here since a worker opens none, or base64 text in a memfd. Raises `OSError`.
+
+    With `piece_file` the clip is to be cut, and its pieces are to be written into that file.
+    """
+    task, further = (
+        ({}, []) if piece_file is None else ({"max_piece_s": piece_file.max_piece_s}, [piece_file.descriptor])
+    )
     if isinstance(clip, Path):
         with clip.open("rb", buffering=0) as file:
-            socket.send_fds(channel, [b'{"encoding": "raw"}'], [file.fileno()])
+            socket.send_fds(channel, [json.dumps({"encoding": "raw", **task}).encode()], [file.fileno(), *further])
         return
     with open(os.memfd_create("base64"), "wb", buffering=0) as text:  # noqa: PTH123 - a descriptor, not a path
         text.write(clip.encode("ascii"))
-        socket.send_fds(channel, [b'{"encoding": "base64"}'], [text.fileno()])
+        socket.send_fds(channel, [json.dumps({"encoding": "base64", **task}).encode()], [text.fileno(), *further])
 
 
 def receive_reply(channel: socket.socket) -> tuple[bytes, list[int]]:
