@@ -177,6 +177,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class TimelineOptions:
+    """Options of a timeline: longest segment, and what segments report in addition to times and caption."""
+
+    max_segment_s: float = 30.0
+    loudness: bool = False
+    speech_share: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CaptionRequest:
     """One request for one caption, decoded from its dialect."""
 
@@ -186,6 +195,8 @@ class CaptionRequest:
     sampling: Sampling = field(default_factory=Sampling)
     guard: Guard = Guard.RETRY
     """The strongest policy of the quality guard that the client wants."""
+    timeline: TimelineOptions | None = None
+    """Options of a timeline, each of whose segments has a caption; `None` for one caption of the whole audio."""
 
 
 @dataclass(frozen=True, slots=True)

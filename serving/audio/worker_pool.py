@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from serving.audio.piece_file import PieceFile
     from serving.config import Settings
+    from serving.scheduling.shared_capacity import Permit
     from serving.types import SchedulingClass
 
 _RESPAWN_DELAY_S = 1.0
@@ -200,6 +201,10 @@ class AudioWorkerPool:
             self._queue.discard(task)
             task.permit.release()
             self._dispatch()
+
+    def hold(self, size_bytes: int, scheduling_class: SchedulingClass) -> Permit:
+        """Hold memory for features that are read from elsewhere. Raises `Overloaded`."""
+        return self._features.acquire(scheduling_class, size_bytes)
 
     def _dispatch(self) -> None:
         """Send queued clips to idle workers, as far as both and memory last."""
