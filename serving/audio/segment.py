@@ -1,4 +1,4 @@
-"""Cuts: divide 16 kHz mono into pieces at pauses, each short enough for a caption of its own.
+"""Cuts: divide 16 kHz mono into pieces at pauses, each short enough for one caption.
 
 A pause is a stretch that is much quieter than what is around it, or, where the sound is steady (music, rain, a motor),
 one between two words of a voice. The longest pause within reach is chosen, the later one of equals, and the cut is

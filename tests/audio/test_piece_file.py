@@ -28,7 +28,7 @@ _PIECES = [AudioPiece(0, 16_000, 0, 16_000, -20.0, 0.5), AudioPiece(16_000, 40_0
 
 
 async def test_pieces_from_a_worker() -> None:
-    """A worker's features of each piece are those of the piece as a clip of its own, and nothing is left in memory."""
+    """A worker's features of each piece are those of the piece as a separate clip, and nothing is left in memory."""
     story = film(70)
     path = Path(os.environ["CAPTIONER_DATA_DIR"], "film.wav")
     soundfile.write(path, story.samples, SAMPLE_RATE, subtype="FLOAT")
@@ -133,6 +133,6 @@ async def test_cut_file() -> None:
 
 
 def test_no_disk() -> None:
-    """Where no file can be made, the service is overloaded."""
+    """The service is overloaded if no file can be made."""
     with pytest.raises(errors.Overloaded):
         PieceFile(30.0, Path("/nonexistent"))

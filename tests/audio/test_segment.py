@@ -76,7 +76,7 @@ def test_short_audio_is_one_piece() -> None:
 
 
 def test_hard_cut() -> None:
-    """Where there is no pause, both pieces hear half a second of the other."""
+    """Both pieces of a cut without a pause hear half a second of the other."""
     noise = 0.1 * np.random.default_rng(0).standard_normal(70 * SAMPLE_RATE).astype(np.float32)
     pieces = cut(noise, 30)
     _check_tiling(pieces, noise.size, 30)
