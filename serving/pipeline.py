@@ -15,15 +15,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from serving import quality
+from serving.audio.piece_file import PieceFile, frame_bytes, most_bytes
 from serving.engine.base import context_tokens
 from serving.engine.remote.client import RemoteEngine
-from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady, Overloaded
+from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady
+from serving.kept_features import KeptFeatures
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
@@ -39,7 +41,7 @@ from serving.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
@@ -47,40 +49,14 @@ if TYPE_CHECKING:
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.request_record import RequestRecord
-    from serving.scheduling.shared_capacity import Permit
     from serving.storage.uploads import UploadStore
     from serving.tenancy.usage_session import UsageSession
-    from serving.types import CaptionRequest, Features, Sampling, SchedulingClass
+    from serving.types import CaptionRequest, Features, Sampling, SchedulingClass, TimelineOptions
 
 log = logging.getLogger(__name__)
 
 _KEPT_SHARE = 4
 """Features of full responses are kept in a quarter of `max_features_bytes`; the rest is for clips that wait."""
-
-
-class _KeptFeatures:
-    """Features of a full response, for another generation: kept within the bound of `permit`, else released."""
-
-    def __init__(
-        self, features: Features, permit: Permit, release: Callable[[], Awaitable[None]], *, keep: bool
-    ) -> None:
-        self._features: Features | None = features
-        self._permit = permit
-        self._release = release
-        self._keep = keep
-
-    def get(self) -> Features | None:
-        """Return the features; `None` once they are released."""
-        return self._features
-
-    async def consumed(self) -> None:
-        """Keep the features, which an engine has consumed, or release them; after a second engine, release them."""
-        if self._keep and self._features is not None and not self._permit.amount:
-            with suppress(Overloaded):
-                self._permit.grow(self._features.log_mel.nbytes)
-                return
-        self._features = None
-        await self._release()
 
 
 class CaptionPipeline:
@@ -111,6 +87,8 @@ class CaptionPipeline:
         self._replicas = engine if isinstance(engine, RemoteEngine) else None
         """The engine if it is several, of which another can make a caption that one has lost."""
         self._kept = SharedCapacity(settings.max_features_bytes // _KEPT_SHARE)
+        self._piece_files = SharedCapacity(settings.max_downloads_bytes, reason="downloads")
+        self._largest_piece_file = min(most_bytes(settings.max_audio_s), settings.max_downloads_bytes // 2)
 
     @property
     def in_flight(self) -> int:
@@ -135,43 +113,115 @@ class CaptionPipeline:
         `partial` with the text generated so far. `on_prepared` is called once the encoded audio is no longer needed.
         Raises `CaptionerError`.
         """
-        deadline = asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)
+        deadline = deadline_of(record, deadline_s)
         guard = quality.effective(Guard(self._settings.quality_guard), request.guard)
         sampling = quality.guarded(request.sampling, guard)
-        scheduling_class = session.caller.scheduling_class
         async with AsyncExitStack() as stack:
-            stack.enter_context(self._slots.acquire(scheduling_class))
-            try:
-                await self._engine.check_health()  # no download or decoding for an engine that is not ready
-            except NotReady:
-                self._on_not_ready()
-                raise
-            session.open(request)
-            features_held = await stack.enter_async_context(AsyncExitStack())
-            try:
-                async with asyncio.timeout_at(deadline) as timeout:
-                    features = await self._prepare(request, record, features_held, scheduling_class)
-            except TimeoutError:
-                if not timeout.expired():
-                    raise
-                raise DeadlineExceeded from None
+            prepared = self._prepared(request, record, session, deadline)
+            features, release_features = await stack.enter_async_context(prepared)
             # From here on neither this function nor its caller needs the encoded audio (up to 10 MiB each).
-            del request
+            del request, prepared
             on_prepared()
 
-            usage = Usage(audio_tokens=billed_audio_tokens(features.samples))
-            record.usage, record.samples = usage, features.samples
             record.engine_input_tokens = context_tokens(features)
             if (max_tokens := await session.charge()) is not None and max_tokens < sampling.max_tokens:
                 sampling = replace(sampling, max_tokens=max_tokens)
             sample_again = not record.stream and quality.may_sample_again(sampling, guard)
             generate = self._stream if record.stream else partial(self._full, sample_again=sample_again)
             deltas = await stack.enter_async_context(
-                aclosing(generate(features, sampling, session, record, deadline, features_held.aclose))
+                aclosing(generate(features, sampling, session, record, deadline, release_features))
             )
             del features
             async for caption_delta in deltas:
                 yield caption_delta
+
+    @asynccontextmanager
+    async def cut(
+        self,
+        request: CaptionRequest,
+        record: RequestRecord,
+        session: UsageSession,
+        options: TimelineOptions,
+        *,
+        deadline: float,
+    ) -> AsyncIterator[PieceFile]:
+        """Yield the request's audio, cut into pieces, whose features are on disk. The slot of the request is held.
+
+        `deadline` is in the event loop's time. Fills in `record`, and opens the usage record of `session`. Raises
+        `CaptionerError`.
+        """
+        with (
+            self._piece_files.acquire(session.caller.scheduling_class, self._largest_piece_file) as permit,
+            PieceFile(options.max_segment_s, self._settings.download_dir) as piece_file,
+        ):
+            async with self._prepared(request, record, session, deadline, piece_file):
+                del request
+                permit.release()
+                permit.count(piece_file.size_bytes)
+                yield piece_file
+
+    async def caption_piece(
+        self,
+        piece_file: PieceFile,
+        index: int,
+        sampling: Sampling,
+        *,
+        guard: Guard,
+        session: UsageSession,
+        record: RequestRecord,
+        deadline: float,
+    ) -> CaptionDelta:
+        """Return the complete caption of one piece, as that of a full response. `record` is of this piece alone.
+
+        Raises `CaptionerError`, `Overloaded` where features have no memory.
+        """
+        guard = quality.effective(Guard(self._settings.quality_guard), guard)
+        sampling = quality.guarded(sampling, guard)
+        size_bytes = frame_bytes(piece_file.pieces[index])
+        with self._workers.hold(size_bytes, session.caller.scheduling_class) as permit:
+
+            async def release() -> None:
+                permit.release()
+
+            features = await piece_file.features(index)
+            record.samples, record.engine_input_tokens = features.samples, context_tokens(features)
+            sample_again = quality.may_sample_again(sampling, guard)
+            deltas = self._full(features, sampling, session, record, deadline, release, sample_again=sample_again)
+            del features
+            async with aclosing(deltas):
+                return await anext(deltas)
+
+    @asynccontextmanager
+    async def _prepared(
+        self,
+        request: CaptionRequest,
+        record: RequestRecord,
+        session: UsageSession,
+        deadline: float,
+        piece_file: PieceFile | None = None,
+    ) -> AsyncIterator[tuple[Features, Callable[[], Awaitable[None]]]]:
+        """Acquire a slot, open the usage record and prepare the audio; yield its features and their release."""
+        scheduling_class = session.caller.scheduling_class
+        with self._slots.acquire(scheduling_class):
+            try:
+                await self._engine.check_health()  # no download or decoding for an engine that is not ready
+            except NotReady:
+                self._on_not_ready()
+                raise
+            session.open(request)
+            async with AsyncExitStack() as features_held:
+                try:
+                    async with asyncio.timeout_at(deadline) as timeout:
+                        features = await self._prepare(request, record, features_held, scheduling_class, piece_file)
+                except TimeoutError:
+                    if not timeout.expired():
+                        raise
+                    raise DeadlineExceeded from None
+                del request
+                record.usage, record.samples = Usage(billed_audio_tokens(features.samples)), features.samples
+                handed_over = [features]
+                del features  # this frame lasts as long as the caption, which does not need them for that long
+                yield handed_over.pop(), features_held.aclose
 
     async def _full(  # noqa: PLR0917 - as `_stream`
         self,
@@ -190,7 +240,7 @@ class CaptionPipeline:
         """
         with self._kept.permit(session.caller.scheduling_class) as permit:
             keep = sample_again or self._replicas is not None
-            kept = _KeptFeatures(features, permit, release_features, keep=keep)
+            kept = KeptFeatures(features, permit, release_features, keep=keep)
             del features
             caption = await self._complete(kept, sampling, session, record, deadline)
             if sample_again and kept.get() is not None and quality.may_be_cured(record.defect):
@@ -200,7 +250,7 @@ class CaptionPipeline:
     async def _second_sample(  # noqa: PLR0917 - as `_stream`
         self,
         first: CaptionDelta,
-        kept: _KeptFeatures,
+        kept: KeptFeatures,
         sampling: Sampling,
         session: UsageSession,
         record: RequestRecord,
@@ -221,7 +271,7 @@ class CaptionPipeline:
 
     async def _complete(
         self,
-        kept: _KeptFeatures,
+        kept: KeptFeatures,
         sampling: Sampling,
         session: UsageSession,
         record: RequestRecord,
@@ -308,6 +358,7 @@ class CaptionPipeline:
         record: RequestRecord,
         features_held: AsyncExitStack,
         scheduling_class: SchedulingClass,
+        piece_file: PieceFile | None,
     ) -> Features:
         """Return features of the request's audio, held by `features_held`. The download is deleted on return."""
         async with AsyncExitStack() as download:
@@ -327,7 +378,8 @@ class CaptionPipeline:
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)
-            prepared = await features_held.enter_async_context(self._workers.prepare(clip, scheduling_class))
+            into = {"piece_file": piece_file} if piece_file else {}
+            prepared = await features_held.enter_async_context(self._workers.prepare(clip, scheduling_class, **into))
         ended = time.perf_counter()
         for stage, seconds in (
             ("features", prepared.features_s),
@@ -337,3 +389,8 @@ class CaptionPipeline:
             record.stage(stage, seconds, ended=ended)
             ended -= seconds
         return prepared.features
+
+
+def deadline_of(record: RequestRecord, deadline_s: float) -> float:
+    """Return the deadline of a request, in the event loop's time, of `deadline_s` from its arrival."""
+    return asyncio.get_running_loop().time() + deadline_s - (time.perf_counter() - record.started)

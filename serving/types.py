@@ -184,6 +184,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class TimelineOptions:
+    """Options of a timeline: longest segment, and what segments report in addition to times and caption."""
+
+    max_segment_s: float = 30.0
+    loudness: bool = False
+    speech_share: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class CaptionRequest:
     """One request for one caption, decoded from its dialect."""
 
@@ -193,6 +202,8 @@ class CaptionRequest:
     sampling: Sampling = field(default_factory=Sampling)
     guard: Guard = Guard.RETRY
     """The strongest policy of the quality guard that the client wants."""
+    timeline: TimelineOptions | None = None
+    """Options of a timeline, each of whose segments has a caption; `None` for one caption of the whole audio."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +221,23 @@ class Features:
     def duration_s(self) -> float:
         """Length of the decoded audio in seconds."""
         return self.samples / SAMPLE_RATE
+
+
+@dataclass(frozen=True, slots=True)
+class AudioPiece:
+    """One piece of an audio, of those that tile it: samples `begin` to `end` at 16 kHz.
+
+    `audio_begin` to `audio_end` are the samples that are captioned, which reach beyond the piece where it is cut within
+    a sound. `loudness_db` is in LUFS, `None` for silence; `speech_share` is the part of the piece in which somebody
+    speaks.
+    """
+
+    begin: int
+    end: int
+    audio_begin: int
+    audio_end: int
+    loudness_db: float | None
+    speech_share: float
 
 
 class FinishReason(enum.StrEnum):

@@ -38,6 +38,7 @@ from serving.settings.engine_args import InvalidEngineArgs
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
+from serving.timeline.captions import Timelines
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -77,11 +78,13 @@ def create_app(
     downloads = DownloadProcess(settings)
     uploads = _uploads(settings)
     tenancy = Tenancy(settings)
+    pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready)
     components = Components(
         settings=settings,
         engine=engine,
         workers=workers,
-        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
+        pipeline=pipeline,
+        timelines=Timelines(pipeline, settings),
         downloads=downloads,
         targets=targets,
         scrape_access=scrape_access,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
+    from serving.timeline.captions import Timelines
     from serving.types import CaptionDelta, CaptionRequest
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class CaptionEndpoint:
 
     codec: Codec
     pipeline: CaptionPipeline
+    timelines: Timelines
     keys: Keyring
     usage_sessions: UsageSessions
     metrics: Metrics
@@ -67,6 +69,7 @@ class CaptionEndpoint:
         return cls(
             codec,
             components.pipeline,
+            components.timelines,
             components.keys,
             components.usage_sessions,
             components.metrics,
@@ -131,9 +134,8 @@ class CaptionEndpoint:
                 record.stream = reply.stream
                 record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
                 deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-                deltas = self.pipeline.caption(
-                    request, record, session, deadline_s=deadline_s, on_prepared=permit.release
-                )
+                caption = self.pipeline.caption if request.timeline is None else self.timelines.caption
+                deltas = caption(request, record, session, deadline_s=deadline_s, on_prepared=permit.release)
                 del request  # it holds the encoded audio, which the pipeline releases once decoded
                 await self._send(deltas, reply, response, record, receive)
 

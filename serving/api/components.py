@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from serving.storage.uploads import UploadStore
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
+    from serving.timeline.captions import Timelines
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Components:
     engine: Engine
     workers: AudioWorkerPool
     pipeline: CaptionPipeline
+    timelines: Timelines
     uploads: UploadStore
     keys: Keyring
     usage_sessions: UsageSessions

@@ -7,6 +7,8 @@ when it is ready, with the protections that the kernel does not have, then answe
 
     ◄ {"encoding": "raw" or "base64"} and a descriptor of a file
     ► {"samples", "shape", "decode_s", "features_s"} and a memfd that holds the log-mel
+    ◄ the same with "max_piece_s" and a second file, into which the pieces are to be written (`piece_file.py`)
+    ► {"samples", "table_bytes", "decode_s", "features_s"}, or {"disk_full"}
     ► {"error", "message"}: an exception of our tree        ► {"traceback"}: any other
 
 The worker parses strangers' bytes with large C libraries. Therefore it holds no secret, cannot open a file or a socket
@@ -29,6 +31,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,8 @@ from serving.audio import sandbox
 from serving.audio.base64_text import decode_base64
 from serving.audio.decode import decode
 from serving.audio.features import frame_count, log_mel
+from serving.audio.piece_file import most_bytes, table
+from serving.audio.segment import cut
 from serving.errors import AudioUnreadable, CaptionerError
 from serving.types import MELS, SAMPLE_RATE
 
@@ -73,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
             os.dup2(0, stream)
         channel.send(json.dumps({"missing": missing}).encode())
         while True:
-            message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE_BYTES, 1)
+            message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE_BYTES, 2)
             if not message:
                 return
             signal.setitimer(signal.ITIMER_PROF, float(cpu_s))  # when it runs out, SIGPROF ends the process
@@ -100,8 +105,8 @@ def _confine(memory_bytes: int, max_duration_s: float) -> list[str]:
     for codec in _CODECS:
         codecs.lookup(codec)
     _prepare_trial_clips()
-    # The largest file is the log-mel of the longest clip, and two seconds for what codecs add.
-    missing = sandbox.enter(memory_file_bytes=4 * MELS * frame_count(int((max_duration_s + 2) * SAMPLE_RATE)))
+    # The largest file holds the pieces of the longest clip, and two seconds for what codecs add.
+    missing = sandbox.enter(memory_file_bytes=most_bytes(max_duration_s))
     _prepare_trial_clips()  # a library that does not bear the sandbox stops the start, not each clip
     return missing
 
@@ -110,16 +115,18 @@ def _prepare_trial_clips() -> None:
     for clip in _TRIAL_CLIPS:
         _, (features,) = _prepare(clip, 1.0, 0.0)
         os.close(features)
+    cut(np.zeros(SAMPLE_RATE, np.float32), 1.0)  # opens the file of its weights
 
 
-def _answer(task: dict[str, str], descriptors: list[int], max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
+def _answer(task: dict[str, Any], descriptors: list[int], max_duration_s: float) -> tuple[dict[str, Any], list[int]]:
     """Return the reply, and the descriptors to send with it."""
-    started_s, (clip,) = time.perf_counter(), descriptors
+    started_s, (clip, *into) = time.perf_counter(), descriptors
+    prepare = partial(_cut, into[0], task["max_piece_s"]) if into else _prepare
     try:
         if task["encoding"] == "base64":
-            return _prepare(decode_base64(os.pread(clip, os.fstat(clip).st_size, 0)), max_duration_s, started_s)
+            return prepare(decode_base64(os.pread(clip, os.fstat(clip).st_size, 0)), max_duration_s, started_s)
         with open(clip, "rb", closefd=False) as file:
-            return _prepare(file, max_duration_s, started_s)
+            return prepare(file, max_duration_s, started_s)
     except CaptionerError as error:
         return {"error": type(error).__name__, "message": str(error)}, []
     except MemoryError:
@@ -147,6 +154,30 @@ def _prepare(clip: bytes | BufferedReader, max_duration_s: float, started_s: flo
         "decode_s": decoded_s - started_s,
         "features_s": done_s - decoded_s,
     }, [descriptor]
+
+
+def _cut(
+    into: int, max_piece_s: float, clip: bytes | BufferedReader, max_duration_s: float, started_s: float
+) -> tuple[dict[str, Any], list[int]]:
+    """Write the features of the clip's pieces into the file, and return the reply."""
+    samples = decode(clip, max_duration_s=max_duration_s)
+    decoded_s = time.perf_counter()
+    pieces = cut(samples, max_piece_s)
+    rows = table(pieces)
+    try:
+        os.ftruncate(into, 0)  # a worker that was killed may have written something
+        os.lseek(into, 0, os.SEEK_SET)
+        with open(into, "wb", closefd=False) as file:
+            file.writelines(log_mel(samples[piece.audio_begin : piece.audio_end]).data for piece in pieces)
+            file.write(rows)
+    except OSError:
+        return {"disk_full": True}, []
+    return {
+        "samples": samples.size,
+        "table_bytes": len(rows),
+        "decode_s": decoded_s - started_s,
+        "features_s": time.perf_counter() - decoded_s,
+    }, []
 
 
 if __name__ == "__main__":

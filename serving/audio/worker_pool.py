@@ -15,37 +15,36 @@ import os
 import signal
 import time
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from serving import errors
 from serving.audio.watchdog import LIVENESS_INTERVAL_S, Watchdog
-from serving.audio.worker_process import Clip, audio_error, map_features, receive_reply, send_clip, spawn
-from serving.observability.context import REQUEST_ID
+from serving.audio.worker_process import Clip, receive_reply, send_clip, spawn
+from serving.audio.worker_task import Prepared, Task, estimate_s
 from serving.observability.cpu_time import CpuTime
 from serving.scheduling.drain_rate import DrainRate
 from serving.scheduling.fair_queue import FairQueue, shortest_first
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import NO_TENANT
 
+__all__ = ("AudioWorkerPool", "Prepared")
+
 if TYPE_CHECKING:
     import socket
     import subprocess
     from collections.abc import AsyncIterator, Sequence
 
+    from serving.audio.piece_file import PieceFile
     from serving.config import Settings
     from serving.scheduling.shared_capacity import Permit
-    from serving.types import Features, SchedulingClass
+    from serving.types import SchedulingClass
 
 _RESPAWN_DELAY_S = 1.0
 """Delay after a worker that could not even start, so that a broken installation does not spin."""
 
 _WALL_PER_CPU = 4
 """Wall-clock limit of a clip, as a multiple of its CPU limit, for a worker that neither answers nor uses CPU."""
-
-_BYTES_PER_S = 16_000
-"""Rate for estimating a clip's length from its bytes, as if all were MP3 of 128 kb/s: nothing better is known yet."""
 
 _HUGE_S = 1000.0
 """Length above which a clip is huge (16 MB): one worker, if there are two or more, takes no huge clip."""
@@ -65,42 +64,13 @@ _KILLED_FROM_OUTSIDE = -signal.SIGKILL, -signal.SIGTERM
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Features of one clip, and the seconds of each stage. `queue_s` is the wait for a worker."""
-
-    features: Features
-    queue_s: float
-    decode_s: float
-    features_s: float
-
-
-@dataclass(eq=False, slots=True)
-class _Task:
-    scheduling_class: SchedulingClass
-    clip: Clip
-    audio_s: float
-    """Estimated length."""
-    cost: float
-    """Time of a worker in seconds: first expected, then measured."""
-    permit: Permit
-    """Memory of the features, held from their arrival until the context is left."""
-    answer: asyncio.Future[Prepared]
-    arrived_s: float
-    queue_s: float = 0.0
-    started_s: float = 0.0
-    retried: bool = False
-    """Set once a worker that had the clip was killed from outside."""
-    request_id: str = field(default_factory=REQUEST_ID.get)
-
-
 @dataclass(eq=False, slots=True)
 class _Worker:
     process: subprocess.Popen[bytes]
     channel: socket.socket
     watchdog: Watchdog
     ready: bool = False
-    task: _Task | None = None
+    task: Task | None = None
 
 
 class AudioWorkerPool:
@@ -120,7 +90,7 @@ class AudioWorkerPool:
         self._program = program
         self._workers: set[_Worker] = set()
         self._idle: list[_Worker] = []  # a stack: the caches of the last one are warm
-        self._queue: FairQueue[_Task] = FairQueue(self._sort_key, patience_s=_PATIENCE_S, now_s=time.perf_counter)
+        self._queue: FairQueue[Task] = FairQueue(self._sort_key, patience_s=_PATIENCE_S, now_s=time.perf_counter)
         self._drain = DrainRate()
         self._features = SharedCapacity(settings.max_features_bytes)
         self._running = False
@@ -190,14 +160,18 @@ class AudioWorkerPool:
             self._disconnect(worker)
             worker.process.kill()
         for task in (*self._queue.clear(), *(worker.task for worker in workers if worker.task)):
-            _fail(task, errors.NotReady())
+            task.fail(errors.NotReady())
         self._idle.clear()
         for worker in workers:
             await asyncio.to_thread(worker.process.wait)
 
     @asynccontextmanager
-    async def prepare(self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
+    async def prepare(
+        self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT, *, piece_file: PieceFile | None = None
+    ) -> AsyncIterator[Prepared]:
         """Yield the features of a clip. Leaving the context releases their memory.
+
+        With `piece_file` the clip is cut, and the features of its pieces are written into that file.
 
         `log_mel` is a private mapping, so `torch.from_numpy` takes it as it is (writable) and writes would stay here.
         Raises `AudioError` for the clip's faults, `NotReady` when the pool is stopped, `Overloaded` and `Internal`.
@@ -209,10 +183,10 @@ class AudioWorkerPool:
             raise errors.NotReady
         if isinstance(clip, str) and not clip.isascii():
             raise errors.InvalidAudioUrl
-        now, audio_s = time.perf_counter(), min(_estimate_s(clip), self._settings.max_audio_s)
+        now, audio_s = time.perf_counter(), min(estimate_s(clip), self._settings.max_audio_s)
         cost = _CLIP_COST_S + audio_s / _TIMES_REALTIME
         permit = self._features.permit(scheduling_class)
-        task = _Task(scheduling_class, clip, audio_s, cost, permit, self._loop.create_future(), now)
+        task = Task(scheduling_class, clip, audio_s, cost, permit, self._loop.create_future(), now, piece_file)
         del clip  # up to 10 MiB that nobody needs once a worker is done with it
         self._queue.add(task)
         if not self._queue.fits(task, self._settings.max_audio_queue):
@@ -227,12 +201,16 @@ class AudioWorkerPool:
             task.permit.release()
             self._dispatch()
 
+    def hold(self, size_bytes: int, scheduling_class: SchedulingClass) -> Permit:
+        """Hold memory for features that are read from elsewhere. Raises `Overloaded`."""
+        return self._features.acquire(scheduling_class, size_bytes)
+
     def _dispatch(self) -> None:
         """Send queued clips to idle workers, as far as both and memory last."""
         while self._idle and (task := self._next_task()):
             worker = self._idle.pop()
             try:
-                send_clip(worker.channel, task.clip)
+                send_clip(worker.channel, task.clip, task.piece_file)
             except ConnectionError:
                 # The worker died while idle; the loop will find its socket closed. The clip is not to blame.
                 continue
@@ -240,7 +218,7 @@ class AudioWorkerPool:
                 log.exception("audio worker send failed", extra={"request_id": task.request_id})
                 self._idle.append(worker)
                 self._queue.discard(task)
-                _fail(task, errors.Overloaded() if error.errno in _EXHAUSTED else errors.Internal())
+                task.fail(errors.Overloaded() if error.errno in _EXHAUSTED else errors.Internal())
                 continue
             self._queue.dequeue(task)
             task.started_s = time.perf_counter()
@@ -249,12 +227,12 @@ class AudioWorkerPool:
             worker.task = task
             worker.watchdog.arm(_WALL_PER_CPU * self._settings.audio_timeout_s)
 
-    def _sort_key(self, task: _Task) -> float:
+    def _sort_key(self, task: Task) -> float:
         """Return the key that orders the clips of one tenant."""
         longest_s = self._settings.max_audio_s
         return shortest_first(task.arrived_s, task.audio_s, longest_s=longest_s, patience_s=_PATIENCE_S)
 
-    def _next_task(self) -> _Task | None:
+    def _next_task(self) -> Task | None:
         """Return the first clip in the order of service that can be dispatched now."""
         huge = sum(worker.task is not None and worker.task.audio_s > _HUGE_S for worker in self._workers)
         may_be_huge = huge < max(1, self._settings.audio_workers - 1)
@@ -284,15 +262,15 @@ class AudioWorkerPool:
             self._all_ready.set_result(None)
         if task and not task.answer.done():
             try:
-                _deliver(task, json.loads(message), descriptors)
+                task.deliver(json.loads(message), descriptors)
             except Exception:
                 log.exception("cannot use an audio worker's reply", extra={"request_id": task.request_id})
-                _fail(task, errors.Internal())
+                task.fail(errors.Internal())
         for descriptor in descriptors:
             os.close(descriptor)
         self._dispatch()
 
-    def _account(self, task: _Task) -> None:
+    def _account(self, task: Task) -> None:
         """Record the worker's time on a clip, after the worker is done with it."""
         took_s = time.perf_counter() - task.started_s
         self._busy_s += took_s
@@ -348,7 +326,7 @@ class AudioWorkerPool:
                 self._dispatch()
                 return
             too_long = worker.watchdog.expired or status == -signal.SIGPROF
-            _fail(task, errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
+            task.fail(errors.AudioUnreadable("The audio takes too long to decode" if too_long else None))
 
     def _account_death(self, worker: _Worker) -> None:
         """Count a dead worker and the time it used; call it before its process is waited for."""
@@ -369,30 +347,3 @@ class AudioWorkerPool:
         self._loop.remove_reader(worker.channel)
         worker.channel.close()
         worker.watchdog.disarm()
-
-
-def _estimate_s(clip: Clip) -> float:
-    """Estimate the length of a clip in seconds."""
-    try:
-        clip_bytes = clip.stat().st_size if isinstance(clip, Path) else len(clip)
-    except OSError:
-        return 0.0  # the worker will report it
-    return (clip_bytes * 3 // 4 if isinstance(clip, str) else clip_bytes) / _BYTES_PER_S
-
-
-def _deliver(task: _Task, reply: dict[str, Any], descriptors: list[int]) -> None:
-    """Resolve a task with its worker's reply."""
-    if "traceback" in reply:
-        log.error("audio worker failed", extra={"traceback": reply["traceback"], "request_id": task.request_id})
-        _fail(task, errors.Internal())
-    elif "error" in reply:
-        _fail(task, audio_error(reply["error"], reply["message"]))
-    else:
-        features = map_features(reply, descriptors[0])
-        task.permit.count(features.log_mel.nbytes)
-        task.answer.set_result(Prepared(features, task.queue_s, reply["decode_s"], reply["features_s"]))
-
-
-def _fail(task: _Task, error: errors.CaptionerError) -> None:
-    if not task.answer.done():
-        task.answer.set_exception(error)

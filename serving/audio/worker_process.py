@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import os
@@ -22,6 +23,7 @@ from serving.types import SAMPLE_RATE, Features
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from serving.audio.piece_file import PieceFile
     from serving.config import Settings
 
 Clip = str | bytes | Path
@@ -38,8 +40,6 @@ _ENVIRONMENT = frozenset(
     ("LANG", "LANGUAGE", "LD_LIBRARY_PATH", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_", "PATH", "PYTHONHOME", "TZ")
 )
 """Variables that a worker gets, apart from `LC_…`. Any other may be a secret: of the service, of Ray, of a cloud."""
-
-_BASE64 = b'{"encoding": "base64"}'
 
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -70,20 +70,23 @@ def spawn(settings: Settings, program: Sequence[str]) -> tuple[subprocess.Popen[
     return process, ours
 
 
-def send_clip(channel: socket.socket, clip: Clip) -> None:
+def send_clip(channel: socket.socket, clip: Clip, piece_file: PieceFile | None = None) -> None:
     """Send a clip: its file, opened here since a worker opens none, or bytes or base64 text in a memfd.
 
-    Raises `OSError`.
+    With `piece_file` the clip is to be cut, and its pieces are to be written into that file. Raises `OSError`.
     """
+    task, further = (
+        ({}, []) if piece_file is None else ({"max_piece_s": piece_file.max_piece_s}, [piece_file.descriptor])
+    )
     if isinstance(clip, Path):
         with clip.open("rb", buffering=0) as file:
-            socket.send_fds(channel, [b'{"encoding": "raw"}'], [file.fileno()])
+            socket.send_fds(channel, [json.dumps({"encoding": "raw", **task}).encode()], [file.fileno(), *further])
         return
-    data, message = (clip, b'{"encoding": "raw"}') if isinstance(clip, bytes) else (clip.encode("ascii"), _BASE64)
+    data, encoding = (clip, "raw") if isinstance(clip, bytes) else (clip.encode("ascii"), "base64")
     with open(os.memfd_create("clip"), "wb", buffering=0) as file:  # noqa: PTH123 - a descriptor, not a path
         file.write(data)
         file.seek(0)  # the worker has the same position
-        socket.send_fds(channel, [message], [file.fileno()])
+        socket.send_fds(channel, [json.dumps({"encoding": encoding, **task}).encode()], [file.fileno(), *further])
 
 
 def receive_reply(channel: socket.socket) -> tuple[bytes, list[int]]:

@@ -71,6 +71,7 @@ class UsageSession:
         self._sessions = sessions
         self._request = request
         self._max_tokens = 0
+        self._captions = 1
         self._steers_length = False
         self._admitted_at = 0
         self._started = False
@@ -115,23 +116,24 @@ class UsageSession:
         self._sessions.ledger.open(record, self._request)
         self._record = record
 
-    async def charge(self) -> int | None:
+    async def charge(self, *, captions: int = 1) -> int | None:
         """Reserve what the decoded audio may use. Raises `RateLimited`, `AccessDenied`.
 
-        Returns the most output tokens that the caption may have, at most its `max_tokens`: budgets reserve what can be
-        written, not what is expected. `None`: nothing is metered.
+        Returns the most output tokens that all `captions` of the audio may have together, at most their `max_tokens`:
+        budgets reserve what can be written, not what is expected. `None`: nothing is metered.
         """
         request, sessions = self._request, self._sessions
         if not sessions.metering:
             return None
         if self._reservation is None or self._record is None or request.usage is None:
             raise RuntimeError("UsageSession.charge was called before open, or before the audio was decoded")
+        self._captions = captions
         amounts = _amounts(
             self._price,
             request.usage.input_tokens,
-            self._max_tokens,
+            captions * self._max_tokens,
             audio_ms=round(1000 * request.audio_s),
-            expected_output_tokens=min(self._max_tokens, sessions.outputs.tokens(self.caller.tenant_id)),
+            expected_output_tokens=captions * min(self._max_tokens, sessions.outputs.tokens(self.caller.tenant_id)),
         )
         return await sessions.limiter.charge(self._reservation, amounts)
 
@@ -187,7 +189,7 @@ class UsageSession:
             record.finish_reason = str(request.finish_reason or FinishReason.LENGTH)
             # Nor is it known how long a caption would have been whose length the client's parameters may decide.
             cut = self._steers_length or record.finish_reason != FinishReason.STOP
-            sessions.outputs.update(record.tenant_id, record.output_tokens, cut=cut)
+            sessions.outputs.update(record.tenant_id, record.output_tokens // self._captions, cut=cut)
         record.billed = is_billed(outcome, given_to_engine=self._started)
         try:
             tokens = record.total_tokens if record.billed else 0

@@ -26,6 +26,7 @@ from serving.observability.metrics import Metrics
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.tenancy.usage_session import UsageSessions
+from serving.timeline.captions import Timelines
 from serving.types import Caller, Features, SchedulingClass
 from tests.support.service import RunningService
 from tests.support.wire import COMPATIBLE, ask_native, compatible_body, data_url, native_body, wav
@@ -142,7 +143,9 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     usage_sessions: Any = UsageSessions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, pipeline, keys, usage_sessions, metrics, SharedCapacity(10**9), settings)
+    timelines = Timelines(pipeline, settings)
+    bodies = SharedCapacity(10**9)
+    endpoint = CaptionEndpoint(codec, pipeline, timelines, keys, usage_sessions, metrics, bodies, settings)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 

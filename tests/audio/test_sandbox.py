@@ -171,7 +171,7 @@ async def test_workers_of_the_pool_are_in_the_sandbox(
         limits, environment, outputs = _seen_from_outside(pid)
         assert re.search(r"Max processes +0 +0", limits)
         assert re.search(r"Max open files +32 +32", limits)
-        assert re.search(r"Max file size +3174400 +3174400", limits)  # the features of 62 s
+        assert re.search(r"Max file size +5016576 +5016576", limits)  # the pieces of 62 s, and their table
         assert outputs == ["/dev/null"] * 3
         names = {each.partition("=")[0] for each in environment if each}
         fixed = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONPATH", "LC_TIME"}

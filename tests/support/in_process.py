@@ -11,19 +11,24 @@ import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from serving.audio.base64_text import decode_base64
 from serving.audio.decode import decode
 from serving.audio.download_process import DownloadProcess
 from serving.audio.features import log_mel
 from serving.audio.fetch import Fetcher
+from serving.audio.piece_file import table
+from serving.audio.segment import cut
 from serving.audio.worker_pool import AudioWorkerPool, Prepared
 from serving.errors import NotReady
-from serving.types import NO_TENANT, Features
+from serving.types import MELS, NO_TENANT, Features
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from serving.audio.piece_file import PieceFile
     from serving.audio.worker_process import Clip
     from serving.config import Settings
     from serving.types import SchedulingClass
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 _MAX_S = 60
 """Longest clip in seconds: room for 40 minutes would be 146 MiB of the test's process for each clip."""
 
+_MAX_CUT_S = 600
+"""Longest clip of a timeline in seconds."""
 
 _DECODING = threading.Lock()
 """One at a time: `decode` limits the memory of the process that it runs in, and lifts the limit afterwards."""
@@ -48,10 +55,16 @@ class AudioThreads(AudioWorkerPool):
         self._running = False
 
     @asynccontextmanager
-    async def prepare(self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT) -> AsyncIterator[Prepared]:
+    async def prepare(
+        self, clip: Clip, scheduling_class: SchedulingClass = NO_TENANT, *, piece_file: PieceFile | None = None
+    ) -> AsyncIterator[Prepared]:
         """See `AudioWorkerPool`."""
         if not self._running:
             raise NotReady
+        if piece_file is not None:
+            samples = await asyncio.to_thread(_cut, clip, piece_file)
+            yield Prepared(Features(np.empty((MELS, 0), np.float32), samples), 0.0, 0.0, 0.0)
+            return
         with self._features.permit(scheduling_class) as permit:
             features = await asyncio.to_thread(_features, clip)
             permit.count(features.log_mel.nbytes)
@@ -84,3 +97,16 @@ def _features(clip: Clip) -> Features:
     with _DECODING:
         samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=_MAX_S)
     return Features(log_mel(samples), samples.size)
+
+
+def _cut(clip: Clip, piece_file: PieceFile) -> int:
+    """Write the pieces as a worker does; return the samples of the clip."""
+    with _DECODING:
+        samples = decode(decode_base64(clip.encode()) if isinstance(clip, str) else clip, max_duration_s=_MAX_CUT_S)
+    pieces = cut(samples, piece_file.max_piece_s)
+    rows = table(pieces)
+    with open(piece_file.descriptor, "wb", closefd=False) as file:
+        file.writelines(log_mel(samples[piece.audio_begin : piece.audio_end]).data for piece in pieces)
+        file.write(rows)
+    piece_file.load(samples.size, len(rows))
+    return samples.size

@@ -11,7 +11,6 @@ from serving.api.dialects.base import (
     MAX_TEXT_BYTES,
     HttpError,
     error_headers,
-    lines,
     nearest,
     requested_guard,
     stopped_field,
@@ -20,6 +19,7 @@ from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import MISSING_AUDIO, only_audio
 from serving.api.dialects.model_card import check_served, model_card, requested_model, served_names
 from serving.api.dialects.parameters import boolean, integer, mapping, refuse_unsupported, sampling
+from serving.api.dialects.timeline import stream_parts, timeline_member, timeline_options
 from serving.errors import AsyncNotSupported, InvalidRequest, MissingInput, UnsupportedOperation
 from serving.types import CaptionRequest, FinishReason
 
@@ -95,6 +95,7 @@ class DashScopeCodec:
                 seed=_seed(parameters),
             ),
             guard=requested_guard(headers),
+            timeline=timeline_options(parameters),
         )
         incremental = boolean(parameters, "incremental_output")
         return request, DashScopeReply(request_id, stream=_asks_for_stream(headers), incremental=incremental)
@@ -128,7 +129,7 @@ class DashScopeReply:
         usage = last.usage
         return (
             f'{{"output":{{"choices":[{{"finish_reason":"{last.finish_reason}",'
-            f'"message":{{"role":"assistant","content":[{{"text":{quote(text)}}}]}}}}]}},'
+            f'"message":{{"role":"assistant","content":[{{"text":{quote(text)}}}]}}}}]{timeline_member(last)}}},'
             f'{stopped_field(last)}"usage":{{"input_tokens":{usage.input_tokens},"output_tokens":{usage.output_tokens},'
             f'"total_tokens":{usage.total_tokens},'
             f'"input_tokens_details":{{"audio_tokens":{usage.audio_tokens},"text_tokens":{usage.text_tokens}}},'
@@ -154,7 +155,10 @@ class DashScopeReply:
         ).encode("ascii")
 
     def _new_text(self, delta: CaptionDelta) -> str:
-        events = [self._result_event(quote(text), "null", delta.usage) for text in lines(delta.text)]
+        events = [
+            self._result_event(quote(text), "null", delta.usage, timeline=timeline)
+            for text, timeline in stream_parts(delta)
+        ]
         if delta.finish_reason is not None:
             self.ended = True
             events.append(self._result_event('""', delta.finish_reason, delta.usage, stopped_field(delta)))
@@ -165,20 +169,25 @@ class DashScopeReply:
             return ""
         finish_reason = delta.finish_reason
         added = quote(delta.text)[1:-1]
-        free_bytes = MAX_TEXT_BYTES - len(self._text)
+        timeline = timeline_member(delta)
+        free_bytes = MAX_TEXT_BYTES - len(self._text) - len(timeline)
         if len(added) > free_bytes:
-            added = _truncate(delta.text, free_bytes)
+            added, timeline = _truncate(delta.text, free_bytes + len(timeline)), ""
             finish_reason = FinishReason.LENGTH
         self._text += added
         self.ended = finish_reason is not None
-        return self._result_event(f'"{self._text}"', finish_reason or "null", delta.usage, stopped_field(delta))
+        return self._result_event(
+            f'"{self._text}"', finish_reason or "null", delta.usage, stopped_field(delta), timeline=timeline
+        )
 
-    def _result_event(self, text: str, finish_reason: str, usage: Usage, stopped: str = "") -> str:
+    def _result_event(
+        self, text: str, finish_reason: str, usage: Usage, stopped: str = "", *, timeline: str = ""
+    ) -> str:
         self._events += 1
         return (
             f"id:{self._events}\nevent:result\n:HTTP_STATUS/200\n"
             f'data:{{"output":{{"choices":[{{"message":{{"content":[{{"text":{text}}}],"role":"assistant"}},'
-            f'"finish_reason":"{finish_reason}"}}]}},'
+            f'"finish_reason":"{finish_reason}"}}]{timeline}}},'
             f'{stopped}"usage":{{"input_tokens_details":{{"audio_tokens":{usage.audio_tokens},'
             f'"text_tokens":{usage.text_tokens}}},"total_tokens":{usage.total_tokens},'
             f'"output_tokens":{usage.output_tokens},"input_tokens":{usage.input_tokens},'

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.api.dialects.audio_reference import audio_source
-from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest, requested_guard, stopped_field
+from serving.api.dialects.base import STATUS, HttpError, error_headers, nearest, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.messages import only_audio
 from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
 from serving.api.dialects.parameter_table import refuse
 from serving.api.dialects.parameters import boolean, integer, mapping, refuse_unsupported, sampling
+from serving.api.dialects.timeline import stream_parts, timeline_member, timeline_options
 from serving.errors import InvalidRequest
 from serving.types import CaptionRequest
 
@@ -84,6 +85,7 @@ class OpenAICodec:
             audio=audio_source(only_audio(_messages(values)), headers, self._settings),
             sampling=with_engine_parameters(basic, values),
             guard=requested_guard(headers),
+            timeline=timeline_options(values),
         )
         return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
 
@@ -111,7 +113,7 @@ class OpenAIReply:
     def full_body(self, text: str, last: CaptionDelta) -> bytes:
         """See `Reply`."""
         return (
-            f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"}},'
+            f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"{timeline_member(last)}}},'
             f'"finish_reason":"{last.finish_reason}","index":0,"logprobs":null}}],"object":"chat.completion",'
             f'"created":{self._created},"model":{self._model},"system_fingerprint":null,"id":{self._id},'
             f'{stopped_field(last)}"usage":{_usage(last.usage)}}}'
@@ -126,7 +128,8 @@ class OpenAIReply:
             self._started = True
             chunks.append(f'data: {{"choices":[{{"delta":{{"content":"","role":"assistant"{self._after_text}')
         chunks += [
-            f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{self._after_text}' for text in lines(delta.text)
+            f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{timeline}{self._after_text}'
+            for text, timeline in stream_parts(delta)
         ]
         if delta.finish_reason is not None:
             self.ended = True

@@ -1,0 +1,1 @@
+"""The timeline: cuts, captions of pieces, subtitles."""
