@@ -18,16 +18,17 @@ import time
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from serving import quality
 from serving.engine.base import context_tokens
 from serving.engine.remote.client import RemoteEngine
-from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady, Overloaded
+from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady, Overloaded, UploadNotFound
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
     CaptionDelta,
     Defect,
+    FileAudio,
     FinishReason,
     Guard,
     InlineAudio,
@@ -39,6 +40,7 @@ from serving.types import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from serving.audio.download_process import DownloadProcess
@@ -52,6 +54,15 @@ if TYPE_CHECKING:
     from serving.types import CaptionRequest, Features, Sampling, SchedulingClass
 
 log = logging.getLogger(__name__)
+
+
+class FileReader(Protocol):
+    """A store of tenants' files (`serving.batch.files`)."""
+
+    def reading(self, file_id: str, *, owner: str) -> AbstractAsyncContextManager[Path]:
+        """Yield the path of a tenant's file, until the context is left. Raises `NotFound` and `StorageUnavailable`."""
+        ...
+
 
 _KEPT_SHARE = 4
 """Features of full responses are kept in a quarter of `max_features_bytes`; the rest is for clips that wait."""
@@ -93,6 +104,7 @@ class CaptionPipeline:
         downloads: DownloadProcess,
         uploads: UploadStore,
         *,
+        files: FileReader | None = None,
         on_not_ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Store the components.
@@ -105,6 +117,7 @@ class CaptionPipeline:
         self._workers = workers
         self._downloads = downloads
         self._uploads = uploads
+        self._files = files
         self._on_not_ready = on_not_ready
         self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
         self._replicas = engine if isinstance(engine, RemoteEngine) else None
@@ -321,6 +334,11 @@ class CaptionPipeline:
                     clip = await download.enter_async_context(reading)
                     if self._settings.object_store_url is not None:
                         record.stage("fetch", time.perf_counter() - started)
+                case FileAudio(file_id):
+                    if self._files is None:
+                        raise UploadNotFound
+                    clip = await download.enter_async_context(self._files.reading(file_id, owner=record.caller))
+                    record.stage("fetch", time.perf_counter() - started)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)

@@ -45,7 +45,14 @@ class UploadedAudio:
     key: str
 
 
-AudioSource = UrlAudio | InlineAudio | UploadedAudio
+@dataclass(frozen=True, slots=True)
+class FileAudio:
+    """Audio of a stored file, by the file's id (`file-…`)."""
+
+    file_id: str
+
+
+AudioSource = UrlAudio | InlineAudio | UploadedAudio | FileAudio
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +119,8 @@ class Caller:
     free_quota: FreeQuota | None = None
     log_content: bool = False
     """Captions of this tenant may be logged, as the tenant requested."""
+    batch_price_percent: int = 100
+    """Price of a token in a batch, in percent of the list price."""
 
 
 class Guard(enum.StrEnum):

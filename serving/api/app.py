@@ -23,6 +23,7 @@ from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
 from serving.audio.download_process import DownloadProcess
 from serving.audio.worker_pool import AudioWorkerPool
+from serving.batch.files import Files
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
@@ -34,6 +35,7 @@ from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.settings.engine_args import InvalidEngineArgs
+from serving.storage.files import open_files
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
@@ -76,15 +78,17 @@ def create_app(
     downloads = DownloadProcess(settings)
     uploads = _uploads(settings)
     tenancy = Tenancy(settings)
+    files = Files(settings, tenancy.database, open_files(settings))
     components = Components(
         settings=settings,
         engine=engine,
         workers=workers,
-        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready),
+        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready),
         downloads=downloads,
         targets=targets,
         scrape_access=scrape_access,
         uploads=uploads,
+        files=files,
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
@@ -99,7 +103,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, metrics.tracer.stop)
-            for component in (workers, downloads, uploads, tenancy):
+            for component in (workers, downloads, uploads, tenancy, files):
                 stack.push_async_callback(component.stop)
                 await component.start()
             if targets is not None:

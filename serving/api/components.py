@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from serving.api.dialects.base import Codec
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
+    from serving.batch.files import Files
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Metrics
@@ -33,6 +34,7 @@ class Components:
     workers: AudioWorkerPool
     pipeline: CaptionPipeline
     uploads: UploadStore
+    files: Files
     keys: Keyring
     usage_sessions: UsageSessions
     metrics: Metrics

@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
+from serving.api.files import FileEndpoints
 from serving.api.forwarding import Origins
 from serving.api.request_body import Body
 from serving.api.request_counting import RequestCounter
@@ -57,6 +58,7 @@ def routes(components: Components) -> list[Route]:
             for prefix in ("/compatible-mode/v1", "/v1")
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
+        *_file_routes(components),
         Route("/api/v1/models", endpoints.page_models),
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),
@@ -65,6 +67,21 @@ def routes(components: Components) -> list[Route]:
         Route("/readyz", endpoints.readyz),
         Route("/metrics", endpoints.scrape),
         Route("/metrics/targets", endpoints.scrape_targets),
+    ]
+
+
+def _file_routes(components: Components) -> list[Route]:
+    files = FileEndpoints(components)
+    return [
+        Route(f"{prefix}/files{path}", endpoint, methods=[method])
+        for prefix in ("/compatible-mode/v1", "/v1")
+        for method, path, endpoint in (
+            ("POST", "", files.create),
+            ("GET", "", files.list),
+            ("GET", "/{file_id}", files.retrieve),
+            ("DELETE", "/{file_id}", files.delete),
+            ("GET", "/{file_id}/content", files.content),
+        )
     ]
 
 

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from serving.storage.upload_policies import UploadGrant
     from serving.storage.uploads import Upload, UploadStore
 
-_FIELDS_BYTES = 65_536
+FIELDS_BYTES = 65_536
 """Limit of all fields together; no client's form reaches it."""
 _PARTS = 64
 """Limit of parts; a client's form has about eight. A name takes memory even without a value."""
-_OVERHEAD_BYTES = _FIELDS_BYTES + _PARTS * 4096
+OVERHEAD_BYTES = FIELDS_BYTES + _PARTS * 4096
 """Limit of a body before its file, and in addition to it: all values, and 4 KiB of headers for each part."""
 
 
@@ -44,7 +44,7 @@ async def receive_upload(
     Raises `InvalidRequest` for a body that is no such form, `UploadRejected` if the policy or the store refuses the
     file, and `Overloaded`.
     """
-    form = _form(content_type)
+    form = open_form(content_type)
     try:
         await _store(form, body, uploads, admit, max_file_bytes)
     except CaptionerError:
@@ -55,7 +55,7 @@ async def receive_upload(
 
 
 async def _store(
-    form: _Form,
+    form: Form,
     body: Body,
     uploads: UploadStore,
     admit: Callable[[UploadGrant], Awaitable[None]],
@@ -76,23 +76,24 @@ async def _store(
                     await file.write(data)
                     continue
                 size += len(data)
-                if size > _FIELDS_BYTES:
+                if size > FIELDS_BYTES:
                     raise InvalidRequest("The fields of the form are too large.")
                 fields.setdefault(name, bytearray()).extend(data)
             total += len(piece)  # counts bytes without meaning, too, such as those after the last part
-            if total > _OVERHEAD_BYTES + (max_file_bytes if file is not None else 0):
+            if total > OVERHEAD_BYTES + (max_file_bytes if file is not None else 0):
                 raise UploadTooLarge
         if file is None or not form.complete:
             raise InvalidRequest("The form is cut off, or has no part with the name file.")
 
 
-def _form(content_type: str) -> _Form:
+def open_form(content_type: str) -> Form:
+    """Return the parser of a form with this content type. Raises `InvalidRequest`."""
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequest("The request must be a form: multipart/form-data with a boundary.")
     try:
-        return _Form(boundary)
+        return Form(boundary)
     except FormParserError:
         raise InvalidRequest("The boundary of the form is too long.") from None
 
@@ -105,13 +106,15 @@ def _grant(fields: dict[str, bytearray], uploads: UploadStore) -> UploadGrant:
     return uploads.check(policy=policy, signature=signature, key=key)
 
 
-class _Form:
+class Form:
     """Incremental parser: yields each part's name once, without data, and then the part's data."""
 
     def __init__(self, boundary: bytes) -> None:
         self.complete = False
         self.grant: UploadGrant | None = None
         """Rights that the form's policy grants; `None` until the policy was found valid."""
+        self.filename = ""
+        """Name of the last part that has one for its file, as the client wrote it."""
         self._found: list[tuple[str, bytes]] = []
         self._data: list[bytes] = []
         self._header = self._value = b""
@@ -155,7 +158,9 @@ class _Form:
     def _on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
             self._flush()
-            name = parse_options_header(self._value)[1].get(b"name", b"")
+            options = parse_options_header(self._value)[1]
+            name = options.get(b"name", b"")
+            self.filename = options.get(b"filename", self.filename.encode()).decode(errors="replace")
             self._found.append((name.decode(errors="replace") or "-", b""))
         self._header = self._value = b""
 

@@ -18,7 +18,7 @@ import orjson
 
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
-from serving.api.upload_form import _form
+from serving.api.upload_form import open_form
 from serving.audio.decode import decode
 from serving.config import Settings
 from serving.engine.base import EngineDelta, Load
@@ -127,7 +127,7 @@ def _dashscope_seeds() -> list[bytes]:
 
 def _upload_form(body: bytes) -> None:
     def parsed(pieces: list[bytes]) -> object:
-        form = _form(f"multipart/form-data; boundary={_BOUNDARY.decode()}")
+        form = open_form(f"multipart/form-data; boundary={_BOUNDARY.decode()}")
         found: list[tuple[str, bytes]] = []
         try:
             for piece in pieces:

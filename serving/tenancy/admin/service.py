@@ -222,7 +222,7 @@ class Administration:
         return self._all(schema.plans, schema.plans.c.name, shown_plan)
 
     def set_plan(self, name: str, **changes: Any) -> Shown:
-        """Change some of `weight`, `priority`, `tenant_limits`, `key_limits`, `free_tokens`, `free_days` of a plan.
+        """Change some values of a plan, a column each: `weight`, `priority`, `tenant_limits`, `batch_price_percent` ….
 
         A plan that does not exist is made, without limits. Raises `InvalidChangeError`.
         """
@@ -312,6 +312,7 @@ _NEW_PLAN = {
     "key_limits": {},
     "free_tokens": 0,
     "free_days": 0,
+    "batch_price_percent": 100,
 }
 
 

@@ -72,6 +72,10 @@ def plan_changes(changes: Mapping[str, Any], before: Mapping[Any, Any]) -> dict[
                 values[name] = checked_limits(value, before[name])
             case "free_tokens" | "free_days":
                 values[name] = _count(name, value)
+            case "batch_price_percent":
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 100:  # noqa: PLR2004
+                    raise InvalidChangeError("batch_price_percent: a whole number from 0 to 100")
+                values[name] = value
             case _:
                 raise InvalidChangeError(f"a plan has no {name}")
     return values

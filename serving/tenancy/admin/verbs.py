@@ -238,6 +238,7 @@ VERBS = (
             Parameter("priority", kinds.WHOLE, "tenants of a higher priority go first"),
             Parameter("free_tokens", kinds.WHOLE, "free tokens, once"),
             Parameter("free_days", kinds.WHOLE, "days for them from a tenant's activation on"),
+            Parameter("batch_price_percent", kinds.WHOLE, "price of a token in a batch, in percent of the list price"),
             _limit("tenant_limits", "limit", _LIMIT_HELP),
             _limit("key_limits", "key-limit", "the same for each key"),
         ),
