@@ -241,7 +241,8 @@ class Outcome(enum.StrEnum):
     CANCELLED = "cancelled"
     """The service was stopped and did not wait for the request."""
     LOST = "lost"
-    """The request's process was killed or its machine is gone; another process closed the record."""
+    """The request's process was killed or its machine is gone; another process closed the record. Or an attempt of a
+    batch's line, which is repeated; the last attempt replaces the record."""
 
 
 @dataclass(frozen=True, slots=True)

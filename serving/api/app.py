@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from serving.api.batches import LineDialect
 from serving.api.collectors import bind_service_metrics
 from serving.api.components import Components
 from serving.api.connections import Connections
@@ -24,6 +25,9 @@ from serving.api.routes import routes
 from serving.audio.download_process import DownloadProcess
 from serving.audio.worker_pool import AudioWorkerPool
 from serving.batch.files import Files
+from serving.batch.line import LineRunner
+from serving.batch.runner import BatchRunner
+from serving.batch.store import BatchStore
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
@@ -79,22 +83,38 @@ def create_app(
     uploads = _uploads(settings)
     tenancy = Tenancy(settings)
     files = Files(settings, tenancy.database, open_files(settings))
+    pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready)
+    bodies = SharedCapacity(settings.max_body_memory_bytes, reason="bodies")
+    codec, batches = OpenAICodec(settings), BatchStore(tenancy.database)
+    lines = LineRunner(
+        tenancy.ledger.replica,
+        settings,
+        pipeline,
+        tenancy.usage_sessions,
+        bodies,
+        metrics,
+        batches,
+        LineDialect(codec),
+        asyncio.Event(),
+    )
     components = Components(
         settings=settings,
         engine=engine,
         workers=workers,
-        pipeline=CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready),
+        pipeline=pipeline,
         downloads=downloads,
         targets=targets,
         scrape_access=scrape_access,
         uploads=uploads,
         files=files,
+        batches=batches,
+        batch_runner=BatchRunner(lines, batches, files, tenancy.keys, engine),
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
-        bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
+        bodies=bodies,
         connections=connections or Connections(settings),
-        openai=OpenAICodec(settings),
+        openai=codec,
         dashscope=DashScopeCodec(settings),
     )
     bind_service_metrics(components)
@@ -116,6 +136,8 @@ def create_app(
                 await listener.start(settings.metrics_host, settings.metrics_port)
             loading = asyncio.create_task(_load(engine, tenancy, on_engine))
             stack.push_async_callback(_cancel, loading)
+            stack.push_async_callback(components.batch_runner.stop)
+            await components.batch_runner.start()
             yield
 
     app = Starlette(

@@ -10,6 +10,7 @@ import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api.batches import BatchEndpoints
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
 from serving.api.files import FileEndpoints
@@ -71,16 +72,20 @@ def routes(components: Components) -> list[Route]:
 
 
 def _file_routes(components: Components) -> list[Route]:
-    files = FileEndpoints(components)
+    files, batches = FileEndpoints(components), BatchEndpoints(components)
     return [
-        Route(f"{prefix}/files{path}", endpoint, methods=[method])
+        Route(f"{prefix}{path}", endpoint, methods=[method])
         for prefix in ("/compatible-mode/v1", "/v1")
         for method, path, endpoint in (
-            ("POST", "", files.create),
-            ("GET", "", files.list),
-            ("GET", "/{file_id}", files.retrieve),
-            ("DELETE", "/{file_id}", files.delete),
-            ("GET", "/{file_id}/content", files.content),
+            ("POST", "/files", files.create),
+            ("GET", "/files", files.list),
+            ("GET", "/files/{file_id}", files.retrieve),
+            ("DELETE", "/files/{file_id}", files.delete),
+            ("GET", "/files/{file_id}/content", files.content),
+            ("POST", "/batches", batches.create),
+            ("GET", "/batches", batches.list),
+            ("GET", "/batches/{batch_id}", batches.retrieve),
+            ("POST", "/batches/{batch_id}/cancel", batches.cancel),
         )
     ]
 

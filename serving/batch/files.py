@@ -79,9 +79,9 @@ class Files:
             await asyncio.wait((self._sweeping,))
             self._sweeping = None
 
-    def receive(self, owner: str) -> PartialBytes:
-        """Return an incomplete file, to write to and to `add`. Raises `Overloaded`."""
-        return self._bytes.receive(owner)
+    def receive(self, owner: str, *, max_bytes: int | None = None) -> PartialBytes:
+        """Return an incomplete file, to write to and to `add`; by default of an upload's size. Raises `Overloaded`."""
+        return self._bytes.receive(owner, max_bytes=max_bytes or self._settings.max_file_bytes)
 
     async def check_room(self, tenant_id: str) -> None:
         """Raise `InvalidRequest` if the tenant may store no further file."""

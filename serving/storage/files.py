@@ -43,7 +43,7 @@ class FileBytes(Protocol):
 
     async def start(self) -> None: ...
 
-    def receive(self, owner: str) -> PartialBytes:
+    def receive(self, owner: str, *, max_bytes: int) -> PartialBytes:
         """Return an incomplete file of this owner, to write to. Raises `Overloaded`."""
         ...
 
@@ -135,7 +135,6 @@ class DirectoryFiles:
     """`FileBytes` in a directory."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings = settings
         self._directory = files_directory(settings)
         self._receiving = SharedCapacity(settings.max_files_bytes, reason="files")
 
@@ -144,9 +143,9 @@ class DirectoryFiles:
         make_private(self._directory, "uploads_dir")
         await asyncio.to_thread(self._remove_abandoned)
 
-    def receive(self, owner: str) -> PartialBytes:
+    def receive(self, owner: str, *, max_bytes: int) -> PartialBytes:
         path = self._directory / f"{uuid.uuid4().hex}{_PARTIAL}"
-        return PartialBytes(path, self._receiving, owner, max_bytes=self._settings.max_file_bytes)
+        return PartialBytes(path, self._receiving, owner, max_bytes=max_bytes)
 
     async def publish(self, partial: PartialBytes, name: str) -> None:
         await asyncio.to_thread(self._publish, partial, name)
