@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 from serving.batch.database_calls import in_database
 from serving.errors import CaptionerError, InvalidRequest, NotFound
 from serving.tenancy import schema
+from serving.tenancy.batch_table import UNFINISHED
 from serving.tenancy.ledger.usage_record import now_ms
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _SWEPT = 500
 """Most files that one transaction of the sweep removes."""
 
 _FILES = schema.files.c
-UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
-"""Statuses of batches that have not ended."""
 
 log = logging.getLogger(__name__)
 

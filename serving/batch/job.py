@@ -17,8 +17,9 @@ import orjson
 from serving.batch.input_file import InputRules, check_input
 from serving.batch.line import Exhausted, Finished, Later, LeaseLost
 from serving.batch.output import write_output
-from serving.batch.store import LEASE_S, BatchStatus, LineResult
+from serving.batch.store import LEASE_S, LineResult
 from serving.errors import CaptionerError, NotFound
+from serving.tenancy.batch_table import BatchStatus
 from serving.tenancy.ledger.usage_record import now_ms
 
 if TYPE_CHECKING:

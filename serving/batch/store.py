@@ -6,16 +6,15 @@ lease, so a process that was suspended, or cut off from the database, changes no
 
 from __future__ import annotations
 
-import enum
 import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from serving.batch.files import UNFINISHED
 from serving.errors import InvalidRequest, NotFound
 from serving.tenancy import schema
+from serving.tenancy.batch_table import UNFINISHED, BatchStatus, cancellation
 from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.usage_record import now_ms
 
@@ -31,19 +30,6 @@ _INSERTED = 1000
 
 LEASE_S = 15.0
 """Time after which another process takes over the batches of one that was killed."""
-
-
-class BatchStatus(enum.StrEnum):
-    """OpenAI's statuses of a batch."""
-
-    VALIDATING = "validating"
-    FAILED = "failed"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    COMPLETED = "completed"
-    EXPIRED = "expired"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,13 +319,6 @@ class BatchStore:
 
 
 _SUMS = ("total", "completed", "failed", "input_tokens", "output_tokens", "amount_nanos")
-
-
-def cancellation(batch_id: str) -> sa.Update:
-    """Return the statement that begins to cancel a batch, if it can be."""
-    cancellable = (BatchStatus.VALIDATING.value, BatchStatus.IN_PROGRESS.value)
-    changed = {"status": BatchStatus.CANCELLING.value, "cancelling_at": now_ms()}
-    return schema.batches.update().where(_BATCHES.id == batch_id, _BATCHES.status.in_(cancellable)).values(changed)
 
 
 def _held(owner: str, batch_id: str) -> sa.Update:

@@ -155,3 +155,153 @@ async def test_a_wrong_input_file_fails_the_batch(
         assert (shown["status"], found) == ("failed", errors)
         assert (shown["output_file_id"], shown["error_file_id"]) == (None, None)
         assert records(running) == []
+
+
+async def test_a_batch_is_cancelled(tmp_path: Path) -> None:
+    """The lines that ran are in the output, the others in the error file; only the first are billed."""
+    async with served(tmp_path, fake_tpot_s=0.02, max_batch_lines=2) as running:
+        batch = await created(running, [line(f"line-{number}") for number in range(40)])
+        while not (await running.one.get(f"/v1/batches/{batch['id']}")).json()["request_counts"]["completed"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        cancelling = (await running.one.post(f"/v1/batches/{batch['id']}/cancel")).json()
+        assert cancelling["status"] == "cancelling"
+        assert cancelling["cancelling_at"] is not None
+        shown = await ended(running, batch["id"])
+        assert (shown["status"], shown["completed_at"]) == ("cancelled", None)
+        assert shown["cancelled_at"] >= shown["cancelling_at"]
+        good, bad = await results(running, shown["output_file_id"]), await results(running, shown["error_file_id"])
+        assert {*good, *bad} == {f"line-{number}" for number in range(40)}
+        assert len(good) + len(bad) == 40
+        assert {each["error"]["code"] for each in bad.values()} == {"batch_cancelled"}
+        assert {each["response"] for each in bad.values()} == {None}
+        assert shown["request_counts"] == {"total": 40, "completed": len(good), "failed": len(bad)}
+        await asyncio.sleep(1.2)
+        assert sum(row.output_tokens for row in records(running) if row.billed) == 24 * len(good)
+        again = await running.one.post(f"/v1/batches/{batch['id']}/cancel")
+        assert again.json()["status"] == "cancelled"
+        complete = await created(running, [line("a")])
+        await ended(running, complete["id"])
+        refused = await running.one.post(f"/v1/batches/{complete['id']}/cancel")
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"] == "Cannot cancel a batch with status 'completed'."
+
+
+async def test_a_batch_expires(tmp_path: Path) -> None:
+    """Past its window a batch ends as expired, with what was done; the rest has the error `batch_expired`."""
+    async with served(tmp_path, fake_tpot_s=0.02, max_batch_lines=1) as running:
+        batch = await created(running, [line(f"line-{number}") for number in range(20)])
+        while not (await running.one.get(f"/v1/batches/{batch['id']}")).json()["request_counts"]["completed"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        await _stop_runner(running)
+        table = schema.batches
+        with running.administration.database.begin() as connection:
+            connection.execute(table.update().values(expires_at=int(time.time() * 1000)))
+        await _start_runner(running)
+        shown = await ended(running, batch["id"])
+        good, bad = await results(running, shown["output_file_id"]), await results(running, shown["error_file_id"])
+        assert (shown["status"], shown["completed_at"], len(good) + len(bad)) == ("expired", None, 20)
+        assert shown["expired_at"] is not None
+        assert good
+        assert {each["error"]["code"] for each in bad.values()} == {"batch_expired"}
+
+
+async def _stop_runner(running: Served) -> None:
+    await running.components.batch_runner.stop()
+
+
+async def _start_runner(running: Served) -> None:
+    running.components.batch_runner._lines.stopping.clear()
+    await running.components.batch_runner.start()
+
+
+async def test_a_used_up_budget_ends_the_rest(tmp_path: Path) -> None:
+    """Lines run until the budget is used up; the rest are errors with its code, and no line is billed beyond it."""
+    plan = {"tenant_limits": {"tokens_per_day": 45 * 3 + 10}}
+    async with served(tmp_path, plan=plan, fake_tokens=24) as running:
+        lines = [line(f"line-{number}", parameters={"max_tokens": 24}) for number in range(8)]
+        shown = await ended(running, (await created(running, lines))["id"])
+        bad = await results(running, shown["error_file_id"])
+        assert shown["request_counts"] == {"total": 8, "completed": 3, "failed": 5}
+        assert {
+            (each["response"]["status_code"], each["response"]["body"]["error"]["code"]) for each in bad.values()
+        } == {(429, "insufficient_quota")}
+        await asyncio.sleep(1.2)
+        assert sum(row.input_tokens + row.output_tokens for row in records(running) if row.billed) == 135
+
+
+async def test_a_limit_delays_lines(tmp_path: Path) -> None:
+    """A limit per minute or of running requests is no error of a line: it is tried again until it runs."""
+    plan = {"tenant_limits": {"concurrent_requests": 1}}
+    async with served(tmp_path, plan=plan, fake_tpot_s=0.005) as running:
+        shown = await ended(running, (await created(running, [line(f"line-{number}") for number in range(4)]))["id"])
+        assert shown["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+        await asyncio.sleep(1.2)
+        assert [row.billed for row in records(running)] == [True] * 4
+
+
+async def test_a_revoked_key_ends_the_rest(tmp_path: Path) -> None:
+    """A batch runs for the key that made it: once the key is revoked, its lines are refused as that key is."""
+    async with served(tmp_path, fake_tpot_s=0.02, max_batch_lines=1) as running:
+        batch = await created(running, [line(f"line-{number}") for number in range(20)])
+        for key in running.administration.keys("one"):
+            running.administration.revoke_key(key["id"])
+        secret = running.administration.create_key("one")[1]
+        running.one.headers["authorization"] = f"Bearer {secret}"
+        while (await running.one.get("/v1/batches")).status_code != 200:  # noqa: ASYNC110 - until keys are read again
+            await asyncio.sleep(0.05)
+        shown = await ended(running, batch["id"])
+        bad = await results(running, shown["error_file_id"])
+        assert bad
+        assert {each["response"]["body"]["error"]["code"] for each in bad.values()} == {"invalid_api_key"}
+
+
+async def test_batches_are_listed_to_their_tenant_alone(tmp_path: Path) -> None:
+    """A list has pages, the latest batch first; another tenant finds nothing."""
+    async with served(tmp_path, max_batch_lines=0) as running:
+        ids = [(await created(running, [line("a")]))["id"] for _ in range(3)]
+        everything = (await running.one.get("/v1/batches")).json()
+        shown = [each["id"] for each in everything["data"]]
+        assert (set(shown), everything["has_more"]) == (set(ids), False)
+        first = (await running.one.get("/v1/batches?limit=2")).json()
+        assert ([each["id"] for each in first["data"]], first["has_more"]) == (shown[:2], True)
+        rest = (await running.one.get(f"/v1/batches?limit=2&after={first['last_id']}")).json()
+        assert ([each["id"] for each in rest["data"]], rest["has_more"]) == (shown[2:], False)
+        assert (await running.two.get("/v1/batches")).json()["data"] == []
+        assert (await running.two.get(f"/v1/batches/{ids[0]}")).status_code == 404
+        assert (await running.two.post(f"/v1/batches/{ids[0]}/cancel")).status_code == 404
+        in_use = (await running.one.get(f"/v1/batches/{ids[0]}")).json()["input_file_id"]
+        assert (await running.one.delete(f"/v1/files/{in_use}")).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "param"),
+    [
+        ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
+        ({"completion_window": "23h"}, 400, "completion_window"),
+        ({"completion_window": "15d"}, 400, "completion_window"),
+        ({"completion_window": None}, 400, "completion_window"),
+        ({"input_file_id": 1}, 400, "input_file_id"),
+        ({"input_file_id": "file-none"}, 404, None),
+        ({"metadata": {"a": 1}}, 400, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, 400, "metadata"),
+        ({"metadata": {str(number): "" for number in range(17)}}, 400, "metadata"),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 60}}, 400, "output_expires_after"),
+        ({"completion_window": "14d", "output_expires_after": {"anchor": "created_at", "seconds": 3600}}, 200, None),
+        ({"endpoint": "/compatible-mode/v1/chat/completions", "completion_window": "336h"}, 200, None),
+    ],
+)
+async def test_a_wrong_request_is_refused(
+    tmp_path: Path, changes: dict[str, Any], status: int, param: str | None
+) -> None:
+    """The request that makes a batch is checked at once; an audio file is no input."""
+    async with served(tmp_path, max_batch_lines=0) as running:
+        body = {
+            "input_file_id": await running.upload(jsonl([line("a")])),
+            "endpoint": "/v1/chat/completions",
+            "completion_window": "24h",
+            **changes,
+        }
+        answer = await running.one.post("/v1/batches", json=body)
+        assert (answer.status_code, answer.json().get("error", {}).get("param")) == (status, param)
+        audio = await running.upload(b"x", "user_data")
+        assert (await running.one.post("/v1/batches", json=body | {"input_file_id": audio})).status_code == 400

@@ -170,3 +170,13 @@ def shown_price(row: Mapping[Any, Any]) -> Shown:
     price = prices.Price(row["currency"], row["input_nanos"], row["output_nanos"])
     shown = {name: row[name] for name in ("region", "valid_from", "currency")}
     return shown | {"input_price": f"{price.input_price:f}", "output_price": f"{price.output_price:f}"}
+
+
+_BRIEF = ("id", "tenant", "status", "total", "completed", "failed", "created_at", "expires_at")
+
+
+def shown_batch(row: Mapping[Any, Any], *, brief: bool = False) -> Shown:
+    """Return a batch for an answer: its amount in units of its currency, who works on it, and without its metadata."""
+    shown = {str(name): value for name, value in row.items() if name not in {"metadata", "tenant_id", "amount_nanos"}}
+    shown |= {"tenant": row["tenant_id"], "amount": prices.money(row["amount_nanos"])}
+    return {name: shown[name] for name in _BRIEF} if brief else shown
