@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
+from benchmarks.servers import Postgres
 from serving.tenancy import schema
+from serving.tenancy.admin.service import NotFoundError
+from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.billing.prices import money
 from serving.tenancy.billing.reports import invoice
 from tests.batch.served import Served, jsonl, line, served
@@ -155,6 +158,46 @@ async def test_a_wrong_input_file_fails_the_batch(
         assert (shown["status"], found) == ("failed", errors)
         assert (shown["output_file_id"], shown["error_file_id"]) == (None, None)
         assert records(running) == []
+
+
+async def test_a_batch_in_postgresql(tmp_path: Path) -> None:
+    """The statements are PostgreSQL's, too: a batch is completed, one is cancelled, one is wrong."""
+    with Postgres() as server:
+        async with served(tmp_path, database_url=server.url, fake_tpot_s=0.005) as running:
+            lines = [*(line(f"good-{number}") for number in range(4)), line("bad", "x")]
+            shown = await ended(running, (await created(running, lines))["id"])
+            assert (shown["status"], shown["request_counts"]) == (
+                "completed",
+                {"total": 5, "completed": 4, "failed": 1},
+            )
+            assert len(await results(running, shown["output_file_id"])) == 4
+            assert (await ended(running, (await created(running, ["x"]))["id"]))["status"] == "failed"
+            slow = await created(running, [line(f"slow-{number}") for number in range(30)])
+            await running.one.post(f"/v1/batches/{slow['id']}/cancel")
+            cancelled = await ended(running, slow["id"])
+            good = await results(running, cancelled["output_file_id"])
+            assert len(good) + len(await results(running, cancelled["error_file_id"])) in {0, 30}
+            assert [each["id"] for each in running.administration.batches(status="cancelled")] == [slow["id"]]
+            assert len((await running.one.get("/v1/batches?limit=2")).json()["data"]) == 2
+            await running.components.files.sweep()
+            assert len((await running.one.get("/v1/files?limit=1")).json()["data"]) == 1
+
+
+async def test_administrators_see_and_cancel_batches(tmp_path: Path) -> None:
+    """The verbs list and show batches of all tenants; a cancellation is in the audit log."""
+    async with served(tmp_path, max_batch_lines=0) as running:
+        batch = await created(running, [line("a")])
+        admin = running.administration
+        (listed,) = admin.batches(tenant="one", status="validating")
+        assert (listed["id"], listed["tenant"], listed["total"]) == (batch["id"], "one", 0)
+        assert admin.batches(tenant="two") == []
+        assert admin.batch(batch["id"])["amount"] == "0.00"
+        assert admin.cancel_batch(batch["id"])["status"] == "cancelling"
+        assert admin.audit(limit=1)[0]["after"] == {"status": "cancelling"}
+        with pytest.raises(InvalidChangeError, match="cancelling cannot be cancelled"):
+            admin.cancel_batch(batch["id"])
+        with pytest.raises(NotFoundError, match="no batch 'batch_none'"):
+            admin.batch("batch_none")
 
 
 async def test_a_batch_is_cancelled(tmp_path: Path) -> None:
