@@ -25,7 +25,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from serving.settings import groups, object_store, operator_groups
+from serving.settings import batch_groups, groups, object_store, operator_groups
 from serving.settings.engine_args import reserved_problem
 from serving.settings.groups import CAPTIONER_HUB_ID, CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.settings.types import METRICS_PORTS, MIB
@@ -66,6 +66,7 @@ class Settings(
     operator_groups.MetricsAndTraces,
     operator_groups.AdministrationApi,
     operator_groups.Logs,
+    batch_groups.FilesAndBatches,
     object_store.ObjectStore,
     groups.Storage,
     groups.Callers,

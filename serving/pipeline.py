@@ -18,13 +18,13 @@ import time
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from serving import quality
 from serving.audio.piece_file import PieceFile, frame_bytes, most_bytes
 from serving.engine.base import context_tokens
 from serving.engine.remote.client import RemoteEngine
-from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady
+from serving.errors import CaptionerError, DeadlineExceeded, EngineFailed, NotReady, UploadNotFound
 from serving.kept_features import KeptFeatures
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.types import (
@@ -34,6 +34,7 @@ from serving.types import (
     FinishReason,
     Guard,
     InlineAudio,
+    StoredAudio,
     UploadedAudio,
     UrlAudio,
     Usage,
@@ -42,6 +43,8 @@ from serving.types import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+    from pathlib import Path
 
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
@@ -54,6 +57,15 @@ if TYPE_CHECKING:
     from serving.types import CaptionRequest, Features, Sampling, SchedulingClass, TimelineOptions
 
 log = logging.getLogger(__name__)
+
+
+class FileReader(Protocol):
+    """A store of tenants' files (`serving.batch.files`)."""
+
+    def reading(self, file_id: str, *, owner: str) -> AbstractAsyncContextManager[Path]:
+        """Yield the path of a tenant's file, until the context is left. Raises `NotFound` and `StorageUnavailable`."""
+        ...
+
 
 _KEPT_SHARE = 4
 """Features of full responses are kept in a quarter of `max_features_bytes`; the rest is for clips that wait."""
@@ -70,6 +82,7 @@ class CaptionPipeline:
         downloads: DownloadProcess,
         uploads: UploadStore,
         *,
+        files: FileReader | None = None,
         on_not_ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Store the components.
@@ -82,6 +95,7 @@ class CaptionPipeline:
         self._workers = workers
         self._downloads = downloads
         self._uploads = uploads
+        self._files = files
         self._on_not_ready = on_not_ready
         self._slots = SharedCapacity(settings.max_concurrent_requests, reason="concurrent_requests")
         self._replicas = engine if isinstance(engine, RemoteEngine) else None
@@ -375,6 +389,11 @@ class CaptionPipeline:
                     clip = await download.enter_async_context(reading)
                     if self._settings.object_store_url is not None:
                         record.stage("fetch", time.perf_counter() - started)
+                case StoredAudio(file_id):
+                    if self._files is None:
+                        raise UploadNotFound
+                    clip = await download.enter_async_context(self._files.reading(file_id, owner=record.caller))
+                    record.stage("fetch", time.perf_counter() - started)
                 case UrlAudio(url):
                     clip = await download.enter_async_context(self._downloads.fetch(url, scheduling_class))
                     record.stage("fetch", time.perf_counter() - started)

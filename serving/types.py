@@ -52,7 +52,14 @@ class FileAudio:
     data: bytes
 
 
-AudioSource = UrlAudio | InlineAudio | UploadedAudio | FileAudio
+@dataclass(frozen=True, slots=True)
+class StoredAudio:
+    """Audio of a stored file, by the file's id (`file-…`)."""
+
+    file_id: str
+
+
+AudioSource = UrlAudio | InlineAudio | UploadedAudio | FileAudio | StoredAudio
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +126,8 @@ class Caller:
     free_quota: FreeQuota | None = None
     log_content: bool = False
     """Captions of this tenant may be logged, as the tenant requested."""
+    batch_price_percent: int = 100
+    """Price of a token in a batch, in percent of the list price."""
 
 
 class Guard(enum.StrEnum):
@@ -267,7 +276,8 @@ class Outcome(enum.StrEnum):
     CANCELLED = "cancelled"
     """The service was stopped and did not wait for the request."""
     LOST = "lost"
-    """The request's process was killed or its machine is gone; another process closed the record."""
+    """The request's process was killed or its machine is gone; another process closed the record. Or an attempt of a
+    batch's line, which is repeated; the last attempt replaces the record."""
 
 
 @dataclass(frozen=True, slots=True)

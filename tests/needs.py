@@ -43,6 +43,8 @@ _OF_NAME = {
     "TickingService": "process",
     "RunningCluster": "cluster",
     "Driver": "sdk",
+    "python_environment": "sdk",
+    "node_environment": "sdk",
     "helm_program": "chart",
     "CudaBuild": "cuda",
 }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from serving.api.batches import LineDialect
 from serving.api.browser_access import browser_middlewares
 from serving.api.collectors import bind_service_metrics
 from serving.api.components import Components
@@ -24,6 +25,10 @@ from serving.api.middleware import RequestIdMiddleware
 from serving.api.routes import routes
 from serving.audio.download_process import DownloadProcess
 from serving.audio.worker_pool import AudioWorkerPool
+from serving.batch.files import Files
+from serving.batch.line import LineRunner
+from serving.batch.runner import BatchRunner
+from serving.batch.store import BatchStore
 from serving.engine.admission_control import AdmissionControl
 from serving.engine.fake import FakeEngine
 from serving.engine.vllm.engine import VllmEngine
@@ -35,6 +40,7 @@ from serving.observability.service_discovery import MetricsListener
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
 from serving.settings.engine_args import InvalidEngineArgs
+from serving.storage.files import open_files
 from serving.storage.uploads import DirectoryUploads
 from serving.tenancy.database import UnusableDatabase
 from serving.tenancy.service import Tenancy
@@ -78,7 +84,21 @@ def create_app(
     downloads = DownloadProcess(settings)
     uploads = _uploads(settings)
     tenancy = Tenancy(settings)
-    pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, on_not_ready=on_not_ready)
+    files = Files(settings, tenancy.database, open_files(settings))
+    pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready)
+    bodies = SharedCapacity(settings.max_body_memory_bytes, reason="bodies")
+    codec, batches = OpenAICodec(settings), BatchStore(tenancy.database)
+    lines = LineRunner(
+        tenancy.ledger.replica,
+        settings,
+        pipeline,
+        tenancy.usage_sessions,
+        bodies,
+        metrics,
+        batches,
+        LineDialect(codec),
+        asyncio.Event(),
+    )
     components = Components(
         settings=settings,
         engine=engine,
@@ -89,12 +109,15 @@ def create_app(
         targets=targets,
         scrape_access=scrape_access,
         uploads=uploads,
+        files=files,
+        batches=batches,
+        batch_runner=BatchRunner(lines, batches, files, tenancy.keys, engine),
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
-        bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
+        bodies=bodies,
         connections=connections or Connections(settings),
-        openai=OpenAICodec(settings),
+        openai=codec,
         dashscope=DashScopeCodec(settings),
     )
     bind_service_metrics(components)
@@ -103,7 +126,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, metrics.tracer.stop)
-            for component in (workers, downloads, uploads, tenancy):
+            for component in (workers, downloads, uploads, tenancy, files):
                 stack.push_async_callback(component.stop)
                 await component.start()
             if targets is not None:
@@ -116,6 +139,8 @@ def create_app(
                 await listener.start(settings.metrics_host, settings.metrics_port)
             loading = asyncio.create_task(_load(engine, tenancy, on_engine))
             stack.push_async_callback(_cancel, loading)
+            stack.push_async_callback(components.batch_runner.stop)
+            await components.batch_runner.start()
             yield
 
     app = Starlette(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from serving.api.dialects.base import Codec
     from serving.audio.download_process import DownloadProcess
     from serving.audio.worker_pool import AudioWorkerPool
+    from serving.batch.files import Files
+    from serving.batch.runner import BatchRunner
+    from serving.batch.store import BatchStore
     from serving.config import Settings
     from serving.engine.base import Engine
     from serving.observability.metrics import Metrics
@@ -35,6 +38,9 @@ class Components:
     pipeline: CaptionPipeline
     timelines: Timelines
     uploads: UploadStore
+    files: Files
+    batches: BatchStore
+    batch_runner: BatchRunner
     keys: Keyring
     usage_sessions: UsageSessions
     metrics: Metrics

@@ -36,6 +36,8 @@ class MultipartForm:
 
     def __init__(self, boundary: bytes) -> None:
         self.complete = False
+        self.filename = ""
+        """Name of the last part that has one for its file, as the client wrote it."""
         self._found: list[tuple[str, bytes]] = []
         self._data: list[bytes] = []
         self._header = self._value = b""
@@ -84,7 +86,9 @@ class MultipartForm:
     def _on_header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
             self._flush()
-            name = parse_options_header(self._value)[1].get(b"name", b"")
+            options = parse_options_header(self._value)[1]
+            name = options.get(b"name", b"")
+            self.filename = options.get(b"filename", self.filename.encode()).decode(errors="replace")
             self._found.append((name.decode(errors="replace") or "-", b""))
         self._header = self._value = b""
 

@@ -10,10 +10,12 @@ import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api.batches import BatchEndpoints
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
 from serving.api.dialects.model_card import check_served
 from serving.api.dialects.transcriptions import TranscriptionCodec
+from serving.api.files import FileEndpoints
 from serving.api.forwarding import Origins
 from serving.api.multipart_form import MAX_OVERHEAD_BYTES
 from serving.api.request_body import Body
@@ -77,6 +79,7 @@ def routes(components: Components) -> list[Route]:
             for prefix in _COMPATIBLE_PREFIXES
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
+        *_file_routes(components),
         Route("/api/v1/models", endpoints.page_models),
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),
@@ -86,6 +89,25 @@ def routes(components: Components) -> list[Route]:
         Route("/readyz", endpoints.readyz),
         Route("/metrics", endpoints.scrape),
         Route("/metrics/targets", endpoints.scrape_targets),
+    ]
+
+
+def _file_routes(components: Components) -> list[Route]:
+    files, batches = FileEndpoints(components), BatchEndpoints(components)
+    return [
+        Route(f"{prefix}{path}", endpoint, methods=[method])
+        for prefix in ("/compatible-mode/v1", "/v1")
+        for method, path, endpoint in (
+            ("POST", "/files", files.create),
+            ("GET", "/files", files.list),
+            ("GET", "/files/{file_id}", files.retrieve),
+            ("DELETE", "/files/{file_id}", files.delete),
+            ("GET", "/files/{file_id}/content", files.content),
+            ("POST", "/batches", batches.create),
+            ("GET", "/batches", batches.list),
+            ("GET", "/batches/{batch_id}", batches.retrieve),
+            ("POST", "/batches/{batch_id}/cancel", batches.cancel),
+        )
     ]
 
 

@@ -1,4 +1,4 @@
-"""`captioner tenants|keys|plans|prices|usage|invoice|audit …` and `captioner admin`: administration."""
+"""`captioner tenants|keys|plans|prices|batches|usage|invoice|audit …` and `captioner admin`: administration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
     from serving.tenancy.admin.verbs import Parameter, Verb
 
-_TIMES = ("created_at", "activated_at", "expires_at", "revoked_at", "valid_from", "at")
+_TIMES = frozenset(
+    (
+        *("created_at", "activated_at", "expires_at", "revoked_at", "valid_from", "at", "lease_until"),
+        *("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at"),
+        *("cancelling_at", "cancelled_at"),
+    )
+)
 """Columns in milliseconds since the epoch, which tables show as dates."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from serving.settings import groups, object_store, operator_groups
+from serving.settings import batch_groups, groups, object_store, operator_groups
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -35,6 +35,9 @@ GROUPS = (
     Group("Callers", groups.Callers, f'CAPTIONER_API_KEYS="$(cat keys)" {_SERVE} --region=singapore'),
     Group("Storage and usage", groups.Storage, f"{_SERVE} --data-dir=/var/lib/captioner --max-uploads-bytes=50GiB"),
     Group("Object store", object_store.ObjectStore, f"{_SERVE} --object-store-url=s3://captions/production"),
+    Group(
+        "Files and batches", batch_groups.FilesAndBatches, f"{_SERVE} --max-files-bytes=200GiB --max-batch-lines=128"
+    ),
     Group("Logs", operator_groups.Logs, f"{_SERVE} --log-format=text --log-level=debug"),
     Group(
         "Administration",

@@ -19,7 +19,9 @@ from prometheus_client.openmetrics.exposition import ALLOWUTF8
 from prometheus_client.registry import Collector
 
 from serving.errors import CaptionerError, Overloaded, RateLimited, UploadRejected, error_code
+from serving.observability.batch_metrics import BatchMetrics
 from serving.observability.context import Untraced
+from serving.observability.included import Included
 from serving.observability.money_counter import MoneyCounter
 from serving.observability.quality_metrics import QualityMetrics
 from serving.observability.request_record import ANSWERED, OUTCOMES, STAGES, RequestRecord
@@ -141,7 +143,7 @@ class Gauges:
 
     def include(self, registry: CollectorRegistry, prefix: str) -> None:
         """Export the metrics of another registry whose names begin with `prefix`."""
-        self.registry.register(_Included(registry, prefix))
+        self.registry.register(Included(registry, prefix))
 
     async def expose(self, check_health: Callable[[], Awaitable[None]], accept: str = "") -> tuple[bytes, str]:
         """Return the body of a scrape and its content type, in the format that the scraper accepts."""
@@ -169,6 +171,7 @@ class Metrics(Gauges):
         super().__init__(registry)
         self.tracer = tracer or Untraced()
         self._quality = QualityMetrics(self.registry)
+        self.batches = BatchMetrics(self.registry, self._count_bill)
         self._tenants, self._max_tenants = {UNKNOWN_TENANT}, tenants + 1
         self._requests = self._counter(
             "captioner_requests",
@@ -321,15 +324,10 @@ class Metrics(Gauges):
         for stage, seconds in record.stages_s.items():
             self._stages.labels(stage).observe(seconds, exemplar)
         self._tenant_wait.labels(tenant).inc(record.queued_s)
-        if record.billed_nanos:
-            self._tenant_cost.add(record.billed_nanos, tenant, record.currency)
+        self._count_bill(record)
         if record.samples:
             self._durations.observe(audio_s)
             self._audio_decoded.labels(record.dialect).inc(audio_s)
-        if billed := record.billed:
-            for kind in ("audio", "text", "output"):
-                self._tokens.labels(kind).inc(tokens := getattr(billed, f"{kind}_tokens"))
-                self._tenant_tokens.labels(tenant, kind).inc(tokens)
         if record.first_token is not None and (usage := record.usage) and usage.output_tokens > 1:
             self._tpot.observe((record.ended - record.first_token) / (usage.output_tokens - 1), exemplar)
         if outcome in ANSWERED:
@@ -339,6 +337,16 @@ class Metrics(Gauges):
             if audio_s:
                 self._rtf.observe(record.duration_s / audio_s)
         record.log(outcome, code, trace_id)
+
+    def _count_bill(self, record: RequestRecord) -> None:
+        """Count what the settled record bills."""
+        tenant = self._tenant(record.caller)
+        if record.billed_nanos:
+            self._tenant_cost.add(record.billed_nanos, tenant, record.currency)
+        if billed := record.billed:
+            for kind in ("audio", "text", "output"):
+                self._tokens.labels(kind).inc(tokens := getattr(billed, f"{kind}_tokens"))
+                self._tenant_tokens.labels(tenant, kind).inc(tokens)
 
     def _count_refusal(self, tenant: str, error: BaseException | None) -> None:
         """Count a request that was refused by a bound of the service or by a limit of the tenant."""
@@ -387,14 +395,3 @@ class _CallbackMetric(Collector):
         else:
             family.add_metric([], value)
         yield family
-
-
-@dataclass(frozen=True, slots=True)
-class _Included(Collector):
-    """The metrics of another registry whose names begin with a prefix."""
-
-    other: CollectorRegistry
-    prefix: str
-
-    def collect(self) -> Iterator[Metric]:
-        return (metric for metric in self.other.collect() if metric.name.startswith(self.prefix))

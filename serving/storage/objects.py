@@ -244,7 +244,9 @@ def _open(settings: Settings) -> S3Store | GCSStore | AzureStore:
         "connect_timeout": timedelta(seconds=min(_CONNECT_TIMEOUT_S, settings.object_store_timeout_s)),
         "read_timeout": timedelta(seconds=settings.object_store_timeout_s),
         # For the largest file; `Bucket._operation` bounds the time of each one.
-        "timeout": timedelta(seconds=settings.object_store_timeout_s + settings.max_upload_bytes / MIB),
+        "timeout": timedelta(
+            seconds=settings.object_store_timeout_s + max(settings.max_upload_bytes, settings.max_file_bytes) / MIB
+        ),
     }
     retry: RetryConfig = {
         "max_retries": _RETRIES,

@@ -34,6 +34,7 @@ STATIC_TENANT, DEVELOPMENT_TENANT, ANONYMOUS = "default", "development", "anonym
 """Tenants of keys in the settings, of the key generated when there is none, and of callers without authentication."""
 
 _UNLIMITED = {"weight": 1.0, "priority": 0, "tenant_limits": {}, "key_limits": {}, "free_tokens": 0, "free_days": 0}
+_UNLIMITED |= {"batch_price_percent": 100}
 _STATE = schema.store_state.c
 _KEYS = schema.keys.c
 

@@ -59,4 +59,5 @@ def caller(plan: Row, tenant: Row, key: Row) -> Caller:
         limits(plan["key_limits"], key["limits"]),
         free_quota(plan, tenant),
         log_content=tenant["log_content"],
+        batch_price_percent=plan["batch_price_percent"],
     )

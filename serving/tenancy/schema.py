@@ -40,7 +40,9 @@ plans = sa.Table(
     sa.Column("key_limits", sa.JSON, nullable=False),
     sa.Column("free_tokens", sa.BigInteger, nullable=False),
     sa.Column("free_days", sa.Integer, nullable=False),
+    sa.Column("batch_price_percent", sa.Integer, nullable=False, server_default="100"),
 )
+"""`batch_price_percent`: price of a token in a batch, in percent of the list price."""
 
 tenants = sa.Table(
     "tenants",
@@ -141,3 +143,73 @@ usage_records = sa.Table(
 )
 """One row for each admitted request. `ending`, its outcome, is null while it runs. Tenants and keys are named, not
 referenced: a record stays true after they are gone. Prices are per 1,000 tokens, as written in the price list."""
+
+files = sa.Table(
+    "files",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("tenant_id", _ID, nullable=False),
+    sa.Column("purpose", sa.String(16), nullable=False),
+    sa.Column("filename", sa.String(255), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False, index=True),
+    sa.Index(None, "tenant_id", "created_at"),
+)
+"""Files of `/v1/files`. Their bytes are in the object store, or in the directory of files, under the id."""
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", _ID, primary_key=True),
+    sa.Column("tenant_id", _ID, nullable=False),
+    sa.Column("key_id", _ID, nullable=False),
+    sa.Column("endpoint", sa.String(64), nullable=False),
+    sa.Column("input_file_id", _ID, nullable=False),
+    sa.Column("output_file_id", _ID),
+    sa.Column("error_file_id", _ID),
+    sa.Column("completion_window", sa.String(8), nullable=False),
+    sa.Column("output_ttl_s", sa.BigInteger),
+    sa.Column("metadata", sa.JSON),
+    sa.Column("model", _NAME),
+    sa.Column("status", sa.String(16), nullable=False),
+    sa.Column("errors", sa.JSON),
+    sa.Column("created_at", sa.BigInteger, nullable=False),
+    sa.Column("in_progress_at", sa.BigInteger),
+    sa.Column("expires_at", sa.BigInteger),
+    sa.Column("finalizing_at", sa.BigInteger),
+    sa.Column("completed_at", sa.BigInteger),
+    sa.Column("failed_at", sa.BigInteger),
+    sa.Column("expired_at", sa.BigInteger),
+    sa.Column("cancelling_at", sa.BigInteger),
+    sa.Column("cancelled_at", sa.BigInteger),
+    sa.Column("total", sa.Integer, nullable=False),
+    sa.Column("completed", sa.Integer, nullable=False),
+    sa.Column("failed", sa.Integer, nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
+    sa.Column("currency", sa.String(3)),
+    sa.Column("lease_owner", _NAME),
+    sa.Column("lease_until", sa.BigInteger, nullable=False),
+    sa.Index(None, "tenant_id", "created_at"),
+    sa.Index(None, "status", "created_at"),
+)
+"""Batches of `/v1/batches`. `total`, `completed` and `failed` count lines; tokens and amount are sums of the lines'
+usage records that are billed. The process that works on a batch holds its lease until `lease_until`."""
+
+batch_lines = sa.Table(
+    "batch_lines",
+    metadata,
+    sa.Column("batch_id", _ID, primary_key=True),
+    sa.Column("line", sa.Integer, primary_key=True),
+    sa.Column("custom_id", sa.Text, nullable=False),
+    sa.Column("offset", sa.BigInteger, nullable=False),
+    sa.Column("length", sa.Integer, nullable=False),
+    sa.Column("outcome", sa.String(16)),
+    sa.Column("status_code", sa.Integer),
+    sa.Column("body", sa.Text),
+)
+"""Lines of the input file of each unfinished batch: the bytes of a line in the file, and its result. `outcome` is null
+until the line has one: `completed`, or `failed`. Rows are removed once the output files are stored."""

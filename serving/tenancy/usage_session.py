@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Self
+import logging
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from serving.scheduling.output_estimate import TenantOutputEstimates
 from serving.tenancy.ledger.usage_record import UsageRecord, is_billed, now_ms
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from serving.types import Caller, CaptionRequest, Region
 
 
+log = logging.getLogger(__name__)
+
 _SMALLEST_INPUT_TOKENS = Usage(billed_audio_tokens(0)).input_tokens
 """Billed input of the shortest clip: budgets that do not leave it and one output token refuse every request."""
 
@@ -40,9 +43,9 @@ class UsageSessions:
         self.outputs = TenantOutputEstimates()
         self._settling: set[asyncio.Task[None]] = set()
 
-    def session(self, caller: Caller, request: RequestRecord) -> UsageSession:
-        """Return a session for one request, which nothing is reserved for yet."""
-        return UsageSession(self, caller, request)
+    def session(self, caller: Caller, request: RequestRecord, commit: Commit | None = None) -> UsageSession:
+        """Return a session for one request, which nothing is reserved for yet. `commit`: the request is a batch's."""
+        return UsageSession(self, caller, request, commit)
 
     def run(self, settlement: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Settle a session in its own task, so that a cancelled request does not cut its settlement."""
@@ -57,6 +60,14 @@ class UsageSessions:
             await asyncio.wait(self._settling)
 
 
+class Commit(Protocol):
+    """Storage of the result of a batch's line together with its usage record."""
+
+    async def __call__(self, record: UsageRecord, outcome: Outcome) -> bool:
+        """Store both in one transaction; return whether the line has a result, and this process has stored it."""
+        ...
+
+
 class UsageSession:
     """Limits and ledger of one request. A context: nothing is reserved before `admit`, and nothing after its exit.
 
@@ -64,12 +75,19 @@ class UsageSession:
 
     A request that is refused before `open` counts as a request of the minute and leaves no record. From `open` on the
     exception that leaves the context, or its absence, decides the bill.
+
+    A line of a batch has a `commit`, which is awaited once the bill is known, and before the ledger closes the record.
+    If it returns False, or raises, the line will be captioned again under the same request id: its record is closed as
+    lost and unbilled, which the record of a later attempt replaces.
     """
 
-    def __init__(self, sessions: UsageSessions, caller: Caller, request: RequestRecord) -> None:
+    def __init__(
+        self, sessions: UsageSessions, caller: Caller, request: RequestRecord, commit: Commit | None = None
+    ) -> None:
         self.caller = caller
         self._sessions = sessions
         self._request = request
+        self._commit = commit
         self._max_tokens = 0
         self._captions = 1
         self._steers_length = False
@@ -100,7 +118,10 @@ class UsageSession:
         if not self._sessions.metering:
             return
         self._admitted_at = at = now_ms()
-        self._price = price = self._sessions.prices(self.caller.region, at)
+        price = self._sessions.prices(self.caller.region, at)
+        if self._commit is not None:
+            price = price.at_percent(self.caller.batch_price_percent)
+        self._price = price
         self._reservation = await self._sessions.limiter.admit(
             self.caller, at_ms=at, currency=price.currency, smallest=_amounts(price, _SMALLEST_INPUT_TOKENS, 1)
         )
@@ -197,10 +218,26 @@ class UsageSession:
             record.free_tokens = await sessions.limiter.settle(reservation, tokens=tokens, nanos=nanos)
             if record.billed:
                 record.amount_nanos = nanos_to_pay(nanos, record.free_tokens, tokens)
+            if self._commit is not None:
+                outcome = await self._committed(self._commit, record, outcome)
+            if record.billed:
                 request.billed = request.usage
                 request.billed_nanos, request.currency = record.amount_nanos, record.currency
         finally:
             sessions.ledger.close(record, outcome)
+
+    @staticmethod
+    async def _committed(commit: Commit, record: UsageRecord, outcome: Outcome) -> Outcome:
+        """Commit the result of a batch's line; return the outcome with which its record is closed."""
+        stored = False
+        try:
+            stored = await commit(record, outcome)
+        except Exception:
+            log.exception("result of a batch's line not stored", extra={"request_id": record.request_id})
+        if stored:
+            return outcome
+        record.billed, record.free_tokens, record.amount_nanos = False, 0, 0
+        return Outcome.LOST
 
 
 def _amounts(

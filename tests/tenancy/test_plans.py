@@ -18,6 +18,7 @@ PLAN: dict[str, Any] = {
     "key_limits": {"requests_per_minute": 6},
     "free_tokens": 1_000_000,
     "free_days": 90,
+    "batch_price_percent": 50,
 }
 TENANT: dict[str, Any] = {
     "id": "acme",
@@ -43,6 +44,7 @@ def test_a_caller_has_the_class_and_limits_of_its_plan() -> None:
         Limits(requests_per_minute=6),
         FreeQuota(1_000_000, 7_777_000.0),
         log_content=False,
+        batch_price_percent=50,
     )
     assert plans.caller(PLAN, TENANT | {"log_content": True}, KEY).log_content is True
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from serving.audio.formats import sniff
 from serving.errors import AudioEmpty, InlineTooLarge, InvalidAudioUrl
-from serving.types import InlineAudio, UploadedAudio, UrlAudio
+from serving.types import InlineAudio, StoredAudio, UploadedAudio, UrlAudio
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,13 +37,17 @@ _DATA_HEAD = re.compile(rf"data:((?:[^\",]|{_QUOTED})*+),", re.IGNORECASE | re.D
 
 _CUT_ESCAPE = re.compile("%[0-9A-Fa-f]?$")
 
+_FILE_ID = re.compile("file-[0-9a-f]{32}")
+
 _SNIFFED_CHARS = 2048
 """Characters of bare base64 that are decoded to recognise a format: enough for the magic bytes of every format, few
 enough for the event loop."""
 
 
-def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings) -> AudioSource:
-    """Return the source that the reference names.
+def audio_source(
+    part: AudioPart, headers: Mapping[str, str], settings: Settings, *, files: bool = False
+) -> AudioSource:
+    """Return the source that the reference names; with `files` it may be the id of a stored file.
 
     Raises `InvalidAudioUrl`, `AudioEmpty` and `InlineTooLarge`.
     """
@@ -64,6 +68,8 @@ def audio_source(part: AudioPart, headers: Mapping[str, str], settings: Settings
                 "The address of an upload needs a key and the header X-DashScope-OssResourceResolve: enable."
             )
         return UploadedAudio(key)
+    if files and _FILE_ID.fullmatch(reference):
+        return StoredAudio(reference)
     if part.may_be_bare and _begins_like_audio(reference):
         return _inline(reference, settings)
     raise InvalidAudioUrl.because(

@@ -82,7 +82,7 @@ class OpenAICodec:
         request = CaptionRequest(
             request_id=request_id,
             model=model,
-            audio=audio_source(only_audio(_messages(values)), headers, self._settings),
+            audio=audio_source(only_audio(_messages(values)), headers, self._settings, files=True),
             sampling=with_engine_parameters(basic, values),
             guard=requested_guard(headers),
             timeline=timeline_options(values),

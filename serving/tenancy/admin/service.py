@@ -24,12 +24,14 @@ from serving.tenancy.admin.validation import (
     checked_name,
     decimal,
     plan_changes,
+    shown_batch,
     shown_key,
     shown_plan,
     shown_price,
     shown_tenant,
     tenant_changes,
 )
+from serving.tenancy.batch_table import cancellation
 from serving.tenancy.billing import prices
 from serving.tenancy.key_hashing import PREFIX_CHARACTERS, make_key
 from serving.tenancy.ledger.usage_record import now_ms
@@ -222,7 +224,7 @@ class Administration:
         return self._all(schema.plans, schema.plans.c.name, shown_plan)
 
     def set_plan(self, name: str, **changes: Any) -> Shown:
-        """Change some of `weight`, `priority`, `tenant_limits`, `key_limits`, `free_tokens`, `free_days` of a plan.
+        """Change some values of a plan, a column each: `weight`, `priority`, `tenant_limits`, `batch_price_percent` ….
 
         A plan that does not exist is made, without limits. Raises `InvalidChangeError`.
         """
@@ -269,6 +271,32 @@ class Administration:
             entry.after = shown_price(row)
         return entry.after
 
+    # ---- batches
+
+    def batches(self, *, tenant: str | None = None, status: str | None = None, limit: int = 100) -> list[Shown]:
+        """List batches, the latest first, of one tenant or with one status."""
+        table = schema.batches
+        query = sa.select(table).order_by(table.c.created_at.desc(), table.c.id).limit(limit)
+        for column, value in ((table.c.tenant_id, tenant), (table.c.status, status)):
+            query = query if value is None else query.where(column == value)
+        with self.database.connect() as connection:
+            return [shown_batch(row, brief=True) for row in connection.execute(query).mappings()]
+
+    def batch(self, batch_id: str) -> Shown:
+        """Return a batch. Raises `NotFoundError`."""
+        with self.database.connect() as connection:
+            return shown_batch(_one(connection, schema.batches, schema.batches.c.id, batch_id))
+
+    def cancel_batch(self, batch_id: str) -> Shown:
+        """Begin to cancel a batch. Raises `NotFoundError`, and `InvalidChangeError` if it has ended."""
+        with self._change("batches.cancel", batch_id) as (connection, entry):
+            row = _one(connection, schema.batches, schema.batches.c.id, batch_id)
+            if not connection.execute(cancellation(batch_id)).rowcount:
+                raise InvalidChangeError(f"a batch with the status {row['status']} cannot be cancelled")
+            entry.before = {"status": row["status"]}
+            entry.after = {"status": "cancelling"}
+        return self.batch(batch_id)
+
     # ---- audit log
 
     def audit(self, *, subject: str | None = None, limit: int = 100) -> list[Shown]:
@@ -312,11 +340,14 @@ _NEW_PLAN = {
     "key_limits": {},
     "free_tokens": 0,
     "free_days": 0,
+    "batch_price_percent": 100,
 }
 
 
 def _one(connection: sa.Connection, table: sa.Table, column: Any, value: str) -> Mapping[Any, Any]:
     row = connection.execute(sa.select(table).where(column == value)).mappings().first()
     if row is None:
-        raise NotFoundError(f"there is no {table.name.removesuffix('s')} {value!r}")
+        raise NotFoundError(
+            f"there is no {table.name.removesuffix('es' if table is schema.batches else 's')} {value!r}"
+        )
     return row

@@ -72,6 +72,10 @@ def plan_changes(changes: Mapping[str, Any], before: Mapping[Any, Any]) -> dict[
                 values[name] = checked_limits(value, before[name])
             case "free_tokens" | "free_days":
                 values[name] = _count(name, value)
+            case "batch_price_percent":
+                if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 100:  # noqa: PLR2004
+                    raise InvalidChangeError("batch_price_percent: a whole number from 0 to 100")
+                values[name] = value
             case _:
                 raise InvalidChangeError(f"a plan has no {name}")
     return values
@@ -166,3 +170,13 @@ def shown_price(row: Mapping[Any, Any]) -> Shown:
     price = prices.Price(row["currency"], row["input_nanos"], row["output_nanos"])
     shown = {name: row[name] for name in ("region", "valid_from", "currency")}
     return shown | {"input_price": f"{price.input_price:f}", "output_price": f"{price.output_price:f}"}
+
+
+_BRIEF = ("id", "tenant", "status", "total", "completed", "failed", "created_at", "expires_at")
+
+
+def shown_batch(row: Mapping[Any, Any], *, brief: bool = False) -> Shown:
+    """Return a batch for an answer: its amount in units of its currency, who works on it, and without its metadata."""
+    shown = {str(name): value for name, value in row.items() if name not in {"metadata", "tenant_id", "amount_nanos"}}
+    shown |= {"tenant": row["tenant_id"], "amount": prices.money(row["amount_nanos"])}
+    return {name: shown[name] for name in _BRIEF} if brief else shown

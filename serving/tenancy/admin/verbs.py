@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serving.tenancy.admin import kinds
 from serving.tenancy.admin.service import Administration
 from serving.tenancy.admin.validation import LIMITS, InvalidChangeError
+from serving.tenancy.batch_table import BatchStatus
 from serving.tenancy.billing import reports
 from serving.tenancy.ledger.usage_record import now_ms
 from serving.tenancy.plans import State
@@ -137,6 +138,7 @@ def _limit(name: str, flag: str, about: str, *, nullable: bool = False) -> Param
 _LIMIT_HELP = f"{', '.join(LIMITS)}; VALUE `none` lifts the limit, `plan` leaves it to the plan; may be repeated"
 _TENANT = Parameter("tenant_id", kinds.TEXT, required=True, field="id", word="TENANT")
 _KEY = Parameter("key_id", kinds.TEXT, required=True, field="id", word="KEY_ID")
+_BATCH = Parameter("batch_id", kinds.TEXT, required=True, field="id", word="BATCH")
 _PLAN = Parameter("name", kinds.TEXT, required=True, field="id", word="NAME")
 _REGIONS = tuple(each.value for each in Region)
 
@@ -154,6 +156,7 @@ GROUPS = {
     "keys": "API keys of tenants",
     "plans": "limits, weight and priority that tenants have in common",
     "prices": "prices of 1,000 tokens",
+    "batches": "batches of caption requests",
 }
 """Words before a verb, and their help. Other verbs have a single word."""
 
@@ -238,6 +241,7 @@ VERBS = (
             Parameter("priority", kinds.WHOLE, "tenants of a higher priority go first"),
             Parameter("free_tokens", kinds.WHOLE, "free tokens, once"),
             Parameter("free_days", kinds.WHOLE, "days for them from a tenant's activation on"),
+            Parameter("batch_price_percent", kinds.WHOLE, "price of a token in a batch, in percent of the list price"),
             _limit("tenant_limits", "limit", _LIMIT_HELP),
             _limit("key_limits", "key-limit", "the same for each key"),
         ),
@@ -257,6 +261,25 @@ VERBS = (
         ),
         (("POST", "/v1/prices"),),
         status=201,
+    ),
+    Verb(
+        "batches list",
+        "list batches, the latest first",
+        Administration.batches,
+        (
+            Parameter("tenant", kinds.TEXT, "only of this tenant"),
+            Parameter("status", kinds.TEXT, "only with this status", choices=tuple(each.value for each in BatchStatus)),
+            Parameter("limit", kinds.WHOLE, "most batches; default: 100", bounds=(1, 10_000)),
+        ),
+        (("GET", "/v1/batches"),),
+    ),
+    Verb("batches show", "show a batch", Administration.batch, (_BATCH,), (("GET", "/v1/batches/{id}"),)),
+    Verb(
+        "batches cancel",
+        "cancel a batch; what is done stays",
+        Administration.cancel_batch,
+        (_BATCH,),
+        (("POST", "/v1/batches/{id}/cancel"),),
     ),
     Verb(
         "usage",

@@ -39,6 +39,10 @@ class Price:
         """Convert prices per 1,000 tokens. Raises `ValueError` if they have more than six decimals."""
         return cls(currency, _per_token(input_price), _per_token(output_price))
 
+    def at_percent(self, percent: int) -> Price:
+        """Return that part of the price; a token costs whole nano-units, rounded down."""
+        return Price(self.currency, self.input_nanos * percent // 100, self.output_nanos * percent // 100)
+
     @property
     def input_price(self) -> Decimal:
         """Price of 1,000 input tokens, in units of the currency."""

@@ -234,7 +234,7 @@ class Ledger:
             return
         *_, nbytes = self._open.pop(record.request_id)
         self._closing_bytes -= nbytes
-        self.closed[outcome] += 1
+        self.closed[outcome] += outcome is not Outcome.LOST  # an attempt of a batch's line, which is repeated
         record.ending = outcome
         record.closed_at = record.reported_at = now_ms()
         row = record.row()

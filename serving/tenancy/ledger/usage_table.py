@@ -48,6 +48,11 @@ def write(database: sa.Engine, entries: Iterable[Any]) -> None:
             connection.execute(_PROGRESS, reports)
 
 
+def put(connection: sa.Connection, row: dict[str, Any]) -> None:
+    """Write a closed record within a transaction, as `write` does."""
+    connection.execute(_upsert(connection.engine), [_columns(row)])
+
+
 def close_lost(database: sa.Engine, replica: str) -> int:
     """Close the records that a dead replica had open; return their number."""
     return _close(database, _USAGE.replica == replica)

@@ -1,0 +1,1 @@
+"""Stored files, and batches of caption requests over them: their state, and the runner of their lines."""
