@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import OperationalError
 
 from serving.api.admin import AdminServer
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.tenancy.admin import kinds

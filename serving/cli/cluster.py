@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 from serving.cli.engine_args_check import engine_args_problem
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail
 from serving.cluster.local_ray import serve_ports
 from serving.cluster.ray_env import RAY_ENVIRONMENT, host_variables
 from serving.config import Settings

@@ -18,8 +18,9 @@ from serving.api.app import create_app
 from serving.api.connections import Connections, backlog, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail
 from serving.config import Settings
 from serving.errors import NotReady, ServerError
 from serving.observability import logging as logs
