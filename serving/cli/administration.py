@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import OperationalError
 
 from serving.api.admin import AdminServer
+from serving.cli.parser import Parser
 from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
 from serving.cli.terminal import fail
@@ -40,7 +41,7 @@ _TIMES = ("created_at", "activated_at", "expires_at", "revoked_at", "valid_from"
 
 def main(argv: Sequence[str]) -> int:
     """Run one verb; return the exit status: 2 for a wrong request, 3 if the database cannot be used."""
-    given = _parser().parse_args(argv)
+    given = parser().parse_args(argv)
     try:
         settings = Settings.load(["--config", given.config] if given.config else [])
     except SETTINGS_ERRORS as error:
@@ -101,13 +102,14 @@ async def _serve(server: AdminServer, database: Engine) -> None:
     migrating.cancel()
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    common = Parser(add_help=False)
     common.add_argument("--config", help="TOML file of settings, as of `captioner serve`; CAPTIONER_CONFIG")
     common.add_argument("--format", choices=("table", "csv", "json"), default="table")
     common.add_argument("--actor", default=getpass.getuser(), help="your name in the audit log; default: %(default)s")
-    parser = argparse.ArgumentParser("captioner", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = Parser("captioner")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     groups = {
         name: commands.add_parser(name, help=about).add_subparsers(required=True, metavar="VERB")
         for name, about in GROUPS.items()
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(verb=verb)
         for parameter in verb.parameters:
             _add(added, parameter)
-    return parser
+    return made
 
 
 def _add(parser: argparse.ArgumentParser, parameter: Parameter) -> None:

@@ -24,6 +24,7 @@ USAGE = """usage: captioner caption FILE|DIR|URL …               describe audi
        captioner tenants|keys|plans|prices|usage|invoice|audit …
                                                       administration; --help lists the verbs
        captioner settings [--toml]                    list every setting, or print an example file of them
+       captioner completion bash|zsh|fish             print a script that completes commands and options in a shell
        captioner version                              also --version, with the commit where it is known"""
 
 _SETTINGS_HELP = ("serving.cli.settings_help", "help_of")
@@ -35,6 +36,7 @@ _COMMANDS = {
     "leave": ("serving.cli.cluster", "leave"),
     "admin": ("serving.cli.administration", "serve_api"),
     "settings": ("serving.cli.settings_help", "main"),
+    "completion": ("serving.cli.completion", "main"),
     **dict.fromkeys(
         ("tenants", "keys", "plans", "prices", "usage", "invoice", "audit"), ("serving.cli.administration", "main")
     ),
