@@ -9,15 +9,17 @@ import datetime as dt
 import getpass
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import OperationalError
 
 from serving.api.admin import AdminServer
 from serving.cli.parser import Parser
+from serving.cli.preflight import warn_of_unknown_variables
 from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
-from serving.cli.terminal import fail
+from serving.cli.terminal import fail, note
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.tenancy.admin import kinds
@@ -39,6 +41,15 @@ _TIMES = ("created_at", "activated_at", "expires_at", "revoked_at", "valid_from"
 """Columns in milliseconds since the epoch, which tables show as dates."""
 
 
+_CREATING = frozenset({"tenants create", "plans set", "prices set"})
+"""Verbs that make the database if there is none. Any other verb would find nothing in a new one."""
+
+_REMEDY = (
+    "set --config, CAPTIONER_DATA_DIR or CAPTIONER_DATABASE_URL as the service has them; the service's first start "
+    "makes the database, and so does `captioner tenants create`"
+)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one verb; return the exit status: 2 for a wrong request, 3 if the database cannot be used."""
     given = parser().parse_args(argv)
@@ -46,8 +57,13 @@ def main(argv: Sequence[str]) -> int:
         settings = Settings.load(["--config", given.config] if given.config else [])
     except SETTINGS_ERRORS as error:
         return report(error)
+    warn_of_unknown_variables()
     try:
         database = open_database(settings)
+        if given.verb.words not in _CREATING and (path := _missing_file(database)):
+            return fail(f"there is no database: {path} does not exist; {_REMEDY}", 3)
+        if given.format == "table":
+            note(f"database {address(database)}")
         migrate(database)
         admin = Administration(database, Pepper.of(settings), f"cli:{given.actor}")
         _print(given.verb.run(admin, **_values(given.verb, given)), given.format)
@@ -73,6 +89,7 @@ def serve_api(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
+    warn_of_unknown_variables()
     logs.configure(settings.log_level, settings.log_format)
     try:
         database = open_database(settings)
@@ -100,6 +117,12 @@ async def _serve(server: AdminServer, database: Engine) -> None:
     if migrating.done():
         migrating.result()
     migrating.cancel()
+
+
+def _missing_file(database: Engine) -> str | None:
+    """Return the path of a database in a file that does not exist."""
+    path = database.url.database or ""
+    return path if database.dialect.name == "sqlite" and not Path(path).exists() else None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,7 +171,9 @@ def _type(parameter: Parameter) -> Callable[[str], Any]:
         try:
             return parameter.kind.from_words(word)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"must be {parameter.kind.phrase}, not {word!r}") from None
+            # On the command line a moment is the day on which it begins.
+            phrase = kinds.DAY.phrase if parameter.kind is kinds.MOMENT else parameter.kind.phrase
+            raise argparse.ArgumentTypeError(f"must be {phrase}, not {word!r}") from None
 
     return convert
 

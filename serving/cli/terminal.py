@@ -36,7 +36,11 @@ def note(message: str) -> None:
     print(f"{paint('captioner:', DIM, sys.stderr)} {message}", file=sys.stderr, flush=True)  # noqa: T201
 
 
-def similar(name: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean X?)` with the most similar of the known words, or nothing if none is similar."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+def similar(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ` (did you mean X?)` with the most similar of the known words, or nothing if none is similar.
+
+    `prefix`: beginning of all words, which does not make them similar.
+    """
+    rest = [word.removeprefix(prefix) for word in known]
+    found = difflib.get_close_matches(name.removeprefix(prefix), rest, n=1)
+    return f" (did you mean {prefix}{found[0]}?)" if found else ""

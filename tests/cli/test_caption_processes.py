@@ -88,12 +88,13 @@ def test_standard_input_and_an_interrupt(fake_service: RunningService) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"This clip of 5.54 seconds")
     with ScriptedService(Answer(503, "{}", retry_after="60")) as busy:
-        waiting = subprocess.Popen([str(CAPTIONER), "caption", "--url", busy.url, str(SAMPLE)], stderr=subprocess.PIPE)
-        assert waiting.stderr is not None
-        first = waiting.stderr.readline()
-        assert first == f"captioner: {SAMPLE}: HTTP 503; retrying in 60.0 s\n".encode()
-        waiting.send_signal(signal.SIGINT)
-        _, err = waiting.communicate(timeout=20)
+        command = [str(CAPTIONER), "caption", "--url", busy.url, str(SAMPLE)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as waiting:
+            assert waiting.stderr is not None
+            first = waiting.stderr.readline()
+            assert first == f"captioner: {SAMPLE}: HTTP 503; retrying in 60.0 s\n".encode()
+            waiting.send_signal(signal.SIGINT)
+            _, err = waiting.communicate(timeout=20)
     assert (waiting.returncode, err) == (130, b"captioner: interrupted\n")
 
 
