@@ -28,6 +28,7 @@ NEEDS = {
 _OF_NAME = {
     "AudioWorkerPool": "process",
     "billed_service": "process",
+    "EmbeddedService": "process",
     "RunningService": "process",
     "subprocess": "process",
     "multiprocessing": "process",

@@ -9,13 +9,17 @@ import datetime as dt
 import getpass
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import OperationalError
 
 from serving.api.admin import AdminServer
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.parser import Parser
+from serving.cli.preflight import warn_of_unknown_variables
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail, note
 from serving.config import Settings
 from serving.observability import logging as logs
 from serving.tenancy.admin import kinds
@@ -43,15 +47,29 @@ _TIMES = frozenset(
 """Columns in milliseconds since the epoch, which tables show as dates."""
 
 
+_CREATING = frozenset({"tenants create", "plans set", "prices set"})
+"""Verbs that make the database if there is none. Any other verb would find nothing in a new one."""
+
+_REMEDY = (
+    "set --config, CAPTIONER_DATA_DIR or CAPTIONER_DATABASE_URL as the service has them; the service's first start "
+    "makes the database, and so does `captioner tenants create`"
+)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run one verb; return the exit status: 2 for a wrong request, 3 if the database cannot be used."""
-    given = _parser().parse_args(argv)
+    given = parser().parse_args(argv)
     try:
         settings = Settings.load(["--config", given.config] if given.config else [])
     except SETTINGS_ERRORS as error:
         return report(error)
+    warn_of_unknown_variables()
     try:
         database = open_database(settings)
+        if given.verb.words not in _CREATING and (path := _missing_file(database)):
+            return fail(f"there is no database: {path} does not exist; {_REMEDY}", 3)
+        if given.format == "table":
+            note(f"database {address(database)}")
         migrate(database)
         admin = Administration(database, Pepper.of(settings), f"cli:{given.actor}")
         _print(given.verb.run(admin, **_values(given.verb, given)), given.format)
@@ -77,6 +95,7 @@ def serve_api(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
+    warn_of_unknown_variables()
     logs.configure(settings.log_level, settings.log_format)
     try:
         database = open_database(settings)
@@ -106,13 +125,20 @@ async def _serve(server: AdminServer, database: Engine) -> None:
     migrating.cancel()
 
 
-def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+def _missing_file(database: Engine) -> str | None:
+    """Return the path of a database in a file that does not exist."""
+    path = database.url.database or ""
+    return path if database.dialect.name == "sqlite" and not Path(path).exists() else None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    common = Parser(add_help=False)
     common.add_argument("--config", help="TOML file of settings, as of `captioner serve`; CAPTIONER_CONFIG")
     common.add_argument("--format", choices=("table", "csv", "json"), default="table")
     common.add_argument("--actor", default=getpass.getuser(), help="your name in the audit log; default: %(default)s")
-    parser = argparse.ArgumentParser("captioner", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    made = Parser("captioner")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     groups = {
         name: commands.add_parser(name, help=about).add_subparsers(required=True, metavar="VERB")
         for name, about in GROUPS.items()
@@ -124,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(verb=verb)
         for parameter in verb.parameters:
             _add(added, parameter)
-    return parser
+    return made
 
 
 def _add(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
@@ -151,7 +177,9 @@ def _type(parameter: Parameter) -> Callable[[str], Any]:
         try:
             return parameter.kind.from_words(word)
         except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f"must be {parameter.kind.phrase}, not {word!r}") from None
+            # On the command line a moment is the day on which it begins.
+            phrase = kinds.DAY.phrase if parameter.kind is kinds.MOMENT else parameter.kind.phrase
+            raise argparse.ArgumentTypeError(f"must be {phrase}, not {word!r}") from None
 
     return convert
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from serving.cli.engine_args_check import engine_args_problem
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.preflight import problem_of_start, warn_of_unknown_variables
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail
 from serving.cluster.local_ray import serve_ports
 from serving.cluster.ray_env import RAY_ENVIRONMENT, host_variables
 from serving.config import Settings
@@ -50,7 +52,8 @@ def cluster(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
-    if problem := engine_args_problem(settings):
+    warn_of_unknown_variables()
+    if problem := problem_of_start(settings) or engine_args_problem(settings):
         return fail(problem)
     # HAProxy's files and its admin socket, whose path is short: at most 107 bytes.
     directory = tempfile.TemporaryDirectory(prefix="captioner-", ignore_cleanup_errors=True)
@@ -65,6 +68,7 @@ def cluster(argv: Sequence[str]) -> int:
     forbid_inspection()
     hidden = {"config", "host", "port", *settings.secrets}
     overrides = settings.model_dump(mode="json", exclude_unset=True, exclude=hidden)
+    overrides["log_format"] = settings.log_format  # whose default depends on this process's terminal
 
     def ready(origin: str) -> None:
         log.info("ready on %s", origin)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,13 +48,27 @@ def print_first_request(origin: str, settings: Settings) -> None:
 def _first_request(origin: str, settings: Settings) -> str:
     key = settings.development_key.get_secret_value() if settings.development_key else "YOUR_KEY"
     header = f" -H 'Authorization: Bearer {key}'" if settings.auth else ""
+    option = f" --key {key}" if settings.auth else ""
+    program, sample = _program(), shlex.quote(_shown(SAMPLE))
     return f"""
 Try it:
 
+  {program} caption --url {origin}{option} {sample}
+
+or, as any client would:
+
   (printf '{{"model":"{settings.served_model_name}","messages":[{{"role":"user","content":[{{"type":"input_audio",'
-   printf '"input_audio":{{"data":"data:;base64,%s"}}}}]}}]}}' "$(base64 -w0 {_shown(SAMPLE)})") |
-  curl {origin}/v1/chat/completions -H 'Content-Type: application/json'{header} -d @-
+   printf '"input_audio":{{"data":"data:;base64,%s"}}}}]}}]}}' "$(base64 -w0 {sample})") |
+  curl -sS {origin}/v1/chat/completions -H 'Content-Type: application/json'{header} -d @- | python3 -m json.tool
 """
+
+
+def _program() -> str:
+    """Return the word that starts this program in another terminal."""
+    program = Path(sys.argv[0])
+    if program.name != "captioner" or shutil.which("captioner") == str(program):
+        return "captioner"
+    return shlex.quote(_shown(program.absolute()))
 
 
 def _shown(path: Path) -> str:

@@ -18,8 +18,10 @@ from serving.api.app import create_app
 from serving.api.connections import Connections, backlog, raise_descriptor_limit
 from serving.api.uvicorn_protocol import protocol
 from serving.cli.first_request import print_first_request, with_development_key
-from serving.cli.settings_errors import SETTINGS_ERRORS, fail, report
+from serving.cli.preflight import problem_of_start, warn_of_unknown_variables
+from serving.cli.settings_errors import SETTINGS_ERRORS, report
 from serving.cli.settings_help import printed_help
+from serving.cli.terminal import fail
 from serving.config import Settings
 from serving.errors import NotReady, ServerError
 from serving.observability import logging as logs
@@ -30,6 +32,7 @@ from serving.tenancy.database import UnusableDatabase, failure
 if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Sequence
+    from types import FrameType
 
     from serving.api.components import Components
     from serving.engine.base import Engine
@@ -52,6 +55,9 @@ def serve(argv: Sequence[str]) -> int:
         settings = Settings.load(argv[1:])
     except SETTINGS_ERRORS as error:
         return report(error)
+    warn_of_unknown_variables()
+    if problem := problem_of_start(settings):
+        return fail(problem)
     logs.configure(settings.log_level, settings.log_format)
     forbid_inspection()
     try:
@@ -77,25 +83,42 @@ class _Listener(uvicorn.Server):
     would cancel them and stop the application at the same moment; its own timeout comes later.
     """
 
-    def __init__(self, config: uvicorn.Config, grace_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, grace_s: float, hint: str = "") -> None:
         super().__init__(config)
+        self._hint = hint
+        self._pressed_again = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.listening = asyncio.Event()
         self._grace_s = grace_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if running := len(self.server_state.tasks):
+            log.info("stopping, finishing %d captions%s", running, self._hint)
+        else:
+            log.info("stopping")
         cancelling = asyncio.get_running_loop().call_later(self._grace_s, self._cancel_requests)
         try:
             await super().shutdown(sockets)
         finally:
             cancelling.cancel()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal; a second SIGINT ends running requests, and a third the process."""
+        if self.should_exit and sig == signal.SIGINT and self._loop and not self._pressed_again:
+            self._pressed_again = True
+            self._loop.call_soon_threadsafe(self._cancel_requests)
+            return
+        super().handle_exit(sig, frame)
+
     def _cancel_requests(self) -> None:
         if self.server_state.tasks:
-            log.warning("requests cancelled, the grace is over", extra={"count": len(self.server_state.tasks)})
+            reason = "a second signal came" if self._pressed_again else "the grace is over"
+            log.warning("requests cancelled, %s", reason, extra={"count": len(self.server_state.tasks)})
         for task in self.server_state.tasks:
             task.cancel()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         if self.started:
             self.listening.set()
@@ -134,6 +157,7 @@ class ServiceRun:
                 timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_s) + _LAST_WORDS_S,
             ),
             settings.shutdown_grace_s,
+            "; press Ctrl-C again to end them now" if settings.log_format == "text" else "",
         )
 
     async def run(self) -> int:
@@ -188,6 +212,8 @@ class ServiceRun:
         host, port = self._server.servers[0].sockets[0].getsockname()[:2]
         origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("ready after %.0f s on %s", time.monotonic() - self._began, origin)
+        if self._components.keys.nobody_has_a_key:
+            log.warning("nobody has a key, so every request is refused: `captioner tenants create`, then `keys create`")
         print_first_request(origin, self._settings)
 
     async def _progress(self) -> dict[str, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import sys
 import tomllib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from serving.cli.settings_help import FIELDS, accepted, flag, is_secret, is_table, variable
+from serving.cli.terminal import fail, similar
 from serving.config import SettingsError
 
 if TYPE_CHECKING:
@@ -21,12 +20,6 @@ SETTINGS_ERRORS = (ValidationError, SettingsError, tomllib.TOMLDecodeError, Unic
 """Everything that `Settings.load` raises for what somebody has set wrongly."""
 
 _MOST_CHARACTERS = 100
-
-
-def fail(message: str, status: int = 2) -> int:
-    """Print one line on standard error; return the exit status."""
-    print(f"captioner: {message}", file=sys.stderr)  # noqa: T201
-    return status
 
 
 def report(error: BaseException) -> int:
@@ -57,7 +50,7 @@ def _of_value(problem: Any) -> str:
     """Describe one problem of pydantic's. The value is shown, except a secret's."""
     match problem["loc"]:
         case (str(name), *_) if name not in FIELDS:
-            return f"{name}: not a setting{_similar(name, list(FIELDS))}; remove it from {_file()}"
+            return f"{name}: not a setting{similar(name, list(FIELDS))}; remove it from {_file()}"
         case (str(name), *_):
             shown = "" if is_secret(name) or is_table(name) else f", not {_short(problem['input'])}"
             where = f"set {flag(name)} or {variable(name)}"
@@ -72,18 +65,13 @@ def _of_flag(message: str) -> str:
         if not names:
             return "command line: unexpected value without a flag; write --SETTING=VALUE"
         known = [flag(name) for name in FIELDS]
-        return f"{names[0]}: not a setting{_similar(names[0], known)}; `captioner settings` lists all settings"
+        return f"{names[0]}: not a setting{similar(names[0], known)}; `captioner settings` lists all settings"
     if wrong := re.match(r"argument (--[a-z0-9-]+)[^:]*: (expected one argument|ignored explicit argument)", message):
         name = wrong[1][2:].replace("-", "_")
         if wrong[2].startswith("expected"):
             return f"{name}: {wrong[1]} needs a value; it must be {accepted(name)}"
         return f"{name}: {wrong[1]} takes no value; write {wrong[1]} or --no-{wrong[1][2:]}"
     return "command line: cannot be read; write --SETTING=VALUE, as `captioner settings` lists them"
-
-
-def _similar(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def _file() -> str:

@@ -41,6 +41,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def help_of(argv: Sequence[str]) -> int:
+    """Run `COMMAND --help` of a command that takes settings; return the exit status."""
+    print(help_text(argv[0]))  # noqa: T201
+    return 0
+
+
 def printed_help(argv: Sequence[str]) -> bool:
     """Print the list of settings if `COMMAND …` asks for help; return whether it did."""
     asked = "--help" in argv or "-h" in argv

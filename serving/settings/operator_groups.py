@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, SecretStr
@@ -9,12 +10,18 @@ from pydantic import BaseModel, Field, SecretStr
 from serving.settings.types import Example
 
 
+def _log_format() -> Literal["json", "text"]:
+    return "text" if sys.stderr is not None and sys.stderr.isatty() else "json"
+
+
 class Logs(BaseModel):
     """Level and format of log lines."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level that is logged")
-    log_format: Literal["json", "text"] = Field(
-        "json", description="Format of log lines: `json` for machines, `text` for a terminal"
+    log_format: Annotated[Literal["json", "text"], Example("json")] = Field(
+        default_factory=_log_format,
+        description="Format of log lines: `json` for machines, `text` for a person. Default: `text` on a terminal, "
+        "else `json`",
     )
 
 

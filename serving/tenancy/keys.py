@@ -84,6 +84,11 @@ class Keyring:
         """Seconds since the snapshot was last known to equal the database."""
         return time.monotonic() - self._checked_s
 
+    @property
+    def nobody_has_a_key(self) -> bool:
+        """True if a key is required and no key is valid, so that every request is refused."""
+        return self._auth and not self._snapshot.keys
+
     async def start(self) -> None:
         """Read the tables, which must have been migrated; from then on, read them again after each change.
 

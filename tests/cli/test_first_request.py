@@ -71,12 +71,17 @@ def test_the_printed_command_has_the_key(settings: Settings, capsys: pytest.Capt
     chosen = with_development_key(settings)
     assert chosen.development_key is not None
     for each, expected in (
-        (chosen, f"-H 'Authorization: Bearer {chosen.development_key.get_secret_value()}'"),
-        (settings, "-H 'Authorization: Bearer YOUR_KEY'"),
+        (chosen, chosen.development_key.get_secret_value()),
+        (settings, "YOUR_KEY"),
     ):
         print_first_request("http://127.0.0.1:8000", each)
-        assert expected in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert "curl -sS http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -H " in printed
+        assert f" -H 'Authorization: Bearer {expected}' -d @- | python3 -m json.tool\n" in printed
+        assert f" caption --url http://127.0.0.1:8000 --key {expected} " in printed
     print_first_request("http://127.0.0.1:8000", settings.model_copy(update={"auth": False}))
-    assert "Authorization" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Authorization" not in printed
+    assert "--key" not in printed
     print_first_request("http://127.0.0.1:8000", settings.model_copy(update={"log_format": "json"}))
     assert capsys.readouterr().err == ""

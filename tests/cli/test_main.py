@@ -24,8 +24,13 @@ def test_usage_names_every_command(words: list[str], capsys: pytest.CaptureFixtu
 
 
 def test_an_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """The message names the command, and the usage follows on standard error."""
+    """The message names the command, and the one that was meant."""
     assert cli.main(["sreve"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("captioner: there is no command 'sreve'\nusage: captioner serve")
+    assert cli.main(["fly"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        (
+            "captioner: there is no command 'sreve' (did you mean serve?); `captioner --help` lists them\n"
+            "captioner: there is no command 'fly'; `captioner --help` lists them\n"
+        ),
+    )

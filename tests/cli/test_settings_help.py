@@ -116,7 +116,7 @@ def test_the_example_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CAPTIONER_CONFIG", "")
     settings = Settings.load(["--config", str(path)])
     assert set(tomllib.loads(path.read_text())) == set(NAMES) - {"config"}
-    computed = {"config", "model", "audio_workers", "data_dir", "engine_args"}
+    computed = {"config", "model", "audio_workers", "data_dir", "engine_args", "log_format"}
     for name in set(NAMES) - computed:
         if (default := Settings.model_fields[name].default) is not None:
             assert getattr(settings, name) == default, name

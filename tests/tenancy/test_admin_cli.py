@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.cli.main import main
+from serving.config import Settings
+from serving.tenancy.database import migrate, open_database
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def captioner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Captioner:
     """Run a command on a fresh database; it returns the exit status, the output and the errors."""
     monkeypatch.setenv("CAPTIONER_DATA_DIR", str(tmp_path))
+    migrate(open_database(Settings()))
 
     def run(*words: str) -> tuple[int, str, str]:
         try:
@@ -86,13 +89,15 @@ def test_suspending_and_serving_again(captioner: Captioner) -> None:
         (("tenants", "create", "A B"), 2, "captioner: a tenant's id has lower-case letters"),
         (("tenants", "create", "a", "--limit=speed=1"), 2, "captioner: limits: speed is none of"),
         (("tenants", "create", "a", "--limit=speed"), 2, "captioner: --limit speed: NAME=VALUE is wanted"),
-        (("tenants", "paint", "a"), 2, "usage: captioner tenants"),
-        (("usage", "--by=week"), 2, "usage: captioner usage"),
-        (("invoice", "a", "--month=2026-13"), 2, "usage: captioner invoice"),
-        (("invoice", "a", "--month=9999-12"), 2, "usage: captioner invoice"),
-        (("usage", "--until=9999-12-31"), 2, "usage: captioner usage"),
-        (("keys", "create", "a", "--expires=9999-12-31"), 2, "usage: captioner keys create"),
-        (("keys", "rotate", "key-0", "--overlap-hours=nan"), 2, "usage: captioner keys rotate"),
+        (("tenants", "paint", "a"), 2, "captioner: unknown command 'paint'; choose from list,"),
+        (("usage", "--by=week"), 2, "captioner: argument --by: must be some of day, tenant, key, not 'week'; see"),
+        (("invoice", "a", "--month=2026-13"), 2, "captioner: argument --month: must be a month"),
+        (("invoice", "a", "--month=9999-12"), 2, "captioner: argument --month: must be a month"),
+        (("usage", "--until=9999-12-31"), 2, "captioner: argument --until: must be a day"),
+        (("keys", "create", "a", "--expires=9999-12-31"), 2, "captioner: argument --expires: must be a day from"),
+        (("keys", "rotate", "key-0", "--overlap-hours=nan"), 2, "captioner: argument --overlap-hours: must be"),
+        (("tenants", "set", "a", "--pln=x"), 2, "captioner: unknown option --pln (did you mean --plan?); see"),
+        (("tenants", "create", "a", "--plan=none"), 2, "captioner: there is no plan 'none'"),
         (("tenants", "set", "a"), 2, "captioner: nothing to change: see `captioner tenants set --help`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -101,7 +106,8 @@ def test_a_wrong_request_is_refused(captioner: Captioner, words: tuple[str, ...]
     """The message names the problem, the exit status is 2, and nothing is on standard output."""
     ended, out, err = captioner(*words)
     assert (ended, out) == (status, "")
-    assert err.startswith(message)
+    (line,) = [line for line in err.splitlines() if not line.startswith("captioner: database ")]
+    assert line.startswith(message.rstrip())
 
 
 def test_an_unreachable_database_exits_with_3(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +115,8 @@ def test_an_unreachable_database_exits_with_3(captioner: Captioner, monkeypatch:
     monkeypatch.setenv("CAPTIONER_DATABASE_URL", "postgresql://user:secret@127.0.0.1:1/name")
     status, out, err = captioner("tenants", "list")
     assert (status, out) == (3, "")
-    assert err.startswith("captioner: the database does not answer")
+    assert err.splitlines()[0] == "captioner: database 127.0.0.1:1/name"
+    assert err.splitlines()[1].startswith("captioner: the database does not answer")
     assert "secret" not in err
 
 
@@ -126,7 +133,27 @@ def test_a_wrong_word_is_named(captioner: Captioner) -> None:
     status, _, err = captioner("usage", "--since=2026-13-01")
     assert status == 2
     expected = "argument --since: must be a day from 0001-01-01 to 9998-12-31, such as 2026-11-01, not '2026-13-01'"
-    assert err.splitlines()[-1] == f"captioner usage: error: {expected}"
+    assert err == f"captioner: {expected}; see `captioner usage --help`\n"
+
+
+def test_a_wrong_directory_stays_as_it_is(
+    captioner: Captioner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a database that does not exist names its path, exits with 3 and creates nothing."""
+    wrong = tmp_path / "wrong"
+    monkeypatch.setenv("CAPTIONER_DATA_DIR", str(wrong))
+    for words in (("tenants", "list"), ("usage",), ("keys", "create", "acme"), ("tenants", "set", "acme", "--name=a")):
+        status, out, err = captioner(*words)
+        assert (status, out) == (3, "")
+        assert err.startswith(f"captioner: there is no database: {wrong / 'captioner.db'} does not exist; set --config")
+        assert not wrong.exists()
+    assert captioner("tenants", "create", "acme")[0] == 0
+
+
+def test_a_table_names_its_database(captioner: Captioner, tmp_path: Path) -> None:
+    """The line is on standard error, so that a pipe gets the table alone; JSON and CSV have none."""
+    assert captioner("tenants", "list") == (0, "", f"captioner: database {tmp_path / 'captioner.db'}\n")
+    assert captioner("tenants", "list", "--format=json") == (0, "[]\n", "")
 
 
 def test_keys_plans_and_prices(captioner: Captioner) -> None:
