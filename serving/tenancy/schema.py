@@ -6,7 +6,11 @@ are exact in SQL too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
+
+from serving.tenancy.migrations import access_triggers
 
 metadata = sa.MetaData(
     naming_convention={
@@ -20,15 +24,22 @@ metadata = sa.MetaData(
 _ID = sa.String(64)
 _NAME = sa.String(128)
 
+
+def _revision() -> sa.Column[int]:
+    """Return the column for the number of a row's last change, which a trigger sets."""
+    return sa.Column("revision", sa.BigInteger, nullable=False, server_default="0")
+
+
 store_state = sa.Table(
     "store_state",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("pepper_check", sa.String(64)),
+    sa.Column("reread_revision", sa.BigInteger, nullable=False, server_default="0"),
 )
-"""One row. Each change of plans, tenants, keys and prices begins by raising `revision`: so changes wait for each other,
-and replicas notice them. `pepper_check` shows whether a process has the pepper under which keys were hashed."""
+"""One row. Triggers raise `revision` with each change of plans, tenants, keys and prices, and `reread_revision` when a
+row is deleted. `pepper_check` shows whether a process has the pepper under which keys were hashed."""
 
 plans = sa.Table(
     "plans",
@@ -40,6 +51,7 @@ plans = sa.Table(
     sa.Column("key_limits", sa.JSON, nullable=False),
     sa.Column("free_tokens", sa.BigInteger, nullable=False),
     sa.Column("free_days", sa.Integer, nullable=False),
+    _revision(),
 )
 
 tenants = sa.Table(
@@ -57,6 +69,8 @@ tenants = sa.Table(
     sa.Column("log_content", sa.Boolean, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("activated_at", sa.BigInteger, nullable=False),
+    _revision(),
+    sa.Index(None, "revision"),
 )
 """`limits`, `free_tokens`, `free_days`: overrides of the plan."""
 
@@ -73,6 +87,8 @@ keys = sa.Table(
     sa.Column("expires_at", sa.BigInteger),
     sa.Column("revoked_at", sa.BigInteger),
     sa.Column("replaced_by", _ID),
+    _revision(),
+    sa.Index(None, "revision"),
 )
 """`digest`: HMAC-SHA256 of the key under the pepper, in hexadecimal digits. `prefix`: the key's first characters."""
 
@@ -84,6 +100,7 @@ prices = sa.Table(
     sa.Column("currency", sa.String(3), nullable=False),
     sa.Column("input_nanos", sa.BigInteger, nullable=False),
     sa.Column("output_nanos", sa.BigInteger, nullable=False),
+    _revision(),
 )
 """Prices in nano-units per token."""
 
@@ -141,3 +158,15 @@ usage_records = sa.Table(
 )
 """One row for each admitted request. `ending`, its outcome, is null while it runs. Tenants and keys are named, not
 referenced: a record stays true after they are gone. Prices are per 1,000 tokens, as written in the price list."""
+
+
+def values(table: sa.Table) -> list[sa.Column[Any]]:
+    """Return the columns of a table without the number of the last change, which no answer has."""
+    return [column for column in table.c if column.name != "revision"]
+
+
+@sa.event.listens_for(metadata, "after_create")
+def _create_triggers(_: Any, connection: sa.Connection, **__: Any) -> None:
+    """Make the triggers where tables are made without migrations."""
+    for statement in access_triggers.statements(connection.dialect.name):
+        connection.exec_driver_sql(statement)
