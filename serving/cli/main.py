@@ -18,7 +18,7 @@ USAGE = """usage: captioner serve [--config FILE] [settings …]   start the ser
        captioner leave --instance NAME --within-s SECONDS
                                                       take this node out of its Ray cluster, losing no request
        captioner admin [settings …]                   the administration's HTTP API alone, for a cluster
-       captioner tenants|keys|plans|prices|usage|invoice|audit …
+       captioner tenants|keys|plans|prices|usage|invoice|sums|audit …
                                                       administration; --help lists the verbs
        captioner settings [--toml]                    list every setting, or print an example file of them
        captioner version"""
@@ -31,7 +31,8 @@ _COMMANDS = {
     "admin": ("serving.cli.administration", "serve_api"),
     "settings": ("serving.cli.settings_help", "main"),
     **dict.fromkeys(
-        ("tenants", "keys", "plans", "prices", "usage", "invoice", "audit"), ("serving.cli.administration", "main")
+        ("tenants", "keys", "plans", "prices", "usage", "invoice", "sums", "audit"),
+        ("serving.cli.administration", "main"),
     ),
 }
 """Module and function of each command; a module is imported only for its command, since some take seconds."""

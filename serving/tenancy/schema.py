@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from serving.tenancy.migrations import access_triggers
+from serving.tenancy.migrations import access_triggers, usage_triggers
 
 metadata = sa.MetaData(
     naming_convention={
@@ -159,6 +159,32 @@ usage_records = sa.Table(
 """One row for each admitted request. `ending`, its outcome, is null while it runs. Tenants and keys are named, not
 referenced: a record stays true after they are gone. Prices are per 1,000 tokens, as written in the price list."""
 
+usage_days = sa.Table(
+    "usage_days",
+    metadata,
+    sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("tenant_id", _ID, primary_key=True),
+    sa.Column("key_id", _ID, primary_key=True),
+    sa.Column("region", sa.String(16), primary_key=True),
+    sa.Column("currency", sa.String(3), primary_key=True),
+    sa.Column("input_price", sa.String(32), primary_key=True),
+    sa.Column("output_price", sa.String(32), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("open_requests", sa.BigInteger, nullable=False),
+    sa.Column("billed_requests", sa.BigInteger, nullable=False),
+    sa.Column("audio_ms", sa.BigInteger, nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("free_tokens", sa.BigInteger, nullable=False),
+    sa.Column("amount_units", sa.BigInteger, nullable=False),
+    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
+    sa.Index(None, "tenant_id", "day"),
+    sa.Index(None, "key_id", "day"),
+)
+"""Sums of `usage_records`, which triggers keep equal to the rows. `day`: days since the epoch, UTC, of the admission.
+Tokens and amounts are those billed; requests and audio are those of all records. An amount is `amount_units` whole
+units of the currency and `amount_nanos` nano-units, which may be more than a unit."""
+
 
 def values(table: sa.Table) -> list[sa.Column[Any]]:
     """Return the columns of a table without the number of the last change, which no answer has."""
@@ -168,5 +194,6 @@ def values(table: sa.Table) -> list[sa.Column[Any]]:
 @sa.event.listens_for(metadata, "after_create")
 def _create_triggers(_: Any, connection: sa.Connection, **__: Any) -> None:
     """Make the triggers where tables are made without migrations."""
-    for statement in access_triggers.statements(connection.dialect.name):
+    dialect = connection.dialect.name
+    for statement in (*access_triggers.statements(dialect), *usage_triggers.statements(dialect)):
         connection.exec_driver_sql(statement)

@@ -30,7 +30,7 @@ from serving.tenancy.admin.validation import (
     shown_tenant,
     tenant_changes,
 )
-from serving.tenancy.billing import prices
+from serving.tenancy.billing import prices, sums
 from serving.tenancy.key_hashing import PREFIX_CHARACTERS, make_key
 from serving.tenancy.ledger.usage_record import now_ms
 from serving.tenancy.plans import State
@@ -271,6 +271,18 @@ class Administration:
             if not connection.execute(same, row).rowcount:
                 connection.execute(table.insert(), row)
             entry.after = shown_price(row)
+        return entry.after
+
+    # ---- sums
+
+    def check_sums(self) -> Shown:
+        """Compare the kept sums of usage with all records; return the numbers of sums and of different ones."""
+        return sums.check(self.database)
+
+    def rebuild_sums(self) -> Shown:
+        """Compute the kept sums of usage from all records; return their number and that of the corrected ones."""
+        with self._change("sums.rebuild", "usage") as (connection, entry):
+            entry.after = sums.rebuild(connection)
         return entry.after
 
     # ---- audit log

@@ -1,16 +1,21 @@
-"""The table `usage_records`: journal entries are written to it, sums of what was billed are read from it."""
+"""The table `usage_records`, to which journal entries are written, and `usage_days`, from which sums are read.
+
+Triggers of the database keep the sums equal to the rows (migrations/usage_triggers.py).
+"""
 
 from __future__ import annotations
 
 import datetime as dt
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from serving.tenancy.ledger.usage_record import COLUMNS, PROGRESS, now_ms
 from serving.tenancy.limits.counter_store import Spent, Sums
-from serving.tenancy.schema import usage_records
+from serving.tenancy.migrations.usage_triggers import NAMES
+from serving.tenancy.schema import usage_days, usage_records
 from serving.types import Outcome
 
 if TYPE_CHECKING:
@@ -19,6 +24,8 @@ if TYPE_CHECKING:
     from serving.types import Caller
 
 _USAGE = usage_records.c
+_DAYS = usage_days.c
+_NANOS = 10**9
 
 _LOST = {"ending": Outcome.LOST.value, "billed": False, "free_tokens": 0, "amount_nanos": 0}
 
@@ -41,8 +48,7 @@ def write(database: sa.Engine, entries: Iterable[Any]) -> None:
     with database.begin() as connection:
         if records:
             # In one order everywhere, so that two writers cannot wait for each other.
-            rows = [_columns(records[request_id]) for request_id in sorted(records)]
-            connection.execute(_upsert(database), rows)
+            _write_records(connection, [_columns(records[request_id]) for request_id in sorted(records)])
         if progress:
             reports = [{"of": request_id, **progress[request_id]} for request_id in sorted(progress)]
             connection.execute(_PROGRESS, reports)
@@ -64,54 +70,78 @@ def spent(database: sa.Engine, caller: Caller, at_ms: int, currency: str) -> Spe
     A request belongs to the day on which it was admitted. Money is what was billed in `currency`: amounts of different
     currencies are never added.
     """
-    day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    day = dt.datetime.fromtimestamp(at_ms / 1000, dt.UTC).date()
     month = day.replace(day=1)
-    day_ms, month_ms = (round(1000 * since.timestamp()) for since in (day, month))
-    next_day_ms = day_ms + 24 * 3600 * 1000
-    next_month_ms = round(1000 * (month + dt.timedelta(days=32)).replace(day=1).timestamp())
-    amounts = (_USAGE.input_tokens + _USAGE.output_tokens, sa.case((_USAGE.currency == currency, _USAGE.amount_nanos)))
+    today, first, following = map(days, (day, month, (month + dt.timedelta(days=32)).replace(day=1)))
+    tokens = _DAYS.input_tokens + _DAYS.output_tokens
+    of_currency = [sa.case((_DAYS.currency == currency, amount)) for amount in (_DAYS.amount_units, _DAYS.amount_nanos)]
     sums = [
-        _sum(amount, since, until)
-        for since, until in ((day_ms, next_day_ms), (month_ms, next_month_ms))
-        for amount in amounts
+        sa.func.coalesce(sa.func.sum(amount if whole else sa.case((_DAYS.day == today, amount))), 0)
+        for whole in (False, True)
+        for amount in (tokens, *of_currency)
     ]
     with database.connect() as connection:
         of_tenant, of_key = (
-            connection.execute(
-                sa.select(*sums).where(
-                    column == name, _USAGE.billed, _USAGE.opened_at >= month_ms, _USAGE.opened_at < next_month_ms
-                )
-            ).one()
-            for column, name in ((_USAGE.tenant_id, caller.tenant_id), (_USAGE.key_id, caller.key_id))
+            connection.execute(sa.select(*sums).where(column == name, _DAYS.day >= first, _DAYS.day < following)).one()
+            for column, name in ((_DAYS.tenant_id, caller.tenant_id), (_DAYS.key_id, caller.key_id))
         )
-        free = sa.select(sa.func.coalesce(sa.func.sum(_USAGE.free_tokens), 0))
-        free_tokens = connection.scalar(free.where(_USAGE.tenant_id == caller.tenant_id, _USAGE.billed))
+        free = sa.select(sa.func.coalesce(sa.func.sum(_DAYS.free_tokens), 0))
+        free_tokens = connection.scalar(free.where(_DAYS.tenant_id == caller.tenant_id))
     return Spent(_sums(of_tenant), _sums(of_key), int(free_tokens or 0))
 
 
-def _sum(amount: sa.ColumnElement[int], since_ms: int, until_ms: int) -> sa.ColumnElement[int]:
-    within = (_USAGE.opened_at >= since_ms) & (_USAGE.opened_at < until_ms)
-    return sa.func.coalesce(sa.func.sum(sa.case((within, amount), else_=0)), 0)
+def days(day: dt.date) -> int:
+    """Return the number of a day: days since the epoch."""
+    return (day - dt.date(1970, 1, 1)).days
 
 
 def _sums(row: Iterable[Any]) -> Sums:
-    tokens_per_day, nanos_per_day, tokens_per_month, nanos_per_month = map(int, row)
-    return Sums(tokens_per_day, tokens_per_month, nanos_per_day, nanos_per_month)
+    day_tokens, day_units, day_nanos, tokens, units, nanos = map(int, row)
+    return Sums(day_tokens, tokens, day_units * _NANOS + day_nanos, units * _NANOS + nanos)
 
 
 def _close(database: sa.Engine, which: sa.ColumnElement[bool]) -> int:
     statement = usage_records.update().where(_USAGE.ending.is_(None), which).values(closed_at=now_ms(), **_LOST)
     with database.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("LOCK TABLE usage_days IN ROW SHARE MODE")  # before the records, as elsewhere
         return connection.execute(statement).rowcount
 
 
-def _upsert(database: sa.Engine) -> sa.Insert:
-    insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[database.dialect.name](usage_records)
-    return insert.on_conflict_do_update(  # type: ignore[no-any-return]
+def _write_records(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+    """Insert or update rows, in the order of their ids: so two writers cannot wait for each other."""
+    if connection.dialect.name == "postgresql":
+        # One statement, so that the sums are changed once; their rows are locked before, in one order for all writers.
+        parameters = {"rows": orjson.dumps(rows).decode()}
+        connection.execute(_LOCK_SUMS, parameters)
+        connection.execute(_UPSERT, parameters)
+    else:
+        connection.execute(_upsert_of_sqlite(), rows)
+
+
+def _upsert_of_sqlite() -> sa.Insert:
+    insert = sqlite.insert(usage_records)
+    return insert.on_conflict_do_update(
         index_elements=[_USAGE.request_id],
         set_={name: insert.excluded[name] for name in COLUMNS if name != "request_id"},
         where=_USAGE.ending.is_(None) | ((_USAGE.ending == Outcome.LOST.value) & insert.excluded.ending.is_not(None)),
     )
+
+
+_ROWS = "json_populate_recordset(NULL::usage_records, CAST(:rows AS json))"
+
+_UPSERT = sa.text(
+    f"INSERT INTO usage_records ({', '.join(COLUMNS)}) SELECT {', '.join(COLUMNS)} FROM {_ROWS} "  # noqa: S608
+    "ON CONFLICT (request_id) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name != "request_id")
+    + " WHERE usage_records.ending IS NULL "
+    f"OR (usage_records.ending = '{Outcome.LOST.value}' AND excluded.ending IS NOT NULL)"
+)
+
+_LOCK_SUMS = sa.text(
+    f"SELECT 1 FROM usage_days JOIN (SELECT DISTINCT opened_at / 86400000 AS day, {', '.join(NAMES[1:])} "  # noqa: S608
+    f"FROM {_ROWS}) AS written USING ({', '.join(NAMES)}) ORDER BY {', '.join(NAMES)} FOR UPDATE OF usage_days"
+)
 
 
 _PROGRESS = (
