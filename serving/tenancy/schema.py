@@ -185,6 +185,14 @@ usage_days = sa.Table(
 Tokens and amounts are those billed; requests and audio are those of all records. An amount is `amount_units` whole
 units of the currency and `amount_nanos` nano-units, which may be more than a unit."""
 
+ledger_replicas = sa.Table(
+    "ledger_replicas",
+    metadata,
+    sa.Column("replica", _NAME, primary_key=True),
+    sa.Column("reported_at", sa.BigInteger, nullable=False),
+)
+"""Processes with open records, and when each was last known to live, by the database's clock."""
+
 
 def values(table: sa.Table) -> list[sa.Column[Any]]:
     """Return the columns of a table without the number of the last change, which no answer has."""

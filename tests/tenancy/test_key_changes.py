@@ -1,4 +1,4 @@
-"""Keys read by change: a process reads the rows that have changed, and misses none, whoever changed them and how."""
+"""Keys read by change: a process reads the rows that have changed, and misses none, by any writer and any clock."""
 
 from __future__ import annotations
 

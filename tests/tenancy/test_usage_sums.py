@@ -124,7 +124,7 @@ def test_sums_equal_rows_after_random_writes(database: sa.Engine, seed: int, mon
         lambda: usage_table.write(database, some()),  # in any order, and again
         lambda: usage_table.write(database, some() * 2),
         lambda: usage_table.close_lost(database, "one"),
-        lambda: usage_table.close_unreported(database, before_ms=FIRST_MS + 1),
+        lambda: usage_table.close_unreported(database, after_s=-1),
         lambda: by_sql(usage_records.delete().where(some_record)),
         lambda: by_sql(usage_records.update().where(some_record).values(billed=sa.not_(usage_records.c.billed))),
         lambda: by_sql(usage_records.update().where(some_record).values(tenant_id="moved", opened_at=FIRST_MS)),

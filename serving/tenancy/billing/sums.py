@@ -60,5 +60,5 @@ def differences(connection: sa.Connection) -> list[Mapping[str, int | str]]:
 
 def _count(connection: sa.Connection, *, differing: str) -> dict[str, int]:
     found = differences(connection)
-    kept = connection.scalar(sa.select(sa.func.count()).select_from(usage_days)) or 0
+    kept = connection.scalar(sa.select(sa.func.count()).where(usage_days.c.requests != 0)) or 0
     return {"sums": kept, differing: len(found)}

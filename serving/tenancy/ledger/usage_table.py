@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 from serving.tenancy.ledger.usage_record import COLUMNS, PROGRESS, now_ms
 from serving.tenancy.limits.counter_store import Spent, Sums
 from serving.tenancy.migrations.usage_triggers import NAMES
-from serving.tenancy.schema import usage_days, usage_records
+from serving.tenancy.schema import ledger_replicas, usage_days, usage_records
 from serving.types import Outcome
 
 if TYPE_CHECKING:
@@ -25,33 +25,50 @@ if TYPE_CHECKING:
 
 _USAGE = usage_records.c
 _DAYS = usage_days.c
+_REPLICAS = ledger_replicas.c
 _NANOS = 10**9
+_DAY_MS = 86_400_000
+
+_NOW_MS: dict[str, sa.ColumnElement[int]] = {
+    "sqlite": sa.literal_column("CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)", sa.BigInteger),
+    "postgresql": sa.literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000 AS bigint)", sa.BigInteger),
+}
+"""The database's clock, in milliseconds since the epoch."""
 
 _LOST = {"ending": Outcome.LOST.value, "billed": False, "free_tokens": 0, "amount_nanos": 0}
 
 
 def write(database: sa.Engine, entries: Iterable[Any]) -> None:
-    """Write journal entries, in one transaction. Idempotent.
+    """Write the records of journal entries, in one transaction. Idempotent.
 
-    A closed record stays as it is, unless another process had closed it as lost.
+    A closed record stays as it is, unless another process had closed it as lost. Progress of open records is not
+    written: it is in the journal of their process.
     """
-    records: dict[str, dict[str, Any]] = {}
+    records = {entry["request_id"]: entry for entry in entries if "progress" not in entry}
+    if not records:
+        return
+    # In one order everywhere, so that two writers cannot wait for each other.
+    rows = [_columns(records[request_id]) for request_id in sorted(records)]
+    _make_sums(database, rows)
+    with database.begin() as connection:
+        _write_records(connection, rows)
+
+
+def write_progress(database: sa.Engine, entries: Iterable[Any]) -> None:
+    """Write the last progress of records that are open, from the journal of a dead process."""
     progress: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        if "progress" in entry:
-            for values in entry["progress"]:
-                report = dict(zip(PROGRESS, values, strict=True))
-                progress[report["request_id"]] = report | {"reported_at": entry["at"]}
-        else:
-            records[entry["request_id"]] = entry
-            progress.pop(entry["request_id"], None)
+        for values in entry.get("progress", ()):
+            report = dict(zip(PROGRESS, values, strict=True))
+            progress[report["request_id"]] = report | {"reported_at": entry["at"]}
+    if not progress:
+        return
+    reports = [progress[request_id] for request_id in sorted(progress)]
     with database.begin() as connection:
-        if records:
-            # In one order everywhere, so that two writers cannot wait for each other.
-            _write_records(connection, [_columns(records[request_id]) for request_id in sorted(records)])
-        if progress:
-            reports = [{"of": request_id, **progress[request_id]} for request_id in sorted(progress)]
-            connection.execute(_PROGRESS, reports)
+        if connection.dialect.name == "postgresql":
+            connection.execute(_PROGRESS_OF_ALL, {"reports": orjson.dumps(reports).decode()})
+        else:
+            connection.execute(_PROGRESS, [{"of": report["request_id"], **report} for report in reports])
 
 
 def close_lost(database: sa.Engine, replica: str) -> int:
@@ -59,9 +76,33 @@ def close_lost(database: sa.Engine, replica: str) -> int:
     return _close(database, _USAGE.replica == replica)
 
 
-def close_unreported(database: sa.Engine, *, before_ms: int) -> int:
-    """Close the open records that no process has reported on since then; return their number."""
-    return _close(database, _USAGE.reported_at < before_ms)
+def close_unreported(database: sa.Engine, *, after_s: float) -> int:
+    """Close the open records that no process has reported on for `after_s`; return their number.
+
+    A process reports for all its records at once. One of the version before reports for each record.
+    """
+    after_ms = round(1000 * after_s)
+    living = sa.select(_REPLICAS.replica).where(_REPLICAS.reported_at >= _NOW_MS[database.dialect.name] - after_ms)
+    return _close(database, (_USAGE.reported_at < now_ms() - after_ms) & _USAGE.replica.not_in(living))
+
+
+def report_living(database: sa.Engine, replica: str) -> None:
+    """Note that a process lives, by the database's clock: processes' clocks may differ by more than the patience."""
+    values = {"replica": replica, "reported_at": _NOW_MS[database.dialect.name]}
+    insert: Any = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}[database.dialect.name](ledger_replicas)
+    with database.begin() as connection:
+        connection.execute(
+            insert.values(values).on_conflict_do_update(
+                index_elements=["replica"], set_={"reported_at": insert.excluded.reported_at}
+            )
+        )
+
+
+def forget_dead(database: sa.Engine, *, after_s: float) -> None:
+    """Delete the reports of processes that have not reported for `after_s`."""
+    now = _NOW_MS[database.dialect.name]
+    with database.begin() as connection:
+        connection.execute(ledger_replicas.delete().where(_REPLICAS.reported_at < now - round(1000 * after_s)))
 
 
 def spent(database: sa.Engine, caller: Caller, at_ms: int, currency: str) -> Spent:
@@ -108,8 +149,22 @@ def _close(database: sa.Engine, which: sa.ColumnElement[bool]) -> int:
         return connection.execute(statement).rowcount
 
 
+def _make_sums(database: sa.Engine, rows: list[dict[str, Any]]) -> None:
+    """Make the rows of sums that these records need and that do not exist, in a transaction before theirs.
+
+    Only rows that exist can be locked in one order for all writers.
+    """
+    if not rows or database.dialect.name != "postgresql":
+        return
+    groups = {(row["opened_at"] // _DAY_MS, *(row[name] for name in NAMES[1:])) for row in rows}
+    parameters = {"groups": orjson.dumps([dict(zip(NAMES, group, strict=True)) for group in groups]).decode()}
+    with database.begin() as connection:
+        if connection.execute(_COUNT_SUMS, parameters).scalar_one() < len(groups):
+            connection.execute(_MAKE_SUMS, parameters)
+
+
 def _write_records(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
-    """Insert or update rows, in the order of their ids: so two writers cannot wait for each other."""
+    """Insert or update rows."""
     if connection.dialect.name == "postgresql":
         # One statement, so that the sums are changed once; their rows are locked before, in one order for all writers.
         parameters = {"rows": orjson.dumps(rows).decode()}
@@ -138,8 +193,21 @@ _UPSERT = sa.text(
     f"OR (usage_records.ending = '{Outcome.LOST.value}' AND excluded.ending IS NOT NULL)"
 )
 
+_SUMS = ", ".join(column.name for column in usage_days.c if column.name not in NAMES)
+_GROUPS = "json_populate_recordset(NULL::usage_days, CAST(:groups AS json))"
+
+_COUNT_SUMS = sa.text(
+    f"SELECT count(*) FROM usage_days JOIN {_GROUPS} AS needed USING ({', '.join(NAMES)})"  # noqa: S608
+)
+
+_MAKE_SUMS = sa.text(
+    f"INSERT INTO usage_days ({', '.join(NAMES)}, {_SUMS}) "  # noqa: S608
+    f"SELECT {', '.join(NAMES)}{', 0' * (len(usage_days.c) - len(NAMES))} FROM {_GROUPS} ORDER BY {', '.join(NAMES)} "
+    "ON CONFLICT DO NOTHING"
+)
+
 _LOCK_SUMS = sa.text(
-    f"SELECT 1 FROM usage_days JOIN (SELECT DISTINCT opened_at / 86400000 AS day, {', '.join(NAMES[1:])} "  # noqa: S608
+    f"SELECT 1 FROM usage_days JOIN (SELECT DISTINCT opened_at / {_DAY_MS} AS day, {', '.join(NAMES[1:])} "  # noqa: S608
     f"FROM {_ROWS}) AS written USING ({', '.join(NAMES)}) ORDER BY {', '.join(NAMES)} FOR UPDATE OF usage_days"
 )
 
@@ -149,6 +217,13 @@ _PROGRESS = (
     .where(_USAGE.request_id == sa.bindparam("of"), _USAGE.ending.is_(None))
     .values({name: sa.bindparam(name) for name in (*PROGRESS[1:], "reported_at")})
 )
+
+_PROGRESS_OF_ALL = sa.text(
+    f"UPDATE usage_records SET {', '.join(f'{name} = report.{name}' for name in (*PROGRESS[1:], 'reported_at'))} "  # noqa: S608
+    "FROM json_populate_recordset(NULL::usage_records, CAST(:reports AS json)) AS report "
+    "WHERE usage_records.request_id = report.request_id AND usage_records.ending IS NULL"
+)
+"""One statement, so that the sums are changed once, in one order."""
 
 
 def _columns(entry: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Triggers that number the changes of plans, tenants, keys and prices, so that processes read only changed rows.
 
 Used by the migration 0002 and by `schema.py`. These statements are never edited: a change of them is a migration with
-statements of its own.
+other statements.
 
 Each statement that changes one of the tables raises `store_state.revision`, and each row that it inserts or updates
 gets the new number in its column `revision`. The row of `store_state` stays locked until the transaction ends, so
-transactions with changes are committed in the order of their numbers, whoever makes them: this version, the version
-before, or an operator by SQL. No clock is involved.
+transactions with changes are committed in the order of their numbers, also those of the version before, and of an
+operator by SQL. No clock is involved.
 
 A row that is deleted, or that gets another id, leaves nothing to be found by its number: `store_state.reread_revision`
 is the number of the last such change, and a process that has not read since then reads all rows.

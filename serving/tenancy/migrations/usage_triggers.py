@@ -1,13 +1,13 @@
 """Triggers that keep `usage_days`, the sums of `usage_records` by day, key and price.
 
 Used by the migration 0003 and by `schema.py`. These statements are never edited: a change of them is a migration with
-statements of its own.
+other statements.
 
 A statement that inserts, updates or deletes records adds the difference to the sums, in the same transaction. So the
 sums equal the rows whatever is written, how often, by which version, and wherever a process is killed: a record that
 is written twice changes nothing the second time. `FILL` computes the same sums from all rows.
 
-An amount is kept as whole units and nano-units beyond them, each summed for itself: neither can overflow 64 bits, even
+An amount is kept as whole units and nano-units beyond them, each summed separately: neither can overflow 64 bits, even
 where the sum in nano-units would.
 """
 
