@@ -1,4 +1,4 @@
-"""`captioner tenants|keys|plans|prices|batches|usage|invoice|audit …` and `captioner admin`: administration."""
+"""`captioner tenants|keys|plans|prices|batches|usage|invoice|sums|audit …` and `captioner admin`: administration."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ USAGE = """usage: captioner caption FILE|DIR|URL …               describe audi
        captioner leave --instance NAME --within-s SECONDS
                                                       take this node out of its Ray cluster, losing no request
        captioner admin [settings …]                   the administration's HTTP API alone, for a cluster
-       captioner tenants|keys|plans|prices|batches|usage|invoice|audit …
+       captioner tenants|keys|plans|prices|batches|usage|invoice|sums|audit …
                                                       administration; --help lists the verbs
        captioner settings [--toml]                    list every setting, or print an example file of them
        captioner completion bash|zsh|fish             print a script that completes commands and options in a shell
@@ -38,7 +38,7 @@ _COMMANDS = {
     "settings": ("serving.cli.settings_help", "main"),
     "completion": ("serving.cli.completion", "main"),
     **dict.fromkeys(
-        ("tenants", "keys", "plans", "prices", "batches", "usage", "invoice", "audit"),
+        ("tenants", "keys", "plans", "prices", "batches", "usage", "invoice", "sums", "audit"),
         ("serving.cli.administration", "main"),
     ),
 }

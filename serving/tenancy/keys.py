@@ -1,5 +1,7 @@
 """Authentication: keys are checked against a snapshot of the database in memory, which a background task refreshes.
 
+After a change only the rows that have changed are read (access_rows.py).
+
 A look-up is one HMAC and one dictionary access under its result: a wrong key takes as long as a valid one, and the time
 does not depend on how much of it was right. While the database is away the last snapshot stays in use.
 """
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from serving.errors import AccessDenied, Arrearage, InvalidApiKey, MissingApiKey, NotReady
-from serving.tenancy import plans, schema
+from serving.tenancy import access_rows, plans, schema
+from serving.tenancy.access_rows import AccessRows
 from serving.tenancy.billing import prices
 from serving.tenancy.billing.prices import Price, PriceList
 from serving.tenancy.database import UnusableDatabase
@@ -35,7 +38,6 @@ STATIC_TENANT, DEVELOPMENT_TENANT, ANONYMOUS = "default", "development", "anonym
 
 _UNLIMITED = {"weight": 1.0, "priority": 0, "tenant_limits": {}, "key_limits": {}, "free_tokens": 0, "free_days": 0}
 _UNLIMITED |= {"batch_price_percent": 100}
-_STATE = schema.store_state.c
 _KEYS = schema.keys.c
 
 
@@ -49,7 +51,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
-    revision: int = -1
+    rows: AccessRows = field(default_factory=AccessRows)
     keys: Mapping[str, _Entry] = field(default_factory=dict)
     """Entries by the digest of the key."""
     by_id: Mapping[str, _Entry] = field(default_factory=dict)
@@ -76,6 +78,8 @@ class Keyring:
         """Number of refreshes in which the database did not answer."""
         self.failing = False
         """True if the last refresh failed."""
+        self.rows_read = 0
+        """Number of rows of plans, tenants, keys and prices that this process has read."""
         self.waiting_for: str | None = None
         """Resource that the start of keys, limits and ledger waits for; callers are refused until then."""
 
@@ -152,16 +156,24 @@ class Keyring:
         return self._snapshot.prices.at(region, at_ms)
 
     def refresh(self) -> None:
-        """Read the tables if they have changed. Blocking."""
-        with self._database.begin() as connection:
-            state = connection.execute(sa.select(_STATE.revision, _STATE.pepper_check)).one()
-            if state.pepper_check not in {None, self._pepper.check}:
-                raise UnusableDatabase(
-                    "key_pepper is not the one under which the keys in this database were hashed: give all processes "
-                    "that share a database the same one, as the setting or as the file `pepper` in their data_dir"
-                )
-            if state.revision != self._snapshot.revision:
-                self._snapshot = self._read(connection, state.revision)
+        """Read the rows that have changed. Blocking."""
+        with self._database.connect() as connection:
+            if connection.dialect.name == "postgresql":  # SQLite's transactions see one state anyway
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")  # noqa: PLW2901
+            with connection.begin():
+                state = access_rows.read_state(connection)
+                if state.pepper_check not in {None, self._pepper.check}:
+                    raise UnusableDatabase(
+                        "key_pepper is not the one under which the keys in this database were hashed: give all "
+                        "processes that share a database the same one, as the setting or as the file `pepper` in "
+                        "their data_dir"
+                    )
+                # A database that was away may have been restored, or replaced by a standby without the last changes.
+                known = AccessRows() if self.failing else self._snapshot.rows
+                if state.revision != known.revision:
+                    changes = access_rows.read(connection, state, known)
+                    self.rows_read += changes.rows_read
+                    self._snapshot = self._after(changes)
         self._checked_s = time.monotonic()
 
     async def _refresh_forever(self) -> None:
@@ -169,7 +181,7 @@ class Keyring:
             await asyncio.sleep(self._refresh_s)
             try:
                 await asyncio.to_thread(self.refresh)
-            except (sa.exc.SQLAlchemyError, UnusableDatabase) as error:
+            except Exception as error:  # noqa: BLE001 - of any kind, such as a state by SQL that is none: it must go on
                 self.failures += 1
                 if not self.failing:
                     log.warning(
@@ -180,24 +192,25 @@ class Keyring:
             else:
                 self.failing = False
 
-    def _read(self, connection: sa.Connection, revision: int) -> _Snapshot:
-        plan_of = {row["name"]: row for row in connection.execute(sa.select(schema.plans)).mappings()}
-        tenant_of = {row["id"]: row for row in connection.execute(sa.select(schema.tenants)).mappings()}
-        alive = sa.select(schema.keys).where(
-            _KEYS.revoked_at.is_(None), _KEYS.expires_at.is_(None) | (_KEYS.expires_at > int(time.time() * 1000))
-        )
+    def _after(self, changes: access_rows.Changes) -> _Snapshot:
+        """Return the snapshot after these changes; entries that they do not affect are those of the last one."""
+        rows, last = changes.rows, self._snapshot
         found: dict[str, _Entry] = {}
+        if not changes.everything:
+            gone = {last.rows.keys[name]["digest"] for name in changes.keys & last.rows.keys.keys()}
+            found = {digest: entry for digest, entry in last.keys.items() if digest not in gone}
         for key, tenant_id in self._static.items():
             digest = self._pepper.digest(key)
             row: Mapping[Any, Any] = {"id": f"{tenant_id}-{digest[:8]}", "limits": {}, "expires_at": None}
             # A tenant of this name in the database can limit or suspend these keys.
-            tenant = tenant_of.get(tenant_id) or self._default_tenant(tenant_id)
-            found[digest] = _entry(plan_of.get(tenant["plan"], _UNLIMITED), tenant, row)
-        for row in connection.execute(alive).mappings():
-            tenant = tenant_of[row["tenant_id"]]
-            found[row["digest"]] = _entry(plan_of[tenant["plan"]], tenant, row)
+            tenant = rows.tenants.get(tenant_id) or self._default_tenant(tenant_id)
+            found[digest] = _entry(rows.plans.get(tenant["plan"], _UNLIMITED), tenant, row)
+        for name in changes.keys & rows.keys.keys():
+            row = rows.keys[name]
+            tenant = rows.tenants[row["tenant_id"]]
+            found[row["digest"]] = _entry(rows.plans[tenant["plan"]], tenant, row)
         by_id = {entry.caller.key_id: entry for entry in found.values()}
-        return _Snapshot(revision, found, by_id, prices.read(connection))
+        return _Snapshot(rows, found, by_id, prices.price_list(rows.prices.values()))
 
     def _default_tenant(self, tenant_id: str) -> Mapping[Any, Any]:
         """Return the row of a tenant that is not in the database."""

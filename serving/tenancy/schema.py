@@ -6,7 +6,11 @@ are exact in SQL too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
+
+from serving.tenancy.migrations import access_triggers, usage_triggers
 
 metadata = sa.MetaData(
     naming_convention={
@@ -20,15 +24,22 @@ metadata = sa.MetaData(
 _ID = sa.String(64)
 _NAME = sa.String(128)
 
+
+def _revision() -> sa.Column[int]:
+    """Return the column for the number of a row's last change, which a trigger sets."""
+    return sa.Column("revision", sa.BigInteger, nullable=False, server_default="0")
+
+
 store_state = sa.Table(
     "store_state",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("revision", sa.BigInteger, nullable=False),
     sa.Column("pepper_check", sa.String(64)),
+    sa.Column("reread_revision", sa.BigInteger, nullable=False, server_default="0"),
 )
-"""One row. Each change of plans, tenants, keys and prices begins by raising `revision`: so changes wait for each other,
-and replicas notice them. `pepper_check` shows whether a process has the pepper under which keys were hashed."""
+"""One row. Triggers raise `revision` with each change of plans, tenants, keys and prices, and `reread_revision` when a
+row is deleted. `pepper_check` shows whether a process has the pepper under which keys were hashed."""
 
 plans = sa.Table(
     "plans",
@@ -41,6 +52,7 @@ plans = sa.Table(
     sa.Column("free_tokens", sa.BigInteger, nullable=False),
     sa.Column("free_days", sa.Integer, nullable=False),
     sa.Column("batch_price_percent", sa.Integer, nullable=False, server_default="100"),
+    _revision(),
 )
 """`batch_price_percent`: price of a token in a batch, in percent of the list price."""
 
@@ -59,6 +71,8 @@ tenants = sa.Table(
     sa.Column("log_content", sa.Boolean, nullable=False),
     sa.Column("created_at", sa.BigInteger, nullable=False),
     sa.Column("activated_at", sa.BigInteger, nullable=False),
+    _revision(),
+    sa.Index(None, "revision"),
 )
 """`limits`, `free_tokens`, `free_days`: overrides of the plan."""
 
@@ -75,6 +89,8 @@ keys = sa.Table(
     sa.Column("expires_at", sa.BigInteger),
     sa.Column("revoked_at", sa.BigInteger),
     sa.Column("replaced_by", _ID),
+    _revision(),
+    sa.Index(None, "revision"),
 )
 """`digest`: HMAC-SHA256 of the key under the pepper, in hexadecimal digits. `prefix`: the key's first characters."""
 
@@ -86,6 +102,7 @@ prices = sa.Table(
     sa.Column("currency", sa.String(3), nullable=False),
     sa.Column("input_nanos", sa.BigInteger, nullable=False),
     sa.Column("output_nanos", sa.BigInteger, nullable=False),
+    _revision(),
 )
 """Prices in nano-units per token."""
 
@@ -213,3 +230,50 @@ batch_lines = sa.Table(
 )
 """Lines of the input file of each unfinished batch: the bytes of a line in the file, and its result. `outcome` is null
 until the line has one: `completed`, or `failed`. Rows are removed once the output files are stored."""
+
+usage_days = sa.Table(
+    "usage_days",
+    metadata,
+    sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("tenant_id", _ID, primary_key=True),
+    sa.Column("key_id", _ID, primary_key=True),
+    sa.Column("region", sa.String(16), primary_key=True),
+    sa.Column("currency", sa.String(3), primary_key=True),
+    sa.Column("input_price", sa.String(32), primary_key=True),
+    sa.Column("output_price", sa.String(32), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("open_requests", sa.BigInteger, nullable=False),
+    sa.Column("billed_requests", sa.BigInteger, nullable=False),
+    sa.Column("audio_ms", sa.BigInteger, nullable=False),
+    sa.Column("input_tokens", sa.BigInteger, nullable=False),
+    sa.Column("output_tokens", sa.BigInteger, nullable=False),
+    sa.Column("free_tokens", sa.BigInteger, nullable=False),
+    sa.Column("amount_units", sa.BigInteger, nullable=False),
+    sa.Column("amount_nanos", sa.BigInteger, nullable=False),
+    sa.Index(None, "tenant_id", "day"),
+    sa.Index(None, "key_id", "day"),
+)
+"""Sums of `usage_records`, which triggers keep equal to the rows. `day`: days since the epoch, UTC, of the admission.
+Tokens and amounts are those billed; requests and audio are those of all records. An amount is `amount_units` whole
+units of the currency and `amount_nanos` nano-units, which may be more than a unit."""
+
+ledger_replicas = sa.Table(
+    "ledger_replicas",
+    metadata,
+    sa.Column("replica", _NAME, primary_key=True),
+    sa.Column("reported_at", sa.BigInteger, nullable=False),
+)
+"""Processes with open records, and when each was last known to live, by the database's clock."""
+
+
+def values(table: sa.Table) -> list[sa.Column[Any]]:
+    """Return the columns of a table without the number of the last change, which no answer has."""
+    return [column for column in table.c if column.name != "revision"]
+
+
+@sa.event.listens_for(metadata, "after_create")
+def _create_triggers(_: Any, connection: sa.Connection, **__: Any) -> None:
+    """Make the triggers where tables are made without migrations."""
+    dialect = connection.dialect.name
+    for statement in (*access_triggers.statements(dialect), *usage_triggers.statements(dialect)):
+        connection.exec_driver_sql(statement)

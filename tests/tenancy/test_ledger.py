@@ -86,7 +86,7 @@ def kill(ledger: Ledger) -> None:
 
 
 async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_path: Path) -> None:
-    """Opening, progress and end of each record reach the database soon; nothing is left on the disk."""
+    """Opening and end of each record reach the database soon, its progress does not; nothing is left on the disk."""
     ledger = ledger_in(tmp_path, database)
     await ledger.start()
     records = [usage(f"r{number}", ledger.replica) for number in range(50)]
@@ -96,7 +96,9 @@ async def test_each_record_reaches_the_database_once(database: sa.Engine, tmp_pa
     await until(lambda: len(rows(database)) == 50)
     assert {row.ending for row in rows(database).values()} == {None}
     records[7].output_tokens = 11
-    await until(lambda: rows(database)["r7"].output_tokens == 11)
+    reported = ledger._journal.appended
+    await until(lambda: ledger._journal.appended > reported and not ledger.pending)
+    assert rows(database)["r7"].output_tokens == 0
     for record in records:
         record.output_tokens, record.billed, record.amount_nanos = 20, True, 2**60
         ledger.close(record, Outcome.FINISHED)
@@ -130,7 +132,8 @@ async def test_killed_process_is_replayed(database: sa.Engine, tmp_path: Path) -
     early, late, closed = (usage(name, dead.replica) for name in ("early", "late", "closed"))
     dead.open(early)
     early.output_tokens = 5
-    await until(lambda: rows(database).get("early") and rows(database)["early"].output_tokens == 5)
+    reported = dead._journal.appended + 1
+    await until(lambda: dead._journal.written > reported and rows(database).get("early"))
     dead._writer._write = lambda: None  # type: ignore[method-assign]
     await asyncio.sleep(0.1)  # a pass that is under way ends
     dead.open(late)
@@ -179,6 +182,7 @@ async def test_lost_machine_is_found_by_missing_reports(
     """Open records of a machine that is gone with its disk are closed; its own outcome replaces `lost` later."""
     monkeypatch.setattr(database_writer, "_SWEEP_EVERY_S", 0.1)
     monkeypatch.setattr(database_writer, "UNREPORTED_S", 2.0)
+    monkeypatch.setattr(database_writer, "_REPORT_LIVING_S", 0.1)
     monkeypatch.setattr(ledgers, "_ALIVE_TICKS", 1)
     gone = usage("gone", "elsewhere", reported_at=now_ms() - 60_000)
     usage_table.write(database, [gone.row()])

@@ -138,7 +138,7 @@ def test_shipped_prices_fill_regions_that_have_none() -> None:
         connection.execute(schema.prices.insert(), own)
         for _ in range(2):
             prices.seed(connection)
-        listed = prices.read(connection)
+        listed = prices.price_list(connection.execute(sa.select(schema.prices)).mappings())
         assert connection.scalar(sa.select(sa.func.count()).select_from(schema.prices)) == 2
     database.dispose()
     assert listed.at(Region.BEIJING, 10**15) == Price("USD", 7, 8)

@@ -1,7 +1,7 @@
 """Administration of tenants, keys, plans and prices in the database, for the command line and the HTTP API.
 
-Each change is one transaction, which raises the revision, changes rows and writes the audit log. Raising the revision
-makes changes wait for each other, and shows every replica within `key_refresh_s` that there is a change.
+Each change is one transaction, which locks `store_state`, changes rows and writes the audit log: changes wait for each
+other. Triggers raise the revision, which shows every replica within `key_refresh_s` that there is a change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from serving.tenancy.admin.validation import (
     tenant_changes,
 )
 from serving.tenancy.batch_table import cancellation
-from serving.tenancy.billing import prices
+from serving.tenancy.billing import prices, sums
 from serving.tenancy.key_hashing import PREFIX_CHARACTERS, make_key
 from serving.tenancy.ledger.usage_record import now_ms
 from serving.tenancy.plans import State
@@ -231,12 +231,14 @@ class Administration:
         if not _ID.fullmatch(name):
             raise InvalidChangeError("a plan's name has lower-case letters, digits and hyphens, 63 at most")
         with self._change("plans.set", name) as (connection, entry):
-            rows = connection.execute(sa.select(schema.plans).where(schema.plans.c.name == name)).mappings().all()
+            query = sa.select(*schema.values(schema.plans)).where(schema.plans.c.name == name)
+            rows = connection.execute(query).mappings().all()
             before: Mapping[Any, Any] = rows[0] if rows else _NEW_PLAN | {"name": name}
             values = plan_changes(changes, before)
             if rows:
                 entry.before = shown_plan(before)
-                connection.execute(schema.plans.update().where(schema.plans.c.name == name), {**before, **values})
+                if values:
+                    connection.execute(schema.plans.update().where(schema.plans.c.name == name), values)
             else:
                 connection.execute(schema.plans.insert(), {**before, **values})
             entry.after = shown_plan({**before, **values})
@@ -266,8 +268,10 @@ class Administration:
         table = schema.prices
         row = prices.row(Region(region), valid_from, price)
         with self._change("prices.set", region) as (connection, entry):
-            connection.execute(table.delete().where(table.c.region == region, table.c.valid_from == valid_from))
-            connection.execute(table.insert(), row)
+            # Not deleted: a deleted row would make every process read all rows.
+            same = table.update().where(table.c.region == region, table.c.valid_from == valid_from)
+            if not connection.execute(same, row).rowcount:
+                connection.execute(table.insert(), row)
             entry.after = shown_price(row)
         return entry.after
 
@@ -297,6 +301,18 @@ class Administration:
             entry.after = {"status": "cancelling"}
         return self.batch(batch_id)
 
+    # ---- sums
+
+    def check_sums(self) -> Shown:
+        """Compare the kept sums of usage with all records; return the numbers of sums and of different ones."""
+        return sums.check(self.database)
+
+    def rebuild_sums(self) -> Shown:
+        """Compute the kept sums of usage from all records; return their number and that of the corrected ones."""
+        with self._change("sums.rebuild", "usage") as (connection, entry):
+            entry.after = sums.rebuild(connection)
+        return entry.after
+
     # ---- audit log
 
     def audit(self, *, subject: str | None = None, limit: int = 100) -> list[Shown]:
@@ -311,7 +327,7 @@ class Administration:
     # ---- common
 
     def _all(self, table: sa.Table, order: Any, shown: Any) -> list[Shown]:
-        query = sa.select(table).order_by(*(order if isinstance(order, tuple) else (order,)))
+        query = sa.select(*schema.values(table)).order_by(*(order if isinstance(order, tuple) else (order,)))
         with self.database.connect() as connection:
             return [shown(row) for row in connection.execute(query).mappings()]
 
@@ -319,7 +335,7 @@ class Administration:
     def _change(self, action: str, subject: str) -> Iterator[tuple[sa.Connection, _AuditEntry]]:
         state, entry = schema.store_state, _AuditEntry()
         with self.database.begin() as connection:
-            connection.execute(state.update().values(revision=state.c.revision + 1))
+            connection.execute(state.update().values(revision=state.c.revision))  # locks the row
             yield connection, entry
             row = {"at": now_ms(), "actor": self.actor[:NAME_CHARACTERS], "action": action, "subject": subject}
             connection.execute(schema.audit_log.insert(), row | {"before": entry.before, "after": entry.after})
@@ -345,7 +361,7 @@ _NEW_PLAN = {
 
 
 def _one(connection: sa.Connection, table: sa.Table, column: Any, value: str) -> Mapping[Any, Any]:
-    row = connection.execute(sa.select(table).where(column == value)).mappings().first()
+    row = connection.execute(sa.select(*schema.values(table)).where(column == value)).mappings().first()
     if row is None:
         raise NotFoundError(
             f"there is no {table.name.removesuffix('es' if table is schema.batches else 's')} {value!r}"

@@ -157,6 +157,7 @@ GROUPS = {
     "plans": "limits, weight and priority that tenants have in common",
     "prices": "prices of 1,000 tokens",
     "batches": "batches of caption requests",
+    "sums": "kept sums of usage, from which budgets, reports and invoices are made",
 }
 """Words before a verb, and their help. Other verbs have a single word."""
 
@@ -306,6 +307,8 @@ VERBS = (
         ),
         (("GET", "/v1/tenants/{id}/invoice"),),
     ),
+    Verb("sums check", "compare the kept sums of usage with all records", Administration.check_sums),
+    Verb("sums rebuild", "compute the kept sums of usage from all records", Administration.rebuild_sums),
     Verb(
         "audit",
         "audit log of changes, the last change first",

@@ -75,9 +75,9 @@ class PriceList:
         return entries[max(0, index - 1)][1]
 
 
-def read(connection: sa.Connection) -> PriceList:
-    """Read the prices from the database."""
-    return PriceList(_entry(row) for row in connection.execute(sa.select(prices)).mappings())
+def price_list(rows: Iterable[Mapping[Any, Any]]) -> PriceList:
+    """Return the prices of rows of the database."""
+    return PriceList(_entry(row) for row in rows)
 
 
 @functools.cache

@@ -1,4 +1,7 @@
-"""Usage reports and invoices: sums of the ledger, exact to the token and the nano-unit."""
+"""Usage reports and invoices: sums of the ledger, exact to the token and the nano-unit.
+
+They are made from the sums by day that the database keeps (`usage_days`), not from the records.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from serving.tenancy.billing.prices import Price, money
-from serving.tenancy.schema import usage_records
+from serving.tenancy.billing.prices import NANOS, Price, money
+from serving.tenancy.ledger.usage_table import days
+from serving.tenancy.schema import usage_days
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_USAGE = usage_records.c
-_DAY_MS = 24 * 3600 * 1000
+_DAYS = usage_days.c
 
-GROUPS = {"day": _USAGE.opened_at // _DAY_MS, "tenant": _USAGE.tenant_id, "key": _USAGE.key_id}
+GROUPS = {"day": _DAYS.day, "tenant": _DAYS.tenant_id, "key": _DAYS.key_id}
 """Groups of a usage report. Days are UTC, and a request belongs to the day on which it was admitted."""
 
-
-def _of_billed(column: Any) -> Any:
-    return sa.func.coalesce(sa.func.sum(sa.case((_USAGE.billed, column), else_=0)), 0)
-
-
-_SUMS = {
-    "requests": sa.func.count(),
-    "billed_requests": _of_billed(1),
-    "open_requests": sa.func.coalesce(sa.func.sum(sa.case((_USAGE.ending.is_(None), 1), else_=0)), 0),
-    "audio_ms": sa.func.coalesce(sa.func.sum(_USAGE.audio_ms), 0),
-    "input_tokens": _of_billed(_USAGE.input_tokens),
-    "output_tokens": _of_billed(_USAGE.output_tokens),
-    "free_tokens": _of_billed(_USAGE.free_tokens),
-    "amount_nanos": _of_billed(_USAGE.amount_nanos),
-}
+_COUNTS = ("requests", "billed_requests", "open_requests", "audio_ms", "input_tokens", "output_tokens", "free_tokens")
+_SUMS = [
+    sa.func.coalesce(sa.func.sum(_DAYS[name]), 0).label(name) for name in (*_COUNTS, "amount_units", "amount_nanos")
+]
 """Tokens and amounts are those billed; requests and audio are those of all admitted requests."""
 
 
@@ -50,17 +42,17 @@ def usage(
     """Return the sums of the days from `since` to `until`, both included, by some of `GROUPS` and by currency."""
     groups = [GROUPS[name].label(name) for name in by]
     query = (
-        sa.select(*groups, _USAGE.currency, *(sums.label(name) for name, sums in _SUMS.items()))
-        .where(_USAGE.opened_at >= _ms(since), _USAGE.opened_at < _ms(until + dt.timedelta(days=1)))
-        .group_by(*groups, _USAGE.currency)
-        .order_by(*groups, _USAGE.currency)
+        sa.select(*groups, _DAYS.currency, *_SUMS)
+        .where(_DAYS.day >= days(since), _DAYS.day <= days(until), _DAYS.requests != 0)
+        .group_by(*groups, _DAYS.currency)
+        .order_by(*groups, _DAYS.currency)
     )
     if tenant is not None:
-        query = query.where(_USAGE.tenant_id == tenant)
+        query = query.where(_DAYS.tenant_id == tenant)
     if key is not None:
-        query = query.where(_USAGE.key_id == key)
+        query = query.where(_DAYS.key_id == key)
     with database.connect() as connection:
-        return [_usage_row(row) for row in connection.execute(query).mappings()]
+        return [_usage_row(_with_amount(row)) for row in connection.execute(query).mappings()]
 
 
 def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
@@ -71,15 +63,15 @@ def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
     """
     first = dt.date.fromisoformat(f"{month}-01")
     following = (first + dt.timedelta(days=32)).replace(day=1)
-    groups = (_USAGE.key_id, _USAGE.region, _USAGE.currency, _USAGE.input_price, _USAGE.output_price)
+    groups = (_DAYS.key_id, _DAYS.region, _DAYS.currency, _DAYS.input_price, _DAYS.output_price)
     query = (
-        sa.select(*groups, *(sums.label(name) for name, sums in _SUMS.items()))
-        .where(_USAGE.tenant_id == tenant, _USAGE.opened_at >= _ms(first), _USAGE.opened_at < _ms(following))
+        sa.select(*groups, *_SUMS)
+        .where(_DAYS.tenant_id == tenant, _DAYS.day >= days(first), _DAYS.day < days(following), _DAYS.requests != 0)
         .group_by(*groups)
         .order_by(*groups)
     )
     with database.connect() as connection:
-        rows = [{**row} for row in connection.execute(query).mappings()]
+        rows = [_with_amount(row) for row in connection.execute(query).mappings()]
     lines: list[dict[str, Any]] = []
     totals: dict[str, dict[str, int]] = {}
     still_open = 0
@@ -103,14 +95,21 @@ def invoice(database: sa.Engine, tenant: str, *, month: str) -> dict[str, Any]:
 _TOTALS = ("billed_requests", "input_tokens", "output_tokens", "free_tokens", "list_nanos", "amount_nanos")
 
 
+def _with_amount(row: Any) -> dict[str, Any]:
+    """Return a row with its amount in nano-units alone."""
+    values = {**row}
+    values["amount_nanos"] = int(values.pop("amount_units")) * NANOS + int(values["amount_nanos"])
+    return values
+
+
 def _list_nanos(row: dict[str, Any]) -> int:
     """Return the price of all tokens, at the row's prices per 1,000 tokens."""
     price = Price.of(row["currency"], Decimal(row["input_price"]), Decimal(row["output_price"]))
     return price.amount_nanos(int(row["input_tokens"]), int(row["output_tokens"]))
 
 
-def _usage_row(row: Any) -> dict[str, Any]:
-    usage = _formatted({**row})
+def _usage_row(row: dict[str, Any]) -> dict[str, Any]:
+    usage = _formatted(row)
     if "day" in usage:
         usage["day"] = (dt.date(1970, 1, 1) + dt.timedelta(days=int(usage["day"]))).isoformat()
     return usage
@@ -127,7 +126,3 @@ def _formatted(row: dict[str, Any]) -> dict[str, Any]:
         else:
             formatted[name] = value if isinstance(value, str) else int(value)
     return formatted
-
-
-def _ms(day: dt.date) -> int:
-    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp() * 1000)

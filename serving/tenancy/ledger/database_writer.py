@@ -14,7 +14,6 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 from serving.tenancy.database import address, failure
 from serving.tenancy.ledger import usage_table
 from serving.tenancy.ledger.journal import abandoned, size_bytes
-from serving.tenancy.ledger.usage_record import now_ms
 from serving.types import Outcome
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ log = logging.getLogger(__name__)
 _WRITE_EVERY_S = 0.5
 _SWEEP_EVERY_S = 10.0
 _MAX_RETRY_S = 5.0
+_REPORT_LIVING_S = 15.0
+_FORGET_DEAD_S = 24 * 3600.0
 
 UNREPORTED_S = 120.0
 """Age of an open record's last report, while the database was reachable, after which its machine is considered lost."""
@@ -49,6 +50,7 @@ class DatabaseWriter:
         self._unrecorded = unrecorded
         self._closed = closed
         self._reachable_since_s = self.caught_up_s = time.monotonic()
+        self._reported_living_s = 0.0
         self._failing_since_s: float | None = None
         self._written_before = 0
         self._stopping = threading.Event()
@@ -134,11 +136,23 @@ class DatabaseWriter:
             entries, nbytes = self._journal.reader.read()
             if not nbytes:
                 break
+            if any("progress" in entry for entry in entries):
+                self._report_living()
             self._apply(entries)
             self._journal.discard_written(len(entries), nbytes)
             if not self._journal.pending_bytes:
                 break
         self.caught_up_s = started_s
+
+    def _report_living(self) -> None:
+        """Report that this process lives, each 15 s while it has open records; their progress is in its journal.
+
+        During an outage each pass does: one that writes no record would else seem to end the outage.
+        """
+        started_s = time.monotonic()
+        if self._failing_since_s is not None or started_s - self._reported_living_s >= _REPORT_LIVING_S:
+            usage_table.report_living(self._database, self._journal.owner)
+            self._reported_living_s = started_s
 
     def _apply(self, entries: list[Any]) -> None:
         try:
@@ -170,6 +184,7 @@ class DatabaseWriter:
                     if not nbytes:
                         break
                     self._apply(entries)
+                    usage_table.write_progress(self._database, entries)
                     journal.reader.advance()
                 lost = usage_table.close_lost(self._database, journal.owner)
                 journal.remove()
@@ -181,7 +196,8 @@ class DatabaseWriter:
         self.others_bytes = size_bytes(self._parent, excluding=owner)
         # After an outage of the database other processes need time to report as well.
         if time.monotonic() - self._reachable_since_s > UNREPORTED_S:
-            lost = usage_table.close_unreported(self._database, before_ms=now_ms() - round(1000 * UNREPORTED_S))
+            lost = usage_table.close_unreported(self._database, after_s=UNREPORTED_S)
             self._closed[Outcome.LOST] += lost
             if lost:
                 log.warning("records of a lost machine closed", extra={"lost": lost})
+            usage_table.forget_dead(self._database, after_s=_FORGET_DEAD_S)

@@ -76,10 +76,10 @@ class JournalReader:
         self._offset = self._end
         self.damaged += self._torn
 
-    def remove_read_segments(self) -> None:
-        """Remove the segments before the one that is being read."""
+    def remove_read_segments(self, *, before: int | None = None) -> None:
+        """Remove the segments before the one that is being read, and before that number."""
         for number, path in _segments(self._directory).items():
-            if self._segment is not None and number < self._segment:
+            if self._segment is not None and number < (self._segment if before is None else min(self._segment, before)):
                 with suppress(OSError):  # a read-only disk: it is removed later
                     path.unlink()
 
@@ -117,6 +117,8 @@ class Journal:
         self.appended = self.written = 0
         """Number of entries appended, and of those written to the database."""
         self.appended_bytes = self.written_bytes = self.synced_bytes = 0
+        self.reported_segment: int | None = None
+        """Segments from this one on have the progress of all open records; those before may be removed."""
         self._committed = (0, 0)
         self._file = self._lock = -1
         self._spares: list[tuple[int, Path]] = []
@@ -136,6 +138,11 @@ class Journal:
         left = SEGMENT_BYTES - self._committed[1] if self._file >= 0 else 0
         # A line is in one segment: the end of each may stay unused.
         return max(0, left - self._longest_bytes) + len(self._spares) * max(0, SEGMENT_BYTES - self._longest_bytes)
+
+    @property
+    def segment(self) -> int:
+        """Number of the segment that entries are appended to."""
+        return self._committed[0]
 
     def open(self) -> Self:
         """Create the directory, lock it, allocate the first segment and a spare. Raises `OSError`; may be repeated."""
@@ -175,7 +182,7 @@ class Journal:
         self.written += entries
         self.written_bytes += nbytes
         self.reader.advance()
-        self.reader.remove_read_segments()
+        self.reader.remove_read_segments(before=self.reported_segment)
 
     def allocate_spare(self) -> None:
         """Allocate a spare segment if there is none. Raises `OSError`. For the thread that syncs."""

@@ -1,8 +1,8 @@
 """The ledger: each admitted request leaves exactly one record, however it ends.
 
     open ─► progress, each second ─► close          on the event loop: an append to the local journal, no more
-                    │ journal.py
-                    ▼
+      │                                │ journal.py
+      ▼                                ▼
     database_writer.py: batches into the database   twice a second, and when the database is back
                         the sweep                   journals and open records that no living process owns
 
@@ -177,6 +177,7 @@ class Ledger:
             self._start_error = error
             raise
         self._start_error = None
+        self._journal.reported_segment = self._journal.segment
         self._reporting = asyncio.create_task(self._report_forever())
 
     async def stop(self) -> None:
@@ -258,22 +259,27 @@ class Ledger:
             raise Overloaded(reason="budget") from None
 
     async def _report_forever(self) -> None:
-        """Journal changes of open records each second; every 15 s all open records, to show that they are alive."""
+        """Journal changes of open records each second.
+
+        All open records each 15 s, to show that they are alive, and after a new segment was begun: only then the
+        segments before may be removed, so that the journal always has the last report of each open record.
+        """
         reported: dict[str, list[Any]] = {}
         for tick in itertools.count(1):
             await asyncio.sleep(_PROGRESS_EVERY_S)
             for record, request, _ in self._open.values():
                 if request is not None:
                     record.follow(request)
+            segment = self._journal.segment
+            complete = tick % _ALIVE_TICKS == 0 or segment != self._journal.reported_segment
             running = {request_id: record.progress() for request_id, (record, *_) in self._open.items()}
             reports = [
-                progress
-                for request_id, progress in running.items()
-                if tick % _ALIVE_TICKS == 0 or reported.get(request_id) != progress
+                progress for request_id, progress in running.items() if complete or reported.get(request_id) != progress
             ]
             reported = running
             for first in range(0, len(reports), _RECORDS_PER_ENTRY):
                 self._report(reports[first : first + _RECORDS_PER_ENTRY])
+            self._journal.reported_segment = segment  # also if that failed: a full disk needs the space
             self._follow_fault()
 
     def _report(self, reports: list[Any]) -> None:
