@@ -87,6 +87,7 @@ def create_app(
         uploads=uploads,
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
+        accounts=tenancy.accounts,
         metrics=metrics,
         bodies=SharedCapacity(settings.max_body_memory_bytes, reason="bodies"),
         connections=connections or Connections(settings),

@@ -10,6 +10,7 @@ import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api import account_endpoints
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
 from serving.api.forwarding import Origins
@@ -57,6 +58,7 @@ def routes(components: Components) -> list[Route]:
             for prefix in ("/compatible-mode/v1", "/v1")
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
+        *account_endpoints.routes(components),
         Route("/api/v1/models", endpoints.page_models),
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),
