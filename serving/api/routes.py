@@ -10,7 +10,7 @@ import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
-from serving.api import account_endpoints
+from serving.api import account_endpoints, page_endpoint
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
 from serving.api.forwarding import Origins
@@ -48,6 +48,7 @@ def routes(components: Components) -> list[Route]:
     native = CaptionEndpoint.of(components, components.dashscope)
     compatible = CaptionEndpoint.of(components, components.openai)
     return [
+        *(page_endpoint.routes() if components.settings.page else ()),
         Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),
         # The manual's last curl names this path (PROTOCOL 14, no. 6).
         Route("/api/v1/services/aigc/text-generation/generation", native, methods=["POST"]),
