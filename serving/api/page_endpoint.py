@@ -1,7 +1,8 @@
-"""The page at `/`, where people try the service: static files of `page/`, which call the public API and nothing else.
+"""The pages at `/`: static files of `page/`, where people try the service, and of `admin_page/`, for administrators.
 
-The files are read once and served from memory, under a policy that runs no script but theirs and reaches no other host.
-They have no secret and need no key; the person's key goes from the page to the API alone.
+Each page calls the API of its port and nothing else. The files are read once and served from memory, under a policy
+that runs no script but theirs and reaches no other host. They have no secret and need no key; the person's key or token
+goes from the page to the API alone.
 """
 
 from __future__ import annotations
@@ -47,9 +48,22 @@ class _File(NamedTuple):
     media_type: str
 
 
+_SHARED = ("charts.js", "dom.js", "i18n.js", "icon.svg", "money.js", "style.css", "theme.js")
+"""Files of the page that the administrators' page uses, too; its own texts have the names that these import."""
+
+
 def routes() -> list[Route]:
     """Return the routes of the page; its links are relative, so that it works behind a path prefix, too."""
-    found = _files()
+    return _routes(_files("page"))
+
+
+def admin_routes() -> list[Route]:
+    """Return the routes of the administrators' page, for the administration's port."""
+    of_page = _files("page")
+    return _routes({name: of_page[name] for name in _SHARED} | _files("admin_page"))
+
+
+def _routes(found: Mapping[str, _File]) -> list[Route]:
 
     async def index(request: Request) -> Response:
         return _answer(request, found["index.html"])
@@ -63,9 +77,14 @@ def routes() -> list[Route]:
     return [Route("/", index), Route("/page/{name}", file)]
 
 
-def _files() -> Mapping[str, _File]:
+def admin_paths() -> frozenset[str]:
+    """Return the paths of the administrators' page, which need no token."""
+    return frozenset({"/", *(f"/page/{name}" for name in (*_SHARED, *_files("admin_page")))})
+
+
+def _files(directory: str) -> dict[str, _File]:
     found = {}
-    for entry in (files("serving.api") / "page").iterdir():
+    for entry in (files("serving.api") / directory).iterdir():
         media_type = _TYPES.get(entry.name[entry.name.rfind(".") :])
         if media_type is not None:
             body = entry.read_bytes()

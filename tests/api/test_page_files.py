@@ -5,19 +5,22 @@ from __future__ import annotations
 import re
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
+from serving.api import page_endpoint
+from serving.api.admin import create_admin_app
 from serving.api.app import create_app
 from serving.config import Settings
+from serving.tenancy.database import connect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-PAGE = files("serving.api") / "page"
+PAGE, ADMIN_PAGE = files("serving.api") / "page", files("serving.api") / "admin_page"
 NAMES = sorted(entry.name for entry in PAGE.iterdir() if not entry.name.startswith("__") and entry.name != "README.md")
 
 
@@ -79,6 +82,26 @@ async def test_nothing_else_is_served(tmp_path: Path, path: str) -> None:
         assert (await page.get(path)).status_code == 404
 
 
+async def test_the_administrators_page_needs_no_token_and_its_api_does(tmp_path: Path) -> None:
+    """Its files are answered under the same policy, all else on that port is 401; switched off, all of it is."""
+    database = connect(f"sqlite:///{tmp_path / 'captioner.db'}")
+    names = ["admin.js", "admin.css", "admin_api.js", "confirm.js", "usage.js", "texts.en.js", "texts.zh.js", "dom.js"]
+    paths = ["/", *[f"/page/{name}" for name in names]]
+    for shown in (True, False):
+        settings = Settings(data_dir=tmp_path, admin_token="a-token-of-16-or-more", page=shown)  # noqa: S106
+        transport = httpx.ASGITransport(create_admin_app(settings, database))
+        async with httpx.AsyncClient(transport=transport, base_url="http://admin") as page:
+            answers = [await page.get(path) for path in paths]
+            assert {answer.status_code for answer in answers} == {200 if shown else 401}
+            if shown:
+                assert "captioner administration" in answers[0].text
+                assert all("frame-ancestors 'none'" in answer.headers["content-security-policy"] for answer in answers)
+                assert "suspendTitle" in answers[6].text
+            for path in ("/v1/tenants", "/page/app.js", "/page/", "/none"):
+                assert (await page.get(path)).status_code == 401
+    database.dispose()
+
+
 async def test_the_page_is_switched_off(tmp_path: Path) -> None:
     """Without the page its paths are unknown, as they were before it."""
     async with client(tmp_path, page=False) as page:
@@ -87,35 +110,41 @@ async def test_the_page_is_switched_off(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["code"]) == (404, "NotFound")
 
 
-def test_links_are_relative_and_exist() -> None:
-    """The page works behind any path prefix: it links and imports its files by relative names only."""
-    html = (PAGE / "index.html").read_text()
-    linked = re.findall(r'(?:href|src)="([^"#]+)"', html)
-    assert {*linked} == {"page/icon.svg", "page/style.css", "page/app.js"}
-    for name in NAMES:
-        text = (PAGE / name).read_text()
+def _names(directory: Any) -> set[str]:
+    return {entry.name for entry in directory.iterdir() if entry.name != "README.md"}
+
+
+@pytest.mark.parametrize("directory", [PAGE, ADMIN_PAGE], ids=["page", "admin_page"])
+def test_links_are_relative_and_exist(directory: Any) -> None:
+    """The pages work behind any path prefix: they link and import their files by relative names only."""
+    known = _names(directory) | (set() if directory is PAGE else set(page_endpoint._SHARED))
+    html = (directory / "index.html").read_text()
+    assert {name.removeprefix("page/") for name in re.findall(r'(?:href|src)="([^"#]+)"', html)} <= known
+    assert not re.search(r"<style|<script>| style=| on[a-z]+=", html)
+    for name in _names(directory):
+        text = (directory / name).read_text()
         if name.endswith(".js"):
-            imported = re.findall(r'from "\./([^"]+)"', text)
-            assert {*imported} <= {*NAMES}
+            assert set(re.findall(r'from "\./([^"]+)"', text)) <= known
         assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), name
         assert "innerHTML" not in text
         assert len(text.splitlines()) < 400
 
 
-def test_both_languages_have_every_text() -> None:
-    """English and Chinese have the same keys and placeholders, and every key that the page names is among them."""
+@pytest.mark.parametrize(("directory", "least"), [(PAGE, 80), (ADMIN_PAGE, 60)], ids=["page", "admin_page"])
+def test_both_languages_have_every_text(directory: Any, least: int) -> None:
+    """English and Chinese have the same keys and placeholders, and every key that a page names is among them."""
     texts = {
         language: dict(
-            re.findall(r'^  "?([\w.]+)"?: "(.*)",$', (PAGE / f"texts.{language}.js").read_text(), re.MULTILINE)
+            re.findall(r'^  "?([\w.]+)"?: "(.*)",$', (directory / f"texts.{language}.js").read_text(), re.MULTILINE)
         )
         for language in ("en", "zh")
     }
-    assert len(texts["en"]) > 80
+    assert len(texts["en"]) > least
     assert texts["en"].keys() == texts["zh"].keys()
     for key, text in texts["en"].items():
         assert set(re.findall(r"\{\w+\}", text)) == set(re.findall(r"\{\w+\}", texts["zh"][key])), key
-    named = set(re.findall(r'data-i18n(?:-label)?="([^"]+)"', (PAGE / "index.html").read_text()))
-    for name in NAMES:
+    named = set(re.findall(r'data-i18n(?:-label)?="([^"]+)"', (directory / "index.html").read_text()))
+    for name in _names(directory):
         if name.endswith(".js"):
-            named |= set(re.findall(r'(?<![.\w])(?:t|add)\("([^"]+)"', (PAGE / name).read_text()))
+            named |= set(re.findall(r'(?<![.\w])(?:t|add)\("([^"]+)"', (directory / name).read_text()))
     assert named <= texts["en"].keys()

@@ -1,4 +1,4 @@
-// Runs scenarios of the page in real Chromium: reads `{"scenario", "url", "key", "clip", "out"}` a line, writes the result.
+// Runs scenarios of the page in real Chromium: reads a job as JSON from each line, writes the result.
 //
 //     node browser.mjs MODULES CHROMIUM
 //
@@ -7,7 +7,8 @@
 import { mkdirSync } from "node:fs";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
-import { SCENARIOS } from "./scenarios.mjs";
+import { SCENARIOS as ADMINISTRATION } from "./admin_scenarios.mjs";
+import { SCENARIOS as PAGE } from "./scenarios.mjs";
 
 const [, , modules, executablePath] = process.argv;
 const require = createRequire(`${modules}/`);
@@ -24,8 +25,8 @@ const browser = await chromium.launch({
 
 const DESKTOP = { viewport: { width: 1280, height: 900 } };
 
-async function run({ scenario, url, key, clip, out }) {
-  const { options = {}, steps } = SCENARIOS[scenario];
+async function run({ scenario, url, admin, token, key, clip, out }) {
+  const { options = {}, steps } = { ...PAGE, ...ADMINISTRATION }[scenario];
   const problems = [];
   const context = await browser.newContext({ ...DESKTOP, locale: "en-GB", colorScheme: "light", ...options });
   await context.exposeBinding("violated", (_, text) => { problems.push(`CSP: ${text}`); });
@@ -42,7 +43,7 @@ async function run({ scenario, url, key, clip, out }) {
     if (["error", "warning"].includes(message.type()) && !refused) problems.push(`console: ${message.text()}`);
   });
   page.on("request", (request) => {
-    if (!request.url().startsWith(url) && !request.url().startsWith("blob:")) problems.push(`request: ${request.url()}`);
+    if (![url, admin].some((own) => request.url().startsWith(own)) && !request.url().startsWith("blob:")) problems.push(`request: ${request.url()}`);
   });
   const shot = async (name) => {
     if (!out) return;
@@ -62,7 +63,7 @@ async function run({ scenario, url, key, clip, out }) {
     if (wide > 0) problems.push(`overflow: ${wide} px`);
   };
   try {
-    const value = await steps({ page, context, url, key, clip, shot, accessible, fits });
+    const value = await steps({ page, context, url, admin, token, key, clip, shot, accessible, fits });
     return { problems, value: value ?? null };
   } catch (error) {
     await shot("failed").catch(() => {});

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ from tests.support.wire import wav
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+TOKEN = "an-administrators-token"  # noqa: S105
+
 SHOTS = "PAGE_SHOTS"
 """Environment variable with a directory for pictures of the page; unset: none are made."""
 
@@ -31,7 +34,10 @@ class Browser:
     """A running Chromium, and the service that its pages call. A context."""
 
     def __init__(self, service: RunningService, key: str, clip: Path, shots: str | None) -> None:
-        self._job = {"url": f"{service.url}/", "key": key, "clip": str(clip), "out": shots}
+        found = re.search(r"administration on (http://[^\s\"]+)", service.log())
+        assert found
+        addresses = {"url": f"{service.url}/", "admin": f"{found[1]}/"}
+        self._job = {**addresses, "token": TOKEN, "key": key, "clip": str(clip), "out": shots}
         home = node_environment("playwright-core-1.65.1")
         script = Path(__file__).with_name("browser.mjs")
         self._command = ["node", str(script), str(home), program("chromium")]
@@ -68,8 +74,9 @@ class Browser:
 @pytest.fixture(scope="package")
 def page_service() -> Iterator[tuple[RunningService, str]]:
     """A service with a fake engine that writes slowly enough to be seen, and the key of a tenant with limits."""
-    flags = ("--engine=fake", "--audio-workers=1", "--fake-ttft-s=0.2", "--fake-tpot-s=0.03", "--auth")
-    with RunningService(*flags, "--stream-flush-interval-s=0.02") as service:
+    speed = ("--fake-ttft-s=0.2", "--fake-tpot-s=0.03", "--stream-flush-interval-s=0.02")
+    administration = ("--admin-port=0", f"--admin-token={TOKEN}", "--auth")
+    with RunningService("--engine=fake", "--audio-workers=1", *speed, *administration) as service:
         database = connect(f"sqlite:///{service.data / 'captioner.db'}")
         admin = Administration(database, Pepper((service.data / "pepper").read_bytes().strip()), "test")
         limits = {"requests_per_minute": 10_000, "tokens_per_month": 50_000, "money_per_day": "2.5"}

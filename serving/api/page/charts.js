@@ -45,9 +45,10 @@ export function meter(name, note, share) {
   );
 }
 
-export function table(heads, rows) {
+// `figures`: the columns with numbers, which stand at the right; by default all but the first.
+export function table(heads, rows, figures = heads.map((_, index) => index).slice(1)) {
   const cells = (tag, values) => values.map((value, index) => element(tag, {
-    class: index ? "figure" : false, scope: tag === "th" ? "col" : false,
+    class: figures.includes(index) ? "figure" : false, scope: tag === "th" ? "col" : false,
   }, value));
   return element(
     "table", {},

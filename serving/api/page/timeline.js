@@ -19,6 +19,7 @@ export function clearSegments() {
   shown = [];
   replace(byId("segments"));
   show("segments", false);
+  show("text");
 }
 
 export function addSegments(segments) {
@@ -31,6 +32,7 @@ export function addSegments(segments) {
     byId("segments").append(element("li", {}, button, element("span", { lang: "en" }, segment.caption)));
   }
   show("segments", shown.length > 0);
+  show("text", !shown.length); // the segments have the same words
 }
 
 export const segmentText = () =>
