@@ -54,7 +54,7 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
         │   └── EngineStalled        it lives, but makes no progress
         ├── NotReady                 the engine is still loading, or gone
         ├── Overloaded               a queue is full; carries `retry_after_s` and `reason`
-        ├── StorageUnavailable       the bucket of uploaded files cannot be used
+        ├── StorageUnavailable       the bucket of uploaded files, or the database of usage, cannot be used
         ├── DeadlineExceeded         nothing generated in time
         └── Internal                 anything else
 """

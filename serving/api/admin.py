@@ -19,6 +19,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api import page_endpoint
 from serving.api.request_body import Body
 from serving.api.uvicorn_protocol import protocol
 from serving.errors import BodyTimeout, Disconnected
@@ -30,7 +31,7 @@ from serving.tenancy.key_hashing import Pepper
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
     import sqlalchemy as sa
     from starlette.requests import Request
@@ -55,10 +56,13 @@ def create_admin_app(settings: Settings, database: sa.Engine) -> Starlette:
         for verb in VERBS
         for method, path in verb.routes
     ]
+    public = {"/healthz"}
+    if settings.page:
+        routes += page_endpoint.admin_routes()
+        public |= page_endpoint.admin_paths()
     routes.append(Route("/healthz", lambda _: Response(b'{"alive":true}', media_type="application/json")))
-    return Starlette(
-        routes=routes, middleware=[Middleware(_OnlyWithToken, token=settings.admin_token.get_secret_value())]
-    )
+    token = settings.admin_token.get_secret_value()
+    return Starlette(routes=routes, middleware=[Middleware(_OnlyWithToken, token=token, public=public)])
 
 
 class AdminServer(uvicorn.Server):
@@ -90,14 +94,15 @@ class AdminServer(uvicorn.Server):
 
 
 class _OnlyWithToken:
-    """Middleware that refuses requests without the token before their body is read."""
+    """Middleware that refuses requests without the token before their body is read, except on `public` paths."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(self, app: ASGIApp, token: str, public: Collection[str] = ("/healthz",)) -> None:
         self._app = app
+        self._public = public
         self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/healthz":
+        if scope["type"] == "http" and scope["path"] not in self._public:
             sent = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             if not hmac.compare_digest(sent, self._expected):
                 await _error(401, "unauthenticated", "The admin token is missing or wrong.")(scope, receive, send)

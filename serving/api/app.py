@@ -114,6 +114,7 @@ def create_app(
         batch_runner=BatchRunner(lines, batches, files, tenancy.keys, engine),
         keys=tenancy.keys,
         usage_sessions=tenancy.usage_sessions,
+        accounts=tenancy.accounts,
         metrics=metrics,
         bodies=bodies,
         connections=connections or Connections(settings),

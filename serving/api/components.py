@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
+    from serving.tenancy.account import Accounts
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
     from serving.timeline.captions import Timelines
@@ -43,6 +44,7 @@ class Components:
     batch_runner: BatchRunner
     keys: Keyring
     usage_sessions: UsageSessions
+    accounts: Accounts
     metrics: Metrics
     bodies: SharedCapacity
     """Memory of request bodies, in bytes."""

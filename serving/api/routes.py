@@ -10,6 +10,7 @@ import orjson
 from starlette.responses import Response
 from starlette.routing import Route
 
+from serving.api import account_endpoints, page_endpoint
 from serving.api.batches import BatchEndpoints
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects import dashscope, openai, oss
@@ -62,6 +63,7 @@ def routes(components: Components) -> list[Route]:
         for task in ("transcribe", "translate")
     )
     return [
+        *(page_endpoint.routes() if components.settings.page else ()),
         Route("/api/v1/services/aigc/multimodal-generation/generation", native, methods=["POST"]),
         # The manual's last curl names this path (PROTOCOL 14, no. 6).
         Route("/api/v1/services/aigc/text-generation/generation", native, methods=["POST"]),
@@ -80,6 +82,7 @@ def routes(components: Components) -> list[Route]:
             for rest, endpoint in (("", endpoints.list_models), ("/{name:path}", endpoints.show_model))
         ),
         *_file_routes(components),
+        *account_endpoints.routes(components),
         Route("/api/v1/models", endpoints.page_models),
         Route("/api/v1/models/{name:path}", endpoints.show_native_model),
         Route("/api/v1/uploads", endpoints.upload_policy),

@@ -48,6 +48,10 @@ class Listener(BaseModel):
     public_url: Annotated[str | None, Example("https://captions.example.com")] = Field(
         None, description="Origin that clients reach, for upload addresses. Unset: taken from each request"
     )
+    page: bool = Field(
+        default=True,
+        description="Pages for browsers at `/`: to try the service with a key, and on admin_port for administrators",
+    )
     trusted_proxies: Networks = Field(
         ("127.0.0.0/8", "::1"),
         description="Addresses and networks of reverse proxies: their `Forwarded` and `X-Forwarded-…` headers are used "

@@ -7,6 +7,7 @@ import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from serving.tenancy.account import Accounts
 from serving.tenancy.database import open_database
 from serving.tenancy.database_wait import until_done, until_migrated
 from serving.tenancy.keys import Keyring
@@ -38,6 +39,7 @@ class Tenancy:
         self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
         self.limiter = Limiter(_counter_store(settings), self.ledger.spent)
         self.usage_sessions = UsageSessions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
+        self.accounts = Accounts(self.database, self.usage_sessions)
         self._shares_limits = settings.redis_url is not None
         self._starting: asyncio.Task[None] | None = None
         self._failed_once = asyncio.Event()

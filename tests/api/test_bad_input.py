@@ -340,7 +340,7 @@ def test_methods_and_paths(service: RunningService, method: str) -> None:
     """A wrong method or path is refused in the dialect of the path, with a request id."""
     native, compatible = (httpx.request(method, service.url + path) for path in (NATIVE, COMPATIBLE))
     assert (native.status_code, compatible.status_code) == (400, 405)
-    unknown = [httpx.request(method, service.url + path) for path in ("/", "/api/v1/tasks/1", "/v1/embeddings")]
+    unknown = [httpx.request(method, service.url + path) for path in ("/none", "/api/v1/tasks/1", "/v1/embeddings")]
     assert [response.status_code for response in unknown] == [404] * 3
     for response in (native, compatible, *unknown):
         assert response.headers["x-request-id"]

@@ -16,6 +16,7 @@ _PACKAGES = {
     "amtool": "prometheus-alertmanager",
     "espeak-ng": "espeak-ng",
     "nginx": "nginx-light",
+    "chromium": "chromium",
     "java": "default-jdk-headless",
 }
 _SOUND_FONT = Path("/usr/share/sounds/sf2/TimGM6mb.sf2")

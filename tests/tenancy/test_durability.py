@@ -98,7 +98,7 @@ def test_budgets_begin_again_with_the_day_and_the_month(
 
     given: Any = SimpleNamespace(datetime=Clock, timedelta=dt.timedelta, UTC=dt.UTC)
     monkeypatch.setattr(limiters, "dt", given)
-    assert (limiters._until_next(month=False), limiters._until_next(month=True)) == (day_s, month_s)
+    assert (limiters.until_next(month=False), limiters.until_next(month=True)) == (day_s, month_s)
 
 
 async def test_a_burst_does_not_end_with_the_second_on_the_clock() -> None:

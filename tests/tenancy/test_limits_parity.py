@@ -199,7 +199,7 @@ def test_memory_and_redis_give_the_same_answers(redis_server: Redis, seed: int) 
         assert frozen != SCRIPT
         patch.setattr("serving.tenancy.limits.redis.SCRIPT", frozen)
         patch.setattr(limiters, "_period", world.period)
-        patch.setattr(limiters, "_until_next", lambda *, month: 30 + month)
+        patch.setattr(limiters, "until_next", lambda *, month: 30 + month)
         asyncio.run(main())
     world.close()
 

@@ -186,7 +186,6 @@ def test_no_administration_on_the_clients_port(service: RunningService) -> None:
     for path in (
         "/v1/tenants",
         "/v1/keys",
-        "/v1/usage",
         "/v1/audit",
         "/v1/plans",
         "/admin",
@@ -194,6 +193,10 @@ def test_no_administration_on_the_clients_port(service: RunningService) -> None:
     ):
         assert httpx.get(f"{service.url}{path}", headers=ONE).status_code == 404
         assert httpx.post(f"{service.url}{path}", headers=ONE, json={}).status_code in {404, 405}
+    assert httpx.get(f"{service.url}/page/admin.js").status_code == 404
+    # A tenant's own account has the path of the administration's report, and answers no question about others.
+    assert httpx.get(f"{service.url}/v1/usage", headers=ONE).json()["tenant"] == "default"
+    assert httpx.get(f"{service.url}/v1/usage?tenant=another", headers=ONE).status_code == 400
 
 
 def test_pepper_and_database_are_readable_only_by_their_owner(service: RunningService) -> None:

@@ -24,7 +24,8 @@ from serving.errors import (
     TokensLimited,
 )
 from serving.tenancy.billing.prices import money
-from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Period, Reason, Reservation, Scope
+from serving.tenancy.limits.counter_store import BUDGETS, WINDOW_S, Period, Reason, Reservation, Scope, Spent
+from serving.tenancy.limits.remaining import with_spent, without_budgets
 from serving.tenancy.limits.spending import SMALLEST, Amounts
 from serving.types import FreeQuota, Limits
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from serving.errors import CaptionerError
-    from serving.tenancy.limits.counter_store import Answer, CounterStore, Spent, Use
+    from serving.tenancy.limits.counter_store import Answer, CounterStore, Use
     from serving.types import Caller
 
 _MAX_RETRY_AFTER_S = 60
@@ -45,6 +46,9 @@ _BURST_FRACTION, _MIN_BURST = 6, 10
 """One in `_BURST_FRACTION` of a minute's requests, but at least `_MIN_BURST`, may come within a second."""
 
 _UNLIMITED = Limits()
+
+_NOTHING = Amounts(max_output_tokens=0)
+"""Amounts that change no counter: a charge of nothing only reads."""
 
 
 class Limiter:
@@ -96,6 +100,22 @@ class Limiter:
         `nanos` is the price of all tokens. Idempotent.
         """
         return await self.store.settle(reservation, tokens, nanos) if reservation.scopes else 0
+
+    async def uses(self, caller: Caller, *, at_ms: int, currency: str) -> Sequence[tuple[Scope, Use]]:
+        """Return what counts now in each scope of the caller that limits anything. Nothing is counted or reserved.
+
+        Minutes and what is running come from the counters. What was billed in the day and month of `at_ms` comes from
+        the ledger, which knows it also where the counters do not. Raises `Overloaded` if the ledger cannot be read.
+        """
+        scopes, period = _scopes(caller), _period(at_ms, currency)
+        spends = any(scope.has_budget or scope.free_tokens is not None for scope in scopes)
+        spent = await self._spent(caller, at_ms, currency) if spends else Spent()
+        found = []
+        for scope in scopes:
+            reservation = Reservation(caller, [without_budgets(scope)], period, at_ms=at_ms)
+            answer = await self.store.charge(reservation, _NOTHING)
+            found.append((scope, with_spent(answer.uses[0], scope, caller, spent)))
+        return found
 
     async def _take(self, reservation: Reservation, step: Callable[[], Awaitable[Answer]]) -> Answer | None:
         """Take a step; where the counters do not know what was billed before, seed them from the ledger first."""
@@ -182,11 +202,11 @@ def _window() -> int:
 
 
 def _until_next_day() -> int:
-    return _until_next(month=False)
+    return until_next(month=False)
 
 
 def _until_next_month() -> int:
-    return _until_next(month=True)
+    return until_next(month=True)
 
 
 _HEADERS: Sequence[
@@ -222,7 +242,7 @@ def _refusal(answer: Answer, headers: Mapping[str, str]) -> CaptionerError:
     retry_after_s = min(answer.retry_after_s, _MAX_RETRY_AFTER_S)
     limit = reason.name.lower()
     if limit in BUDGETS and not retry_after_s:
-        retry_after_s = _until_next(month=limit.endswith("month"))
+        retry_after_s = until_next(month=limit.endswith("month"))
     error = _ERRORS.get(reason, BudgetExhausted)(limit=limit, retry_after_s=max(1, retry_after_s))
     error.headers = headers
     return error
@@ -238,7 +258,7 @@ _ERRORS: Mapping[Reason, type[RateLimited]] = {
 }
 
 
-def _until_next(*, month: bool) -> int:
+def until_next(*, month: bool) -> int:
     """Return the seconds until the next day begins, or the next month (UTC)."""
     now = dt.datetime.now(dt.UTC)
     midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
