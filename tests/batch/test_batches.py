@@ -110,7 +110,7 @@ async def test_a_batch_is_captioned_and_billed(tmp_path: Path) -> None:
             "prompt_tokens": 21,
             "completion_tokens": 24,
             "total_tokens": 45,
-            "prompt_tokens_details": {"audio_tokens": 13, "text_tokens": 8},
+            "prompt_tokens_details": {"audio_tokens": 13, "text_tokens": 8, "cached_tokens": 0},
             "completion_tokens_details": {"text_tokens": 24},
         }
         assert shown["usage"] | {"input_tokens": 105, "output_tokens": 120, "total_tokens": 225} == shown["usage"]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SERVING = Path(serving.__file__).parent
-OF_UPLOADS = {"uploads"}
-"""Reasons for which no caption is shed, only an upload is refused: `captioner_uploads_total` counts those."""
+OF_OTHERS = {"uploads", "usage"}
+"""Reasons for which no caption is shed, only an upload (`captioner_uploads_total`) or a tenant's view of its usage."""
 
 
 def reasons_in_the_code() -> Iterator[str]:
@@ -49,7 +49,7 @@ def shed(reason: str) -> float:
 
 def test_every_reason_in_the_code_has_a_series() -> None:
     """The listed reasons are those that the code gives, and the default one."""
-    assert set(reasons_in_the_code()) | {ANY_OTHER} == set(REASONS) | OF_UPLOADS
+    assert set(reasons_in_the_code()) | {ANY_OTHER} == set(REASONS) | OF_OTHERS
 
 
 @pytest.mark.parametrize("reason", REASONS)

@@ -85,10 +85,10 @@ async def test_the_end_of_a_quota(store: CounterStore) -> None:
     """A quota that has ended has no row, unless nothing else may be used; times are those of the caller's limits."""
     async with limiter(store, SPENT) as limits:
         ended = caller(quota=FreeQuota(1000, 1.0))
-        assert not await limits.uses(ended, at_ms=0, currency="CNY")
+        assert not await limits.uses(ended, at_ms=2000, currency="CNY")
         only = caller(quota=FreeQuota(1000, 1.0, only=True))
-        (row,) = rows(only, await limits.uses(only, at_ms=0, currency="CNY"), "CNY", lambda _: 7)
+        (row,) = rows(only, await limits.uses(only, at_ms=2000, currency="CNY"), "CNY", lambda _: 7)
         assert (row["max"], row["remaining"], row["ends_at"]) == (0, 0, "1970-01-01T00:00:01Z")
         monthly = caller(Limits(tokens_per_month=8000, requests_per_minute=5))
-        found = rows(monthly, await limits.uses(monthly, at_ms=0, currency="CNY"), "CNY", len)
+        found = rows(monthly, await limits.uses(monthly, at_ms=2000, currency="CNY"), "CNY", len)
         assert [row["resets_in_s"] for row in found] == [0, len("month")]

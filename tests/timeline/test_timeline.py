@@ -68,7 +68,7 @@ async def test_whole_timeline(tmp_path: Path) -> None:
             "prompt_tokens": AUDIO_TOKENS + 8,
             "completion_tokens": TOKENS * len(segments),
             "total_tokens": AUDIO_TOKENS + 8 + TOKENS * len(segments),
-            "prompt_tokens_details": {"audio_tokens": AUDIO_TOKENS, "text_tokens": 8},
+            "prompt_tokens_details": {"audio_tokens": AUDIO_TOKENS, "text_tokens": 8, "cached_tokens": 0},
             "completion_tokens_details": {"text_tokens": TOKENS * len(segments)},
         }
         assert running.unreleased == (0, 0, 0, 0, 0, 0)

@@ -107,7 +107,7 @@ class Limiter:
         Minutes and what is running come from the counters. What was billed in the day and month of `at_ms` comes from
         the ledger, which knows it also where the counters do not. Raises `Overloaded` if the ledger cannot be read.
         """
-        scopes, period = _scopes(caller), _period(at_ms, currency)
+        scopes, period = _scopes(caller, at_ms), _period(at_ms, currency)
         spends = any(scope.has_budget or scope.free_tokens is not None for scope in scopes)
         spent = await self._spent(caller, at_ms, currency) if spends else Spent()
         found = []

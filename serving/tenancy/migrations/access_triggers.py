@@ -1,6 +1,6 @@
 """Triggers that number the changes of plans, tenants, keys and prices, so that processes read only changed rows.
 
-Used by the migration 0002 and by `schema.py`. These statements are never edited: a change of them is a migration with
+Used by the migration 0003 and by `schema.py`. These statements are never edited: a change of them is a migration with
 other statements.
 
 Each statement that changes one of the tables raises `store_state.revision`, and each row that it inserts or updates
@@ -15,7 +15,16 @@ is the number of the last such change, and a process that has not read since the
 from __future__ import annotations
 
 COLUMNS = {
-    "plans": ("name", "weight", "priority", "tenant_limits", "key_limits", "free_tokens", "free_days"),
+    "plans": (
+        "name",
+        "weight",
+        "priority",
+        "tenant_limits",
+        "key_limits",
+        "free_tokens",
+        "free_days",
+        "batch_price_percent",
+    ),
     "tenants": (
         "id",
         "name",

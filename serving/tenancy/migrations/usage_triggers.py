@@ -1,6 +1,6 @@
 """Triggers that keep `usage_days`, the sums of `usage_records` by day, key and price.
 
-Used by the migration 0003 and by `schema.py`. These statements are never edited: a change of them is a migration with
+Used by the migration 0004 and by `schema.py`. These statements are never edited: a change of them is a migration with
 other statements.
 
 A statement that inserts, updates or deletes records adds the difference to the sums, in the same transaction. So the
