@@ -82,6 +82,8 @@ annotations:
 {{- $_ := set $env "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S" (toString $times.grace) -}}
 {{- /* Wrapper that renders HAProxy's own errors in the caller's dialect, at its path in the images of deploy/docker. */ -}}
 {{- $_ := set $env "RAY_SERVE_HAPROXY_BINARY_PATH" "/opt/captioner/app/serving/cluster/haproxy_wrapper.py" -}}
+{{- /* Ray compares all of Python's version; images of other bases differ in its last part. */ -}}
+{{- if .Values.image.frontendTag -}}{{- $_ := set $env "RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL" "minor" -}}{{- end -}}
 {{- range $name, $value := .Values.ray.env -}}{{- $_ := set $env $name (toString $value) -}}{{- end -}}
 {{- toYaml $env -}}
 {{- end -}}
@@ -280,7 +282,7 @@ and limits. A frontend's never fails the pod: the service starts without its dat
 {{- $root := .root -}}
 {{- if ne $root.Values.doctor.mode "off" }}
 - name: doctor-{{ .part }}
-  image: {{ include "captioner.image" $root | quote }}
+  image: {{ include (ternary "captioner.frontendImage" "captioner.image" (eq .part "frontend")) $root | quote }}
   imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
   command:
     - captioner
@@ -417,7 +419,7 @@ securityContext: {{- include "captioner.podSecurity" $root | nindent 2 }}
 {{- end }}
 containers:
   - name: {{ .component | quote }}
-    image: {{ include "captioner.image" $root | quote }}
+    image: {{ include "captioner.frontendImage" $root | quote }}
     imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
     command: {{- toYaml .command | nindent 6 }}
     env:
