@@ -78,7 +78,14 @@ def published(helm: Path, tmp_path: Path) -> Path:
 def test_the_published_chart_names_the_published_images(published: Path, helm: Path) -> None:
     """It renders without `image.registry`, and its images are in the registry; profiles are in the package."""
     (package,) = (published / "out").glob("captioner-*.tgz")
-    command = [helm, "template", "x", package, "--set=objectStore.url=s3://captions", "--set=image.frontendTag=f"]
+    command = [
+        str(helm),
+        "template",
+        "x",
+        str(package),
+        "--set=objectStore.url=s3://captions",
+        "--set=image.frontendTag=f",
+    ]
     rendered = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     images = set(re.findall(r'^ *image: "(.*)"$', rendered, re.MULTILINE))
     ours = {image for image in images if "@sha256:" not in image}

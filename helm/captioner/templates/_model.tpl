@@ -25,6 +25,17 @@ emptyDir: {sizeLimit: {{ $size }}}
 {{- end -}}
 {{- end -}}
 
+{{/* Resources of a container that copies the checkpoint. A copy on the node's disk is requested there, or the pod is evicted. */}}
+{{- define "captioner.copyResources" -}}
+{{- $model := .Values.model -}}
+{{- $resources := deepCopy $model.resources -}}
+{{- if and (has $model.source (list "hub" "objectStore")) (not $model.copyStorageClass) -}}
+{{- $disk := dict "ephemeral-storage" (printf "%dGi" (add 10 (int $model.sizeGiB))) -}}
+{{- $_ := set $resources "requests" (merge (default dict $resources.requests) $disk) -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
 {{/* Not empty if an engine's pod downloads the checkpoint from the hub. */}}
 {{- define "captioner.podDownloads" -}}
 {{- if or (eq .Values.model.source "hub") (and (eq .Values.model.source "hostPath") .Values.model.hostPath.download) -}}yes{{- end -}}
@@ -70,7 +81,7 @@ emptyDir: {sizeLimit: {{ $size }}}
   env:
     - {name: XDG_CACHE_HOME, value: /tmp/cache}
   securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
-  resources: {{- toYaml $model.resources | nindent 4 }}
+  resources: {{- include "captioner.copyResources" . | nindent 4 }}
   volumeMounts:
     - {name: model, mountPath: /models}
     - {name: scratch, mountPath: /tmp}
@@ -83,7 +94,7 @@ emptyDir: {sizeLimit: {{ $size }}}
   env:
     {{- include "captioner.downloadEnv" . | nindent 4 }}
   securityContext: {{- include "captioner.containerSecurity" . | nindent 4 }}
-  resources: {{- toYaml $model.resources | nindent 4 }}
+  resources: {{- include "captioner.copyResources" . | nindent 4 }}
   volumeMounts:
     - {name: model, mountPath: /models}
     - {name: model-files, mountPath: /etc/captioner, readOnly: true}
