@@ -7,12 +7,13 @@ import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS
-from tests.chart.rendering import PROFILES, Manifest, group, only, serve_config, template
+from tests.chart.rendering import CHART, PROFILES, Manifest, group, only, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,8 +105,9 @@ def test_a_slow_load_does_not_fail_a_probe(helm: Path, profile: str) -> None:
         if component != "head":
             assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
     if profile != "cpu-embedded":
+        model = yaml.safe_load((CHART / "profiles" / f"{profile}.yaml").read_text()).get("model", {})
         probe = group(manifests, "engine")["template"]["spec"]["containers"][0]["startupProbe"]
-        assert probe_timeout_s(probe) > 60 * 1024 / 100
+        assert probe_timeout_s(probe) > model.get("sizeGiB", 60) * 1024 / 100
 
 
 def test_without_ray_the_start_up_probe_outlasts_the_load(helm: Path) -> None:
