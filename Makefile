@@ -130,6 +130,7 @@ chart: .venv/dev.stamp ## Regenerate what the chart takes from elsewhere: README
 lock: .venv/uv.stamp ## Resolve and lock the requirements
 	for build in cpu cuda; do $(call COMPILE,--extra $$build,$$build); done
 	$(call COMPILE,--extra cpu --extra dev,cpu-dev)
+	$(call COMPILE,--constraint $(LOCKS)/cuda.txt,frontend)
 
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--no-header --no-annotate --override $(LOCKS)/overrides.txt pyproject.toml --extra build $(1) -o $(LOCKS)/$(2).txt

@@ -128,6 +128,11 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     },
     "a copy of the model for each node": {"model": {"source": "hostPath", "hostPath": {"download": True}}},
     "uploads in a shared claim": {"objectStore": {"url": ""}, "uploads": {"storage": "pvc", "storageClass": "shared"}},
+    "frontends without CUDA": {
+        "image": {"frontendTag": "0.1.0-frontend"},
+        "admin": {"enabled": True},
+        "tenants": {"list": [{"name": "a"}]},
+    },
     "an image on the nodes": {"image": {"registry": "", "pullPolicy": "Never"}},
     "an image with its registry": {"image": {"registry": "", "repository": "ghcr.io/team/captioner"}},
     "model with sums, mirror and token": {
@@ -209,6 +214,15 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
             "hostnames": ["c.example.com"],
         }
     },
+    "an HTTPRoute with a canary": {
+        "httpRoute": {
+            "enabled": True,
+            "parentRefs": [{"name": "gw"}],
+            "hostnames": ["c.example.com"],
+            "canary": {"service": "canary-captioner-serve-svc", "weight": 10},
+        }
+    }
+    | EXTERNAL,
     "no network policies": {"networkPolicy": {"enabled": False}},
     "no downloads": {
         "networkPolicy": {"fetch": {"enabled": False}},

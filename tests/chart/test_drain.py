@@ -7,12 +7,13 @@ import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serving.config import Settings
 from tests.chart.combinations import COMBINATIONS
-from tests.chart.rendering import PROFILES, Manifest, group, only, serve_config, template
+from tests.chart.rendering import CHART, PROFILES, Manifest, group, only, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,13 +55,14 @@ def test_running_requests_finish_before_a_pod_is_killed(helm: Path, longest: int
 
 
 def test_an_engine_outlives_the_start_of_its_replacement(helm: Path) -> None:
-    """Leaving allows time for another engine to load the model, and then for the longest request."""
+    """Leaving allows time for another pod to copy the model, if it does, to load it, and for the longest request."""
     for profile in PROFILES:
         manifests = template(helm, {}, profile)
         spec = group(manifests, "engine")["template"]["spec"]
         args = serve_config(manifests)["applications"][0]["args"]
         load = probe_timeout_s(spec["containers"][0]["startupProbe"])
-        assert leave_timeout_s(spec) >= load - 10 + args["shutdown_grace_s"]
+        copies = [each["name"] for each in spec["initContainers"]].count("fetch-model")
+        assert leave_timeout_s(spec) >= (1 + copies) * (load - 10) + args["shutdown_grace_s"]
 
 
 def test_without_ray_a_pod_stops_in_order(helm: Path) -> None:
@@ -104,8 +106,9 @@ def test_a_slow_load_does_not_fail_a_probe(helm: Path, profile: str) -> None:
         if component != "head":
             assert container["readinessProbe"]["httpGet"] == {"path": "/-/healthz", "port": 8000}
     if profile != "cpu-embedded":
+        model = yaml.safe_load((CHART / "profiles" / f"{profile}.yaml").read_text()).get("model", {})
         probe = group(manifests, "engine")["template"]["spec"]["containers"][0]["startupProbe"]
-        assert probe_timeout_s(probe) > 60 * 1024 / 100
+        assert probe_timeout_s(probe) > model.get("sizeGiB", 60) * 1024 / 100
 
 
 def test_without_ray_the_start_up_probe_outlasts_the_load(helm: Path) -> None:

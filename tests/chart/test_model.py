@@ -70,6 +70,8 @@ def test_an_engines_pod_downloads(helm: Path, name: str, volume: dict[str, Any])
     assert {"name": "model", "mountPath": "/models"} in fetch["volumeMounts"]
     assert {"name": "model", "mountPath": "/models", "readOnly": True} in spec["containers"][0]["volumeMounts"]
     assert [each for each in spec["volumes"] if each["name"] == "model"] == [{"name": "model", **volume}]
+    disk = fetch["resources"]["requests"].get("ephemeral-storage")
+    assert disk == ("70Gi" if "emptyDir" in volume else None)  # or a node without the disk gets the pod, and evicts it
     secrets = [each["name"] for each in fetch["env"] if "valueFrom" in each]
     assert secrets == (["HF_TOKEN"] if name == "a copy of the model for each engine" else [])
     assert not [each for each in manifests if each["kind"] == "Job"]

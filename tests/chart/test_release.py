@@ -195,8 +195,10 @@ def test_a_second_install_reuses_the_secrets(api: Api) -> None:
 
 def test_the_life_of_a_release_without_ray(api: Api) -> None:
     """Install, upgrade, test and uninstall work with Helm's `--wait`, which supports Deployments."""
-    profile = (str(CHART), "--values", str(CHART / "profiles" / "cpu-embedded.yaml"), "--set=workload=deployment")
-    profile += ("--set=image.pullPolicy=Never",)
+    profile = (
+        *(str(CHART), "--values", str(CHART / "profiles" / "cpu-embedded.yaml")),
+        *("--set=workload=deployment", "--set=image.pullPolicy=Never"),
+    )
     api.helm("install", "solo", *profile, "--wait", "--timeout=60s")
     api.helm("upgrade", "solo", *profile, "--wait", "--timeout=60s", "--set=settings.log_level=debug")
     assert "Succeeded" in api.helm("test", "solo")

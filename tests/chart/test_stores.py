@@ -37,3 +37,19 @@ def test_another_major_version_makes_no_empty_database(helm: Path) -> None:
     (data,) = [each["value"] for each in container["env"] if each["name"] == "PGDATA"]
     assert data == "/var/lib/postgresql/pgdata"
     assert {"name": "data", "mountPath": "/var/lib/postgresql"} in container["volumeMounts"]
+
+
+def test_valkey_refuses_writes_before_its_memory_is_full(helm: Path) -> None:
+    """Its bound follows the container's limit; without a bound the kernel would kill it, with all counters."""
+    (container,) = store(helm, "redis")["containers"]
+    assert '--maxmemory "$((MEMORY_LIMIT * 3 / 4))" --maxmemory-policy noeviction' in container["command"][-1]
+    limit = {"name": "MEMORY_LIMIT", "valueFrom": {"resourceFieldRef": {"resource": "limits.memory"}}}
+    assert limit in container["env"]
+
+
+def test_postgresql_has_shared_memory_for_parallel_queries(helm: Path) -> None:
+    """It has 256 MiB in place of a container's 64, as with Compose."""
+    spec = store(helm, "postgresql")
+    assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "256Mi"}} in spec["volumes"]
+    mounts = {each["name"]: each["mountPath"] for each in spec["containers"][0]["volumeMounts"]}
+    assert mounts["shm"].rpartition("/") == ("/dev", "/", "shm")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.chart.combinations import COMBINATIONS
-from tests.chart.rendering import CHART, PROFILES, ROOT, group, only, pods, serve_config, template
+from tests.chart.rendering import CHART, PROFILES, ROOT, containers, group, only, pods, serve_config, template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,6 +131,19 @@ def test_uploads_in_a_bucket_need_no_shared_disk(helm: Path) -> None:
     }
 
 
+def test_a_canary_gets_its_share_of_every_path(helm: Path) -> None:
+    """Each rule splits its requests between the two releases; without a canary there is one backend."""
+    rules = only(template(helm, COMBINATIONS["an HTTPRoute with a canary"]), "HTTPRoute")["spec"]["rules"]
+    assert rules
+    for rule in rules:
+        assert rule["backendRefs"] == [
+            {"name": "x-captioner-serve-svc", "port": 8000, "weight": 90},
+            {"name": "canary-captioner-serve-svc", "port": 8000, "weight": 10},
+        ]
+    (one, *_) = only(template(helm, COMBINATIONS["an HTTPRoute"]), "HTTPRoute")["spec"]["rules"]
+    assert one["backendRefs"] == [{"name": "x-captioner-serve-svc", "port": 8000}]
+
+
 def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
     """Ray starts the wrapper in HAProxy's place, at its path in both images; another image can set another path."""
 
@@ -144,11 +157,28 @@ def test_haproxy_answers_in_the_callers_dialect(helm: Path) -> None:
     path = wrapper({})
     app, _, inside = path.partition("/serving/")
     assert os.access(ROOT / "serving" / inside, os.X_OK)
-    for build in ("cpu", "cuda"):
+    for build in ("cpu", "cuda", "frontend"):
         lines = (ROOT / "deploy" / "docker" / f"{build}.Dockerfile").read_text().splitlines()
         assert any(line.strip().startswith(f"--target {app} .") for line in lines)
         assert f"&& chmod 0755 {path}" in [line.strip() for line in lines]  # Ray rejects a file that is not executable
     assert wrapper({"ray": {"env": {"RAY_SERVE_HAPROXY_BINARY_PATH": "/app/haproxy.py"}}}) == "/app/haproxy.py"
+
+
+@pytest.mark.parametrize(
+    ("tag", "image"), [("0.1.0-frontend", ":0.1.0-frontend"), ("sha256:" + "a" * 64, "@sha256:" + "a" * 64)]
+)
+def test_only_engines_need_the_image_with_cuda(helm: Path, tag: str, image: str) -> None:
+    """With an image for frontends, all pods but engines have it; without one, and without Ray, there is one."""
+    values = COMBINATIONS["frontends without CUDA"] | {"image": {"frontendTag": tag}}
+    name = "registry.example.com/captioner"
+    for who, spec in pods(template(helm, values)):
+        ours = {each["image"] for each in containers(spec) if each["image"].startswith(name)}
+        assert ours <= {f"{name}:0.1.0-cuda" if who.endswith(" engine") else f"{name}{image}"}, who
+    environment = only(template(helm, values), "ConfigMap", "x-captioner-ray")["data"]
+    assert environment["RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"] == "minor"
+    for other in (COMBINATIONS["administration"], values | {"workload": "deployment"}):
+        images = {each["image"] for _, spec in pods(template(helm, other)) for each in containers(spec)}
+        assert {each for each in images if each.startswith(name)} == {f"{name}:0.1.0-cuda"}
 
 
 def test_the_test_calls_the_callers_address(helm: Path) -> None:

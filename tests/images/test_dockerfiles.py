@@ -35,8 +35,8 @@ def last_stage(path: Path) -> list[tuple[str, str]]:
 
 
 def test_every_build_has_a_dockerfile() -> None:
-    """There is a Dockerfile for the CPU and one for CUDA."""
-    assert {"cpu.Dockerfile", "cuda.Dockerfile"} <= {path.name for path in DOCKERFILES}
+    """There is a Dockerfile for the CPU, one for CUDA, and one for frontends."""
+    assert {"cpu.Dockerfile", "cuda.Dockerfile", "frontend.Dockerfile"} <= {path.name for path in DOCKERFILES}
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
@@ -49,7 +49,7 @@ def test_hadolint_finds_nothing(path: Path) -> None:
             assert re.match(r"# \w", before), f"no reason for {line}"
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "frontend"])
 def test_an_image_follows_the_rules(name: str) -> None:
     """Its base is a pinned argument, its user numeric and not root; it has a health check, labels and two layers."""
     path = DOCKER / f"{name}.Dockerfile"
@@ -75,7 +75,7 @@ def test_an_image_follows_the_rules(name: str) -> None:
                                                    ["--from=application", "/opt/captioner/app"]]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "frontend"])
 def test_only_locked_requirements_are_installed(name: str) -> None:
     """Each installation checks hashes, except the application's, which must not resolve anything."""
     installs = [
@@ -98,7 +98,7 @@ def test_the_build_context_is_minimal() -> None:
     allowed = {rule[1:] for rule in rules if rule.startswith("!")}
     copied = {
         word
-        for name in ("cpu", "cuda")
+        for name in ("cpu", "cuda", "frontend")
         for instruction, rest in instructions(DOCKER / f"{name}.Dockerfile")
         if instruction == "COPY" and not rest.startswith("--from")
         for word in rest.split()[:-1]
@@ -116,6 +116,17 @@ def test_the_build_context_is_minimal() -> None:
 def missing_requirements(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `missing_requirements.py` as a build does."""
     return subprocess.run([sys.executable, SCRIPT, *arguments], check=False, capture_output=True, text=True)
+
+
+def test_frontends_have_the_engines_packages_without_the_engine() -> None:
+    """Each requirement is one of cuda.txt, so that both work in one Ray cluster; the engine's are left out."""
+    frontend, cuda = (
+        re.split(r"\n(?=\S)", (LOCKS / f"{name}.txt").read_text().strip()) for name in ("frontend", "cuda")
+    )
+    assert set(frontend) < set(cuda)
+    assert not [
+        name for name in names("\n".join(frontend)) if re.match("torch|vllm|nvidia|cuda|triton|transformers", name)
+    ]
 
 
 def names(requirements: str) -> list[str]:

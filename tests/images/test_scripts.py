@@ -103,8 +103,8 @@ def test_the_ci_example_is_pinned_with_minimal_permissions() -> None:
         for step in job["steps"]:
             if "uses" in step:
                 assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"])
-    for tool in ("SYFT", "GRYPE", "COSIGN"):
-        assert re.search(r":v\d+\.\d+\.\d+", workflow["env"][tool])
+    for tool in ("SYFT", "GRYPE", "COSIGN", "HELM"):
+        assert re.search(r":v?\d+\.\d+\.\d+", workflow["env"][tool])
 
 
 def test_the_ci_example_tests_scans_and_signs() -> None:
@@ -112,12 +112,12 @@ def test_the_ci_example_tests_scans_and_signs() -> None:
     jobs = yaml.safe_load(EXAMPLE.read_text())["jobs"]
     assert [step["run"] for step in jobs["test"]["steps"] if "run" in step] == ["make test"]
     assert jobs["image"]["needs"] == "test"
-    assert set(jobs["image"]["strategy"]["matrix"]["build"]) == {"cpu", "cuda"}
+    assert set(jobs["image"]["strategy"]["matrix"]["build"]) == {"cpu", "cuda", "frontend"}
     steps = {step.get("name", step.get("uses")): step for step in jobs["image"]["steps"]}
     assert "--fail-on high" in steps["Scan the image"]["run"]
     assert "spdx-json" in steps["List the contents"]["run"]
     assert steps["Push, sign, attest"]["if"] == "startsWith(github.ref, 'refs/tags/v')"
-    for step in jobs["image"]["steps"]:
+    for step in [*jobs["image"]["steps"], *jobs["chart"]["steps"]]:
         if "run" in step:  # each step is a shell script
             script = re.sub(r"\$\{\{.*?\}\}", "X", step["run"])
             subprocess.run([PROGRAMS / "shellcheck", "--shell=bash", "-"], input=script, text=True, check=True)

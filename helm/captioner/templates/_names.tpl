@@ -26,13 +26,27 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end -}}
 
-{{/* The image of the service. */}}
+{{/* Name of the service's images, with their registry. */}}
+{{- define "captioner.repository" -}}
+{{- $registry := default .Values.image.registry (get (default dict .Values.global) "imageRegistry") | toString -}}
+{{- ternary (printf "%s/%s" $registry .Values.image.repository) .Values.image.repository (ne $registry "") -}}
+{{- end -}}
+
+{{/* The image of the service, with an engine. */}}
 {{- define "captioner.image" -}}
 {{- $image := .Values.image -}}
-{{- $registry := default $image.registry (get (default dict .Values.global) "imageRegistry") -}}
 {{- $tag := default (printf "%s-%s" .Chart.AppVersion $image.variant) $image.tag -}}
-{{- $name := ternary (printf "%s/%s" $registry $image.repository) $image.repository (ne (toString $registry) "") -}}
-{{- if $image.digest }}{{ $name }}@{{ $image.digest }}{{ else }}{{ $name }}:{{ $tag }}{{ end -}}
+{{- include "captioner.repository" . }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $tag }}{{ end -}}
+{{- end -}}
+
+{{/* The image of pods without an engine. With `workload: deployment` it is the engines' image. */}}
+{{- define "captioner.frontendImage" -}}
+{{- $tag := .Values.image.frontendTag -}}
+{{- if and $tag (eq .Values.workload "rayservice") -}}
+{{- include "captioner.repository" . }}{{ ternary "@" ":" (hasPrefix "sha256:" $tag) }}{{ $tag }}
+{{- else -}}
+{{- include "captioner.image" . -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "captioner.pullSecrets" -}}

@@ -33,7 +33,7 @@ spec:
   {{- end }}
   containers:
     - name: ray-{{ .component }}
-      image: {{ include "captioner.image" $root | quote }}
+      image: {{ include (ternary "captioner.image" "captioner.frontendImage" $engine) $root | quote }}
       imagePullPolicy: {{ $root.Values.image.pullPolicy | quote }}
       # KubeRay's start command as process 1, so that it receives SIGTERM.
       command: [/bin/bash, -c, --]

@@ -2,7 +2,8 @@
 
 {{/*
 Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L). Order of a pod's shutdown:
-  1. It leaves the Service's endpoints, and its replicas are replaced on other nodes: 60 s for a frontend, `load` for an engine.
+  1. It leaves the Service's endpoints, and its replicas are replaced on other nodes: 60 s for a frontend, `replace` for an
+     engine, which is the time for a new pod to copy the model, if it does, and to load it.
   2. Its replicas accept no new request and finish the running ones: `grace` = L + margin.
   3. Its proxy finishes the last streams that pass through it: `proxy` = 30 + margin.
   4. The engine stops: `engineStop`. The container is stopped at the latest after `termination`.
@@ -11,16 +12,18 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 {{- $longest := int .Values.drain.longestRequestSeconds -}}
 {{- $margin := int .Values.drain.marginSeconds -}}
 {{- $load := include "captioner.loadSeconds" . | int -}}
+{{- $replace := mul $load (ternary 2 1 (or (eq .Values.model.source "objectStore") (ne (include "captioner.podDownloads" .) ""))) -}}
 {{- $grace := add $longest $margin -}}
 {{- $proxy := add 30 $margin -}}
 {{- $engineStop := 30 -}}
 {{- $frontend := add 60 $grace $proxy -}}
-{{- $engine := add $load $grace $proxy -}}
+{{- $engine := add $replace $grace $proxy -}}
 {{- dict
   "longest" $longest
   "response" (min $longest 280)
   "grace" $grace
   "load" $load
+  "replace" $replace
   "frontendPreStop" $frontend
   "frontendTermination" (add $frontend $engineStop $margin)
   "enginePreStop" $engine
@@ -31,13 +34,9 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 | toJson -}}
 {{- end -}}
 
-{{/*
-Seconds allowed for loading the model: 1.5 times its size at the slowest expected read rate, plus two minutes. A pod that
-copies the model first reads it twice.
-*/}}
+{{/* Seconds allowed for loading the model: 1.5 times its size at the slowest expected read rate, plus two minutes. */}}
 {{- define "captioner.loadSeconds" -}}
-{{- $reads := ternary 2 1 (or (eq .Values.model.source "objectStore") (ne (include "captioner.podDownloads" .) "")) -}}
-{{- add 120 (div (mul 3 1024 $reads (int .Values.model.sizeGiB)) (mul 2 (int .Values.model.readMiBPerSecond))) -}}
+{{- add 120 (div (mul 3 1024 (int .Values.model.sizeGiB)) (mul 2 (int .Values.model.readMiBPerSecond))) -}}
 {{- end -}}
 
 {{/* Path of the checkpoint in the engine's container. Empty: the embedded stand-in. */}}
