@@ -233,7 +233,7 @@ async def test_overloaded_service(tmp_path: Path) -> None:
 
 async def test_deadline(tmp_path: Path) -> None:
     """A response whose deadline passes has the captions until then, says so, and bills no audio that was not heard."""
-    pace = {"fake_ttft_s": 0.6, "response_timeout_s": 2.2, "max_num_seqs": 2}
+    pace: dict[str, Any] = {"fake_ttft_s": 0.6, "response_timeout_s": 2.2, "max_num_seqs": 2}
     async with service(tmp_path, **pace) as running:
         answer = await running.compatible(CLIP, timeline={"max_segment_s": 10})
         segments = _message(answer)["timeline"]["segments"]
@@ -269,7 +269,7 @@ async def test_short_clip(tmp_path: Path) -> None:
 
 async def test_long_captions(tmp_path: Path) -> None:
     """No line of a stream is longer than clients read, however long the captions are."""
-    words = {"fake_text": "好" * 2000, "fake_tokens": 12}
+    words: dict[str, Any] = {"fake_text": "好" * 2000, "fake_tokens": 12}
     async with service(tmp_path, **words) as running:
         stream = await running.compatible(CLIP, timeline=True, stream=True)
         assert max(map(len, stream.text.splitlines())) < 128 * 1024
