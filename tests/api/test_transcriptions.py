@@ -143,7 +143,7 @@ async def test_accepted_fields(fields: dict[str, Any]) -> None:
         ({"top_k": "-2"}, "top_k", "Parameter top_k be greater than or equal to 0"),
         ({"timestamp_granularities[]": ["segment", "word"]}, "timestamp_granularities", "none of words"),
         ({"timestamp_granularities": "word"}, "timestamp_granularities", "none of words"),
-        ({"include[]": "logprobs"}, "include", "without the probabilities of tokens"),
+        ({"include[]": "logprobs"}, "include", "chat completions return the probabilities of tokens"),
         ({"known_speaker_names[]": "Ann"}, "known_speaker_names", "speakers are not distinguished"),
     ],
     ids=str,

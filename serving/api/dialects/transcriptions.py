@@ -234,7 +234,7 @@ def _refuse(values: Mapping[str, Any], form: object) -> None:
             raise InvalidRequest(f"'{name}' is not supported: {reason}.", param=name)
     for name, known, reason in (
         ("timestamp_granularities", ("segment",), "captions have times of segments, and none of words"),
-        ("include", (), "captions are returned as text, without the probabilities of tokens"),
+        ("include", (), "chat completions return the probabilities of tokens, by logprobs"),
     ):
         chosen = values.get(name) or ()
         if any(item not in known for item in ((chosen,) if isinstance(chosen, str) else chosen)):
