@@ -225,7 +225,7 @@ def _scalar(text: str) -> object:
 
 def _refuse(values: Mapping[str, Any], form: object) -> None:
     """Raise `InvalidRequest` for fields whose effect the caller would miss."""
-    if form not in CONTENT_TYPES:
+    if not isinstance(form, str) or form not in CONTENT_TYPES:
         raise InvalidRequest(
             f"The response_format should be one of {', '.join(CONTENT_TYPES)}.", param="response_format"
         )
