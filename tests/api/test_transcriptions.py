@@ -110,6 +110,19 @@ async def test_a_stream_has_openais_events() -> None:
             assert done == {"type": "transcript.text.done", "text": TEXT, "usage": USAGE}
 
 
+async def test_probabilities_of_tokens() -> None:
+    """`include[]` logprobs adds the tokens of the caption, to an object and to the events of a stream."""
+    async with served(**FAKE, stream_flush_interval_s=0) as client:
+        whole = (await ask(client, **{"include[]": "logprobs"})).json()
+        Transcription.model_validate(whole)
+        assert "".join(each["token"] for each in whole["logprobs"]) == TEXT
+        assert whole["logprobs"][0] == {"token": "a", "logprob": -0.693147, "bytes": [97]}
+        *deltas, done = events((await ask(client, stream="true", **{"include[]": "logprobs"})).text)
+        for event in (*deltas, done):
+            TypeAdapter(TranscriptionStreamEvent).validate_python(event, strict=True)
+        assert [each for delta in deltas for each in delta["logprobs"]] == done["logprobs"] == whole["logprobs"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -150,7 +163,8 @@ async def test_accepted_fields(fields: dict[str, Any]) -> None:
         ({"top_k": "-2"}, "top_k", "Parameter top_k be greater than or equal to 0"),
         ({"timestamp_granularities[]": ["segment", "word"]}, "timestamp_granularities", "none of words"),
         ({"timestamp_granularities": "word"}, "timestamp_granularities", "none of words"),
-        ({"include[]": "logprobs"}, "include", "chat completions return the probabilities of tokens"),
+        ({"include[]": ["logprobs", "x"]}, "include", "it has logprobs alone, with the response_format json"),
+        ({"include[]": "logprobs", "response_format": "text"}, "include", "with the response_format json"),
         ({"known_speaker_names[]": "Ann"}, "known_speaker_names", "speakers are not distinguished"),
     ],
     ids=str,

@@ -44,6 +44,11 @@ def render(tokens: Sequence[TokenLogprob]) -> str:
     return f'{{"content":[{content}],"refusal":null}}'
 
 
+def render_list(tokens: Sequence[TokenLogprob]) -> str:
+    """Return the field `logprobs` of a transcription, as JSON: tokens without alternatives."""
+    return f"[{','.join(f'{{{_token(each.text, each.logprob)}}}' for each in tokens)}]"
+
+
 def lines_of(tokens: Sequence[TokenLogprob]) -> Iterator[Sequence[TokenLogprob]]:
     """Split the tokens of a delta into parts that fit one line each."""
     for start in range(0, len(tokens), _LINE_TOKENS):
