@@ -113,11 +113,12 @@ async def test_a_stream_has_openais_events() -> None:
 async def test_probabilities_of_tokens() -> None:
     """`include[]` logprobs adds the tokens of the caption, to an object and to the events of a stream."""
     async with served(**FAKE, stream_flush_interval_s=0) as client:
-        whole = (await ask(client, **{"include[]": "logprobs"})).json()
+        fields: dict[str, Any] = {"include[]": "logprobs"}
+        whole = (await ask(client, **fields)).json()
         Transcription.model_validate(whole)
         assert "".join(each["token"] for each in whole["logprobs"]) == TEXT
         assert whole["logprobs"][0] == {"token": "a", "logprob": -0.693147, "bytes": [97]}
-        *deltas, done = events((await ask(client, stream="true", **{"include[]": "logprobs"})).text)
+        *deltas, done = events((await ask(client, stream="true", **fields)).text)
         for event in (*deltas, done):
             TypeAdapter(TranscriptionStreamEvent).validate_python(event, strict=True)
         assert [each for delta in deltas for each in delta["logprobs"]] == done["logprobs"] == whole["logprobs"]
