@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
     from serving.storage.uploads import UploadStore
     from serving.tenancy.usage_session import UsageSession
-    from serving.types import CaptionRequest, Features, Sampling, SchedulingClass, TimelineOptions
+    from serving.types import CaptionRequest, Features, Sampling, SchedulingClass, TimelineOptions, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -297,17 +297,19 @@ class CaptionPipeline:
         """
         while (features := kept.get()) is not None:
             pieces: list[str] = []
+            logprobs: list[TokenLogprob] = []
             deltas = self._stream(features, sampling, session, record, deadline, kept.consumed)
             del features
             try:
                 async with aclosing(deltas):
                     async for delta in deltas:
                         pieces.append(delta.text)
+                        logprobs += delta.logprobs
             except EngineFailed:
                 if self._replicas is None or kept.get() is None or record.first_token is None:
                     raise
             else:
-                return replace(delta, text="".join(pieces))
+                return replace(delta, text="".join(pieces), logprobs=tuple(logprobs))
             del deltas
             self._replicas.retries += 1
             record.discard_output()
@@ -357,13 +359,20 @@ class CaptionPipeline:
                 record.engine_input_tokens = delta.input_tokens or record.engine_input_tokens
                 blank = blank and not delta.text.strip()
                 if delta.finish_reason is None:
-                    yield CaptionDelta(delta.text, usage)
+                    yield CaptionDelta(delta.text, usage, logprobs=delta.logprobs)
                     continue
                 record.defect = quality.defect_of(
                     looped=delta.looped, blank=blank, tokens=usage.output_tokens, finish_reason=delta.finish_reason
                 )
                 stopped = Defect.LOOP if delta.looped else None
-                yield CaptionDelta(delta.text, usage, delta.finish_reason, stopped=stopped, audio_s=record.audio_s)
+                yield CaptionDelta(
+                    delta.text,
+                    usage,
+                    delta.finish_reason,
+                    stopped=stopped,
+                    audio_s=record.audio_s,
+                    logprobs=delta.logprobs,
+                )
                 return
 
     async def _prepare(

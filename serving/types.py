@@ -180,6 +180,8 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] = ()
     bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """Number of likeliest tokens to report with each token; `None`: no probabilities."""
     stop_loops: bool = False
     """End the caption where it repeats itself without end."""
     ignore_eos: bool = False
@@ -299,6 +301,22 @@ class Usage:
         return self.input_tokens + self.output_tokens
 
 
+LEAST_LOGPROB = -9999.0
+"""Logarithm in place of that of 0, which JSON has not."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token of a caption: its text, the logarithm of its probability, and both of the likeliest tokens in its place.
+
+    Probabilities are the model's own, before temperature and other parameters of sampling.
+    """
+
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class CaptionDelta:
     """The next piece of a caption. `usage` counts everything up to and with this piece.
@@ -316,6 +334,8 @@ class CaptionDelta:
     stopped: Defect | None = None
     retried: Defect | None = None
     audio_s: float = 0.0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Probabilities of the tokens generated since the last delta, if requested; the text may lag behind."""
 
 
 def billed_audio_tokens(samples: int) -> int:

@@ -86,7 +86,9 @@ class Body:
                 permit.grow(len(piece))
                 body.append(piece)
         if size > self.limit_bytes:
-            raise BodyTooLarge
+            raise BodyTooLarge(
+                f"{BodyTooLarge.message} A body may have {self.limit_bytes} bytes; audio by URL may be larger."
+            )
         return b"".join(body)
 
     async def drain(self) -> None:

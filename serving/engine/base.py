@@ -11,7 +11,7 @@ from serving.types import NO_TENANT, SAMPLE_RATE
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
 
-    from serving.types import Features, FinishReason, Sampling, SchedulingClass
+    from serving.types import Features, FinishReason, Sampling, SchedulingClass, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class EngineDelta:
     """Generated tokens that are no part of the caption: the end of turn."""
     looped: bool = False
     """The engine ends the caption because it repeats itself; in the last delta, whose finish reason is a stop."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Probabilities of the counted tokens, if requested."""
 
 
 @dataclass(frozen=True, slots=True)

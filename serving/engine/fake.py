@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.engine.base import EngineDelta, Tally, ignore_start
 from serving.errors import EngineFailed, NotReady
-from serving.types import NO_TENANT, FinishReason
+from serving.types import NO_TENANT, FinishReason, TokenLogprob
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -130,6 +131,7 @@ class FakeEngine:
                             held.tokens + delta.tokens,
                             delta.finish_reason,
                             looped=delta.looped,
+                            logprobs=held.logprobs + delta.logprobs,
                         )
                         if tokens == 0 and delta.finish_reason is None:
                             yield self._logged(request_id, held)
@@ -175,16 +177,25 @@ class FakeEngine:
         hold = max((len(stop) - 1 for stop in sampling.stop), default=0)
         for number, word in enumerate(islice(_words(features, self._text), count), 1):
             held += word
+            likely = _logprobs(word, sampling.logprobs)
             if found := [held.index(stop) for stop in sampling.stop if stop in held]:
-                yield EngineDelta(held[: min(found)], 1, FinishReason.STOP)
+                yield EngineDelta(held[: min(found)], 1, FinishReason.STOP, logprobs=likely)
                 return
             if number == count and not completes:
-                yield EngineDelta(held, 1, FinishReason.LENGTH)
+                yield EngineDelta(held, 1, FinishReason.LENGTH, logprobs=likely)
                 return
             final = max(0, len(held) - hold)
-            yield EngineDelta(held[:final], 1)
+            yield EngineDelta(held[:final], 1, logprobs=likely)
             held = held[final:]
         yield EngineDelta(held, 0, FinishReason.STOP)
+
+
+def _logprobs(word: str, top: int | None) -> tuple[TokenLogprob, ...]:
+    """Return a set probability of a word, 1/2, and of its alternatives, 1/4 and so on."""
+    if top is None:
+        return ()
+    texts = (word, *(f"{word}{number}" for number in range(1, top)))[:top]
+    return (TokenLogprob(word, -math.log(2), tuple((text, -(at + 1) * math.log(2)) for at, text in enumerate(texts))),)
 
 
 class _Log:

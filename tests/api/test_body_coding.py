@@ -104,7 +104,7 @@ async def test_members_are_joined() -> None:
 
 
 async def test_memory_is_acquired_before_it_is_used() -> None:
-    """What a body inflates to counts as memory of bodies: beyond it the request is refused, within 2 MiB."""
+    """Inflated bytes count as memory of bodies: beyond it the request is refused."""
     capacity = SharedCapacity(4 * MIB)
     with capacity.permit(NO_TENANT) as permit:
         with pytest.raises(Overloaded):

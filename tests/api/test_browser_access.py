@@ -45,7 +45,7 @@ DESKTOP_APPLICATION = {"origin": "null"}
     ids=["form", "fetch", "no Sec-Fetch", "sandboxed frame", "no Origin", "DNS rebinding"],
 )
 async def test_pages_of_other_sites_get_no_captions(headers: dict[str, str]) -> None:
-    """What a page can send without permission is 403 in the path's dialect, whatever it holds."""
+    """A request that a page can send without permission is 403 in the path's dialect, whatever it holds."""
     async with served() as client:
         for content_type in FORM_TYPES:
             sent = headers | {"content-type": content_type}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +18,8 @@ from tests.support.served import served
 from tests.support.wire import MODEL, events, wav
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import httpx
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -106,6 +110,20 @@ async def test_a_stream_has_openais_events() -> None:
             assert done == {"type": "transcript.text.done", "text": TEXT, "usage": USAGE}
 
 
+async def test_probabilities_of_tokens() -> None:
+    """`include[]` logprobs adds the tokens of the caption, to an object and to the events of a stream."""
+    async with served(**FAKE, stream_flush_interval_s=0) as client:
+        fields: dict[str, Any] = {"include[]": "logprobs"}
+        whole = (await ask(client, **fields)).json()
+        Transcription.model_validate(whole)
+        assert "".join(each["token"] for each in whole["logprobs"]) == TEXT
+        assert whole["logprobs"][0] == {"token": "a", "logprob": -0.693147, "bytes": [97]}
+        *deltas, done = events((await ask(client, stream="true", **fields)).text)
+        for event in (*deltas, done):
+            TypeAdapter(TranscriptionStreamEvent).validate_python(event, strict=True)
+        assert [each for delta in deltas for each in delta["logprobs"]] == done["logprobs"] == whole["logprobs"]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -132,6 +150,7 @@ async def test_accepted_fields(fields: dict[str, Any]) -> None:
     ("fields", "param", "message"),
     [
         ({"response_format": "diarized_json"}, "response_format", "one of json, verbose_json, text, srt, vtt"),
+        ({"response_format[]": "json"}, "response_format", "one of json, verbose_json, text, srt, vtt"),
         ({"response_format": "JSON"}, "response_format", "one of json, verbose_json, text, srt, vtt"),
         ({"stream": "true", "response_format": "srt"}, "stream", "not supported with the response_format srt"),
         ({"stream": "yes"}, "stream", "'stream' must be Boolean"),
@@ -139,11 +158,14 @@ async def test_accepted_fields(fields: dict[str, Any]) -> None:
         ({"temperature": "warm"}, "temperature", "'temperature' must be Float"),
         ({"temperature": "nan"}, "temperature", "'temperature' must be Float"),
         ({"max_tokens": "9" * 5000}, "max_tokens", "'max_tokens' must be Integer"),
+        ({"stream[]": "true"}, "stream", "'stream' must be Boolean"),
+        ({"model[0]": MODEL}, "model", "'model' must be String"),
         ({"seed": "-1"}, "seed", "lesser than the minimum of 0"),
         ({"top_k": "-2"}, "top_k", "Parameter top_k be greater than or equal to 0"),
         ({"timestamp_granularities[]": ["segment", "word"]}, "timestamp_granularities", "none of words"),
         ({"timestamp_granularities": "word"}, "timestamp_granularities", "none of words"),
-        ({"include[]": "logprobs"}, "include", "without the probabilities of tokens"),
+        ({"include[]": ["logprobs", "x"]}, "include", "it has logprobs alone, with the response_format json"),
+        ({"include[]": "logprobs", "response_format": "text"}, "include", "with the response_format json"),
         ({"known_speaker_names[]": "Ann"}, "known_speaker_names", "speakers are not distinguished"),
     ],
     ids=str,
@@ -211,6 +233,19 @@ async def test_a_key_is_required() -> None:
         assert (await ask(client)).json()["error"]["code"] == "invalid_api_key"
         client.headers["authorization"] = "Bearer sk-one-of-the-settings"
         assert (await ask(client)).json()["text"] == TEXT
+
+
+async def test_one_record_is_billed(tmp_path: Path) -> None:
+    """A transcription leaves one usage record, with the tokens of its answer; a refused form leaves none."""
+    async with served(**FAKE, data_dir=tmp_path) as client:
+        assert (await ask(client)).json()["usage"] == USAGE
+        assert (await ask(client, stream="maybe")).status_code == 400
+    with closing(sqlite3.connect(tmp_path / "captioner.db")) as database:
+        query = (
+            "SELECT dialect, model, audio_form, stream, input_tokens, output_tokens, ending, billed FROM usage_records"
+        )
+        rows = database.execute(query).fetchall()
+    assert rows == [("transcriptions", MODEL, "file", 0, 84, 4, "finished", 1)]
 
 
 async def test_hard_text_survives() -> None:

@@ -92,7 +92,7 @@ AREAS = (
                 "deltas of a request, merged where the client is slow",
             ),
             Name("vllm.outputs.RequestOutput", "outputs", "the one completion of a request"),
-            Name("vllm.outputs.CompletionOutput", "text, token_ids, finish_reason", "content of a delta"),
+            Name("vllm.outputs.CompletionOutput", "text, token_ids, finish_reason, logprobs", "content of a delta"),
             Name("vllm.sampling_params.SamplingParams", "", "type of a request's parameters"),
             Name("vllm.exceptions.VLLMClientError", "", "rejected parameters: `InvalidRequest`"),
             Name("vllm.exceptions.VLLMServerError", "", "failures: `EngineFailed`"),
@@ -113,7 +113,7 @@ AREAS = (
                 "vllm.sampling_params.SamplingParams",
                 "__init__(*, temperature, top_p, top_k, max_tokens, seed, stop, stop_token_ids, presence_penalty,"
                 " frequency_penalty, repetition_penalty, ignore_eos, include_stop_str_in_output, min_p, min_tokens,"
-                " logit_bias, allowed_token_ids, _bad_words_token_ids, repetition_detection,"
+                " logit_bias, allowed_token_ids, _bad_words_token_ids, logprobs, repetition_detection,"
                 " output_kind, skip_clone)",
                 "sampling; `skip_clone` saves a copy per request",
             ),
@@ -122,6 +122,7 @@ AREAS = (
                 "__init__(*, max_pattern_size, min_count)",
                 "where a caption that repeats itself ends, with the finish reason `repetition`",
             ),
+            Name("vllm.logprobs.Logprob", "logprob, decoded_token", "probability and text of a token"),
             Name("vllm.sampling_params.RequestOutputKind", "DELTA", "deltas in place of the text so far"),
             Name("vllm.exceptions.VLLMClientError", "", "rejected parameters: `InvalidRequest`"),
         ),

@@ -34,8 +34,14 @@ BY_TEMPERATURE: dict[str, dict[str, Any]] = {
 }
 """Parameters of sampling, which greedy captions do not have: with each, a hot caption differs from the one without."""
 
-ELSEWHERE = {"n": "1 only", "output_kind": "deltas", "skip_clone": "no copy", "output_text_buffer_length": "vLLM's own"}
-"""Fields that no request decides on."""
+ELSEWHERE = {
+    "n": "1 only",
+    "output_kind": "deltas",
+    "skip_clone": "no copy",
+    "output_text_buffer_length": "vLLM's own",
+    "logprobs": "reported with a caption that it does not change: test_logprobs.py",
+}
+"""Fields that change no caption."""
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,10 @@ from serving.engine.remote.wire import (
     encode,
     merge,
     read_message,
+    split,
 )
 from serving.errors import EngineFailed, Internal, Overloaded
-from serving.types import FinishReason, Sampling, SchedulingClass
+from serving.types import FinishReason, Sampling, SchedulingClass, TokenLogprob
 
 BEFORE: dict[str, tuple[Message, bytes]] = {
     "hello": (Hello("sesame"), b'\x00\x00\x00\x13\x00\x00\x00\x00{"secret":"sesame"}'),
@@ -215,6 +216,52 @@ async def test_a_stopped_loop_arrives_and_is_a_stop_to_the_version_before() -> N
     assert header_of(data)["looped"] == [7]
     assert header_of(data)["deltas"] == [[7, "2 2", 2, "stop"], [8, "a", 1, None]]
     assert merge(EngineDelta("a", 1), EngineDelta("2 2", 2, FinishReason.STOP, looped=True)).looped
+
+
+LIKELY = tuple(TokenLogprob(f"t{number}", -0.5, (("d\u00f6g", -0.5), ("cat", -9999.0))) for number in range(1200))
+
+
+async def test_probabilities_arrive_and_the_version_before_ignores_them() -> None:
+    """Probabilities are in a field of their own; without them no frame and no request has it."""
+    message = Deltas({7: EngineDelta("a b", 2, None, logprobs=LIKELY[:2]), 8: EngineDelta("c", 1)})
+    data = b"".join(encode(message))
+    assert await read(data) == message
+    header = header_of(data)
+    assert header["deltas"] == [[7, "a b", 2, None], [8, "c", 1, None]]
+    assert header["logprobs"][0] == [
+        7,
+        [["t0", -0.5, [["d\u00f6g", -0.5], ["cat", -9999.0]]], ["t1", -0.5, [["d\u00f6g", -0.5], ["cat", -9999.0]]]],
+    ]
+    request = b"".join(encode(Generate(7, "r-1", Sampling(logprobs=0), SchedulingClass(), 321, 2)))
+    assert header_of(request)["sampling"]["logprobs"] == 0
+    received = await read(request)
+    assert isinstance(received, Generate)
+    assert received.sampling == Sampling(logprobs=0)
+
+
+async def test_many_probabilities_are_split_into_frames() -> None:
+    """No frame has the probabilities of more than 512 tokens; together they are the delta."""
+    deltas = {
+        7: EngineDelta("a", 700, FinishReason.STOP, 0.5, 10, 1, looped=True, logprobs=LIKELY[:700]),
+        8: EngineDelta("b", 500, logprobs=LIKELY[700:]),
+        9: EngineDelta("c", 1),
+    }
+    messages = list(split(deltas, [7]))
+    assert [sum(len(each.logprobs) for each in message.deltas.values()) for message in messages] == [512, 512, 176]
+    assert [message.started for message in messages] == [[7], (), ()]
+    together: dict[int, EngineDelta] = {}
+    for message in messages:
+        assert len(encode(message)[0]) < 256 * 1024
+        for number, delta in message.deltas.items():
+            assert not together.get(number, delta).finish_reason or number not in together
+            together[number] = merge(together.get(number), delta)
+    assert together == deltas
+
+
+def test_a_message_without_probabilities_is_not_split() -> None:
+    """Deltas without probabilities are one message, as before."""
+    deltas = {7: EngineDelta("a", 1), 8: EngineDelta("b", 1)}
+    assert list(split(deltas, [])) == [Deltas(deltas, [])]
 
 
 def test_consecutive_deltas_merge_into_one() -> None:

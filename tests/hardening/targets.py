@@ -18,6 +18,7 @@ import orjson
 
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
+from serving.api.dialects.transcriptions import CONTENT_TYPES, TranscriptionCodec
 from serving.api.multipart_form import MultipartForm, read_form
 from serving.audio.decode import decode
 from serving.config import Settings
@@ -146,13 +147,40 @@ def _upload_form(body: bytes) -> None:
     assert parsed([body]) == parsed([body[:cut], body[cut:]])
 
 
-def _upload_form_seeds() -> list[bytes]:
-    def form(*parts: tuple[str, bytes]) -> bytes:
-        head = b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
-        return b"".join(head % (_BOUNDARY, name.encode(), data) for name, data in parts) + b"--%b--\r\n" % _BOUNDARY
+def _form(*parts: tuple[str, bytes]) -> bytes:
+    head = b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+    return b"".join(head % (_BOUNDARY, name.encode(), data) for name, data in parts) + b"--%b--\r\n" % _BOUNDARY
 
+
+def _upload_form_seeds() -> list[bytes]:
     fields = [("policy", b"e30="), ("Signature", b"c2ln"), ("key", b"dashscope-instant/a/b"), ("OSSAccessKeyId", b"x")]
-    return [form(*fields, ("file", wav(0.01))), form(("file", b"--0123456789abcdef\r\n\r\n--"), *fields)]
+    return [_form(*fields, ("file", wav(0.01))), _form(("file", b"--0123456789abcdef\r\n\r\n--"), *fields)]
+
+
+# ---- forms of transcriptions: decoded and answered in the requested format, or refused with a status below 500
+
+
+def _transcriptions(body: bytes) -> None:
+    codec = TranscriptionCodec(_SETTINGS)
+    refusal: CaptionerError | None = None
+    try:
+        _, reply = codec.decode_request(
+            body, {"content-type": f"multipart/form-data; boundary={_BOUNDARY.decode()}"}, "1"
+        )
+    except CaptionerError as error:
+        refusal = error
+    if refusal is not None:
+        assert 400 <= codec.error(refusal, "1").status < _SERVER_FAULT, refusal
+    elif reply.stream:
+        assert reply.event(_LAST).endswith(b"data: [DONE]\n\n")
+    else:
+        assert b"A dog." in reply.full_body("A dog.", _LAST)
+
+
+def _transcriptions_seeds() -> list[bytes]:
+    fields = {"model": b"qwen3-omni-30b-a3b-captioner", "temperature": b"0.5", "timestamp_granularities[]": b"segment"}
+    forms = [fields | {"response_format": form.encode()} for form in CONTENT_TYPES] + [fields | {"stream": b"true"}]
+    return [_form(*form.items(), ("file", wav(0.01))) for form in forms]
 
 
 # ---- frames between frontends and engine replicas: messages, or a protocol error
@@ -257,9 +285,10 @@ def _audio_seeds() -> list[bytes]:
 TARGETS = {
     each.name: each
     for each in (
-        Target("openai", _openai, _openai_seeds, 300_000),
-        Target("dashscope", _dashscope, _dashscope_seeds, 300_000),
-        Target("form", _upload_form, _upload_form_seeds, 150_000),
+        Target("openai", _openai, _openai_seeds, 250_000),
+        Target("dashscope", _dashscope, _dashscope_seeds, 250_000),
+        Target("form", _upload_form, _upload_form_seeds, 100_000),
+        Target("transcriptions", _transcriptions, _transcriptions_seeds, 150_000),
         Target("frames", _frames, _frames_seeds, 150_000),
         Target("journal", _journal, _journal_seeds, 50_000),
         Target("audio", _audio, _audio_seeds, 50_000, isolated=True),

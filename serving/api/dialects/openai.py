@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from serving import errors
@@ -10,6 +12,7 @@ from serving.api.dialects.audio_reference import audio_source
 from serving.api.dialects.base import STATUS, HttpError, error_headers, nearest, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
+from serving.api.dialects.logprobs import lines_of, render, requested_logprobs
 from serving.api.dialects.messages import only_audio
 from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
 from serving.api.dialects.parameter_table import refuse
@@ -19,7 +22,7 @@ from serving.errors import InvalidRequest
 from serving.types import CaptionRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from serving.config import Settings
     from serving.types import CaptionDelta, Usage
@@ -78,16 +81,21 @@ class OpenAICodec:
         stream = boolean(values, "stream")
         include_usage = stream and boolean(mapping(values, "stream_options"), "include_usage")
         lengths = ("max_completion_tokens", "max_tokens")
+        logprobs, timeline = requested_logprobs(values), timeline_options(values)
+        if logprobs is not None and timeline is not None:
+            raise errors.InvalidRequest("logprobs cannot be combined with timeline: omit one.", param="logprobs")
         basic = sampling(values, self._settings, length_names=lengths, seed=requested_seed(values), negative_top_k=True)
         request = CaptionRequest(
             request_id=request_id,
             model=model,
             audio=audio_source(only_audio(_messages(values)), headers, self._settings, files=True),
-            sampling=with_engine_parameters(basic, values),
+            sampling=replace(with_engine_parameters(basic, values), logprobs=logprobs),
             guard=requested_guard(headers),
-            timeline=timeline_options(values),
+            timeline=timeline,
         )
-        return request, OpenAIReply(request_id, model, stream=stream, include_usage=include_usage)
+        return request, OpenAIReply(
+            request_id, model, stream=stream, include_usage=include_usage, logprobs=logprobs is not None
+        )
 
     def error(self, error: errors.CaptionerError, request_id: str) -> HttpError:
         """See `Codec`."""
@@ -100,7 +108,10 @@ class OpenAIReply:
 
     content_type = "application/json"
 
-    def __init__(self, request_id: str, model: str, *, stream: bool, include_usage: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, *, stream: bool, include_usage: bool, logprobs: bool = False
+    ) -> None:
+        self._logprobs = logprobs
         self.stream = stream
         self.ended = False
         self._started = False
@@ -109,12 +120,14 @@ class OpenAIReply:
         self._id = quote(f"chatcmpl-{request_id}")
         self._created = int(time.time())
         self._after_text = f'}},"index":0,"logprobs":null,"finish_reason":null}}],{self._rest("null")}'
+        self._end_of_text = f',"finish_reason":null}}],{self._rest("null")}'
 
     def full_body(self, text: str, last: CaptionDelta) -> bytes:
         """See `Reply`."""
         return (
             f'{{"choices":[{{"message":{{"content":{quote(text)},"role":"assistant"{timeline_member(last)}}},'
-            f'"finish_reason":"{last.finish_reason}","index":0,"logprobs":null}}],"object":"chat.completion",'
+            f'"finish_reason":"{last.finish_reason}","index":0,'
+            f'"logprobs":{render(last.logprobs) if self._logprobs else "null"}}}],"object":"chat.completion",'
             f'"created":{self._created},"model":{self._model},"system_fingerprint":null,"id":{self._id},'
             f'{stopped_field(last)}"usage":{_usage(last.usage)}}}'
         ).encode("ascii")
@@ -127,10 +140,13 @@ class OpenAIReply:
         if not self._started:
             self._started = True
             chunks.append(f'data: {{"choices":[{{"delta":{{"content":"","role":"assistant"{self._after_text}')
-        chunks += [
-            f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{timeline}{self._after_text}'
-            for text, timeline in stream_parts(delta)
-        ]
+        if self._logprobs:
+            chunks += self._with_logprobs(delta)
+        else:
+            chunks += [
+                f'data: {{"choices":[{{"delta":{{"content":{quote(text)}{timeline}{self._after_text}'
+                for text, timeline in stream_parts(delta)
+            ]
         if delta.finish_reason is not None:
             self.ended = True
             chunks.append(
@@ -146,6 +162,14 @@ class OpenAIReply:
         """See `Reply`."""
         self.ended = True
         return error_event(error)
+
+    def _with_logprobs(self, delta: CaptionDelta) -> Iterator[str]:
+        """Yield chunks with a delta's text, or its next line, and the probabilities of some of its tokens."""
+        for text, tokens in zip_longest(lines(delta.text), lines_of(delta.logprobs)):
+            yield (
+                f'data: {{"choices":[{{"delta":{{"content":{quote(text or "")}}},"index":0,'
+                f'"logprobs":{render(tokens or ())}{self._end_of_text}'
+            )
 
     def _rest(self, usage: str) -> str:
         return (

@@ -49,6 +49,8 @@ HONOURED = frozenset({
     "bad_words",
     "stop_token_ids",
     "include_stop_str_in_output",
+    "logprobs",
+    "top_logprobs",
 })  # fmt: skip
 """Parameters that take effect."""
 
@@ -112,7 +114,7 @@ _GRAMMAR = (
     "that generates the captions of all tenants"
 )
 _PROMPT = "the prompt is one audio and nothing else"
-_TOKENS = "captions are returned as text, without tokens or their probabilities"
+_TOKENS = "captions are returned as text; the probabilities of its tokens by logprobs and top_logprobs alone"
 _SPECIAL = "control tokens are no part of a caption"
 _BEAMS = "there is one caption, by sampling"
 _TOOLS = "the model calls no tools"
@@ -124,8 +126,6 @@ REFUSED: dict[str, Refusal] = {
     "guided_choice": Refusal(_GRAMMAR),
     "guided_grammar": Refusal(_GRAMMAR),
     "structural_tag": Refusal(_GRAMMAR),
-    "logprobs": Refusal(_TOKENS, (False, 0)),
-    "top_logprobs": Refusal(_TOKENS, (0,)),
     "prompt_logprobs": Refusal(_TOKENS, (False, 0)),
     "prompt_logprob_token_ids": Refusal(_TOKENS),
     "prompt_logprob_start": Refusal(_TOKENS),

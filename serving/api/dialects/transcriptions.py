@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
@@ -15,6 +16,7 @@ from pydantic_core import from_json
 from serving.api.dialects.base import lines, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import quote
+from serving.api.dialects.logprobs import lines_of, render_list
 from serving.api.dialects.model_card import requested_model
 from serving.api.dialects.openai import OpenAICodec, error_event, requested_seed
 from serving.api.dialects.parameters import boolean, sampling
@@ -24,12 +26,12 @@ from serving.errors import AudioEmpty, BodyTooLarge, InvalidRequest
 from serving.types import CaptionRequest, FileAudio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from serving import errors
     from serving.api.dialects.base import HttpError
     from serving.config import Settings
-    from serving.types import CaptionDelta, Usage
+    from serving.types import CaptionDelta, TokenLogprob, Usage
 
 CONTENT_TYPES = {
     "json": "application/json",
@@ -104,6 +106,7 @@ class TranscriptionCodec:
             seed=requested_seed(values),
             negative_top_k=True,
         )
+        with_logprobs = bool(_chosen(values, "include"))
         stream = boolean(values, "stream")
         if stream and form not in _STREAMED:
             raise InvalidRequest(
@@ -113,10 +116,14 @@ class TranscriptionCodec:
             request_id=request_id,
             model=model,
             audio=FileAudio(self._checked(file)),
-            sampling=with_engine_parameters(basic, {"min_p": values.get("min_p")}),
+            sampling=replace(
+                with_engine_parameters(basic, {"min_p": values.get("min_p")}), logprobs=0 if with_logprobs else None
+            ),
             guard=requested_guard(headers),
         )
-        return request, TranscriptionReply(form, self._task, basic.temperature, stream=stream)
+        return request, TranscriptionReply(
+            form, self._task, basic.temperature, stream=stream, with_logprobs=with_logprobs
+        )
 
     def error(self, error: errors.CaptionerError, request_id: str) -> HttpError:
         """See `Codec`."""
@@ -144,8 +151,10 @@ class TranscriptionReply:
     task: str
     temperature: float
     stream: bool
+    with_logprobs: bool = False
     ended: bool = False
-    _texts: list[str] | None = None
+    _texts: list[str] = field(default_factory=list)
+    _tokens: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def content_type(self) -> str:
@@ -163,20 +172,26 @@ class TranscriptionReply:
                 return webvtt(segments_of(text, last.audio_s)).encode()
             case "verbose_json":
                 return self._verbose(text, last)
-        return f'{{"text":{quote(text)},{stopped_field(last)}"usage":{_usage(last.usage)}}}'.encode("ascii")
+        return (
+            f'{{"text":{quote(text)},{self._logprobs(last.logprobs)}{stopped_field(last)}"usage":{_usage(last.usage)}}}'
+        ).encode("ascii")
 
     def event(self, delta: CaptionDelta) -> bytes:
         """See `Reply`."""
         if self.ended:
             return b""
-        self._texts = self._texts or []
         self._texts.append(delta.text)
-        events = [f'data: {{"type":"transcript.text.delta","delta":{quote(text)}}}\n\n' for text in lines(delta.text)]
+        self._tokens += delta.logprobs
+        events = [
+            f'data: {{"type":"transcript.text.delta",{self._logprobs(tokens or ())}"delta":{quote(text or "")}}}\n\n'
+            for text, tokens in zip_longest(lines(delta.text), lines_of(delta.logprobs))
+        ]
         if delta.finish_reason is not None:
             self.ended = True
             events.append(
                 f'data: {{"type":"transcript.text.done","text":{quote("".join(self._texts))},'
-                f'{stopped_field(delta)}"usage":{_usage(delta.usage)}}}\n\ndata: [DONE]\n\n'
+                f'{self._logprobs(self._tokens)}{stopped_field(delta)}"usage":{_usage(delta.usage)}}}\n\n'
+                "data: [DONE]\n\n"
             )
         return "".join(events).encode("ascii")
 
@@ -184,6 +199,10 @@ class TranscriptionReply:
         """See `Reply`."""
         self.ended = True
         return error_event(error)
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> str:
+        """Return the JSON member with the probabilities of tokens; empty unless they are requested."""
+        return f'"logprobs":{render_list(tokens)},' if self.with_logprobs else ""
 
     def _verbose(self, text: str, last: CaptionDelta) -> bytes:
         """Render `verbose_json`. What no captioner knows of a segment has the value that readers take for good."""
@@ -225,7 +244,7 @@ def _scalar(text: str) -> object:
 
 def _refuse(values: Mapping[str, Any], form: object) -> None:
     """Raise `InvalidRequest` for fields whose effect the caller would miss."""
-    if form not in CONTENT_TYPES:
+    if not isinstance(form, str) or form not in CONTENT_TYPES:
         raise InvalidRequest(
             f"The response_format should be one of {', '.join(CONTENT_TYPES)}.", param="response_format"
         )
@@ -234,11 +253,16 @@ def _refuse(values: Mapping[str, Any], form: object) -> None:
             raise InvalidRequest(f"'{name}' is not supported: {reason}.", param=name)
     for name, known, reason in (
         ("timestamp_granularities", ("segment",), "captions have times of segments, and none of words"),
-        ("include", (), "captions are returned as text, without the probabilities of tokens"),
+        ("include", ("logprobs",) if form == "json" else (), "it has logprobs alone, with the response_format json"),
     ):
-        chosen = values.get(name) or ()
-        if any(item not in known for item in ((chosen,) if isinstance(chosen, str) else chosen)):
+        if any(item not in known for item in _chosen(values, name)):
             raise InvalidRequest(f"'{name}' is not supported with this value: {reason}.", param=name)
+
+
+def _chosen(values: Mapping[str, Any], name: str) -> Sequence[str]:
+    """Return the items of a list, which some clients write as one field without brackets."""
+    chosen = values.get(name) or ()
+    return (chosen,) if isinstance(chosen, str) else chosen
 
 
 def _tokens(usage: Usage) -> str:

@@ -17,7 +17,6 @@ from serving.engine.remote.wire import (
     SILENCE_S,
     STATE_INTERVAL_S,
     Abort,
-    Deltas,
     Failure,
     FeaturesPiece,
     Generate,
@@ -28,6 +27,7 @@ from serving.engine.remote.wire import (
     encode,
     merge,
     read_message,
+    split,
 )
 from serving.errors import AudioTooLong, CaptionerError, EngineFailed, Internal, NotReady, Overloaded
 from serving.observability.context import REQUEST_ID, TRACE
@@ -331,7 +331,8 @@ class _Connection:
             self._flushing = True
             asyncio.get_running_loop().call_later(0.05, self._flush)
             return
-        self._write(Deltas(self._outbox, self._started))
+        for message in split(self._outbox, self._started):
+            self._write(message)
         self._outbox.clear()
         self._started.clear()
 

@@ -12,7 +12,8 @@ writer and the only parser of frames. The frontend sends first:
     engine replica ► frontend
     State          state {ready, failed, draining, load, seen}, every `STATE_INTERVAL_S`
     Deltas         deltas {deltas: [[id, text, tokens, finish_reason], …], queue_s: [[id, seconds], …],
-                           own: [[id, input tokens, tokens not counted], …], started: [id, …], looped: [id, …]}
+                           own: [[id, input tokens, tokens not counted], …], started: [id, …], looped: [id, …],
+                           logprobs: [[id, [[token, logarithm, [[token, logarithm], …]], …]], …]}
     Failure        error {id, error, message, retry_after_s, reason}: an exception of `serving.errors`
 
 Names in frames are fixed, whatever the Python classes are called: during a rolling update the version before reads
@@ -27,7 +28,7 @@ Reasons against Ray's own calls: deploy/adr/0005-frontends-and-engines.md. All c
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -35,11 +36,11 @@ import orjson
 from serving import errors
 from serving.engine.base import EngineDelta, Load
 from serving.errors import CaptionerError, Internal, Overloaded
-from serving.types import FinishReason, Sampling, SchedulingClass
+from serving.types import FinishReason, Sampling, SchedulingClass, TokenLogprob
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -67,6 +68,9 @@ _FIRST_SAMPLING_FIELDS = frozenset({
     "ignore_eos",
 })  # fmt: skip
 """Fields that every version sends: the first one fails without its three lists of stops."""
+
+_FRAME_LOGPROBS = 512
+"""Most tokens of one frame that have probabilities, each with up to 20 alternatives: some hundreds of KB of JSON."""
 
 _LENGTHS = struct.Struct("!II")
 _HEADER_BYTES = 4 * 1024 * 1024
@@ -207,7 +211,24 @@ def merge(before: EngineDelta | None, delta: EngineDelta) -> EngineDelta:
         before.input_tokens + delta.input_tokens,
         before.uncounted_tokens + delta.uncounted_tokens,
         delta.looped,
+        before.logprobs + delta.logprobs,
     )
+
+
+def split(deltas: Mapping[int, EngineDelta], started: Sequence[int]) -> Iterator[Deltas]:
+    """Yield messages of the deltas, more than one where a frame would get too many probabilities."""
+    batch: dict[int, EngineDelta] = {}
+    room = _FRAME_LOGPROBS
+    for number, delta in deltas.items():
+        rest = delta
+        while len(rest.logprobs) > room:
+            batch[number] = replace(rest, finish_reason=None, looped=False, logprobs=rest.logprobs[:room])
+            rest = EngineDelta("", 0, delta.finish_reason, looped=delta.looped, logprobs=rest.logprobs[room:])
+            yield Deltas(batch, started)
+            batch, started, room = {}, (), _FRAME_LOGPROBS
+        batch[number] = rest
+        room -= len(rest.logprobs)
+    yield Deltas(batch, started)
 
 
 def known_fields(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -239,7 +260,15 @@ def _header(message: Message) -> dict[str, Any]:
             return {"op": "state", **state, "draining": message.draining, "load": asdict(message.load)}
         case Deltas(deltas=deltas, started=started):
             looped = [number for number, each in deltas.items() if each.looped]
-            added = ({"started": [*started]} if started else {}) | ({"looped": looped} if looped else {})
+            added: dict[str, Any] = ({"started": [*started]} if started else {}) | (
+                {"looped": looped} if looped else {}
+            )
+            logprobs = [
+                [number, [[token.text, token.logprob, token.top] for token in each.logprobs]]
+                for number, each in deltas.items()
+                if each.logprobs
+            ]
+            added |= {"logprobs": logprobs} if logprobs else {}
             return {
                 "op": "deltas",
                 "deltas": [[number, each.text, each.tokens, each.finish_reason] for number, each in deltas.items()],
@@ -287,6 +316,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
             queue_s = {number: float(seconds) for number, seconds, *_ in header.get("queue_s", ())}
             counts = {each[0]: (int(each[1]), int(each[2])) for each in header.get("own", ())}
             looped = frozenset(header.get("looped", ()))
+            logprobs = {number: tuple(map(_token, tokens)) for number, tokens, *_ in header.get("logprobs", ())}
             return Deltas(
                 {
                     int(number): EngineDelta(
@@ -296,6 +326,7 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
                         queue_s.get(number, 0.0),
                         *counts.get(number, (0, 0)),
                         looped=number in looped,
+                        logprobs=logprobs.get(number, ()),
                     )
                     for number, text, tokens, finish_reason, *_ in header["deltas"]
                 },
@@ -311,6 +342,11 @@ def _message(header: Mapping[str, Any], payload: bytes) -> Message:
             )
         case other:
             raise ProtocolError(f"unknown kind of frame: {other!r}")
+
+
+def _token(values: Sequence[Any]) -> TokenLogprob:
+    text, logprob, top, *_ = values
+    return TokenLogprob(str(text), float(logprob), tuple((str(each), float(number)) for each, number, *_ in top))
 
 
 def _sampling_fields(sampling: Sampling) -> dict[str, Any]:

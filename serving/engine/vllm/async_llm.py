@@ -45,7 +45,7 @@ from serving.engine.base import PROMPT_TOKENS, EngineDelta, audio_tokens
 from serving.engine.vllm.engine_args import checked, refusals_named
 from serving.engine.vllm.executor import InProcessExecutor, MultiGpuExecutor
 from serving.engine.vllm.model import profiled_audio_tokens
-from serving.engine.vllm.sampling import sampling_params
+from serving.engine.vllm.sampling import sampling_params, token_logprobs
 from serving.engine.vllm.scheduler import AsyncLongAudioScheduler, LongAudioScheduler
 from serving.engine.vllm.step_counter import StepCounter, stat_loggers
 from serving.engine.vllm.stop_sequences import StopSequences
@@ -193,6 +193,7 @@ class LoadedModel:
                     input_tokens=input_tokens,
                     uncounted_tokens=int(uncounted),
                     looped=output.finish_reason == _LOOPED,
+                    logprobs=token_logprobs(output.logprobs, tokens[: len(tokens) - uncounted], sampling.logprobs),
                 )
                 input_tokens = 0
         except VLLMClientError as error:

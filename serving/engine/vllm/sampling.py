@@ -9,9 +9,12 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 from serving.errors import InvalidRequest
+from serving.types import LEAST_LOGPROB, TokenLogprob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from vllm.logprobs import Logprob
 
     from serving.types import Sampling
 
@@ -60,12 +63,34 @@ def sampling_params(sampling: Sampling, vocabulary: int, encode: Callable[[str],
             logit_bias=dict(sampling.logit_bias) or None,
             allowed_token_ids=list(sampling.allowed_token_ids) or None,
             _bad_words_token_ids=_bad_words(sampling, encode),
+            logprobs=sampling.logprobs,
             repetition_detection=_LOOPS if sampling.stop_loops else None,
             output_kind=RequestOutputKind.DELTA,
             skip_clone=True,  # they are made for this request alone
         )
     except VLLMClientError as error:
         raise InvalidRequest(str(error)) from error
+
+
+def token_logprobs(
+    steps: Sequence[Mapping[int, Logprob]] | None, tokens: Sequence[int], top: int | None
+) -> tuple[TokenLogprob, ...]:
+    """Return the probabilities of the tokens of one output of vLLM, with the `top` likeliest ones of each."""
+    if top is None or steps is None:
+        return ()
+    return tuple(
+        TokenLogprob(*_text_and_logprob(step[token]), tuple(map(_text_and_logprob, _likeliest(step.values(), top))))
+        for token, step in zip(tokens, steps, strict=False)
+    )
+
+
+def _likeliest(candidates: Iterable[Logprob], top: int) -> list[Logprob]:
+    """Return the `top` likeliest. vLLM puts the chosen token first, and adds it where it is not among them."""
+    return sorted(candidates, key=lambda each: -each.logprob)[:top]
+
+
+def _text_and_logprob(candidate: Logprob) -> tuple[str, float]:
+    return candidate.decoded_token or "", max(LEAST_LOGPROB, candidate.logprob)
 
 
 def _bad_words(sampling: Sampling, encode: Callable[[str], list[int]]) -> list[list[int]] | None:
