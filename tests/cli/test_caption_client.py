@@ -138,7 +138,7 @@ def test_the_segments_of_a_timeline_are_collected() -> None:
     with ScriptedService(timeline_stream([first], [second]), stream("a dog")) as running:
         caption = Service(running.url).caption(CLIP, timeline=True)
         assert (caption.segments, running.requests[0]["timeline"]) == ((first, second), True)
-        with pytest.raises(ServiceError, match="^this service makes no timelines: its answer has none$"):
+        with pytest.raises(ServiceError, match=r"^this service makes no timelines: its answer has none$"):
             Service(running.url).caption(CLIP, timeline=True)
 
 

@@ -24,8 +24,8 @@ SECOND = {"index": 1, "start": 29.96, "end": 3661.2, "caption": "", "error": "in
     ("form", "expected"),
     [
         ("text", "0:00.0-0:30.0  A dog | barks.\n0:30.0-1:01:01.2  [internal_error]\n"),
-        ("md", "## a\n\n| Time | Caption |\n|---|---|\n| 0:00.0-0:30.0 | A dog &#124; barks. |\n"
-         "| 0:30.0-1:01:01.2 | [internal_error] |\n"),
+        ("md", ("## a\n\n| Time | Caption |\n|---|---|\n| 0:00.0-0:30.0 | A dog &#124; barks. |\n"
+         "| 0:30.0-1:01:01.2 | [internal_error] |\n")),
         ("srt", "1\n00:00:00,000 --> 00:00:29,960\nA dog | barks.\n\n"),
         ("vtt", "WEBVTT\n\n00:00:00.000 --> 00:00:29.960\nA dog | barks.\n\n"),
     ],
