@@ -22,8 +22,15 @@ serve serve-cluster: export CAPTIONER_TENSOR_PARALLEL ?= $(TENSOR_PARALLEL)
 serve serve-cluster: export CAPTIONER_CONFIG ?= $(CONFIG)
 serve serve-cluster: export CAPTIONER_LOG_FORMAT ?= text
 
-INSTALL = $(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps
+# On a terminal uv shows the progress of downloads.
+INSTALL = $(@D)/bin/uv pip install $(shell [ -t 2 ] || echo --quiet) --python $(@D)/bin/python --no-deps
 LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r
+
+# 1.0 GB that only GPUs need; the images leave the same out (deploy/docker/README.md).
+WITHOUT_cpu := triton,nvidia-cusolver,nvidia-nvtx
+WITHOUT_cpu-dev := $(WITHOUT_cpu)
+NEEDED = $(@D)/bin/python deploy/docker/missing_requirements.py --without "$(WITHOUT_$(1))" $(LOCKS)/$(1).txt \
+	2>/dev/null >$(@D)/$(1).txt
 
 .PHONY: help
 help: ## List the targets
@@ -149,15 +156,17 @@ clean: ## Remove what `make` installed and what tests left
 
 define SERVING
 $(1)/serve.stamp: $(1)/uv.stamp $(LOCKS)/$(2).txt pyproject.toml
-	@echo "Installing the $(2) build of the engine (several GB the first time) …"
-	@$$(LOCKED) $(LOCKS)/$(2).txt
+	@echo "Installing the $(2) build of the engine (several GB the first time; the service takes $(3)) …"
+	@$$(call NEEDED,$(2))
+	@$$(LOCKED) $$(@D)/$(2).txt
 	@$$(INSTALL) --no-build-isolation -e .
 	@touch $$@
 endef
-$(eval $(call SERVING,.venv,cpu))
-$(eval $(call SERVING,.venv-cuda,cuda))
+$(eval $(call SERVING,.venv,cpu,2.9 GB of memory))
+$(eval $(call SERVING,.venv-cuda,cuda,a GPU))
 
 .venv/dev.stamp: .venv/serve.stamp $(LOCKS)/cpu-dev.txt
 	@echo "Installing what the tests need …"
-	@$(LOCKED) $(LOCKS)/cpu-dev.txt
+	@$(call NEEDED,cpu-dev)
+	@$(LOCKED) $(@D)/cpu-dev.txt
 	@touch $@

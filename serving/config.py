@@ -29,6 +29,7 @@ from serving.settings import batch_groups, groups, object_store, operator_groups
 from serving.settings.engine_args import reserved_problem
 from serving.settings.groups import CAPTIONER_HUB_ID, CAPTIONER_MODEL_ID, EMBEDDED_CHECKPOINT
 from serving.settings.types import METRICS_PORTS, MIB
+from serving.types import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -176,6 +177,15 @@ class Settings(
         return _text_width(self.model) == STAND_IN_WIDTH
 
     @property
+    def default_temperature(self) -> float:
+        """Temperature of requests without one: the captioner's 0.6, or 0 for a stand-in whose checkpoint is greedy.
+
+        The fake engine samples nothing and has the captioner's.
+        """
+        greedy = self.engine == "vllm" and self.is_embedded and _is_greedy(self.model)
+        return 0.0 if greedy else Sampling().temperature
+
+    @property
     def on_loopback(self) -> bool:
         """True if only this machine reaches the listener."""
         return is_loopback(self.host)
@@ -234,6 +244,15 @@ class Settings(
                 raise FileNotFoundError(f"config: the file {path} does not exist")
             sources.append(TomlConfigSettingsSource(settings_cls, toml_file=path))
         return tuple(sources)
+
+
+@cache
+def _is_greedy(model: str) -> bool:
+    """Return whether the generation defaults of a checkpoint in a directory choose the likeliest token."""
+    try:
+        return json.loads(Path(model, "generation_config.json").read_text()).get("do_sample") is False
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 @cache

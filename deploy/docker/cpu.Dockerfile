@@ -36,7 +36,7 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
     && ln -s ../app/bin/captioner /opt/captioner/bin/captioner
 
 FROM requirements AS application
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY serving serving
 RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
         --target /opt/captioner/app . \
@@ -75,7 +75,7 @@ ENTRYPOINT ["captioner"]
 CMD ["serve"]
 
 ARG BASE_IMAGE
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="captioner" \

@@ -33,7 +33,7 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=ca \
     && /opt/captioner/bin/python -c 'from importlib.metadata import version; print("vllm", version("vllm"))'
 
 FROM requirements AS application
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY serving serving
 RUN uv/bin/uv pip install --quiet --python /opt/captioner --no-deps --no-build-isolation --compile-bytecode \
         --target /opt/captioner/app . \
@@ -76,7 +76,7 @@ ENTRYPOINT ["captioner"]
 CMD ["serve"]
 
 ARG BASE_IMAGE
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="captioner" \

@@ -239,10 +239,7 @@ def save_checkpoint(model: Model, tokenizer: Qwen2Tokenizer, path: Path = CHECKP
     """
     save_processor(tokenizer, path)
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        top_k=20,
+        do_sample=False,  # so that a caption is repeatable: the service's default temperature is 0 then
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )

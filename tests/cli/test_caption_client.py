@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from serving.cli.caption.client import Service, ServiceError
@@ -128,3 +130,20 @@ def test_a_key_is_one_word() -> None:
     """A key with a line break would be a second header."""
     with pytest.raises(ValueError, match="--key"):
         Service("http://x", "sk-1\r\nx: y")
+
+
+def test_the_segments_of_a_timeline_are_collected() -> None:
+    """They come with the pieces of the text; a service that ignores the parameter makes no timeline."""
+    first, second = {"start": 0, "end": 5.5, "caption": "a dog"}, {"start": 5.5, "end": 9, "caption": "", "error": "e"}
+    with ScriptedService(timeline_stream([first], [second]), stream("a dog")) as running:
+        caption = Service(running.url).caption(CLIP, timeline=True)
+        assert (caption.segments, running.requests[0]["timeline"]) == ((first, second), True)
+        with pytest.raises(ServiceError, match=r"^this service makes no timelines: its answer has none$"):
+            Service(running.url).caption(CLIP, timeline=True)
+
+
+def timeline_stream(*events: list[dict[str, object]]) -> Answer:
+    """Return a stream whose events have these segments."""
+    chunks = [{"choices": [{"delta": {"content": "", "timeline": {"segments": each}}}]} for each in events]
+    body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+    return Answer(200, body + stream("").body.decode())

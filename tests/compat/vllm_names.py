@@ -167,8 +167,8 @@ AREAS = (
             Name("vllm.v1.engine.core_client.MPClient", "resources", "processes and sockets of the client"),
             Name(
                 "vllm.v1.engine.core_client.BackgroundResources",
-                "engine_manager, ctx",
-                "ZeroMQ context, which vLLM leaves to the end of the interpreter",
+                "engine_manager, ctx, output_socket, input_socket",
+                "ZeroMQ context, which vLLM leaves to the end of the interpreter; sockets that the event loop reads",
             ),
             Name("vllm.v1.engine.utils.CoreEngineProcManager", "processes", "the engine process, to wait for its end"),
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving import errors
 from serving.api.dialects.audio_reference import audio_source
-from serving.api.dialects.base import STATUS, HttpError, error_headers, nearest, requested_guard, stopped_field
+from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
 from serving.api.dialects.logprobs import lines_of, render, requested_logprobs

@@ -123,7 +123,7 @@ def sampling(
     if ignore_eos and not settings.allow_ignore_eos:
         raise InvalidRequest("ignore_eos is not enabled on this server.", param="ignore_eos")
     return Sampling(
-        temperature=_temperature(values),
+        temperature=_temperature(values, settings),
         top_p=_top_p(values),
         top_k=_top_k(values, least=-1 if negative_top_k else 0),
         max_tokens=_max_tokens(values, settings, length_names),
@@ -138,10 +138,10 @@ def sampling(
     )
 
 
-def _temperature(values: Mapping[str, Any]) -> float:
+def _temperature(values: Mapping[str, Any], settings: Settings) -> float:
     value = number(values, "temperature")
     if value is None:
-        return DEFAULTS.temperature
+        return settings.default_temperature
     if not 0 <= value < 2:  # noqa: PLR2004
         raise InvalidRequest("Temperature should be in [0.0, 2.0)", param="temperature")
     return value

@@ -130,7 +130,7 @@ class Service:
             "model": self.model,
             "messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": audio}}]}],
         }
-        body |= {"timeline": True} if timeline else {"stream": True, "stream_options": {"include_usage": True}}
+        body |= {"stream": True, "stream_options": {"include_usage": True}} | ({"timeline": True} if timeline else {})
         encoded = json.dumps(body).encode()
         started = False
 
@@ -142,7 +142,7 @@ class Service:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with self._open("/v1/chat/completions", encoded, timeout_s=_SILENCE_S) as response:
-                    return _timeline(response.read()) if timeline else _stream(response, pieces)
+                    return _stream(response, pieces, timeline=timeline)
             except ServiceError as error:
                 if error.retry_after_s is None or started or attempt == ATTEMPTS:
                     raise
@@ -192,9 +192,10 @@ class _Response:
             raise _lost(error, "the connection was lost within the caption") from None
 
 
-def _stream(response: _Response, on_text: Callable[[str], None]) -> Caption:
-    """Return the caption of a stream of server-sent events."""
+def _stream(response: _Response, on_text: Callable[[str], None], *, timeline: bool) -> Caption:
+    """Return the caption of a stream of server-sent events, with the segments of its timeline if one is requested."""
     texts: list[str] = []
+    segments: list[Mapping[str, Any]] = []
     finish_reason: str | None = None
     usage: Mapping[str, Any] = {}
     stopped: str | None = None
@@ -203,7 +204,9 @@ def _stream(response: _Response, on_text: Callable[[str], None]) -> Caption:
             continue  # a comment that keeps the connection alive, or the end of an event
         data = line[5:].strip()
         if data == b"[DONE]":
-            return Caption("".join(texts), finish_reason, usage, stopped)
+            if timeline and not segments:
+                raise ServiceError("this service makes no timelines: its answer has none")
+            return Caption("".join(texts), finish_reason, usage, stopped, tuple(segments) if timeline else None)
         event = _json(data)
         if event.get("error"):
             raise _reported(event, 0, retry_after_s=None)
@@ -211,21 +214,12 @@ def _stream(response: _Response, on_text: Callable[[str], None]) -> Caption:
         stopped = (event.get("captioner") or {}).get("stopped") or stopped
         for choice in event.get("choices") or ():
             finish_reason = choice.get("finish_reason") or finish_reason
-            if text := (choice.get("delta") or {}).get("content"):
+            delta = choice.get("delta") or {}
+            segments += (delta.get("timeline") or {}).get("segments") or ()
+            if text := delta.get("content"):
                 texts.append(text)
                 on_text(text)
     raise ServiceError("the stream ended within the caption", retry_after_s=0)
-
-
-def _timeline(body: bytes) -> Caption:
-    """Return the caption of a response with a timeline."""
-    answer = _json(body)
-    segments = (answer.get("timeline") or {}).get("segments")
-    if not isinstance(segments, list):
-        raise ServiceError("this service makes no timelines: its answer has none")
-    choice = (answer.get("choices") or [{}])[0]
-    text = (choice.get("message") or {}).get("content") or ""
-    return Caption(text, choice.get("finish_reason"), answer.get("usage") or {}, segments=tuple(segments))
 
 
 def _refused(error: urllib.error.HTTPError) -> ServiceError:

@@ -141,7 +141,7 @@ def _with_remedy(error: Exception) -> str:
 
 @dataclass(slots=True)
 class _State:
-    """What has arrived for one clip."""
+    """Pieces of a stream and the result of one clip, as far as they have arrived."""
 
     pieces: list[str] = field(default_factory=list)
     result: Caption | Exception | None = None

@@ -1,4 +1,4 @@
-"""The embedded service, started quietly for one command on a free loopback port, with a key of its own, and stopped."""
+"""The embedded service, started quietly for one command on a free loopback port, with a key for it, and stopped."""
 
 from __future__ import annotations
 

@@ -129,14 +129,20 @@ def _described(source: Source, caption: Caption) -> dict[str, Any]:
 def _text(caption: Caption) -> str:
     if caption.segments is None:
         return caption.text
-    return "\n".join(f"{_span(segment)}  {segment.get('caption') or ''}".rstrip() for segment in caption.segments)
+    return "\n".join(f"{_span(segment)}  {_said(segment)}".rstrip() for segment in caption.segments)
 
 
 def _markdown(caption: Caption) -> str:
     if caption.segments is None:
         return caption.text
-    rows = (f"| {_span(each)} | {str(each.get('caption') or '').replace('|', '&#124;')} |" for each in caption.segments)
+    rows = (f"| {_span(each)} | {_said(each).replace('|', '&#124;')} |" for each in caption.segments)
     return "\n".join(("| Time | Caption |", "|---|---|", *(" ".join(row.split()) for row in rows)))
+
+
+def _said(segment: Mapping[str, Any]) -> str:
+    """Return the caption of a segment, or in brackets why there is none."""
+    error = segment.get("error")
+    return " ".join(str(segment.get("caption") or (f"[{error}]" if error else "")).split())
 
 
 def _span(segment: Mapping[str, Any]) -> str:

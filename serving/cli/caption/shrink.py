@@ -1,4 +1,4 @@
-"""`python -m serving.cli.caption.shrink BYTES [FILE]`: a file's audio as 16 kHz mono, in at most so many bytes.
+"""`python -m serving.cli.caption.shrink BYTES [FILE]`: a file's audio as 16 kHz mono, in at most BYTES bytes.
 
 The model hears 16 kHz mono. FLAC keeps all of it; where that does not fit, Opus with as many bits as fit. Without FILE
 the input is standard input; the output is standard output. Errors are one line on standard error, with status 1.

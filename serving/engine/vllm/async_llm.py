@@ -143,6 +143,11 @@ class LoadedModel:
         if self._llm.output_handler is not None:
             self._llm.output_handler.cancel()
         self._llm.output_processor.propagate_error(EngineDeadError())
+        # The context ends in another thread; until the sockets are closed here, the event loop would still read them.
+        resources, loop = self._llm.engine_core.resources, asyncio.get_running_loop()
+        for socket in (resources.output_socket, resources.input_socket):
+            if socket is not None and not socket.closed:
+                loop.remove_reader(socket.FD)
         await asyncio.to_thread(self._shut_down)
 
     def _shut_down(self) -> None:

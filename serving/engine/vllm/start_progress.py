@@ -23,7 +23,7 @@ PHASES = {
     "weights": "loading the weights",
     "compile": "compiling the model and measuring its memory",
     "cache": "allocating the KV cache",
-    "graphs": "capturing CUDA graphs and warming up vLLM",
+    "graphs": "warming up vLLM, on GPUs with CUDA graphs",
     "captions": "warming up with captions of silence",
 }
 """Phases of a start in their order, with descriptions. A start without compilation or graphs passes them quickly."""

@@ -29,7 +29,8 @@ def decode(parameters: str | dict[str, Any]) -> CaptionRequest:
     """Return the request with these parameters, an object that is not empty."""
     text = parameters if isinstance(parameters, str) else json.dumps(parameters)
     body = f"{json.dumps(compatible_body(AUDIO))[:-1]},{text[1:]}"
-    return OpenAICodec(Settings()).decode_request(body.encode(), {}, "id")[0]
+    settings = Settings(model="Qwen/Qwen3-Omni-30B-A3B-Captioner")
+    return OpenAICodec(settings).decode_request(body.encode(), {}, "id")[0]
 
 
 def test_each_name_has_one_place() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from serving.api.dialects.dashscope import DashScopeCodec
 from serving.api.dialects.openai import OpenAICodec
-from serving.config import Settings
+from serving.config import EMBEDDED_CHECKPOINT, Settings
 from serving.types import CaptionRequest, InlineAudio, Sampling, UploadedAudio, UrlAudio
 from tests.api.dialects.bad_requests import GOOD, MODEL, URL, compatible, native, user
 
@@ -28,13 +28,15 @@ def decode(
     messages: str = GOOD,
     parameters: str = "{}",
     headers: dict[str, str] | None = None,
+    *,
     model: str = MODEL,
+    settings_model: str = "Qwen/Qwen3-Omni-30B-A3B-Captioner",
     **settings: Any,
 ) -> CaptionRequest:
     """Return the request that a codec decodes from these JSON texts."""
     codec, body = (DashScopeCodec, native) if dialect == "native" else (OpenAICodec, compatible)
     text = body(messages, f'"{model}"', parameters)
-    return codec(Settings(**settings)).decode_request(text, headers or {}, "id")[0]
+    return codec(Settings(model=settings_model, **settings)).decode_request(text, headers or {}, "id")[0]
 
 
 def part_of(kind: str, reference: str) -> dict[str, Any]:
@@ -240,6 +242,17 @@ def test_defaults_are_the_model_cards(dialect: str) -> None:
     nulls = dict.fromkeys(("temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "n", "tools"))
     assert decode(dialect, parameters=json.dumps(nulls)).sampling == card
     assert decode(dialect, parameters='{"top_k":null}').sampling.top_k == 0
+
+
+@both
+def test_the_stand_in_is_greedy_by_default(dialect: str) -> None:
+    """A caption of the embedded stand-in is repeatable, as its checkpoint says; a request may still sample."""
+    model = str(EMBEDDED_CHECKPOINT)
+    defaults = json.loads((EMBEDDED_CHECKPOINT / "generation_config.json").read_text())
+    assert (defaults["do_sample"], "temperature" in defaults) == (False, False)
+    assert decode(dialect, settings_model=model).sampling == Sampling(temperature=0.0)
+    assert decode(dialect, parameters='{"temperature": 0.6}', settings_model=model).sampling == Sampling()
+    assert decode(dialect, engine="fake", settings_model=model).sampling == Sampling()
 
 
 @both
