@@ -342,7 +342,7 @@ class CaptionPipeline:
                     if record.first_token is None:
                         raise DeadlineExceeded from None
                     record.partial, record.finish_reason = True, FinishReason.LENGTH
-                    yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True, audio_s=record.audio_s)
+                    yield CaptionDelta("", usage, FinishReason.LENGTH, partial=True)
                     return
                 if delta is None:
                     raise EngineFailed
@@ -365,14 +365,7 @@ class CaptionPipeline:
                     looped=delta.looped, blank=blank, tokens=usage.output_tokens, finish_reason=delta.finish_reason
                 )
                 stopped = Defect.LOOP if delta.looped else None
-                yield CaptionDelta(
-                    delta.text,
-                    usage,
-                    delta.finish_reason,
-                    stopped=stopped,
-                    audio_s=record.audio_s,
-                    logprobs=delta.logprobs,
-                )
+                yield CaptionDelta(delta.text, usage, delta.finish_reason, stopped=stopped, logprobs=delta.logprobs)
                 return
 
     async def _prepare(

@@ -323,8 +323,7 @@ class CaptionDelta:
 
     The last delta carries the finish reason (its text may be empty). `partial` marks a caption that was cut off by
     the deadline of a non-streamed response (PROTOCOL 10.4). `stopped`: the caption ends early because of this defect.
-    `retried`: a second sample was generated because of this defect of the first. `audio_s`: length of the decoded audio
-    in seconds; 0 unless the delta is the last one.
+    `retried`: a second sample was generated because of this defect of the first.
     """
 
     text: str
@@ -333,7 +332,6 @@ class CaptionDelta:
     partial: bool = False
     stopped: Defect | None = None
     retried: Defect | None = None
-    audio_s: float = 0.0
     logprobs: tuple[TokenLogprob, ...] = ()
     """Probabilities of the tokens generated since the last delta, if requested; the text may lag behind."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 from contextlib import closing
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,6 @@ from openai.types.audio.transcription import Transcription
 from openai.types.audio.transcription_verbose import TranscriptionVerbose
 from pydantic import TypeAdapter
 
-from serving.api.dialects.segments import Segment, segments_of, srt, webvtt
 from tests.support.served import served
 from tests.support.wire import MODEL, events, wav
 
@@ -56,7 +56,7 @@ async def test_json_is_the_default(prefix: str, verb: str) -> None:
 
 
 async def test_each_format() -> None:
-    """`text`, `srt`, `vtt` and `verbose_json` have the caption, and the times of the whole clip."""
+    """`text`, `srt`, `vtt` and `verbose_json` have the caption, and times: here those of the whole clip."""
     async with served(**FAKE) as client:
         text = await ask(client, response_format="text")
         assert (text.headers["content-type"], text.text) == ("text/plain; charset=utf-8", f"{TEXT}\n")
@@ -91,6 +91,24 @@ async def test_each_format() -> None:
         TranscriptionVerbose.model_validate(verbose, strict=True)
         translated = (await ask(client, "/v1/audio/translations", response_format="verbose_json")).json()
         assert translated["task"] == "translate"
+
+
+async def test_the_formats_with_times_are_a_timeline_of_a_long_clip() -> None:
+    """A clip over 30 s has segments that tile it; `json` has one caption of it, and each is billed once."""
+    async with served(**FAKE) as client:
+        verbose = (await ask(client, clip=wav(45.0), response_format="verbose_json")).json()
+        segments = verbose["segments"]
+        assert [segment["id"] for segment in segments] == [0, 1]
+        edges = [0.0, *(segment["end"] for segment in segments)]
+        assert [segment["start"] for segment in segments] == edges[:-1]
+        assert all(0 < end - start <= 30 for start, end in pairwise(edges))
+        assert (edges[-1], verbose["duration"]) == (45.0, 45.0)
+        assert verbose["text"] == " ".join([TEXT] * 2)
+        assert [verbose["usage"][name] for name in ("input_tokens", "output_tokens")] == [563 + 8, 8]
+        srt = (await ask(client, clip=wav(45.0), response_format="srt")).text
+        assert [cue.split("\n")[2] for cue in srt.strip().split("\n\n")] == [TEXT] * 2
+        whole = (await ask(client, clip=wav(45.0))).json()
+        assert (whole["text"], whole["usage"]["output_tokens"]) == (TEXT, 4)
 
 
 async def test_a_stream_has_openais_events() -> None:
@@ -255,15 +273,6 @@ async def test_hard_text_survives() -> None:
         assert (await ask(client)).json()["text"] == text
         assert (await ask(client)).content.isascii()
         srt = (await ask(client, response_format="srt")).text.splitlines()
-        assert srt == ["1", "00:00:00,000 --> 00:00:06,080", "“哎呀” <b>a</b> & → b", ""]
+        assert srt == ["1", "00:00:00,000 --> 00:00:06,080", "“哎呀” ‹b›a‹/b› & → b", ""]  # noqa: RUF001
         vtt = (await ask(client, response_format="vtt")).text.splitlines()
-        assert vtt[2:] == ["00:00:00.000 --> 00:00:06.080", "“哎呀” &lt;b&gt;a&lt;/b&gt; &amp; → b", ""]
-
-
-def test_the_form_of_times() -> None:
-    """Hours, minutes and milliseconds are written as both formats demand; a caption without text has no cue."""
-    cues = [Segment(0, 0.0, 59.9996, "a\n\nb"), Segment(1, 3599.5, 36_000.25, "c"), Segment(2, 1, 2, "")]
-    assert srt(cues) == "1\n00:00:00,000 --> 00:01:00,000\na b\n\n2\n00:59:59,500 --> 10:00:00,250\nc\n\n"
-    assert webvtt(cues) == "WEBVTT\n\n00:00:00.000 --> 00:01:00.000\na b\n\n00:59:59.500 --> 10:00:00.250\nc\n\n"
-    assert webvtt(segments_of(" ", 1.0)) == "WEBVTT\n\n"
-    assert not srt([])
+        assert vtt[2:] == ["00:00:00.000 --> 00:00:06.080", "“哎呀” &lt;b&gt;a&lt;/b&gt; &amp; --&gt; b", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import textwrap
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,11 @@ def test_each_format(  # noqa: PLR0917 - fixtures
     parameters = {"response_format": form, "temperature": 0.5}
     outcome = tap.perform(client, fake_service, action="transcriptions", inline_file=str(clip), parameters=parameters)
     assert outcome.error is None, outcome.message
+    cue = "\n".join(textwrap.wrap(caption, 42, max_lines=2, placeholder="…"))  # two seconds are one short cue
     expected = {
         "text": f"{caption}\n",
-        "srt": f"1\n00:00:00,000 --> 00:00:02,000\n{caption}\n\n",
-        "vtt": f"WEBVTT\n\n00:00:00.000 --> 00:00:02.000\n{caption}\n\n",
+        "srt": f"1\n00:00:00,000 --> 00:00:02,000\n{cue}\n\n",
+        "vtt": f"WEBVTT\n\n00:00:00.000 --> 00:00:02.000\n{cue}\n\n",
         "verbose_json": caption,
     }
     assert outcome.text == expected[form]

@@ -1,6 +1,7 @@
 """OpenAI's transcriptions and translations (PROTOCOL 18): a form with a file in, the caption out, in five formats.
 
-The text is the caption of the whole clip: the model describes audio, and does not write down speech word by word.
+The text is a caption: the model describes audio, and does not write down speech word by word. `json` and `text` have
+that of the whole clip; the formats with times (`verbose_json`, `srt`, `vtt`) have a timeline's, one for each segment.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from serving.api.dialects.logprobs import lines_of, render_list
 from serving.api.dialects.model_card import requested_model
 from serving.api.dialects.openai import OpenAICodec, error_event, requested_seed
 from serving.api.dialects.parameters import boolean, sampling
-from serving.api.dialects.segments import segments_of, srt, webvtt
 from serving.api.multipart_form import read_form
 from serving.errors import AudioEmpty, BodyTooLarge, InvalidRequest
-from serving.types import CaptionRequest, FileAudio
+from serving.timeline.captions import TimelineDelta
+from serving.timeline.subtitles import srt, webvtt
+from serving.types import CaptionRequest, FileAudio, TimelineOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from serving import errors
     from serving.api.dialects.base import HttpError
     from serving.config import Settings
+    from serving.timeline.segments import Segment
     from serving.types import CaptionDelta, TokenLogprob, Usage
 
 CONTENT_TYPES = {
@@ -43,6 +46,7 @@ CONTENT_TYPES = {
 """Content type of each `response_format`."""
 
 _STREAMED = ("json", "text")
+_TIMED = ("verbose_json", "srt", "vtt")
 
 _TYPED = frozenset({
     "stream",
@@ -120,6 +124,7 @@ class TranscriptionCodec:
                 with_engine_parameters(basic, {"min_p": values.get("min_p")}), logprobs=0 if with_logprobs else None
             ),
             guard=requested_guard(headers),
+            timeline=TimelineOptions() if form in _TIMED else None,
         )
         return request, TranscriptionReply(
             form, self._task, basic.temperature, stream=stream, with_logprobs=with_logprobs
@@ -167,11 +172,11 @@ class TranscriptionReply:
             case "text":
                 return f"{text}\n".encode()
             case "srt":
-                return srt(segments_of(text, last.audio_s)).encode()
+                return srt(_segments(last)).encode()
             case "vtt":
-                return webvtt(segments_of(text, last.audio_s)).encode()
+                return webvtt(_segments(last)).encode()
             case "verbose_json":
-                return self._verbose(text, last)
+                return self._verbose(last)
         return (
             f'{{"text":{quote(text)},{self._logprobs(last.logprobs)}{stopped_field(last)}"usage":{_usage(last.usage)}}}'
         ).encode("ascii")
@@ -204,20 +209,27 @@ class TranscriptionReply:
         """Return the JSON member with the probabilities of tokens; empty unless they are requested."""
         return f'"logprobs":{render_list(tokens)},' if self.with_logprobs else ""
 
-    def _verbose(self, text: str, last: CaptionDelta) -> bytes:
+    def _verbose(self, last: CaptionDelta) -> bytes:
         """Render `verbose_json`. What no captioner knows of a segment has the value that readers take for good."""
+        found = _segments(last)
         segments = ",".join(
             f'{{"id":{segment.index},"seek":0,"start":{segment.start_s:.3f},"end":{segment.end_s:.3f},'
             f'"text":{quote(segment.caption)},"tokens":[],"temperature":{self.temperature},"avg_logprob":0.0,'
             f'"compression_ratio":{_compression_ratio(segment.caption):.3f},"no_speech_prob":0.0}}'
-            for segment in segments_of(text, last.audio_s)
+            for segment in found
         )
-        seconds = f"{last.audio_s:.3f}"
+        text = " ".join(segment.caption for segment in found if segment.caption)
+        seconds = f"{found[-1].end_s if found else 0.0:.3f}"
         return (
             f'{{"task":"{self.task}","language":"english","duration":{seconds},"text":{quote(text)},'
             f'"segments":[{segments}],{stopped_field(last)}'
             f'"usage":{{"type":"duration","seconds":{seconds},{_tokens(last.usage)}}}}}'
         ).encode("ascii")
+
+
+def _segments(last: CaptionDelta) -> Sequence[Segment]:
+    """Return the segments of a timeline's last delta."""
+    return last.segments if isinstance(last, TimelineDelta) else ()
 
 
 def _values(fields: Mapping[str, list[str]]) -> dict[str, Any]:
