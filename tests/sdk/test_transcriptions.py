@@ -63,7 +63,8 @@ def test_each_format(  # noqa: PLR0917 - fixtures
     parameters = {"response_format": form, "temperature": 0.5}
     outcome = tap.perform(client, fake_service, action="transcriptions", inline_file=str(clip), parameters=parameters)
     assert outcome.error is None, outcome.message
-    cue = "\n".join(textwrap.wrap(caption, 42, max_lines=2, placeholder="…"))  # two seconds are one short cue
+    # Two seconds are one cue: the first sentence fits it.
+    cue = "\n".join(textwrap.wrap(f"{caption.partition('. ')[0]}…", 42))
     expected = {
         "text": f"{caption}\n",
         "srt": f"1\n00:00:00,000 --> 00:00:02,000\n{cue}\n\n",
