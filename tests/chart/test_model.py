@@ -156,6 +156,7 @@ def test_a_download_from_modelscope(helm: Path) -> None:
 def test_engine_arguments_reach_the_service(helm: Path, workload: str) -> None:
     """The service reads the table as it is in the values, large numbers included."""
     table = {"kv_cache_dtype": "fp8", "max_cudagraph_capture_size": 10485759, "compilation_config": {"mode": 3}}
+    table |= {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 16}}
     manifests = template(helm, {"workload": workload, "settings": {"engine_args": table}})
     if workload == "rayservice":
         given = serve_config(manifests)["applications"][0]["args"]
