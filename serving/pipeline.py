@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PIECE_FILES_SHARE = 4
+"""Pieces of timelines have as much disk as a quarter of `max_downloads_bytes`, in addition to downloads."""
+
 
 class FileReader(Protocol):
     """A store of tenants' files (`serving.batch.files`)."""
@@ -101,8 +104,8 @@ class CaptionPipeline:
         self._replicas = engine if isinstance(engine, RemoteEngine) else None
         """The engine if it is several, of which another can make a caption that one has lost."""
         self._kept = SharedCapacity(settings.max_features_bytes // _KEPT_SHARE)
-        self._piece_files = SharedCapacity(settings.max_downloads_bytes, reason="downloads")
-        self._largest_piece_file = min(most_bytes(settings.max_audio_s), settings.max_downloads_bytes // 2)
+        self._piece_files = SharedCapacity(settings.max_downloads_bytes // _PIECE_FILES_SHARE, reason="downloads")
+        self._largest_piece_file = min(most_bytes(settings.max_audio_s), self._piece_files.size // 2)
 
     @property
     def in_flight(self) -> int:

@@ -11,7 +11,7 @@ ROW = re.compile(r"^\| (\d+) \| \[`([^`]+)`\]\(([^)]+)\) \| (.+) \| ([^|]+) \|$"
 TEST = re.compile(r"`([\w/]+\.py)(?:::(\w+))?`|`…::(\w+)`")
 PAGES = {
     "README.md",
-    *(f"deploy/{name}.md" for name in ("batches", "cuda", "observability", "runbook", "upgrading")),
+    *(f"deploy/{name}.md" for name in ("batches", "cuda", "observability", "runbook", "timeline", "upgrading")),
 } | {f"serving/tenancy/{name}.md" for name in ("BILLS", "README")}
 
 

@@ -75,7 +75,7 @@ class Service:
 
     @property
     def unreleased(self) -> tuple[int, ...]:
-        """What is held: slots, memory of features and kept features, disk of pieces, captions in the engine."""
+        """Slots in use, memory of features and kept ones, disk of pieces, captions in the engine."""
         components = self.app.state.components
         pipeline, load = components.pipeline, components.engine.load
         held = pipeline.in_flight, components.workers.outstanding_bytes, pipeline._kept.used, pipeline._piece_files.used

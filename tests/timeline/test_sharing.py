@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.observability.request_record import RequestRecord
-from serving.types import Caller, CaptionRequest, InlineAudio, Sampling, SchedulingClass, TimelineOptions
+from serving.types import NO_TENANT, Caller, CaptionRequest, InlineAudio, Sampling, SchedulingClass, TimelineOptions
 from tests.audio.film import film
 from tests.support.wire import data_url, wav
 from tests.timeline.running import FILM, bills, clip_of, service
@@ -129,3 +129,15 @@ async def test_sampled_again(tmp_path: Path) -> None:
         assert answer.headers["x-captioner-retried"] == "blank"
         count = len(answer.json()["choices"][0]["message"]["timeline"]["segments"])
         assert len(running.engine.seen) == 2 * count
+
+
+async def test_no_disk_for_pieces(tmp_path: Path) -> None:
+    """A timeline for whose pieces no disk is left is refused with 503; other captions are not."""
+    async with service(tmp_path) as running:
+        disk = running.app.state.components.pipeline._piece_files
+        assert disk.size == 2 * 1024**3
+        with disk.acquire(NO_TENANT, disk.size):
+            assert (await running.compatible(data_url(wav(1)), timeline=True)).status_code == 503
+            assert (await running.compatible(data_url(wav(1)))).status_code == 200
+        assert (await running.compatible(data_url(wav(1)), timeline=True)).status_code == 200
+        assert running.unreleased == (0, 0, 0, 0, 0, 0)
