@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from serving.api.dialects.json_codec import quote
@@ -11,10 +12,14 @@ from serving.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from serving.types import TokenLogprob
+    from serving.types import Sampling, TokenLogprob
 
 MAX_TOP_LOGPROBS = 20
 """Most alternatives of each token, as of OpenAI and of vLLM's default."""
+
+MAX_REPORTED = 32_768
+"""Most probabilities of one caption, its tokens and their alternatives together. vLLM and a response that is
+not streamed keep all of them until the end, at some hundred bytes each."""
 
 _LINE_TOKENS = 16
 """Most tokens whose alternatives are in one line of a stream, so that each line is short enough for every client."""
@@ -31,6 +36,13 @@ def requested_logprobs(values: Mapping[str, Any]) -> int | None:
     if number:
         raise InvalidRequest("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
     return None
+
+
+def with_logprobs(sampling: Sampling, logprobs: int | None) -> Sampling:
+    """Return `sampling` with probabilities, if requested, and `max_tokens` within what their memory allows."""
+    if logprobs is None:
+        return sampling
+    return replace(sampling, logprobs=logprobs, max_tokens=min(sampling.max_tokens, MAX_REPORTED // (1 + logprobs)))
 
 
 def render(tokens: Sequence[TokenLogprob]) -> str:

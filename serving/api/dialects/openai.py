@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from serving.api.dialects.audio_reference import audio_source
 from serving.api.dialects.base import STATUS, HttpError, error_headers, lines, nearest, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import parse_object, quote
-from serving.api.dialects.logprobs import lines_of, render, requested_logprobs
+from serving.api.dialects.logprobs import lines_of, render, requested_logprobs, with_logprobs
 from serving.api.dialects.messages import only_audio
 from serving.api.dialects.model_card import CREATED, check_served, model_card, requested_model, served_names
 from serving.api.dialects.parameter_table import refuse
@@ -89,7 +88,7 @@ class OpenAICodec:
             request_id=request_id,
             model=model,
             audio=audio_source(only_audio(_messages(values)), headers, self._settings, files=True),
-            sampling=replace(with_engine_parameters(basic, values), logprobs=logprobs),
+            sampling=with_logprobs(with_engine_parameters(basic, values), logprobs),
             guard=requested_guard(headers),
             timeline=timeline,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pydantic_core import from_json
 from serving.api.dialects.base import lines, requested_guard, stopped_field
 from serving.api.dialects.engine_parameters import with_engine_parameters
 from serving.api.dialects.json_codec import quote
-from serving.api.dialects.logprobs import lines_of, render_list
+from serving.api.dialects.logprobs import lines_of, render_list, with_logprobs
 from serving.api.dialects.model_card import requested_model
 from serving.api.dialects.openai import OpenAICodec, error_event, requested_seed
 from serving.api.dialects.parameters import boolean, sampling
@@ -110,7 +110,7 @@ class TranscriptionCodec:
             seed=requested_seed(values),
             negative_top_k=True,
         )
-        with_logprobs = bool(_chosen(values, "include"))
+        reports_tokens = bool(_chosen(values, "include"))
         stream = boolean(values, "stream")
         if stream and form not in _STREAMED:
             raise InvalidRequest(
@@ -120,14 +120,14 @@ class TranscriptionCodec:
             request_id=request_id,
             model=model,
             audio=FileAudio(self._checked(file)),
-            sampling=replace(
-                with_engine_parameters(basic, {"min_p": values.get("min_p")}), logprobs=0 if with_logprobs else None
+            sampling=with_logprobs(
+                with_engine_parameters(basic, {"min_p": values.get("min_p")}), 0 if reports_tokens else None
             ),
             guard=requested_guard(headers),
             timeline=TimelineOptions() if form in _TIMED else None,
         )
         return request, TranscriptionReply(
-            form, self._task, basic.temperature, stream=stream, with_logprobs=with_logprobs
+            form, self._task, basic.temperature, stream=stream, reports_tokens=reports_tokens
         )
 
     def error(self, error: errors.CaptionerError, request_id: str) -> HttpError:
@@ -156,7 +156,7 @@ class TranscriptionReply:
     task: str
     temperature: float
     stream: bool
-    with_logprobs: bool = False
+    reports_tokens: bool = False
     ended: bool = False
     _texts: list[str] = field(default_factory=list)
     _tokens: list[TokenLogprob] = field(default_factory=list)
@@ -207,7 +207,7 @@ class TranscriptionReply:
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> str:
         """Return the JSON member with the probabilities of tokens; empty unless they are requested."""
-        return f'"logprobs":{render_list(tokens)},' if self.with_logprobs else ""
+        return f'"logprobs":{render_list(tokens)},' if self.reports_tokens else ""
 
     def _verbose(self, last: CaptionDelta) -> bytes:
         """Render `verbose_json`. What no captioner knows of a segment has the value that readers take for good."""
