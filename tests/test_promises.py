@@ -9,9 +9,10 @@ from tests.support.language import ROOT
 PAGE = ROOT / "deploy" / "promises.md"
 ROW = re.compile(r"^\| (\d+) \| \[`([^`]+)`\]\(([^)]+)\) \| (.+) \| ([^|]+) \|$", re.MULTILINE)
 TEST = re.compile(r"`([\w/]+\.py)(?:::(\w+))?`|`…::(\w+)`")
-PAGES = {"README.md", *(f"deploy/{name}.md" for name in ("batches", "cuda", "observability", "runbook", "upgrading"))} | {
-    f"serving/tenancy/{name}.md" for name in ("BILLS", "README")
-}
+PAGES = {
+    "README.md",
+    *(f"deploy/{name}.md" for name in ("batches", "cuda", "observability", "runbook", "upgrading")),
+} | {f"serving/tenancy/{name}.md" for name in ("BILLS", "README")}
 
 
 def words(text: str) -> str:

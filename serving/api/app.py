@@ -110,6 +110,7 @@ def create_app(
         batches=batches,
         batch_runner=BatchRunner(lines, batches, files, tenancy.keys, engine),
         keys=tenancy.keys,
+        idempotency=tenancy.idempotency,
         usage_sessions=tenancy.usage_sessions,
         metrics=metrics,
         bodies=bodies,

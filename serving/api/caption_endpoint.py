@@ -6,16 +6,19 @@ Rules of a dialect, audio and the model are in other modules.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from serving.api.request_body import Body, disconnected
 from serving.api.response_writer import ResponseWriter
 from serving.errors import CaptionerError, Disconnected, Internal, NotReady
+from serving.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
+    from serving.tenancy.idempotency import IdempotentAnswers
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
     from serving.types import CaptionDelta, CaptionRequest
@@ -57,6 +61,7 @@ class CaptionEndpoint:
     metrics: Metrics
     bodies: SharedCapacity
     settings: Settings
+    idempotency: IdempotentAnswers
 
     @classmethod
     def of(cls, components: Components, codec: Codec) -> Self:
@@ -69,6 +74,7 @@ class CaptionEndpoint:
             components.metrics,
             components.bodies,
             components.settings,
+            components.idempotency,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,16 +126,31 @@ class CaptionEndpoint:
                 content = await body.read(permit)
                 record.stage("receive", time.perf_counter() - admitted)
                 request, reply = await self._decode(content, headers, record)
+                key, digest = headers.get("idempotency-key"), ""
+                if key is not None and not reply.stream:
+                    digest = await self._digest(content)
                 del content
                 response.reply = reply
                 record.stream = reply.stream
                 record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
                 deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-                deltas = self.pipeline.caption(
-                    request, record, session, deadline_s=deadline_s, on_prepared=permit.release
-                )
-                del request  # it holds the encoded audio, which the pipeline releases once decoded
-                await self._send(deltas, reply, response, record, receive)
+                async with AsyncExitStack() as stack:
+                    if key is not None and digest:
+                        claiming = self.idempotency.claim(caller.tenant_id, key, digest, within_s=deadline_s)
+                        claim = await stack.enter_async_context(claiming)
+                        if claim.found is not None:
+                            record.finish_reason = FinishReason.STOP
+                            await response.replay(claim.found)
+                            return
+                        session.commit = response.claim = claim
+                    deltas = self.pipeline.caption(
+                        request, record, session, deadline_s=deadline_s, on_prepared=permit.release
+                    )
+                    del request  # it holds the encoded audio, which the pipeline releases once decoded
+                    if response.claim is None:
+                        await self._send(deltas, reply, response, record, receive)
+                    else:  # the caption is finished for a client that leaves and repeats the request: billed once
+                        await self._respond(deltas, reply, response, record)
 
     async def _decode(
         self, content: bytes, headers: Mapping[str, str], record: RequestRecord
@@ -139,6 +160,11 @@ class CaptionEndpoint:
             return self.codec.decode_request(content, headers, record.request_id)
         decode = self.codec.decode_request
         return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, content, headers, record.request_id)
+
+    async def _digest(self, content: bytes) -> str:
+        """Return the hash of a request; that of a large one is made in a thread."""
+        hashed = partial(_sha256, self.codec.dialect.encode(), content)
+        return await asyncio.to_thread(hashed) if len(content) > _DECODED_ON_LOOP_BYTES else hashed()
 
     async def _send(
         self,
@@ -181,3 +207,9 @@ class CaptionEndpoint:
         finally:
             if response.encode_s:
                 record.stage("encode", response.encode_s)
+
+
+def _sha256(dialect: bytes, content: bytes) -> str:
+    digest = hashlib.sha256(dialect + b"\0")
+    digest.update(content)
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
+    from serving.tenancy.idempotency import IdempotentAnswers
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
 
@@ -40,6 +41,7 @@ class Components:
     batches: BatchStore
     batch_runner: BatchRunner
     keys: Keyring
+    idempotency: IdempotentAnswers
     usage_sessions: UsageSessions
     metrics: Metrics
     bodies: SharedCapacity

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from sqlalchemy import create_engine
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects.dashscope import DashScopeCodec
@@ -25,6 +26,7 @@ from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
+from serving.tenancy.idempotency import IdempotentAnswers
 from serving.tenancy.usage_session import UsageSessions
 from serving.types import Caller, Features, SchedulingClass
 from tests.support.service import RunningService
@@ -142,7 +144,8 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
     keys: Any = SimpleNamespace(authenticate=lambda _: Caller("someone", "key"))
     usage_sessions: Any = UsageSessions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
-    endpoint = CaptionEndpoint(codec, pipeline, keys, usage_sessions, metrics, SharedCapacity(10**9), settings)
+    bodies, answers = SharedCapacity(10**9), IdempotentAnswers(create_engine("sqlite://"))
+    endpoint = CaptionEndpoint(codec, pipeline, keys, usage_sessions, metrics, bodies, settings, answers)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 
