@@ -15,6 +15,7 @@ Domain code raises; each dialect renders at one place (`api/dialects/`); statuse
     │   ├── BodyTooLarge             the raw HTTP body is over the cap
     │   ├── ModelNotFound
     │   ├── NotFound                 unknown path or resource
+    │   ├── IdempotencyConflict      the key of another request within 24 hours
     │   ├── MethodNotAllowed
     │   ├── AsyncNotSupported
     │   ├── UnsupportedOperation
@@ -146,6 +147,10 @@ class ModelNotFound(ClientError):
 
 class NotFound(ClientError):
     message = "Not found!"
+
+
+class IdempotencyConflict(ClientError):
+    message = "This Idempotency-Key was sent with another request within the last 24 hours; use a new key."
 
 
 class MethodNotAllowed(ClientError):

@@ -113,6 +113,7 @@ def create_app(
         batches=batches,
         batch_runner=BatchRunner(lines, batches, files, tenancy.keys, engine),
         keys=tenancy.keys,
+        idempotency=tenancy.idempotency,
         usage_sessions=tenancy.usage_sessions,
         accounts=tenancy.accounts,
         metrics=metrics,

@@ -6,17 +6,21 @@ Rules of a dialect, audio and the model are in other modules.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Self
 
 from serving.api.body_coding import inflate
+from serving.api.multipart_form import boundary_of
 from serving.api.request_body import Body, disconnected
 from serving.api.response_writer import ResponseWriter
 from serving.errors import CaptionerError, Disconnected, Internal, NotReady
+from serving.types import FinishReason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from serving.observability.request_record import RequestRecord
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
+    from serving.tenancy.idempotency import IdempotentAnswers
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
     from serving.timeline.captions import Timelines
@@ -60,6 +65,7 @@ class CaptionEndpoint:
     metrics: Metrics
     bodies: SharedCapacity
     settings: Settings
+    idempotency: IdempotentAnswers
     max_body_bytes: int | None = None
     """Limit of a request body, unless it is the setting `max_body_bytes`."""
 
@@ -75,6 +81,7 @@ class CaptionEndpoint:
             components.metrics,
             components.bodies,
             components.settings,
+            components.idempotency,
             max_body_bytes,
         )
 
@@ -129,15 +136,30 @@ class CaptionEndpoint:
                     content = await inflate(content, coding, permit, limit_bytes=body.limit_bytes)
                 record.stage("receive", time.perf_counter() - admitted)
                 request, reply = await self._decode(content, headers, record)
+                key, digest = headers.get("idempotency-key"), ""
+                if key is not None and not reply.stream:
+                    digest = await self._digest(content, headers.get("content-type", ""))
                 del content
                 response.reply = reply
                 record.stream = reply.stream
                 record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
                 deadline_s = self.settings.stream_timeout_s if reply.stream else self.settings.response_timeout_s
-                caption = self.pipeline.caption if request.timeline is None else self.timelines.caption
-                deltas = caption(request, record, session, deadline_s=deadline_s, on_prepared=permit.release)
-                del request  # it holds the encoded audio, which the pipeline releases once decoded
-                await self._send(deltas, reply, response, record, receive)
+                async with AsyncExitStack() as stack:
+                    if key is not None and digest:
+                        claiming = self.idempotency.claim(caller.tenant_id, key, digest, within_s=deadline_s)
+                        claim = await stack.enter_async_context(claiming)
+                        if claim.found is not None:
+                            record.finish_reason = FinishReason.STOP
+                            await response.replay(claim.found)
+                            return
+                        session.commit = response.claim = claim
+                    caption = self.pipeline.caption if request.timeline is None else self.timelines.caption
+                    deltas = caption(request, record, session, deadline_s=deadline_s, on_prepared=permit.release)
+                    del request  # it holds the encoded audio, which the pipeline releases once decoded
+                    if response.claim is None:
+                        await self._send(deltas, reply, response, record, receive)
+                    else:  # the caption is finished for a client that leaves and repeats the request: billed once
+                        await self._respond(deltas, reply, response, record)
 
     async def _decode(
         self, content: bytes, headers: Mapping[str, str], record: RequestRecord
@@ -147,6 +169,12 @@ class CaptionEndpoint:
             return self.codec.decode_request(content, headers, record.request_id)
         decode = self.codec.decode_request
         return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, content, headers, record.request_id)
+
+    async def _digest(self, content: bytes, content_type: str) -> str:
+        """Return the hash of a request; that of a large one is made in a thread. A form has another boundary each time."""
+        boundary = boundary_of(content_type) if content_type.startswith("multipart/") else b""
+        hashed = partial(_sha256, self.codec.dialect.encode(), content, boundary)
+        return await asyncio.to_thread(hashed) if len(content) > _DECODED_ON_LOOP_BYTES else hashed()
 
     async def _send(
         self,
@@ -189,3 +217,9 @@ class CaptionEndpoint:
         finally:
             if response.encode_s:
                 record.stage("encode", response.encode_s)
+
+
+def _sha256(dialect: bytes, content: bytes, boundary: bytes) -> str:
+    digest = hashlib.sha256(dialect + b"\0")
+    digest.update(content.replace(boundary, b"") if boundary else content)
+    return digest.hexdigest()

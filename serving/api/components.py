@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.storage.uploads import UploadStore
     from serving.tenancy.account import Accounts
+    from serving.tenancy.idempotency import IdempotentAnswers
     from serving.tenancy.keys import Keyring
     from serving.tenancy.usage_session import UsageSessions
     from serving.timeline.captions import Timelines
@@ -43,6 +44,7 @@ class Components:
     batches: BatchStore
     batch_runner: BatchRunner
     keys: Keyring
+    idempotency: IdempotentAnswers
     usage_sessions: UsageSessions
     accounts: Accounts
     metrics: Metrics

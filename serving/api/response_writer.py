@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from serving.api.dialects.base import HEARTBEAT
 from serving.errors import CaptionerError, Disconnected, Internal
+from serving.tenancy.idempotency import Answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from serving.api.dialects.base import Codec, Reply
     from serving.config import Settings
+    from serving.tenancy.idempotency import Claim
     from serving.tenancy.usage_session import UsageSession
     from serving.types import CaptionDelta
 
@@ -31,6 +33,8 @@ class ResponseWriter:
     def __init__(self, send: Send, request_id: str, settings: Settings) -> None:
         self.reply: Reply | None = None
         self.session: UsageSession | None = None
+        self.claim: Claim | None = None
+        """Claim of the request to its idempotency key, which gets the answer."""
         self.ended = False
         """The last part of the response is being sent."""
         self.encode_s = 0.0
@@ -58,6 +62,10 @@ class ResponseWriter:
         body = reply.full_body("".join(pieces), last)
         self.encode_s = time.perf_counter() - started
         await self._send_plain(200, reply.content_type, headers, body)
+
+    async def replay(self, answer: Answer) -> None:
+        """Send the answer of an earlier request with the same idempotency key."""
+        await self._send_plain(200, "application/json", {**answer.headers, "idempotent-replayed": "true"}, answer.body)
 
     async def send_stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Send SSE events. The status line waits for the first delta, but no longer than `first_byte_timeout_s`."""
@@ -111,6 +119,8 @@ class ResponseWriter:
 
     async def _send_plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
         if status == _OK:
+            if self.claim is not None:
+                self.claim.answer = Answer(headers, body)
             await self._end()  # before the status line, which a failure of the ledger still changes
         await self._start(status, content_type, {**headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})

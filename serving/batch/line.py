@@ -27,8 +27,7 @@ from serving.batch.input_file import read_line
 from serving.batch.store import LineResult
 from serving.errors import CaptionerError, InvalidRequest
 from serving.observability.request_record import RequestRecord
-from serving.tenancy.ledger.usage_record import now_ms
-from serving.types import SchedulingClass
+from serving.types import Outcome, SchedulingClass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from serving.pipeline import CaptionPipeline
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.ledger.usage_record import UsageRecord
-    from serving.tenancy.usage_session import UsageSessions
-    from serving.types import Caller, CaptionDelta, CaptionRequest, Outcome
+    from serving.tenancy.usage_session import UsageSession, UsageSessions
+    from serving.types import Caller, CaptionDelta, CaptionRequest
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +150,7 @@ class LineRunner:
         commit = _Commit(self, batch, line)
         error: CaptionerError | None = None
         try:
-            async with self.sessions.session(caller, record, commit) as session:
+            async with self._session(caller, record, commit) as session:
                 try:
                     await session.admit()
                     commit.result = await self._caption(record, session, line, path)
@@ -175,12 +174,15 @@ class LineRunner:
             raise LeaseLost
         return _unfinished(error or errors.Internal(), alone=alone)
 
+    def _session(self, caller: Caller, record: RequestRecord, commit: _Commit) -> UsageSession:
+        return self.sessions.session(caller, record, commit=commit, price_percent=caller.batch_price_percent)
+
     def failure(self, error: CaptionerError, request_id: str) -> LineResult:
         """Return the result of a line that ends with this error."""
         rendered = self.codec.error(error, request_id)
         return LineResult(completed=False, status_code=rendered.status, body=rendered.body.decode())
 
-    async def _caption(self, record: RequestRecord, session: Any, line: InputLine, path: Path) -> LineResult:
+    async def _caption(self, record: RequestRecord, session: UsageSession, line: InputLine, path: Path) -> LineResult:
         with self.bodies.permit(session.caller.scheduling_class) as permit:
             permit.grow(line.length)
             decode = partial(self._decode, path, line, record.request_id)
@@ -222,11 +224,10 @@ class _Commit:
         self._batch = batch
         self._line = line
 
-    async def __call__(self, record: UsageRecord, outcome: Outcome) -> bool:
+    async def __call__(self, record: UsageRecord, outcome: Outcome) -> Outcome:
         if self.result is None:
-            return False
-        at = now_ms()
-        return await self.store(record.row() | {"ending": outcome.value, "closed_at": at, "reported_at": at})
+            return Outcome.LOST
+        return outcome if await self.store(record.closed_row(outcome)) else Outcome.LOST
 
     async def store(self, usage: dict[str, Any] | None) -> bool:
         """Store the result; return whether this process has stored it. A database that is away is waited for."""

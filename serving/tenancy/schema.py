@@ -231,6 +231,21 @@ batch_lines = sa.Table(
 """Lines of the input file of each unfinished batch: the bytes of a line in the file, and its result. `outcome` is null
 until the line has one: `completed`, or `failed`. Rows are removed once the output files are stored."""
 
+idempotent_answers = sa.Table(
+    "idempotent_answers",
+    metadata,
+    sa.Column("tenant_id", _ID, primary_key=True),
+    sa.Column("key_digest", sa.String(64), primary_key=True),
+    sa.Column("request_digest", sa.String(64), nullable=False),
+    sa.Column("owner", sa.String(32), nullable=False),
+    sa.Column("lease_until", sa.BigInteger, nullable=False),
+    sa.Column("expires_at", sa.BigInteger, nullable=False, index=True),
+    sa.Column("headers", sa.JSON),
+    sa.Column("body", sa.LargeBinary),
+)
+"""Answers of requests with an `Idempotency-Key`. While the request runs, `body` is null, and `owner` renews the lease;
+afterwards the answer stays until `expires_at`."""
+
 usage_days = sa.Table(
     "usage_days",
     metadata,

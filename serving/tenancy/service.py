@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from serving.tenancy.account import Accounts
 from serving.tenancy.database import open_database
 from serving.tenancy.database_wait import until_done, until_migrated
+from serving.tenancy.idempotency import IdempotentAnswers
 from serving.tenancy.keys import Keyring
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.limits.limiter import Limiter
@@ -40,6 +41,7 @@ class Tenancy:
         self.limiter = Limiter(_counter_store(settings), self.ledger.spent)
         self.usage_sessions = UsageSessions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
         self.accounts = Accounts(self.database, self.usage_sessions)
+        self.idempotency = IdempotentAnswers(self.database)
         self._shares_limits = settings.redis_url is not None
         self._starting: asyncio.Task[None] | None = None
         self._failed_once = asyncio.Event()
@@ -67,6 +69,7 @@ class Tenancy:
             self._starting.cancel()
             with suppress(asyncio.CancelledError, Exception):  # `started` has raised it
                 await self._starting
+        await self.idempotency.stop()
         await self.usage_sessions.stop()
         await self.limiter.stop()
         await self.ledger.stop()
@@ -82,6 +85,7 @@ class Tenancy:
                 "other processes use this data_dir; without redis_url each process counts limits alone",
                 extra={"processes": others},
             )
+        await self.idempotency.start()
         await until_done(self.keys.start, self.database, on_failure=self._waits_for(_DATABASE))
         self.keys.waiting_for, self.keys.failing = None, False
 

@@ -43,9 +43,11 @@ class UsageSessions:
         self.outputs = TenantOutputEstimates()
         self._settling: set[asyncio.Task[None]] = set()
 
-    def session(self, caller: Caller, request: RequestRecord, commit: Commit | None = None) -> UsageSession:
-        """Return a session for one request, which nothing is reserved for yet. `commit`: the request is a batch's."""
-        return UsageSession(self, caller, request, commit)
+    def session(
+        self, caller: Caller, request: RequestRecord, *, commit: Commit | None = None, price_percent: int = 100
+    ) -> UsageSession:
+        """Return a session for one request, at that part of the price, which nothing is reserved for yet."""
+        return UsageSession(self, caller, request, commit, price_percent)
 
     def run(self, settlement: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Settle a session in its own task, so that a cancelled request does not cut its settlement."""
@@ -61,10 +63,10 @@ class UsageSessions:
 
 
 class Commit(Protocol):
-    """Storage of the result of a batch's line together with its usage record."""
+    """Storage of a request's result together with its usage record."""
 
-    async def __call__(self, record: UsageRecord, outcome: Outcome) -> bool:
-        """Store both in one transaction; return whether the line has a result, and this process has stored it."""
+    async def __call__(self, record: UsageRecord, outcome: Outcome) -> Outcome:
+        """Store both in one transaction; return the outcome with which the ledger closes the record."""
         ...
 
 
@@ -76,18 +78,24 @@ class UsageSession:
     A request that is refused before `open` counts as a request of the minute and leaves no record. From `open` on the
     exception that leaves the context, or its absence, decides the bill.
 
-    A line of a batch has a `commit`, which is awaited once the bill is known, and before the ledger closes the record.
-    If it returns False, or raises, the line will be captioned again under the same request id: its record is closed as
-    lost and unbilled, which the record of a later attempt replaces.
+    A `commit` is awaited once the bill is known, and before the ledger closes the record. If it returns `LOST`, or
+    raises, the record is closed as lost and unbilled: a line of a batch is captioned again under the same request id,
+    and its record replaces the lost one.
     """
 
     def __init__(
-        self, sessions: UsageSessions, caller: Caller, request: RequestRecord, commit: Commit | None = None
+        self,
+        sessions: UsageSessions,
+        caller: Caller,
+        request: RequestRecord,
+        commit: Commit | None = None,
+        price_percent: int = 100,
     ) -> None:
         self.caller = caller
         self._sessions = sessions
         self._request = request
-        self._commit = commit
+        self.commit = commit
+        self._price_percent = price_percent
         self._max_tokens = 0
         self._captions = 1
         self._steers_length = False
@@ -118,10 +126,7 @@ class UsageSession:
         if not self._sessions.metering:
             return
         self._admitted_at = at = now_ms()
-        price = self._sessions.prices(self.caller.region, at)
-        if self._commit is not None:
-            price = price.at_percent(self.caller.batch_price_percent)
-        self._price = price
+        self._price = price = self._sessions.prices(self.caller.region, at).at_percent(self._price_percent)
         self._reservation = await self._sessions.limiter.admit(
             self.caller, at_ms=at, currency=price.currency, smallest=_amounts(price, _SMALLEST_INPUT_TOKENS, 1)
         )
@@ -218,8 +223,8 @@ class UsageSession:
             record.free_tokens = await sessions.limiter.settle(reservation, tokens=tokens, nanos=nanos)
             if record.billed:
                 record.amount_nanos = nanos_to_pay(nanos, record.free_tokens, tokens)
-            if self._commit is not None:
-                outcome = await self._committed(self._commit, record, outcome)
+            if self.commit is not None:
+                outcome = await self._committed(self.commit, record, outcome)
             if record.billed:
                 request.billed = request.usage
                 request.billed_nanos, request.currency = record.amount_nanos, record.currency
@@ -228,16 +233,15 @@ class UsageSession:
 
     @staticmethod
     async def _committed(commit: Commit, record: UsageRecord, outcome: Outcome) -> Outcome:
-        """Commit the result of a batch's line; return the outcome with which its record is closed."""
-        stored = False
+        """Commit the result; return the outcome with which the record is closed."""
+        closed = Outcome.LOST
         try:
-            stored = await commit(record, outcome)
+            closed = await commit(record, outcome)
         except Exception:
-            log.exception("result of a batch's line not stored", extra={"request_id": record.request_id})
-        if stored:
-            return outcome
-        record.billed, record.free_tokens, record.amount_nanos = False, 0, 0
-        return Outcome.LOST
+            log.exception("result not stored", extra={"request_id": record.request_id})
+        if closed is Outcome.LOST:
+            record.billed, record.free_tokens, record.amount_nanos = False, 0, 0
+        return closed
 
 
 def _amounts(

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from sqlalchemy import create_engine
 
 from serving.api.caption_endpoint import CaptionEndpoint
 from serving.api.dialects.dashscope import DashScopeCodec
@@ -25,6 +26,7 @@ from serving.engine.fake import FakeEngine
 from serving.observability.metrics import Metrics
 from serving.pipeline import CaptionPipeline
 from serving.scheduling.shared_capacity import SharedCapacity
+from serving.tenancy.idempotency import IdempotentAnswers
 from serving.tenancy.usage_session import UsageSessions
 from serving.timeline.captions import Timelines
 from serving.types import Caller, Features, SchedulingClass
@@ -144,8 +146,8 @@ async def test_slots_are_released_under_any_server(tmp_path: Path, *, silent_eng
     usage_sessions: Any = UsageSessions(None, None, None, metering=False)  # type: ignore[arg-type]
     codec = DashScopeCodec(settings)
     timelines = Timelines(pipeline, settings)
-    bodies = SharedCapacity(10**9)
-    endpoint = CaptionEndpoint(codec, pipeline, timelines, keys, usage_sessions, metrics, bodies, settings)
+    bodies, answers = SharedCapacity(10**9), IdempotentAnswers(create_engine("sqlite://"))
+    endpoint = CaptionEndpoint(codec, pipeline, timelines, keys, usage_sessions, metrics, bodies, settings, answers)
     body = [json.dumps(native_body(CLIP)).encode()]
     sent: list[Message] = []
 

@@ -38,6 +38,7 @@ REJECTED = {
     "body_too_large",
     "model_not_found",
     "not_found",
+    "idempotency_conflict",
     "method_not_allowed",
     "async_not_supported",
     "unsupported_operation",

@@ -101,6 +101,7 @@ STATUS: dict[type[errors.CaptionerError], int] = {
     errors.HeadersTooLarge: 431,
     errors.ModelNotFound: 404,
     errors.NotFound: 404,
+    errors.IdempotencyConflict: 409,
     errors.MethodNotAllowed: 405,
     errors.AsyncNotSupported: 403,
     errors.Unauthenticated: 401,

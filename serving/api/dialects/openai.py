@@ -34,6 +34,7 @@ _TYPE_AND_CODE: dict[type[errors.CaptionerError], tuple[str, str | None]] = {
     errors.BodyTooLarge: ("invalid_request_error", "request_too_large"),
     errors.ModelNotFound: ("invalid_request_error", "model_not_found"),
     errors.NotFound: ("invalid_request_error", "not_found"),
+    errors.IdempotencyConflict: ("invalid_request_error", "idempotency_conflict"),
     errors.MethodNotAllowed: ("invalid_request_error", "method_not_allowed"),
     errors.AsyncNotSupported: ("access_denied", "access_denied"),
     errors.UnsupportedOperation: ("invalid_request_error", "unsupported_operation"),

@@ -74,6 +74,11 @@ class UsageRecord:
         """Return all values by column."""
         return {name: getattr(self, name) for name in COLUMNS}
 
+    def closed_row(self, outcome: Outcome) -> dict[str, Any]:
+        """Return all values by column, as of a record that is closed now."""
+        at = now_ms()
+        return self.row() | {"ending": outcome.value, "closed_at": at, "reported_at": at}
+
     def progress(self) -> list[Any]:
         """Return the values that change while the record is open, in the order of `PROGRESS`."""
         return [getattr(self, name) for name in PROGRESS]

@@ -40,6 +40,7 @@ EXPECTED: dict[type[errors.CaptionerError], tuple[int, str, int, str, str | None
     errors.BodyTooLarge: (413, "BadRequest.TooLarge", 413, "invalid_request_error", "request_too_large"),
     errors.ModelNotFound: (400, "InvalidParameter", 404, "invalid_request_error", "model_not_found"),
     errors.NotFound: (404, "NotFound", 404, "invalid_request_error", "not_found"),
+    errors.IdempotencyConflict: (409, "InvalidParameter", 409, "invalid_request_error", "idempotency_conflict"),
     errors.MethodNotAllowed: (400, "InvalidParameter", 405, "invalid_request_error", "method_not_allowed"),
     errors.AsyncNotSupported: (403, "AccessDenied", 403, "access_denied", "access_denied"),
     errors.UnsupportedOperation: (

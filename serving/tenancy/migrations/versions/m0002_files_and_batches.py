@@ -1,4 +1,4 @@
-"""Stored files, batches and their lines, and the price of batches in plans."""
+"""Stored files, batches and their lines, answers by idempotency key, and the price of batches in plans."""
 
 from __future__ import annotations
 
@@ -67,4 +67,17 @@ def upgrade() -> None:
         sa.Column("body", sa.Text()),
         sa.PrimaryKeyConstraint("batch_id", "line", name="pk_batch_lines"),
     )
+    op.create_table(
+        "idempotent_answers",
+        sa.Column("tenant_id", sa.String(64), nullable=False),
+        sa.Column("key_digest", sa.String(64), nullable=False),
+        sa.Column("request_digest", sa.String(64), nullable=False),
+        sa.Column("owner", sa.String(32), nullable=False),
+        sa.Column("lease_until", sa.BigInteger(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger(), nullable=False),
+        sa.Column("headers", sa.JSON()),
+        sa.Column("body", sa.LargeBinary()),
+        sa.PrimaryKeyConstraint("tenant_id", "key_digest", name="pk_idempotent_answers"),
+    )
+    op.create_index("ix_idempotent_answers_expires_at", "idempotent_answers", ["expires_at"])
     op.add_column("plans", sa.Column("batch_price_percent", sa.Integer(), server_default="100", nullable=False))
