@@ -7,6 +7,7 @@ import asyncio
 import csv
 import datetime as dt
 import getpass
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import OperationalError
 
-from serving.api.admin import AdminServer
 from serving.cli.parser import Parser
 from serving.cli.preflight import warn_of_unknown_variables
 from serving.cli.settings_errors import SETTINGS_ERRORS, report
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from serving.api.admin import AdminServer
     from serving.tenancy.admin.verbs import Parameter, Verb
 
 _TIMES = frozenset(
@@ -99,7 +100,8 @@ def serve_api(argv: Sequence[str]) -> int:
     logs.configure(settings.log_level, settings.log_format)
     try:
         database = open_database(settings)
-        server = AdminServer(settings, alone=True)
+        # The HTTP server takes longer to import than all that a verb needs.
+        server: AdminServer = importlib.import_module("serving.api.admin").AdminServer(settings, alone=True)
     except ValueError as error:  # UnusableDatabase too
         return fail(str(error))
     except OSError as error:  # of the pepper

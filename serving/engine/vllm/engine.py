@@ -186,8 +186,8 @@ def _environment(settings: Settings, scratch: Path) -> Iterator[None]:
         "PYTHONWARNINGS": "ignore",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        # The minus sign is PyTorch's for errors alone: on a CPU it warns in each process that CUDA does not run.
-        "TORCH_LOGS": "-torch.utils.cpp_extension",
+        # The minus sign is PyTorch's for errors alone: on a CPU these warn in each process of CUDA and Triton.
+        "TORCH_LOGS": "-torch.utils.cpp_extension,-torch.utils.flop_counter,-torch._library.triton",
         "VLLM_NO_USAGE_STATS": "1",
     }
     # Kernels that vLLM, PyTorch, Triton, FlashInfer and the driver compile, below one directory, so that one volume
