@@ -151,9 +151,12 @@ export const SCENARIOS = {
       await page.goto(given.url);
       await page.locator("#key-card").waitFor();
       const first = await text(page, "#key-error");
+      await page.locator("#key").fill("sk-\u2026");
+      await page.locator("#key-form button").click();
+      const pasted = await text(page, "#key-error");
       await page.locator("#key").fill("sk-wrong");
       await page.locator("#key-form button").click();
-      await page.waitForFunction(() => document.getElementById("key-error").textContent);
+      await page.waitForFunction(() => /^Incorrect/.test(document.getElementById("key-error").textContent));
       const wrong = await text(page, "#key-error");
       await accessible();
       await open(given);
@@ -189,7 +192,7 @@ export const SCENARIOS = {
       await page.evaluate(() => { window.big = new File([new Uint8Array(9e6)], "big.wav"); });
       const transfer = await page.evaluateHandle(() => { const made = new DataTransfer(); made.items.add(window.big); return made; });
       await page.dispatchEvent("#drop", "drop", { dataTransfer: transfer });
-      return { first, wrong, unreadable, away, limited, broken, large: await text(page, "#clip-error") };
+      return { first, pasted, wrong, unreadable, away, limited, broken, large: await text(page, "#clip-error") };
     },
   },
 
@@ -243,19 +246,27 @@ export const SCENARIOS = {
       await page.locator("#caption").focus();
       await page.keyboard.press("Enter");
       await page.locator("#facts div").first().waitFor();
+      await page.locator(".chart").waitFor();
       await page.locator("#tab-curl").focus();
       const curl = await text(page, "#snippet");
       await page.keyboard.press("ArrowRight");
       const python = await text(page, "#snippet");
       await page.keyboard.press("ArrowRight");
       const node = await text(page, "#snippet");
+      await page.locator("#measure").focus();
+      await page.locator("#measure").selectOption("amount");
+      const chart = await page.locator(".chart").getAttribute("aria-label");
+      const download = page.waitForEvent("download");
+      await page.locator("#usage-csv").click();
+      const csv = [(await download).suggestedFilename(), readFileSync(await (await download).path(), "utf8").split("\r\n")[0]];
+      await page.locator("#tab-node").focus();
       await page.keyboard.press("Tab");
       const order = [];
       for (let i = 0; i < 3; i += 1) {
         order.push(await page.evaluate(() => document.activeElement.id || document.activeElement.tagName));
         await page.keyboard.press("Tab");
       }
-      return { curl, python, node, order };
+      return { curl, python, node, order, chart, csv };
     },
   },
 

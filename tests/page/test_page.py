@@ -82,6 +82,7 @@ def test_errors_say_what_to_do(browser: Browser) -> None:
     """A wrong key, an unreadable file, a lost service, a limit, a broken stream and a large file are explained."""
     seen = browser.run("errors")
     assert seen["first"] == ""
+    assert seen["pasted"].startswith("Check the key for missing characters")
     assert seen["wrong"] == (
         "Incorrect API key provided. Check the key for missing characters, or ask your administrator for a new one."
     )
@@ -114,11 +115,15 @@ def test_history_and_key_are_the_persons(browser: Browser) -> None:
 
 
 def test_the_keyboard_is_enough(browser: Browser) -> None:
-    """A caption starts by Enter, tabs change by arrows, and the order of focus is the order on the page."""
+    """A caption starts by Enter, tabs change by arrows, focus follows the page's order; the account is saved as CSV."""
     seen = browser.run("keyboard")
     assert seen["python"].startswith("import base64, os")
     assert seen["node"].startswith('import { readFileSync } from "node:fs";')
     assert seen["order"] == ["copy-code", "snippet-panel", "measure"]
+    assert re.fullmatch(r"Money by day, \d{4}-\d\d-01 to .*; 0\.\d{2,9} CNY in all", seen["chart"])
+    name, heads = seen["csv"]
+    assert re.fullmatch(r"usage-\d{4}-\d\d-01-\d{4}-\d\d-\d\d\.csv", name)
+    assert heads.startswith("day,key,key_name,currency,requests,")
 
 
 def test_segments_are_played(browser: Browser) -> None:

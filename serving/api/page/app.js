@@ -106,8 +106,14 @@ function startDrop() {
 function startKey() {
   byId("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
-    keepKey(byId("key").value.trim());
+    const given = byId("key").value.trim();
     byId("key").value = "";
+    // No header can carry other characters; they come from pasted text around the key.
+    if (!/^[\x21-\x7e]+$/.test(given)) {
+      byId("key-error").textContent = t("hint.invalid_api_key");
+      return;
+    }
+    keepKey(given);
     connect({ asked: true });
   });
   byId("forget-key").addEventListener("click", () => {

@@ -26,16 +26,22 @@ export async function startRecording(onClip) {
   } catch (error) {
     throw new RecorderError(t("noMicrophone", { reason: error.message || error.name }));
   }
+  const release = () => { for (const track of stream.getTracks()) track.stop(); };
   const mimeType = TYPES.find((type) => MediaRecorder.isTypeSupported(type));
   const parts = [];
-  recorder = new MediaRecorder(stream, { mimeType, audioBitsPerSecond: BITS_PER_S });
+  try {
+    recorder = new MediaRecorder(stream, { mimeType, audioBitsPerSecond: BITS_PER_S });
+  } catch {
+    release();
+    throw new RecorderError(t("noRecorder"));
+  }
   recorder.addEventListener("dataavailable", (event) => parts.push(event.data));
   const meter = startMeter(stream);
   recorder.addEventListener("stop", () => {
     const type = recorder.mimeType;
     recorder = null;
     meter.stop();
-    for (const track of stream.getTracks()) track.stop();
+    release();
     show("recording", false);
     labels();
     onClip(new Blob(parts, { type }), t("recordingName", { time: when(new Date()) }));

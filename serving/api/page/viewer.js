@@ -8,6 +8,7 @@ import { clock } from "./time.js";
 
 let clip = null;
 let ticking = 0;
+let drawnWidth = 0;
 const player = () => byId("player");
 
 function labels() {
@@ -57,7 +58,7 @@ export async function showClip(given) {
   byId("seek").max = clip.duration || 1;
   labels();
   moved();
-  if (clip.samples) await draw(clip);
+  await redraw();
 }
 
 export function startViewer() {
@@ -86,9 +87,7 @@ export function startViewer() {
   onLanguage(() => { labels(); moved(); });
 }
 
-let drawnWidth = 0;
-
-function redraw() {
+async function redraw() {
   drawnWidth = byId("waveform").clientWidth;
-  if (clip?.samples) draw(clip);
+  if (clip?.samples) await draw(clip);
 }
