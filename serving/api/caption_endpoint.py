@@ -171,7 +171,10 @@ class CaptionEndpoint:
         return await asyncio.get_running_loop().run_in_executor(_DECODER, decode, content, headers, record.request_id)
 
     async def _digest(self, content: bytes, content_type: str) -> str:
-        """Return the hash of a request; that of a large one is made in a thread. A form has another boundary each time."""
+        """Return the hash of a request; that of a large one is made in a thread.
+
+        A client that sends a form again writes another boundary, which does not count.
+        """
         boundary = boundary_of(content_type) if content_type.startswith("multipart/") else b""
         hashed = partial(_sha256, self.codec.dialect.encode(), content, boundary)
         return await asyncio.to_thread(hashed) if len(content) > _DECODED_ON_LOOP_BYTES else hashed()

@@ -65,7 +65,9 @@ class ResponseWriter:
 
     async def replay(self, answer: Answer) -> None:
         """Send the answer of an earlier request with the same idempotency key."""
-        await self._send_plain(200, "application/json", {**answer.headers, "idempotent-replayed": "true"}, answer.body)
+        headers = dict(answer.headers)
+        content_type = headers.pop("content-type")
+        await self._send_plain(200, content_type, {**headers, "idempotent-replayed": "true"}, answer.body)
 
     async def send_stream(self, reply: Reply, deltas: AsyncGenerator[CaptionDelta]) -> None:
         """Send SSE events. The status line waits for the first delta, but no longer than `first_byte_timeout_s`."""
@@ -120,7 +122,7 @@ class ResponseWriter:
     async def _send_plain(self, status: int, content_type: str, headers: Mapping[str, str], body: bytes) -> None:
         if status == _OK:
             if self.claim is not None:
-                self.claim.answer = Answer(headers, body)
+                self.claim.answer = Answer({**headers, "content-type": content_type}, body)
             await self._end()  # before the status line, which a failure of the ledger still changes
         await self._start(status, content_type, {**headers, "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
