@@ -48,7 +48,7 @@ def reason(body: bytes, sentence: str) -> str:
         (b"\xef\xbb\xbf{", "It is not JSON: EOF while parsing an object at line 1 column 1."),
         (b'{"model":"\xff"}', "It is not JSON: invalid unicode code point at line 1 column 11."),
         (b"[" * 1000, "It is not JSON: recursion limit exceeded at line 1 column 202."),
-        (gzip.compress(b"{}"), "It is gzip; send the header content-encoding: gzip with it."),
+        (gzip.compress(b"{}", mtime=0), "It is gzip; send the header content-encoding: gzip with it."),
         ("{}".encode("utf-16"), "It is UTF-16; JSON is UTF-8."),
         (b"--x\r\n", "It is a form; forms with a file go to /v1/audio/transcriptions."),
         (b"RIFF\0\0\0\0WAVE", "It is a file; files go as a form to /v1/audio/transcriptions."),
