@@ -37,6 +37,8 @@ from serving.engine.remote.wire import (
 )
 from serving.errors import AudioError, CaptionerError, InvalidRequest
 from serving.tenancy.ledger.journal import JournalReader
+from serving.timeline.captions import TimelineDelta
+from serving.timeline.segments import Segment
 from serving.types import NO_TENANT, CaptionDelta, FinishReason, Sampling, Usage
 from tests.audio.clips import every_clip
 from tests.support.wire import compatible_body, data_url, native_body, wav
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 
 _SERVER_FAULT = 500
 _LAST = CaptionDelta("A dog.", Usage(audio_tokens=26), FinishReason.STOP)
+_LAST_OF_TIMELINE = TimelineDelta(
+    _LAST.text, _LAST.usage, _LAST.finish_reason, segments=(Segment(0, 0.0, 2.0, "A dog.", None, None),)
+)
 _BOUNDARY = b"0123456789abcdef"
 _MAX_ENTRIES = 3
 _SETTINGS = Settings()
@@ -174,7 +179,7 @@ def _transcriptions(body: bytes) -> None:
     elif reply.stream:
         assert reply.event(_LAST).endswith(b"data: [DONE]\n\n")
     else:
-        assert b"A dog." in reply.full_body("A dog.", _LAST)
+        assert b"A dog." in reply.full_body("A dog.", _LAST_OF_TIMELINE)
 
 
 def _transcriptions_seeds() -> list[bytes]:
