@@ -35,7 +35,7 @@ from serving.engine.remote.wire import (
     read_message,
 )
 from serving.errors import AudioError, CaptionerError, InvalidRequest
-from serving.tenancy.ledger.journal import JournalReader
+from serving.tenancy.ledger.journal_lines import JournalReader
 from serving.types import NO_TENANT, CaptionDelta, FinishReason, Sampling, Usage
 from tests.audio.clips import every_clip
 from tests.support.wire import compatible_body, data_url, native_body, wav
