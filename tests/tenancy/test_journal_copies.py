@@ -7,6 +7,7 @@ import shutil
 import threading
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import sqlalchemy as sa
 
@@ -15,7 +16,7 @@ from serving.storage.journal_copies import JournalCopies
 from serving.tenancy.billing import sums
 from serving.tenancy.ledger import copies as journal_copies
 from serving.tenancy.ledger import database_writer, usage_table
-from serving.tenancy.ledger.journal_lines import entries
+from serving.tenancy.ledger.journal_lines import entries, line
 from serving.tenancy.ledger.ledger import Ledger
 from serving.tenancy.ledger.usage_record import now_ms
 from serving.tenancy.schema import usage_days
@@ -299,3 +300,30 @@ async def test_a_stop_in_an_outage_leaves_a_copy(database: sa.Engine, tmp_path: 
     await ledger.stop()
     found = [entry for data in store.objects.values() for entry in entries(data)[0]]
     assert {entry["request_id"] for entry in found if entry.get("ending") == "finished"} == {f"r{n}" for n in range(5)}
+
+
+def test_a_copy_that_is_no_journal_holds_up_nothing(
+    database: sa.Engine, outage: Outage, s3_server: S3Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Objects that were changed or made by others are logged and stay; copies of other processes are booked."""
+    name = s3_server.bucket()
+    store = JournalCopies(Settings(**bucket_settings(s3_server.url, name)))  # type: ignore[arg-type]
+    closed = usage("closed", "good", ending="finished", billed=True, amount_nanos=4)
+    usage_table.write(database, [closed.row()])
+    store.write("good/00000001-0000000", line(usage("r", "good", ending="finished", billed=True, amount_nanos=3).row()))
+    store.write("good/00000001-0000900", line(closed.row() | {"amount_nanos": 0, "ending": "failed"}) + b"no line\n")
+    store.write("bad-1/00000001-0000000", line(5))
+    store.write("bad-2/00000001-0000000", line({"request_id": "x"}))
+    httpx.put(f"{s3_server.url}/{name}/some/prefix/ledger/bad-3/x", content=b"{}", timeout=30).raise_for_status()
+    booked = list(
+        journal_copies.book_lost(
+            store, database, lambda rows: usage_table.write(database, rows), owner="me", after_s=60
+        )
+    )
+    assert booked == ["good"]
+    assert {name: row.amount_nanos for name, row in rows(database).items()} == {"closed": 4, "r": 3}
+    assert [each.partition("/")[0] for each in store.names()] == ["bad-1", "bad-2", "bad-3"]
+    messages = [record.message for record in caplog.records]
+    assert messages.count("copies of a lost process cannot be booked") == 3
+    assert messages.count("copy of a journal is damaged") == 1
+    assert not outage.away

@@ -150,13 +150,18 @@ def book_lost(
         return
     living = usage_table.living(database, after_s=after_s)
     for replica in sorted(copies.keys() - living):
-        for name in copies[replica]:
-            lines = store.read(name)
-            if lines:
+        try:
+            for name in copies[replica]:
+                if not (lines := store.read(name)):
+                    continue  # another process has booked it
                 found, damaged = entries(lines)
                 apply(found)
                 usage_table.write_progress(database, found)
                 if damaged:
                     log.error("copy of a journal is damaged", extra={"copy": name, "lines": damaged})
-        store.delete(copies[replica])
-        yield replica
+            store.delete(copies[replica])
+        except (OSError, LookupError, TypeError, ValueError) as error:  # it must not hold up the others
+            extra = {"replica": replica, "error": type(error).__name__, "reason": str(error)[:300]}
+            log.error("copies of a lost process cannot be booked", extra=extra)  # noqa: TRY400 - the reason says it all
+        else:
+            yield replica
