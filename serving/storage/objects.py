@@ -1,9 +1,9 @@
 """Objects in a bucket: S3 and what is compatible with it (Alibaba OSS too), Google Cloud Storage, Azure.
 
-An object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks. Each
+An uploaded object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks. Each
 operation has a deadline and is retried within it; any fault of the store is a `StorageUnavailable`.
 
-Only this module uses obstore. It is imported only where a bucket is configured.
+Only this module and `journal_copies.py` use obstore. They are imported only where a bucket is configured.
 """
 
 from __future__ import annotations
