@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from serving.observability.context import Tracer
     from serving.observability.service_discovery import Target
     from serving.storage.uploads import UploadStore
+    from serving.tenancy.ledger.copies import CopyStore
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def create_app(
     workers = AudioWorkerPool(settings)
     downloads = DownloadProcess(settings)
     uploads = _uploads(settings)
-    tenancy = Tenancy(settings)
+    tenancy = Tenancy(settings, _journal_copies(settings))
     files = Files(settings, tenancy.database, open_files(settings))
     pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready)
     bodies = SharedCapacity(settings.max_body_memory_bytes, reason="bodies")
@@ -164,6 +165,13 @@ def _uploads(settings: Settings) -> UploadStore:
         return DirectoryUploads(settings)
     # Import obstore only if it is used.
     store: UploadStore = importlib.import_module("serving.storage.bucket_uploads").BucketUploads(settings)
+    return store
+
+
+def _journal_copies(settings: Settings) -> CopyStore | None:
+    if settings.object_store_url is None:
+        return None
+    store: CopyStore = importlib.import_module("serving.storage.journal_copies").JournalCopies(settings)
     return store
 
 

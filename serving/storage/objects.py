@@ -1,9 +1,9 @@
 """Objects in a bucket: S3 and what is compatible with it (Alibaba OSS too), Google Cloud Storage, Azure.
 
-An object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks. Each
+An uploaded object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks. Each
 operation has a deadline and is retried within it; any fault of the store is a `StorageUnavailable`.
 
-Only this module uses obstore. It is imported only where a bucket is configured.
+Only this module and `journal_copies.py` use obstore. They are imported only where a bucket is configured.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ _SINGLE_PUT_BYTES = 16 * MIB
 """Largest object that is written by one conditional request; larger ones are written in parts."""
 _PART_BYTES, _PARTS_AT_ONCE = 8 * MIB, 1
 _CHUNK_BYTES = 256 * 1024
-_PAGE = 1000
+PAGE = 1000
 """Objects of one page of a listing, and of one request that deletes: S3's limits."""
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")
 """Texts in errors by which S3, Azure and GCS tell a missing bucket from a missing object."""
 _REASON_CHARS = 300
-_FAULTS = (BaseError, FileNotFoundError, TimeoutError, ValueError)
+FAULTS = (BaseError, FileNotFoundError, TimeoutError, ValueError)
 """Exceptions of obstore, and that of a deadline."""
 
 log = logging.getLogger(__name__)
@@ -84,10 +84,12 @@ class Bucket:
     def __init__(self, settings: Settings) -> None:
         self._timeout_s = settings.object_store_timeout_s
         try:
-            self._store = _open(settings)
-        except _FAULTS as error:
+            self._store = open_store(settings)
+        except FAULTS as error:
             remedy = "check object_store_url and object_store_secret_key"
-            raise UnusableBucket(f"{settings.object_store_url} cannot be used: {_reason(error)}; {remedy}") from None
+            raise UnusableBucket(
+                f"{settings.object_store_url} cannot be used: {fault_reason(error)}; {remedy}"
+            ) from None
         self._writes = asyncio.Semaphore(_WRITES)
         self._conditional = True
         """False once the store has answered that it has no conditional writes, as Alibaba OSS does (501)."""
@@ -140,7 +142,7 @@ class Bucket:
 
     async def list(self, prefix: str) -> AsyncIterator[StoredObject]:
         """Yield all objects below `prefix`. Raises `StorageUnavailable`."""
-        pages = obstore.list(self._store, prefix, chunk_size=_PAGE)
+        pages = obstore.list(self._store, prefix, chunk_size=PAGE)
         while True:
             async with self._operation("list"):
                 page = await anext(pages, None)
@@ -151,18 +153,18 @@ class Bucket:
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete objects; another process may have deleted some before. Raises `StorageUnavailable`."""
-        for start in range(0, len(names), _PAGE):
+        for start in range(0, len(names), PAGE):
             async with self._operation("delete"):
                 with suppress(FileNotFoundError):  # the rest of this page is deleted by a later call
-                    await obstore.delete_async(self._store, names[start : start + _PAGE])
+                    await obstore.delete_async(self._store, names[start : start + PAGE])
 
     async def problem(self, timeout_s: float) -> str | None:
         """Return the reason why the bucket cannot be listed now, `None` if it can be. Changes nothing."""
         try:
             async with asyncio.timeout(timeout_s):
                 await anext(obstore.list(self._store), None)
-        except _FAULTS as error:
-            return _reason(error)
+        except FAULTS as error:
+            return fault_reason(error)
         return None
 
     async def _create(self, name: str, data: bytes, attributes: dict[str, str]) -> None:
@@ -179,7 +181,7 @@ class Bucket:
             except BaseError as error:
                 if "NotImplemented" not in str(error):
                     raise
-                log.warning("object store without conditional writes", extra={"reason": _reason(error)})
+                log.warning("object store without conditional writes", extra={"reason": fault_reason(error)})
                 self._conditional = False
             else:
                 return
@@ -216,8 +218,8 @@ class Bucket:
         try:
             async with asyncio.timeout_at(self._deadline(size)) as timeout:
                 yield timeout
-        except _FAULTS as error:
-            log.warning("object store failed", extra={"operation": name, "reason": _reason(error)})
+        except FAULTS as error:
+            log.warning("object store failed", extra={"operation": name, "reason": fault_reason(error)})
             raise StorageUnavailable from None
 
 
@@ -236,7 +238,7 @@ async def _copy(result: obstore.GetResult, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _open(settings: Settings) -> S3Store | GCSStore | AzureStore:
+def open_store(settings: Settings) -> S3Store | GCSStore | AzureStore:
     """Return the client of the bucket. No request is made."""
     url, endpoint = urlsplit(settings.object_store_url or ""), settings.object_store_endpoint
     client: ClientConfig = {
@@ -299,7 +301,7 @@ def _value(secret: SecretStr | None) -> str | None:
     return secret.get_secret_value() if secret is not None else None
 
 
-def _reason(error: BaseException) -> str:
+def fault_reason(error: BaseException) -> str:
     """Return an error's first line and the code in the store's XML; the rest of it may hold the access key id."""
     text = str(error)
     code = re.search(r"<Code>(\w{1,64})</Code>", text)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serving.config import Settings
+    from serving.tenancy.ledger.copies import CopyStore
     from serving.tenancy.limits.counter_store import CounterStore
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,13 @@ _FIRST_ATTEMPT_S, _FIRST_CONNECTION_S = 10.0, 2.0
 class Tenancy:
     """Keys, ledger, limits and usage sessions of this process."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, copies: CopyStore | None = None) -> None:
         self.database = open_database(settings)
         self.keys = Keyring(settings, self.database)
         self.keys.waiting_for = _DATABASE
-        self.ledger = Ledger(self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes)
+        self.ledger = Ledger(
+            self.database, settings.data_dir, max_journal_bytes=settings.max_journal_bytes, copies=copies
+        )
         self.limiter = Limiter(_counter_store(settings), self.ledger.spent)
         self.usage_sessions = UsageSessions(self.limiter, self.ledger, self.keys.price, metering=settings.metering)
         self.accounts = Accounts(self.database, self.usage_sessions)

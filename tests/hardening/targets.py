@@ -36,7 +36,7 @@ from serving.engine.remote.wire import (
     read_message,
 )
 from serving.errors import AudioError, CaptionerError, InvalidRequest
-from serving.tenancy.ledger.journal import JournalReader
+from serving.tenancy.ledger.journal_lines import JournalReader
 from serving.timeline.captions import TimelineDelta
 from serving.timeline.segments import Segment
 from serving.types import NO_TENANT, CaptionDelta, FinishReason, Sampling, Usage

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.tenancy.ledger import journal as journals
-from serving.tenancy.ledger.journal import Journal, JournalReader, abandoned, living, size_bytes
+from serving.tenancy.ledger.journal import Journal, abandoned, living, size_bytes
+from serving.tenancy.ledger.journal_lines import JournalReader
 
 if TYPE_CHECKING:
     from pathlib import Path

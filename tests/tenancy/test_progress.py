@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -40,11 +41,15 @@ async def test_progress_makes_no_statement(database: sa.Engine, tmp_path: Path) 
         ledger.open(record)
     await until(lambda: not ledger.pending)
     written = writes(database)
+
+    def caught_up(reported: int) -> bool:
+        return ledger._journal.appended > reported and not ledger.pending
+
     for tokens in range(1, 6):
         reported = ledger._journal.appended
         for record in records:
             record.output_tokens = tokens
-        await until(lambda reported=reported: ledger._journal.appended > reported and not ledger.pending)
+        await until(partial(caught_up, reported))
     assert len(written) <= 1
     assert all("ledger_replicas" in statement for statement in written)
     await ledger.stop()

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from serving.tenancy.database import address, failure
 from serving.tenancy.ledger import usage_table
+from serving.tenancy.ledger.copies import book_lost
 from serving.tenancy.ledger.journal import abandoned, size_bytes
 from serving.types import Outcome
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from serving.tenancy.ledger.copies import CopyStore
     from serving.tenancy.ledger.journal import Journal
     from serving.tenancy.ledger.unrecorded import Unrecorded
 
@@ -31,6 +33,7 @@ _WRITE_EVERY_S = 0.5
 _SWEEP_EVERY_S = 10.0
 _MAX_RETRY_S = 5.0
 _REPORT_LIVING_S = 15.0
+_BOOK_COPIES_EVERY_S = 60.0
 _FORGET_DEAD_S = 24 * 3600.0
 
 UNREPORTED_S = 120.0
@@ -41,7 +44,14 @@ class DatabaseWriter:
     """Writes what only this machine has, twice a second, and when the database is back; sweeps every ten seconds."""
 
     def __init__(
-        self, database: Engine, directory: Path, journal: Journal, unrecorded: Unrecorded, closed: Counter[str]
+        self,
+        database: Engine,
+        directory: Path,
+        journal: Journal,
+        unrecorded: Unrecorded,
+        closed: Counter[str],
+        *,
+        copies: CopyStore | None = None,
     ) -> None:
         self._database = database
         self._parent = directory / "journal"
@@ -49,6 +59,8 @@ class DatabaseWriter:
         self._journal = journal
         self._unrecorded = unrecorded
         self._closed = closed
+        self._copies = copies
+        self._booked_s = 0.0
         self._reachable_since_s = self.caught_up_s = time.monotonic()
         self._reported_living_s = 0.0
         self._failing_since_s: float | None = None
@@ -196,8 +208,21 @@ class DatabaseWriter:
         self.others_bytes = size_bytes(self._parent, excluding=owner)
         # After an outage of the database other processes need time to report as well.
         if time.monotonic() - self._reachable_since_s > UNREPORTED_S:
+            if self._copies is not None and time.monotonic() - self._booked_s > _BOOK_COPIES_EVERY_S:
+                self._book(self._copies)
+                self._booked_s = time.monotonic()
             lost = usage_table.close_unreported(self._database, after_s=UNREPORTED_S)
             self._closed[Outcome.LOST] += lost
             if lost:
                 log.warning("records of a lost machine closed", extra={"lost": lost})
             usage_table.forget_dead(self._database, after_s=_FORGET_DEAD_S)
+
+    def _book(self, copies: CopyStore) -> None:
+        """Write the copies of lost processes' journals into the database; their open records are closed after it."""
+        try:
+            for replica in book_lost(
+                copies, self._database, self._apply, owner=self._journal.owner, after_s=UNREPORTED_S
+            ):
+                log.warning("copied journal of a lost process booked", extra={"replica": replica})
+        except OSError as error:
+            log.warning("copies of lost processes cannot be read", extra={"reason": str(error)[:300]})

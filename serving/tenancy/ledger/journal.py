@@ -19,92 +19,16 @@ import errno
 import fcntl
 import itertools
 import os
-import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
-import orjson
+from serving.tenancy.ledger.journal_lines import SEGMENT_BYTES, JournalReader, line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-SEGMENT_BYTES = 1024 * 1024
-"""Size of a segment: about 800 entries. A process has two on the disk while the database keeps up."""
-
-_READ_BYTES = 512 * 1024
-_MAX_ENTRY_BYTES = 64 * 1024
 _LOCK = "lock"
-
-
-class JournalReader:
-    """Reads one owner's segments, from the oldest, as far as they are written.
-
-    `committed` returns the number of the owner's current segment and the bytes in it that are complete, where the owner
-    may be appending meanwhile: the kernel may show a part of a line that is being written.
-    """
-
-    def __init__(self, directory: Path, committed: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> None:
-        self._directory = directory
-        self._committed = committed
-        self._segment: int | None = None
-        self._offset = self._end = self._torn = 0
-        self.damaged = 0
-        """Number of lines whose checksum is wrong: power failed, or the disk is failing."""
-
-    def read(self) -> tuple[list[Any], int]:
-        """Return the next entries and their size in bytes, 0 if there are none yet; the same until `advance`."""
-        while True:
-            segments = _segments(self._directory)
-            current = self._segment if self._segment in segments else min(segments, default=None)
-            if current is None:
-                return [], 0
-            if current != self._segment:
-                self._segment, self._offset = current, 0
-            later = [number for number in segments if number > current]  # listed before reading: the order matters
-            number, nbytes = self._committed()
-            lines = self._lines(segments[current], nbytes if number == current else None)
-            if lines:
-                self._end = self._offset + len(lines)
-                return list(self._entries(lines)), len(lines)
-            if not later:
-                return [], 0
-            self._segment, self._offset = min(later), 0
-
-    def advance(self) -> None:
-        """Continue after the entries that were read last."""
-        self._offset = self._end
-        self.damaged += self._torn
-
-    def remove_read_segments(self, *, before: int | None = None) -> None:
-        """Remove the segments before the one that is being read, and before that number."""
-        for number, path in _segments(self._directory).items():
-            if self._segment is not None and number < (self._segment if before is None else min(self._segment, before)):
-                with suppress(OSError):  # a read-only disk: it is removed later
-                    path.unlink()
-
-    def _lines(self, path: Path, end: int | None) -> bytes:
-        """Return the complete lines from the offset on; the zeros behind the last line are not returned."""
-        nbytes = _READ_BYTES if end is None else min(_READ_BYTES, end - self._offset)
-        with path.open("rb") as segment:
-            segment.seek(self._offset)
-            data = segment.read(nbytes)
-            if b"\n" not in data and end is None:  # lost sectors, behind which there may be more lines
-                data += segment.read(SEGMENT_BYTES)
-        return data[: data.rfind(b"\n") + 1]
-
-    def _entries(self, lines: bytes) -> Iterator[Any]:
-        self._torn = 0
-        for line in lines[:-1].split(b"\n"):
-            checksum, _, payload = line.partition(b" ")
-            entry = None
-            if checksum == b"%08x" % zlib.crc32(payload):
-                with suppress(orjson.JSONDecodeError):  # damage with the right checksum: rare, but no reason to stop
-                    entry = orjson.loads(payload)
-            if entry is None:
-                self._torn += 1
-            else:
-                yield entry
 
 
 class Journal:
@@ -144,6 +68,10 @@ class Journal:
         """Number of the segment that entries are appended to."""
         return self._committed[0]
 
+    def second_reader(self) -> JournalReader:
+        """Return another reader of this journal, for one thread."""
+        return JournalReader(self.directory, lambda: self._committed)
+
     def open(self) -> Self:
         """Create the directory, lock it, allocate the first segment and a spare. Raises `OSError`; may be repeated."""
         while self._lock < 0:
@@ -160,22 +88,20 @@ class Journal:
 
         `leaving`: bytes that must be left for later entries, else it raises, too.
         """
-        payload = orjson.dumps(entry)
-        if len(payload) > _MAX_ENTRY_BYTES:
-            raise ValueError(f"a journal entry of {len(payload)} bytes exceeds the limit of {_MAX_ENTRY_BYTES}")
-        line = b"%08x %b\n" % (zlib.crc32(payload), payload)
-        self._longest_bytes = max(self._longest_bytes, len(line))
-        while leaving and self.room < len(line) + leaving:
+        written = line(entry)
+        nbytes = len(written)
+        self._longest_bytes = max(self._longest_bytes, nbytes)
+        while leaving and self.room < nbytes + leaving:
             self._spares.append(self._allocate())
-        if self._committed[1] and self._committed[1] + len(line) > SEGMENT_BYTES:
+        if self._committed[1] and self._committed[1] + nbytes > SEGMENT_BYTES:
             self._open_segment()
         number, offset = self._committed
-        if os.pwrite(self._file, line, offset) != len(line):
+        if os.pwrite(self._file, written, offset) != nbytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the next line is written over the part
-        self._committed = number, offset + len(line)
-        self.appended_bytes += len(line)
+        self._committed = number, offset + nbytes
+        self.appended_bytes += nbytes
         self.appended += 1
-        return len(line)
+        return nbytes
 
     def discard_written(self, entries: int, nbytes: int) -> None:
         """Discard the entries that were read last: they are in the database."""
@@ -354,10 +280,6 @@ def _lock(directory: Path, *, create: bool = False) -> int | None:
         pass
     os.close(lock)
     return None
-
-
-def _segments(directory: Path) -> dict[int, Path]:
-    return {int(path.stem): path for path in sorted(directory.glob("*.log"))}
 
 
 def _content_bytes(path: Path) -> int:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -30,14 +29,15 @@ import socket
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.errors import NotReady, Overloaded
 from serving.tenancy.ledger import journal, usage_table
+from serving.tenancy.ledger.copies import JournalCopier
 from serving.tenancy.ledger.database_writer import DatabaseWriter
+from serving.tenancy.ledger.fault import Fault
 from serving.tenancy.ledger.journal import Journal
 from serving.tenancy.ledger.unrecorded import Unrecorded
 from serving.tenancy.ledger.usage_record import now_ms
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from serving.observability.request_record import RequestRecord
+    from serving.tenancy.ledger.copies import CopyStore
     from serving.tenancy.ledger.usage_record import UsageRecord
     from serving.tenancy.limits.counter_store import Spent
     from serving.types import Caller
@@ -71,32 +72,12 @@ _MIN_ROOM_BYTES = 4096
 """Space in the journal for one more request, without which none is admitted."""
 
 
-@dataclass(slots=True)
-class _Fault:
-    """A time in which the journal cannot record new requests."""
-
-    error: OSError
-    since_s: float = field(default_factory=time.monotonic)
-    logged_s: float = field(default_factory=time.monotonic)
-    kept_before: int = 0
-    """Records that had been kept in memory before."""
-    refused: int = 0
-    """Requests that were refused."""
-    skipped: int = 0
-    """Reports of progress that were not recorded."""
-    tried_bytes: int | None = None
-    """Size of the journal with an entry that was appended to find out if the fault has passed."""
-
-    @property
-    def reason(self) -> str:
-        """The error's name and the system's words for it."""
-        return f"{errno.errorcode.get(self.error.errno or 0, 'OSError')}: {self.error.strerror or self.error}"
-
-
 class Ledger:
     """This process's part of the ledger."""
 
-    def __init__(self, database: Engine, directory: Path, *, max_journal_bytes: int) -> None:
+    def __init__(
+        self, database: Engine, directory: Path, *, max_journal_bytes: int, copies: CopyStore | None = None
+    ) -> None:
         self._database = database
         self._parent = directory / "journal"
         self._max_journal_bytes = max_journal_bytes
@@ -108,10 +89,11 @@ class Ledger:
         """Number of closed records that the process could store nowhere when it stopped; each is in the log."""
         self._journal = Journal(self._parent, self.replica)
         self._unrecorded = Unrecorded()
-        self._writer = DatabaseWriter(database, directory, self._journal, self._unrecorded, self.closed)
+        self._writer = DatabaseWriter(database, directory, self._journal, self._unrecorded, self.closed, copies=copies)
+        self._copier = JournalCopier(copies, self._journal, self._unrecorded, self._writer) if copies else None
         self._open: dict[str, tuple[UsageRecord, RequestRecord | None, int]] = {}
         self._closing_bytes = 0
-        self._fault: _Fault | None = None
+        self._fault: Fault | None = None
         self._sync_error: OSError | None = None
         self._disk_error: OSError | None = None
         self._start_error: OSError | None = None
@@ -170,6 +152,8 @@ class Ledger:
             self._started = True
             self._writer.start()
             self._syncing.start()
+            if self._copier is not None:
+                self._copier.start()
             await asyncio.to_thread(self._writer.swept.wait, _FIRST_SWEEP_TIMEOUT_S)
         try:
             await asyncio.to_thread(self._journal.open)
@@ -301,9 +285,9 @@ class Ledger:
     def _disk_failure(self) -> OSError | None:
         return self._fault.error if self._fault else self._sync_error or self._disk_error or self._start_error
 
-    def _begin_fault(self, error: OSError) -> _Fault:
+    def _begin_fault(self, error: OSError) -> Fault:
         if self._fault is None:
-            self._fault = fault = _Fault(error, kept_before=self._unrecorded.kept)
+            self._fault = fault = Fault(error, kept_before=self._unrecorded.kept)
             log.error(
                 "ledger cannot record, new requests are refused",
                 extra={
@@ -327,7 +311,7 @@ class Ledger:
                 fault.logged_s = time.monotonic()
                 log.error("ledger still cannot record", extra={"reason": fault.reason} | self._counts(fault))
 
-    def _counts(self, fault: _Fault) -> dict[str, Any]:
+    def _counts(self, fault: Fault) -> dict[str, Any]:
         return {
             "after_s": round(time.monotonic() - fault.since_s, 1),
             "refused": fault.refused,
@@ -336,7 +320,7 @@ class Ledger:
             "progress_skipped": fault.skipped,
         }
 
-    def _has_recovered(self, fault: _Fault) -> bool:
+    def _has_recovered(self, fault: Fault) -> bool:
         """Append what was kept and an empty entry; return whether the disk has confirmed what was appended before."""
         if fault.tried_bytes is not None and not (self._sync_error or self._disk_error or self._unrecorded):
             return self._journal.synced_bytes >= fault.tried_bytes
@@ -391,6 +375,8 @@ class Ledger:
         self._stopping.set()
         self._syncing.join()
         self._writer.stop()
+        if self._copier is not None:
+            self._copier.stop()
         self.log_unstored()
         if pending := self.pending:
             extra = {"entries": pending, "directory": str(self._journal.directory)}

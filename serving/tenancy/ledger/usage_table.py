@@ -103,6 +103,13 @@ def report_living(database: sa.Engine, replica: str) -> None:
         )
 
 
+def living(database: sa.Engine, *, after_s: float) -> set[str]:
+    """Return the processes that have reported within `after_s`."""
+    since = _NOW_MS[database.dialect.name] - round(1000 * after_s)
+    with database.connect() as connection:
+        return set(connection.scalars(sa.select(_REPLICAS.replica).where(_REPLICAS.reported_at >= since)))
+
+
 def forget_dead(database: sa.Engine, *, after_s: float) -> None:
     """Delete the reports of processes that have not reported for `after_s`."""
     now = _NOW_MS[database.dialect.name]

@@ -31,7 +31,7 @@ _VALUES = {
     "open_requests": "CASE WHEN {row}ending IS NULL THEN 1 ELSE 0 END",
     "audio_ms": "{row}audio_ms",
 } | {name: f"CASE WHEN {{row}}billed THEN {value} ELSE 0 END" for name, value in _BILLED.items()}
-"""What a record adds to each sum."""
+"""Values that a record adds to the sums."""
 
 COLUMNS = (*NAMES, *_VALUES)
 """Columns of `usage_days`, in the order of `SUMS`."""
