@@ -164,6 +164,7 @@ MORE: dict[str, dict[str, Any]] = {
     "ingress.paths": {"type": "array", "items": {"type": "string", "pattern": "^/"}, "minItems": 1},
     "httpRoute.hostnames": {"type": "array", "items": {"type": "string"}},
     "httpRoute.canary.weight": {"type": "integer", "minimum": 0, "maximum": 100},
+    "networkPolicy.dns.ports": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
     "networkPolicy.fetch.ports": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
     "networkPolicy.fetch.exceptIPv4": NETWORKS,
     "networkPolicy.fetch.exceptIPv6": NETWORKS,

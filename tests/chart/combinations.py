@@ -224,6 +224,17 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
     }
     | EXTERNAL,
     "no network policies": {"networkPolicy": {"enabled": False}},
+    "DNS of OpenShift and of the node": {
+        "networkPolicy": {
+            "dns": {
+                "ports": [53, 5353],
+                "to": [
+                    {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "openshift-dns"}}},
+                    {"ipBlock": {"cidr": "169.254.20.10/32"}},
+                ],
+            }
+        }
+    },
     "no downloads": {
         "networkPolicy": {"fetch": {"enabled": False}},
         "objectStore": {"networks": [{"ipBlock": {"cidr": "10.5.0.0/16"}}]},

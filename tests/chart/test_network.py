@@ -92,6 +92,16 @@ def test_names_are_resolved_by_the_cluster_alone(network: Network) -> None:
         assert not network.allows(pod(name), End(address="8.8.8.8"), 53, protocol)
 
 
+def test_names_are_resolved_by_another_dns(helm: Path) -> None:
+    """With the values of OpenShift and of a cache on each node, pods reach those, on their ports, and no other."""
+    network = Network(template(helm, COMBINATIONS["DNS of OpenShift and of the node"]))
+    for name, protocol in product(OURS, ("UDP", "TCP")):
+        assert network.allows(pod(name), End({"dns": "default"}, "openshift-dns"), 5353, protocol)
+        assert network.allows(pod(name), End(address="169.254.20.10"), 53, protocol)
+        assert not network.allows(pod(name), DNS, 53, protocol)
+        assert not network.allows(pod(name), End(address="169.254.169.254"), 53, protocol)
+
+
 def test_frontends_download_from_public_addresses_only(network: Network) -> None:
     """On the download ports they reach no private range and no cloud's metadata."""
     for web, port in product((WEB, WEB6), (80, 443, 8000, 8080, 8443)):
