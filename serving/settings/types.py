@@ -68,7 +68,7 @@ def check_networks(words: tuple[str, ...]) -> tuple[str, ...]:
 def check_origins(words: tuple[str, ...]) -> tuple[str, ...]:
     """Return the words if each is an origin (`https://app.example.com`), or `*`. Raises `ValueError`."""
     for word in words:
-        if word != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", word):
+        if word != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", word):
             raise ValueError(f"{word} is not an origin such as https://app.example.com, without a path")
     return words
 

@@ -149,7 +149,15 @@ async def test_the_services_public_origin_is_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["app.example.com", "https://app.example.com/", "https://a.example/b", "null", "https://"]
+    "origin",
+    [
+        "app.example.com",
+        "https://App.example.com",
+        "https://app.example.com/",
+        "https://a.example/b",
+        "null",
+        "https://",
+    ],
 )
 def test_what_is_no_origin_is_refused(origin: str) -> None:
     """A setting that no browser's origin would equal is refused at the start."""
