@@ -98,7 +98,7 @@ class PartialBytes:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError:
             log.exception("file create failed")
-            raise Overloaded(reason="files") from None
+            raise Overloaded(reason="uploads") from None
         self._file = open(descriptor, "wb")  # noqa: PTH123 - a descriptor, closed by `__exit__`
         return self
 
@@ -119,7 +119,7 @@ class PartialBytes:
             self._file.write(chunk)
         except OSError:
             log.exception("file write failed")
-            raise Overloaded(reason="files") from None
+            raise Overloaded(reason="uploads") from None
 
     def finish(self) -> None:
         """Write everything to the disk. Blocking. Raises `Overloaded`."""
@@ -128,7 +128,7 @@ class PartialBytes:
             os.fsync(self._file.fileno())
         except OSError:
             log.exception("file write failed")
-            raise Overloaded(reason="files") from None
+            raise Overloaded(reason="uploads") from None
 
 
 class DirectoryFiles:
@@ -136,7 +136,7 @@ class DirectoryFiles:
 
     def __init__(self, settings: Settings) -> None:
         self._directory = files_directory(settings)
-        self._receiving = SharedCapacity(settings.max_files_bytes, reason="files")
+        self._receiving = SharedCapacity(settings.max_files_bytes, reason="uploads")
 
     async def start(self) -> None:
         """Create the directory, or adopt it; remove incomplete files that dead processes have left."""
@@ -178,7 +178,7 @@ class DirectoryFiles:
             partial.path.replace(self._directory / name)
         except OSError:
             log.exception("file publish failed")
-            raise Overloaded(reason="files") from None
+            raise Overloaded(reason="uploads") from None
 
     def _delete(self, names: list[str]) -> None:
         for name in names:

@@ -1,7 +1,7 @@
 """Objects in a bucket: S3 and what is compatible with it (Alibaba OSS too), Google Cloud Storage, Azure.
 
-An uploaded object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks. Each
-operation has a deadline and is retried within it; any fault of the store is a `StorageUnavailable`.
+An uploaded object is created once and never overwritten. It carries the SHA-256 of its bytes, which every read checks.
+Each operation has a deadline and is retried within it; any fault of the store is a `StorageUnavailable`.
 
 Only this module and `journal_copies.py` use obstore. They are imported only where a bucket is configured.
 """

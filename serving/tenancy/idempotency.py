@@ -148,7 +148,7 @@ class IdempotentAnswers:
             if claim is not None:
                 return claim
             if asyncio.get_running_loop().time() > deadline_s:
-                raise Overloaded("The first request with this Idempotency-Key still runs.", reason="idempotency")
+                raise Overloaded("The first request with this Idempotency-Key still runs.")
             await asyncio.sleep(_LOOK_EVERY_S)
 
     def _acquire(self, tenant_id: str, key_digest: str, request_digest: str) -> Claim | None:

@@ -105,7 +105,8 @@ Durations in seconds as JSON, all derived from `drain.longestRequestSeconds` (L)
 
 {{/* Maximum size of a request in bytes: of a JSON body, or of a form with a file. */}}
 {{- define "captioner.maxBody" -}}
-{{- max (int64 (default 16777216 .Values.settings.max_body_bytes)) (add 65536 (int64 (default 10485759 .Values.settings.max_upload_bytes))) (add 327680 (int64 (default 26214400 .Values.settings.max_transcription_bytes))) -}}
+{{- $file := max (int64 (default 10485759 .Values.settings.max_upload_bytes)) (int64 (default 26214400 .Values.settings.max_transcription_bytes)) (int64 (default 209715200 .Values.settings.max_file_bytes)) -}}
+{{- max (int64 (default 16777216 .Values.settings.max_body_bytes)) (add 327680 $file) -}}
 {{- end -}}
 
 {{/* Ray Serve's configuration, in the format of `serve deploy`. */}}
