@@ -91,7 +91,8 @@ def test_markdown_and_files_of_results(clips: Path, capsys: pytest.CaptureFixtur
         assert main(["caption", "--url", running.url, "--format=md", "a", "in/b.MP3"]) == 0
         assert capsys.readouterr().out == "## a\n\nx\n\n## in/b.MP3\n\nx\n"
         assert main(["caption", "--url", running.url, "--output=out", "in", "a"]) == 0
-    assert capsys.readouterr() == ("", "")
+        assert capsys.readouterr() == ("", "")
+        assert main(["caption", "--url", running.url, "--output=out", "a", "*.none"]) == 1
     found = {str(path.relative_to("out")): path.read_text() for path in Path("out").rglob("*") if path.is_file()}
     assert found == {"b.MP3.txt": "x\n", "deep/c.mkv.txt": "x\n", "a.txt": "x\n"}
 
@@ -135,6 +136,21 @@ def test_wrong_options_exit_with_2(
     assert out == ""
     assert len(err.splitlines()) == 1
     assert message is None or err == f"captioner: {message}\n"
+
+
+def test_address_and_key_of_the_environment(
+    clips: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`CAPTIONER_URL` and `CAPTIONER_KEY` stand for the options, which come first; an empty one counts as none."""
+    with ScriptedService(stream("x")) as running:
+        monkeypatch.setenv("CAPTIONER_URL", running.url)
+        monkeypatch.setenv("CAPTIONER_KEY", "sk-1")
+        assert main(["caption", "a"]) == 0
+        assert main(["caption", "--key=sk-2", "a"]) == 0
+        monkeypatch.setenv("CAPTIONER_KEY", "")
+        assert main(["caption", "a"]) == 0
+    assert [headers.get("authorization") for headers in running.headers] == ["Bearer sk-1", "Bearer sk-2", None]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_refused_key_names_the_remedy(clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,13 +17,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_first_caption_is_repeatable(embedded_service: RunningService) -> None:
     """Without a temperature in the request, captions of the stand-in are equal, and as README says."""
     captioner = Path(sys.executable).with_name("captioner")
-    command: list[str | Path] = [
-        captioner,
-        "caption",
-        "--url",
-        embedded_service.url,
-        ROOT / "serving" / "embedded" / "sample.mp3",
-    ]
+    sample = ROOT / "serving" / "embedded" / "sample.mp3"
+    command = [str(captioner), "caption", "--url", embedded_service.url, str(sample)]
     first, second = (
         subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout for _ in range(2)
     )

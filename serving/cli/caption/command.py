@@ -54,8 +54,8 @@ def parser() -> Parser:
         help="audio or video files; directories (audio and video below them); http(s) URLs, which the service "
         "downloads; patterns in quotes; - for standard input",
     )
-    made.add_argument("--url", default=os.environ.get("CAPTIONER_URL"), help="address of the service; CAPTIONER_URL")
-    made.add_argument("--key", default=os.environ.get("CAPTIONER_KEY"), help="its API key; better: CAPTIONER_KEY")
+    made.add_argument("--url", help="address of the service; CAPTIONER_URL")
+    made.add_argument("--key", help="its API key; better: CAPTIONER_KEY, which other users of this machine do not see")
     made.add_argument("--embedded", action="store_true", help="start the embedded stand-in, whatever runs")
     made.add_argument(
         "--format", choices=output.formats(), default="text", help="json: one object a line. Default: %(default)s"
@@ -75,6 +75,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser()
     given = options.parse_args(list(argv[1:]))
     given.timeline = given.timeline or given.format in output.SUBTITLES
+    contradiction = given.embedded and given.url
+    given.url = given.url or (None if given.embedded else os.environ.get("CAPTIONER_URL") or None)
+    given.key = given.key or os.environ.get("CAPTIONER_KEY") or None
+    if contradiction:
+        return fail("--embedded and --url contradict each other; leave one out", USAGE)
     sources = list(expand(given.clips))
     try:
         _check(given, sources)
@@ -96,8 +101,6 @@ def main(argv: Sequence[str]) -> int:
 
 def _check(given: argparse.Namespace, sources: list[Source]) -> None:
     """Raise `ValueError` for options that contradict each other."""
-    if given.embedded and given.url:
-        raise ValueError("--embedded and --url contradict each other; leave one out")
     if sum(source.name == "stdin" and source.path is None for source in sources) > 1:
         raise ValueError("standard input (-) can be one clip alone")
     if given.output is None:
@@ -105,7 +108,7 @@ def _check(given: argparse.Namespace, sources: list[Source]) -> None:
             raise ValueError(f"--format {given.format} of several clips needs --output DIR: each has a file of its own")
         return
     targets: dict[Path, Source] = {}
-    for source in sources:
+    for source in (each for each in sources if not each.problem):
         target = output.destination(source, given.output, given.format)
         if (other := targets.setdefault(target, source)) is not source:
             raise ValueError(f"{other.name} and {source.name} would both be written to {target}; caption them apart")
