@@ -286,7 +286,8 @@ export const SCENARIOS = {
         const segments = [{ start: 0, end: 1.5, caption: "A tone." }, { start: 1.5, end: 3, caption: "The tone goes on." }];
         route.fulfill({
           status: 200, contentType: "text/event-stream",
-          body: segments.map((segment) => event({ choices: [{ delta: { content: "" } }], timeline: { segments: [segment] } })).join("")
+          body: event({ choices: [{ delta: { content: "A tone.", timeline: { segments: [segments[0]] } } }] })
+            + event({ choices: [{ delta: { content: "" } }], timeline: { segments: [segments[1]] } })
             + event({ choices: [{ delta: {}, finish_reason: "stop" }] }) + "data: [DONE]\n\n",
         });
       });
@@ -299,7 +300,7 @@ export const SCENARIOS = {
       await shot("segments");
       await page.locator("#segments button").nth(1).click();
       await page.waitForFunction(() => document.getElementById("player").currentTime >= 1.5);
-      return { asked: sent.timeline, segments: await page.locator("#segments li").allTextContents(), snippet: await text(page, "#snippet") };
+      return { asked: sent.timeline, text: await page.locator("#text").isVisible(), segments: await page.locator("#segments li").allTextContents(), snippet: await text(page, "#snippet") };
     },
   },
 

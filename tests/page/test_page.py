@@ -130,6 +130,7 @@ def test_segments_are_played(browser: Browser) -> None:
     """If the service offers times, segments come as they are streamed, and a click plays one from its start."""
     seen = browser.run("timeline")
     assert seen["asked"] is True
+    assert seen["text"] is False, "the segments have the same words"
     assert seen["segments"] == ["Play 0:00.0 \u2013 0:01.5A tone.", "Play 0:01.5 \u2013 0:03.0The tone goes on."]
     assert '"timeline":true' in seen["snippet"]
 
