@@ -28,7 +28,8 @@ LOCKED = $(INSTALL) --require-hashes --compile-bytecode -r
 
 # 1.0 GB that only GPUs need; the images leave the same out (deploy/docker/README.md).
 WITHOUT_cpu := triton,nvidia-cusolver,nvidia-nvtx
-WITHOUT_cpu-dev := $(WITHOUT_cpu)
+# Tests need all of them: kernels of the CUDA build run in Triton's interpreter.
+WITHOUT_cpu-dev :=
 NEEDED = $(@D)/bin/python deploy/docker/missing_requirements.py --without "$(WITHOUT_$(1))" $(LOCKS)/$(1).txt \
 	2>/dev/null >$(@D)/$(1).txt
 
