@@ -21,6 +21,7 @@ from serving.batch.job import Job
 from serving.batch.line import LeaseLost, LineRunner
 from serving.batch.pace import Pace
 from serving.batch.store import LEASE_S
+from serving.engine.remote.client import RemoteEngine
 from serving.errors import CaptionerError
 from serving.tenancy.database import failure
 
@@ -34,6 +35,8 @@ _RENEW_S, _CLAIM_S = 3.0, 1.0
 _BATCHES_AT_ONCE = 8
 """Most batches that one process works on; lines of all of them take turns."""
 _BACKLOG_S = 10.0
+_LIVE_S, _LIVE_SHARE = 10.0, 8
+"""Time after a caller's caption in which lines leave an eighth of the engine's slots, at least one, to callers."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +55,9 @@ class BatchRunner:
         self._store = store
         self._files = files
         self._keys = keys
-        self._pace = Pace(lines.settings.max_batch_lines, lambda: engine.load.waiting > 0)
+        self._engine = engine
+        self._live_until_s = 0.0
+        self._pace = Pace(lines.settings.max_batch_lines, self._engine_is_taken)
         self._metrics = lines.metrics.batches
         self._running: dict[str, _Running] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -78,6 +83,18 @@ class BatchRunner:
     def wake(self) -> None:
         """Look for a batch now: one was made, or is to be cancelled."""
         self._wake.set()
+
+    def _engine_is_taken(self) -> bool:
+        """Return whether no line may start: captions wait, or callers are active and need the slots that are left."""
+        load, now_s = self._engine.load, time.monotonic()
+        if self._lines.pipeline.in_flight > self._pace.running:
+            self._live_until_s = now_s + _LIVE_S
+        if load.waiting > 0 or now_s >= self._live_until_s:
+            return load.waiting > 0
+        replicas = self._engine.replicas["ready"] if isinstance(self._engine, RemoteEngine) else 1
+        slots = self._lines.settings.max_num_seqs * max(1, replicas)
+        # Lines that have just started are not in the engine yet.
+        return max(load.running, self._pace.running) >= slots - max(1, slots // _LIVE_SHARE)
 
     async def _claim_forever(self) -> None:
         while True:
