@@ -241,6 +241,8 @@ AREAS = (
             ),
             Name("vllm.v1.worker.worker_base.WorkerWrapperBase", "worker", "way to the model"),
             Name("vllm.v1.worker.cpu_worker.CPUWorker", "model_runner", "way to the model"),
+            Name("vllm.v1.worker.gpu_model_runner.GPUModelRunner", "input_batch", "way to the batch of requests"),
+            Name("vllm.v1.worker.gpu_input_batch.InputBatch", "generators", "generators of seeded requests on a CPU"),
             Name("vllm.config.VllmConfig", "additional_config", "the setting `cpu_kernels`"),
             Name("vllm.platforms.current_platform", "is_cpu()", "no CPU kernels on a GPU"),
         ),

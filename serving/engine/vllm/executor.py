@@ -20,6 +20,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 import serving.engine.vllm.model  # noqa: F401 - registers the model in every process of vLLM
+from serving.engine.vllm.cpu_generators import CpuGenerators
 from serving.engine.vllm.start_progress import mark
 from serving.private_process import forbid_inspection
 
@@ -70,6 +71,13 @@ class InProcessExecutor(_StopsWithService, UniProcExecutor):  # type: ignore[mis
             from serving.engine.vllm.cpu_kernels import patch_decoder_layers  # noqa: PLC0415 - only a CPU has them
 
             patch_decoder_layers(self.driver_worker.worker.model_runner)
+
+    def initialize_from_config(self, *arguments: Any) -> Any:
+        """Initialize the KV cache, and with it the batch of requests."""
+        initialized = super().initialize_from_config(*arguments)
+        if current_platform.is_cpu():
+            self.driver_worker.worker.model_runner.input_batch.generators = CpuGenerators()
+        return initialized
 
 
 class MultiGpuExecutor(_StopsWithService, MultiprocExecutor):  # type: ignore[misc]
