@@ -274,12 +274,6 @@ export const SCENARIOS = {
     async steps(given) {
       const { page, clip, shot, accessible } = given;
       let sent = null;
-      await page.route("**/v1/models", async (route) => {
-        const answer = await route.fetch();
-        const models = await answer.json();
-        for (const model of models.data ?? []) model.timeline = true;
-        await route.fulfill({ response: answer, json: models });
-      });
       await page.route("**/v1/chat/completions", (route) => {
         sent = route.request().postDataJSON();
         const event = (value) => `data: ${JSON.stringify(value)}\n\n`;

@@ -47,7 +47,7 @@ def test_a_dropped_clip_is_captioned(browser: Browser) -> None:
     assert re.fullmatch(r"[0-9a-f-]{36}", request_id)
     assert seen["limits"][-1] == "Requests at the same time (this key)4 of 4 left"
     assert seen["limits"][2].startswith("Tokens per month49,")
-    assert seen["times"] is False, "a choice of times that does not work"
+    assert seen["times"] is True
     assert seen["bars"] == int(seen["chart"].partition(" to ")[2][8:10])
 
 
@@ -127,7 +127,7 @@ def test_the_keyboard_is_enough(browser: Browser) -> None:
 
 
 def test_segments_are_played(browser: Browser) -> None:
-    """If the service offers times, segments come as they are streamed, and a click plays one from its start."""
+    """With times, segments come as they are streamed, and a click plays one from its start."""
     seen = browser.run("timeline")
     assert seen["asked"] is True
     assert seen["text"] is False, "the segments have the same words"

@@ -10,7 +10,7 @@ import { remember, startHistory } from "./history.js";
 import { startLanguage, t } from "./i18n.js";
 import { recording, startRecorder, startRecording, stopRecording } from "./recorder.js";
 import { startTheme } from "./theme.js";
-import { offersTimeline, segmentText } from "./timeline.js";
+import { segmentText } from "./timeline.js";
 import { showClip, startViewer } from "./viewer.js";
 
 const LEDGER_MS = 1500; // until the ledger's table has a caption that has ended
@@ -33,7 +33,6 @@ async function connect({ asked = false } = {}) {
     byId("key-error").textContent = "";
     show("key-card", false);
     show("forget-key", Boolean(key()));
-    show("timeline-choice", offersTimeline(model));
     if (asked) byId("clip").focus();
     await loadAccount();
   } catch (error) {

@@ -7,9 +7,6 @@ import { seek } from "./viewer.js";
 
 let shown = [];
 
-// Whether the service says that it answers with times; without the field the page offers no such choice.
-export const offersTimeline = (model) => model?.timeline === true || Boolean(model?.capabilities?.includes?.("timeline"));
-
 export const segmentsOf = (answer) => {
   const found = answer.timeline?.segments ?? answer.choices?.[0]?.delta?.timeline?.segments;
   return Array.isArray(found) ? found : [];
