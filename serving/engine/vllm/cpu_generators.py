@@ -19,9 +19,9 @@ class _Generator(torch.Generator):
     def get_offset(self) -> int:
         return 0
 
-    def set_offset(self, offset: int) -> None:
+    def set_offset(self, offset: int) -> torch.Generator:
         del offset
-        self.manual_seed(self.initial_seed())
+        return self.manual_seed(self.initial_seed())
 
 
 class CpuGenerators(dict[int, torch.Generator]):
