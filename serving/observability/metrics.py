@@ -49,7 +49,7 @@ DIALECTS = ("openai", "dashscope", "transcriptions")
 ANY_OTHER = "capacity"
 REASONS = (
     *("concurrent_requests", "bodies", "downloads", "audio_queue", "engine_queue", "engine_wait"),
-    *("journal", "ledger", "budget", "files"),
+    *("journal", "ledger", "budget"),
     ANY_OTHER,
 )
 """Reasons for which a caption request is shed; every other reason is counted as `ANY_OTHER`."""
@@ -185,8 +185,8 @@ class Metrics(Gauges):
             "captioner_requests_shed",
             "Caption requests refused because a bound of the service was reached, by reason: concurrent_requests, "
             "bodies, downloads, audio_queue, engine_queue (full), engine_wait (too long), journal (full), ledger (the "
-            "disk of the journal is full or failing), budget (the caller's spending cannot be read), files (the store "
-            "of files fails), capacity (any other).",
+            "disk of the journal is full or failing), budget (the caller's spending cannot be read), capacity (any "
+            "other).",
             "reason",
         )
         self._requests_rate_limited = self._counter(

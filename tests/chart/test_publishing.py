@@ -36,7 +36,7 @@ done
 shift
 if [ "$1" = push ]; then
   test -f "${2#/}"
-  printf 'Pushed: example/charts/captioner:0.1.0\\nDigest: DIGEST\\n' >&2
+  printf 'Pushed: example/charts/captioner:0.2.0\\nDigest: DIGEST\\n' >&2
 else
   exec HELM_PROGRAM "$@"
 fi
@@ -89,11 +89,11 @@ def test_the_published_chart_names_the_published_images(published: Path, helm: P
     rendered = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     images = set(re.findall(r'^ *image: "(.*)"$', rendered, re.MULTILINE))
     ours = {image for image in images if "@sha256:" not in image}
-    assert ours == {f"registry.example.com:5000/team/captioner:{tag}" for tag in ("0.1.0-cuda", "f")}
+    assert ours == {f"registry.example.com:5000/team/captioner:{tag}" for tag in ("0.2.0-cuda", "f")}
     subprocess.run(["tar", "--extract", "--file", package, "--directory", published], check=True)
     assert (published / "captioner" / "profiles" / "1xh100-80g.yaml").is_file()
     assert not (published / "captioner" / "ci").exists()
-    assert "registry.example.com:5000/team/captioner:0.1.0-cuda" in (published / "out" / "images.txt").read_text()
+    assert "registry.example.com:5000/team/captioner:0.2.0-cuda" in (published / "out" / "images.txt").read_text()
 
 
 def test_the_published_chart_is_signed_by_digest(published: Path) -> None:
@@ -101,6 +101,6 @@ def test_the_published_chart_is_signed_by_digest(published: Path) -> None:
     calls = (published / "log").read_text().splitlines()
     (push,) = [call for call in calls if " push " in call]
     assert push.endswith(
-        "push /out/captioner-0.1.0.tgz --registry-config /.docker/config.json oci://registry.example.com:5000/team/charts"
+        "push /out/captioner-0.2.0.tgz --registry-config /.docker/config.json oci://registry.example.com:5000/team/charts"
     )
     assert calls[-1].endswith(f"sign --yes registry.example.com:5000/team/charts/captioner@{DIGEST}")

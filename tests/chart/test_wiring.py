@@ -173,12 +173,12 @@ def test_only_engines_need_the_image_with_cuda(helm: Path, tag: str, image: str)
     name = "registry.example.com/captioner"
     for who, spec in pods(template(helm, values)):
         ours = {each["image"] for each in containers(spec) if each["image"].startswith(name)}
-        assert ours <= {f"{name}:0.1.0-cuda" if who.endswith(" engine") else f"{name}{image}"}, who
+        assert ours <= {f"{name}:0.2.0-cuda" if who.endswith(" engine") else f"{name}{image}"}, who
     environment = only(template(helm, values), "ConfigMap", "x-captioner-ray")["data"]
     assert environment["RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL"] == "minor"
     for other in (COMBINATIONS["administration"], values | {"workload": "deployment"}):
         images = {each["image"] for _, spec in pods(template(helm, other)) for each in containers(spec)}
-        assert {each for each in images if each.startswith(name)} == {f"{name}:0.1.0-cuda"}
+        assert {each for each in images if each.startswith(name)} == {f"{name}:0.2.0-cuda"}
 
 
 def test_the_test_calls_the_callers_address(helm: Path) -> None:

@@ -80,10 +80,10 @@ REFUSED = [
     (404, Ask("GET", "/api/v1/public-keys/latest")),
     (404, Ask("GET", "/api/v1/tasks/1")),
     (404, Ask("POST", "/api/v1/tokenizer", {})),
-    (404, Ask("GET", "/compatible-mode/v1/files")),
+    (404, Ask("GET", "/compatible-mode/v1/files/file-1")),
     (400, Ask("POST", "/v1/audio/transcriptions", {})),
     (404, Ask("GET", "/api-ws/v1/inference")),
-    (404, Ask("GET", "/")),
+    (404, Ask("GET", "/none")),
 ]
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from serving.tenancy.ledger import journal as journals
+from serving.tenancy.ledger import journal_lines
 from serving.tenancy.ledger.journal import Journal, abandoned, living, size_bytes
 from serving.tenancy.ledger.journal_lines import JournalReader
 
@@ -31,7 +32,8 @@ def _everything(reader: JournalReader) -> list[Any]:
 def test_entries_are_read_in_order_and_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries are read in order over many segments; written ones leave the disk, in the end all of them."""
     monkeypatch.setattr(journals, "SEGMENT_BYTES", 1000)
-    monkeypatch.setattr(journals, "_READ_BYTES", 400)
+    monkeypatch.setattr(journal_lines, "SEGMENT_BYTES", 1000)
+    monkeypatch.setattr(journal_lines, "_READ_BYTES", 400)
     journal = Journal(tmp_path, "one").open()
     read: list[Any] = []
     for number in range(200):
