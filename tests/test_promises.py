@@ -11,7 +11,8 @@ ROW = re.compile(r"^\| (\d+) \| \[`([^`]+)`\]\(([^)]+)\) \| (.+) \| ([^|]+) \|$"
 TEST = re.compile(r"`([\w/]+\.py)(?:::(\w+))?`|`…::(\w+)`")
 PAGES = {
     "README.md",
-    *(f"deploy/{name}.md" for name in ("batches", "cuda", "observability", "runbook", "timeline", "upgrading")),
+    *(f"deploy/{name}.md" for name in ("batches", "capacity", "cuda", "observability", "runbook", "timeline")),
+    "deploy/upgrading.md",
 } | {f"serving/tenancy/{name}.md" for name in ("BILLS", "README")}
 
 

@@ -72,7 +72,7 @@ ENTRYPOINT ["captioner"]
 CMD ["serve"]
 
 ARG BASE_IMAGE
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="captioner" \

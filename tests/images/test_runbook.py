@@ -25,6 +25,7 @@ TASKS = (
     "Lose a node",
     "Lose the head",
     "Change the model",
+    "Uninstall",
 )
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]}
 BLOCKS = [match[1] for match in re.finditer(r"^ *```sh\n(.*?)^ *```", TEXT, re.MULTILINE | re.DOTALL)]
@@ -49,6 +50,24 @@ def test_a_task_is_complete(task: str) -> None:
 def test_commands_are_shell(number: int) -> None:
     """Each block parses as shell."""
     subprocess.run(["bash", "-n"], input=BLOCKS[number], text=True, check=True)
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_is_for_one_platform(number: int) -> None:
+    """No block has commands of two platforms, and none defines a function twice: each can be pasted as it is."""
+    block = BLOCKS[number]
+    platforms = (r"\$K\b|\bkubectl\b|^helm ", r"\bdocker compose\b", r"\bsystemctl\b|\bjournalctl\b")
+    assert sum(bool(re.search(pattern, block, re.MULTILINE)) for pattern in platforms) <= 1
+    functions = re.findall(r"^([a-z]+)\(\)", block, re.MULTILINE)
+    assert len(functions) == len(set(functions))
+
+
+def test_every_platform_has_the_functions_that_pages_use() -> None:
+    """Each platform's block defines `captioner` and `logs` once, and Prometheus' address."""
+    for block in BLOCKS[:3]:
+        assert {"captioner", "logs"} <= set(re.findall(r"^([a-z]+)\(\)", block, re.MULTILINE))
+        assert "PROMETHEUS=http://" in block
+    assert not any(re.search(r"^(captioner|logs)\(\)", block, re.MULTILINE) for block in BLOCKS[3:])
 
 
 def test_links_lead_somewhere() -> None:

@@ -68,9 +68,12 @@ def _hidden(block: re.Match[str]) -> str:
 
 
 def preamble() -> str:
-    """Return the shell functions of the runbook's first part; of its two `captioner` the later, Compose's, holds."""
-    shells = re.findall(r"```sh\n(.*?)```", TEXT.partition("\n## ")[0], re.DOTALL)
-    return "\n".join((f"cd '{ROOT}'", *shells))
+    """Return the shell functions of the runbook: Compose's, what all platforms share, and the names for Kubernetes.
+
+    Compose's block comes after that for Kubernetes, so its `captioner` holds.
+    """
+    parts = ("On Kubernetes", "With Compose", "On every platform")
+    return "\n".join((f"cd '{ROOT}'", *(blocks(part)[0] for part in parts)))
 
 
 class Operator:
@@ -183,7 +186,7 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
         assert done.strip() == ("fine" if valid else "refused")
 
     # A backup while the service runs; then everything is lost.
-    backups = blocks("Back up the ledger")[0].partition("# Anywhere else")[0]
+    backups = "\n".join(blocks("Back up the ledger")[:2])
     with operator.service() as service:
         operator.run(backups)
         dump = next(operator.directory.glob("captioner-*.dump"))
@@ -209,6 +212,6 @@ def test_keys_passwords_and_backups_as_the_runbook_has_them(operator: Operator) 
     operator.run(f"{first}\n{second}", PGUSER="boss", PGDATABASE="postgres")
     assert operator.billed(3) == was
     address = (operator.directory / "secrets" / "captioner_database_url").read_text().strip()
-    elsewhere = blocks("Back up the ledger")[0].partition("# Anywhere else")[2].partition("\n")[2]
+    elsewhere = blocks("Back up the ledger")[2]
     operator.run(elsewhere, DATABASE_URL=address)
     assert "usage_records" in operator.run(f"pg_restore --list {dump}")
