@@ -162,6 +162,8 @@ def test_engines_that_are_lost_repeatedly_raise_an_alert(counted: Counted) -> No
         victim = min(counted.cluster.pids(ENGINE))
         os.kill(victim, signal.SIGKILL)
         counted.cluster.wait(lambda killed=victim: len(counted.cluster.pids(ENGINE) - {killed}) == 2)  # type: ignore[misc]
+        # Only an engine that has registered counts as lost.
+        counted.cluster.wait(counted.cluster.complete)
     chain.until(lambda: page in chain.notifications)
     fired = chain.query(f'max_over_time(ALERTS{{alertname="{page[1]}",alertstate="firing"}}[1m])')
     assert [each["metric"]["replica"] for each in fired] == ["engine"]
