@@ -90,6 +90,7 @@ def test_callers_account_for_every_request(clips: Path, tmp_path: Path) -> None:
             while len(callers.answered()) < 40 and time.monotonic() < deadline:
                 time.sleep(0.2)
         account = callers.account()
+        assert account["details"] == {}
         assert account["sent"] == account["answered"] >= 40
         assert account["defects"] == []
         assert len(account["by_way"]) == 4
