@@ -87,12 +87,14 @@ def create_app(
     tenancy = Tenancy(settings, _journal_copies(settings))
     files = Files(settings, tenancy.database, open_files(settings))
     pipeline = CaptionPipeline(settings, engine, workers, downloads, uploads, files=files, on_not_ready=on_not_ready)
+    timelines = Timelines(pipeline, settings)
     bodies = SharedCapacity(settings.max_body_memory_bytes, reason="bodies")
     codec, batches = OpenAICodec(settings), BatchStore(tenancy.database)
     lines = LineRunner(
         tenancy.ledger.replica,
         settings,
         pipeline,
+        timelines,
         tenancy.usage_sessions,
         bodies,
         metrics,
@@ -105,7 +107,7 @@ def create_app(
         engine=engine,
         workers=workers,
         pipeline=pipeline,
-        timelines=Timelines(pipeline, settings),
+        timelines=timelines,
         downloads=downloads,
         targets=targets,
         scrape_access=scrape_access,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from serving.scheduling.shared_capacity import SharedCapacity
     from serving.tenancy.ledger.usage_record import UsageRecord
     from serving.tenancy.usage_session import UsageSession, UsageSessions
+    from serving.timeline.captions import Timelines
     from serving.types import Caller, CaptionDelta, CaptionRequest
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,7 @@ class LineRunner:
     owner: str
     settings: Settings
     pipeline: CaptionPipeline
+    timelines: Timelines
     sessions: UsageSessions
     bodies: SharedCapacity
     metrics: Metrics
@@ -188,12 +190,9 @@ class LineRunner:
             decode = partial(self._decode, path, line, record.request_id)
             request, reply = await asyncio.get_running_loop().run_in_executor(_DECODER, decode)
             record.audio_form = type(request.audio).__name__.removesuffix("Audio").lower()
-            deltas = self.pipeline.caption(
-                request,
-                record,
-                session,
-                deadline_s=self.settings.stream_timeout_s,
-                on_prepared=permit.release,
+            caption = self.pipeline.caption if request.timeline is None else self.timelines.caption
+            deltas = caption(
+                request, record, session, deadline_s=self.settings.stream_timeout_s, on_prepared=permit.release
             )
             del request  # it holds the encoded audio
             pieces: list[str] = []

@@ -18,7 +18,7 @@ from serving.tenancy.admin.validation import InvalidChangeError
 from serving.tenancy.billing.prices import money
 from serving.tenancy.billing.reports import invoice
 from tests.batch.served import Served, jsonl, line, served
-from tests.support.wire import data_url
+from tests.support.wire import data_url, wav
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,6 +76,20 @@ def amount_nanos(running: Served, batch_id: str) -> int:
     batches = schema.batches.c
     with running.administration.database.connect() as connection:
         return int(connection.scalar(sa.select(batches.amount_nanos).where(batches.id == batch_id)) or 0)
+
+
+async def test_a_line_may_be_a_timeline(tmp_path: Path) -> None:
+    """A line with `timeline` has a caption for each segment, as a request has, and one bill."""
+    async with served(tmp_path) as running:
+        batch = await created(running, [line("long", data_url(wav(45)), parameters={"timeline": True})])
+        shown = await ended(running, batch["id"])
+        assert shown["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+        body = (await results(running, shown["output_file_id"]))["long"]["response"]["body"]
+        segments = body["choices"][0]["message"]["timeline"]["segments"]
+        assert [segment["index"] for segment in segments] == [0, 1]
+        assert (segments[0]["start"], segments[0]["end"], segments[1]["end"]) == (0, segments[1]["start"], 45)
+        assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (571, 48)
+        assert (shown["usage"]["input_tokens"], shown["usage"]["output_tokens"]) == (571, 48)
 
 
 async def test_a_batch_is_captioned_and_billed(tmp_path: Path) -> None:
